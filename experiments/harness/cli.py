@@ -1,0 +1,126 @@
+"""The door of every binary: flags in, one-line errors out.
+
+`--preset` names a config, a dataclass; `--config.FIELD=VALUE` changes a field of it.
+"""
+
+import copy
+import errno
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+FLAGS = flags.FLAGS
+_BAD_INPUT = 2
+
+
+def define_study_flags(study: str) -> None:
+    """The flags that every study has."""
+    flags.DEFINE_string(
+        "workdir", None, f"Folder of records and report; runs/{study}/PRESET where not given."
+    )
+    flags.DEFINE_integer("workers", None, "Processes on this machine; the config's where not given.")
+    flags.DEFINE_string("shard", "0/1", "i/n: run every n-th trial from the i-th, as one of n jobs.")
+    flags.DEFINE_bool("keep_checkpoints", False, "Keep scratch folders of finished trials.")
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """i/n as numbers.
+
+    Raises:
+        ValueError: anything else, or i not below n.
+
+    >>> parse_shard("2/8")
+    (2, 8)
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard is i/n with 0 ≤ i < n, as in 0/4; got {text!r}")
+    return int(index), int(count)
+
+
+def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -> None:
+    """Parses flags and calls run(config); bad input ends with one line and exit status 2.
+
+    Args:
+        run: the binary.
+        presets: config dataclasses by name.
+        default: the preset where none is given.
+    """
+    flags.DEFINE_string("preset", default, f"One of {', '.join(presets)}.")
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            return _parse(argv, presets)
+        except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
+            _fail(_one_line(error), _BAD_INPUT)
+            raise
+
+    def checked(argv: list[str]) -> None:
+        _quiet()
+        try:
+            if len(argv) > 1:
+                raise ValueError(f"unexpected argument {argv[1]!r}; flags start with --")
+            run(FLAGS.config)
+        except ValueError as error:
+            _fail(_one_line(error), _BAD_INPUT)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            _fail(f"{_one_line(error)}. Finished records are kept: free some space and run this again", 2)
+        except RuntimeError as error:
+            _fail(str(error), 1)
+        except KeyboardInterrupt:
+            _fail("stopped; the same command goes on from here", 130)
+
+    app.run(checked, flags_parser=parse)
+
+
+def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
+    """Two passes: the preset first, for it is what --config.FIELD changes."""
+    if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
+        _define_config(next(iter(presets.values())))
+        return FLAGS(argv)
+    config_arguments = [a for a in argv[1:] if a.startswith(("--config", "-config"))]
+    FLAGS([a for a in argv if a not in config_arguments])
+    if FLAGS.preset not in presets:
+        raise ValueError(f"--preset is one of {', '.join(presets)}; got {FLAGS.preset!r}")
+    preset = presets[FLAGS.preset]
+    for argument in config_arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        field = name.removeprefix("config").removeprefix(".")
+        if not hasattr(preset, field) or not value:
+            raise ValueError(
+                f"{argument!r} is not --config.FIELD=VALUE with a field of {', '.join(vars(preset))}"
+            )
+    _define_config(preset)
+    FLAGS.unparse_flags()
+    return FLAGS(argv)
+
+
+def _define_config(preset: Any) -> None:
+    config_flags.DEFINE_config_dataclass("config", copy.deepcopy(preset), "What the study does.")
+
+
+def _quiet() -> None:
+    """Leaves warnings of our own on the screen and drops the libraries' chatter."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    ours = logging.getLogger("experiments")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)

