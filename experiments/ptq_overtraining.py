@@ -37,7 +37,7 @@ COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
 class Config:
     """The grid, and what all its runs share."""
 
-    sizes: tuple[str, ...] = ("14k", "55k")  # of harness/models.py, by N
+    sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
     tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
     schedules: tuple[str, ...] = SCHEDULES
     seeds: int = 3
@@ -50,7 +50,7 @@ class Config:
     shift_path: str = ""
     sequence: int = 64
     batch: int = 16
-    peak_lr: float = 4e-3
+    peak_lr: float = 8e-3
     dtype: str = "float32"
     log_every: int = 50
     checkpoint_every: int = 1000
@@ -73,7 +73,7 @@ PRESETS = {
     "laptop": Config(),
     "full": Config(
         sizes=("21k", "83k", "332k"),
-        tokens_per_parameter=(20, 60, 200, 600),
+        tokens_per_parameter=(20, 60, 100, 200, 600),
         evaluation_windows=512,
     ),
     "tpu": Config(

@@ -172,7 +172,7 @@ def verdict(summary: dict) -> str:
 
 
 def _interval(fit: dict) -> str:
-    if fit["gamma"] is None:
+    if pd.isna(fit["gamma"]):
         return f"not determined ({fit['reason']})"
     return f"{fit['gamma']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
 
@@ -200,7 +200,8 @@ def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
     table = select(table, scope="linears", split="valid")
     if table.empty:
         return table
-    shown = table.assign(cell=[_interval(row) for row in table.to_dict("records")])
+    cells = ["—" if pd.isna(row["gamma"]) else _interval(row) for row in table.to_dict("records")]
+    shown = table.assign(cell=cells, schedule=table["schedule"].map(_SCHEDULE_NAMES))
     pivot = shown.pivot_table(
         index=["size", "schedule", "granularity"], columns="bits", values="cell", aggfunc="first", sort=False
     )
@@ -230,22 +231,28 @@ def _base_table(base: pd.DataFrame) -> pd.DataFrame:
 
 
 def _lines(table: pd.DataFrame, color: alt.Color, y: alt.Y, title: str, dash=None) -> alt.LayerChart:
-    """Means over seeds as lines, single seeds as points, against D/N."""
+    """Means over seeds as lines, single seeds as points, against D/N; what a log axis lacks is left out."""
+    series = [c for c in table.columns if c not in ("seed", "mean", "se")]
+    means = table.groupby(series, sort=False, as_index=False)["mean"].mean()
+    shown = [t[t["mean"] > 0] for t in (means, table)]
     x = alt.X("d_over_n:Q", title="D/N, training tokens per parameter", scale=alt.Scale(type="log", nice=False))
-    chart = alt.Chart(table).encode(x=x, color=color)
-    mean = y.copy()
-    mean["aggregate"] = "mean"
-    line = chart.mark_line().encode(y=mean)
-    if dash is not None:
-        line = line.encode(strokeDash=dash)
-    points = chart.mark_circle(size=28, opacity=0.6).encode(
-        y=y, tooltip=["d_over_n", "mean", "se", "seed"]
-    )
-    return alt.layer(line, points).properties(title=title)
+    lines, points = (alt.Chart(t).encode(x=x, y=y, color=color) for t in shown)
+    lines = lines.mark_line(clip=True)
+    lines = lines if dash is None else lines.encode(strokeDash=dash)
+    points = points.mark_circle(size=28, opacity=0.6, clip=True).encode(tooltip=["d_over_n", "mean", "se", "seed"])
+    return alt.layer(lines, points).properties(title=title)
 
 
-def _log_y(title: str) -> alt.Y:
-    return alt.Y("mean:Q", title=title, scale=alt.Scale(type="log", nice=False), axis=alt.Axis(format="~g"))
+_SMALLEST_SHOWN = 1e-4  # nats per token; below it lies the noise of any affordable number of windows
+
+
+def _log_y(table: pd.DataFrame) -> alt.Y:
+    """The loss added on a logarithmic axis that all panels of a figure share."""
+    shown = table["mean"][table["mean"] > 0]
+    domain = [max(_SMALLEST_SHOWN, shown.min()), shown.max()] if len(shown) else [_SMALLEST_SHOWN, 1.0]
+    scale = alt.Scale(type="log", nice=False, domain=domain)
+    axis = alt.Axis(format="~g", tickCount=6)
+    return alt.Y("mean:Q", title="loss added (nats per token)", scale=scale, axis=axis)
 
 
 def _bits_color(added: pd.DataFrame) -> alt.Color:
@@ -256,35 +263,33 @@ def _bits_color(added: pd.DataFrame) -> alt.Color:
 
 def _by_bits(added: pd.DataFrame) -> report.Figure:
     table = select(added, granularity="tensor", scope="linears", split="valid")
-    table = table[table["mean"] > 0]
     panels = [
         _lines(
             group[["d_over_n", "mean", "se", "seed", "bits"]],
             _bits_color(added),
-            _log_y("loss added (nats per token)"),
+            _log_y(table),
             f"N = {size}, {_SCHEDULE_NAMES[schedule]}",
         )
         for (size, schedule), group in table.groupby(["size", "schedule"], sort=False)
     ]
     return report.Figure(
         "added_loss",
-        "The longer the training, the more quantization costs",
+        "Loss added by quantization against training length",
         "Weights of the blocks' linears rounded to nearest, one scale per tensor, held-out text. A line "
-        "is the mean over seeds, a point one seed; both axes are logarithmic. Points that add no loss "
-        "cannot be shown on a logarithmic axis and are left out.",
+        "is the mean over seeds, a point one seed; both axes are logarithmic. What adds less than "
+        f"{_SMALLEST_SHOWN:g} is within the noise of the evaluation and left out.",
         panels,
     )
 
 
 def _by_granularity(added: pd.DataFrame) -> report.Figure:
     table = select(added, scope="linears", split="valid", bits=HEADLINE["bits"])
-    table = table[table["mean"] > 0]
     table = table.assign(schedule=table["schedule"].map(_SCHEDULE_NAMES))
     panels = [
         _lines(
             group[["d_over_n", "mean", "se", "seed", "granularity", "schedule"]],
             alt.Color("granularity:N", title="one scale per", sort=None),
-            _log_y("loss added (nats per token)"),
+            _log_y(table),
             f"N = {size}, 4 bits",
             dash=alt.StrokeDash("schedule:N", title="schedule"),
         )
@@ -292,7 +297,7 @@ def _by_granularity(added: pd.DataFrame) -> report.Figure:
     ]
     return report.Figure(
         "granularity",
-        "Finer scales soften it",
+        "The same under finer scales",
         "4-bit weights under each granularity: one scale per tensor, per output channel, or per block of "
         "as many weights as the number says.",
         panels,
@@ -301,13 +306,12 @@ def _by_granularity(added: pd.DataFrame) -> report.Figure:
 
 def _shift_and_scope(added: pd.DataFrame) -> report.Figure:
     table = select(added, granularity="tensor", bits=HEADLINE["bits"])
-    table = table[table["mean"] > 0]
     kind = table["split"].map({"valid": "like training", "shift": "shifted"}) + ", " + table["scope"]
     panels = [
         _lines(
             group[["d_over_n", "mean", "se", "seed", "kind"]],
             alt.Color("kind:N", title="text, layers", sort=None),
-            _log_y("loss added (nats per token)"),
+            _log_y(table),
             f"N = {size}, {_SCHEDULE_NAMES[schedule]}, 4 bits",
         )
         for (size, schedule), group in table.assign(kind=kind).groupby(["size", "schedule"], sort=False)
@@ -397,6 +401,12 @@ def _thin(curve: list, most: int = 150) -> list:
 # ---------------------------------------------------------------------------------------------------
 # The report
 
+_EXPONENT_CAPTION = (
+    "γ_D [90 % interval], blocks' linears, held-out text; a dash where some run adds no loss, so that no "
+    "power law holds"
+)
+
+
 
 def write(workdir: Path, records: list[dict], expected: int) -> dict:
     """Writes summary, report and figures of the records, and returns the summary.
@@ -415,7 +425,7 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
             report.Section(
                 "The exponent",
                 figures=[_exponent_figure(exponents(added))],
-                tables=[("γ_D [90 % interval], blocks' linears, held-out text", _exponent_table(exponents(added)))],
+                tables=[(_EXPONENT_CAPTION, _exponent_table(exponents(added)))],
             ),
             report.Section(
                 "The models themselves",

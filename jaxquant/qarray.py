@@ -167,7 +167,10 @@ def _to_grid(
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
     view = _grouped(x.astype(jnp.float32), scale_shape(x.shape, quantizer.granularity, axis))
-    scale = quantizer.calibration(view, tuple(range(1, view.ndim, 2))) / quantizer.format.max_value
+    # Behind the barrier the divisor is no constant, which XLA would replace by an inexact reciprocal
+    # in some programs and not in others: the same tensor has the same scale everywhere.
+    max_value = jax.lax.optimization_barrier(jnp.float32(quantizer.format.max_value))
+    scale = quantizer.calibration(view, tuple(range(1, view.ndim, 2))) / max_value
     # A group of zeros, or of values whose scale would be subnormal (flushed on most hardware), gets
     # scale 1: its elements round to zero instead of dividing by it.
     scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1)

@@ -47,7 +47,7 @@ def stochastic(
         raise ValueError("stochastic rounding needs a PRNG key; got key=None")
     low = jnp.floor(x)
     # Comparing keeps integers fixed: floor(x + u) would lose them where x + u rounds up.
-    return low + (jax.random.uniform(key, x.shape, x.dtype) < x - low)
+    return low + (jax.random.uniform(key, x.shape, x.dtype) < x - low).astype(x.dtype)
 
 
 @jax.custom_vjp

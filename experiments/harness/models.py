@@ -62,8 +62,8 @@ class LMConfig:
 
 
 def _shape(layers: int, width: int, heads: int) -> LMConfig:
-    """The usual proportions: a SwiGLU of 8/3 the width makes N = 12 · layers · width²."""
-    return LMConfig(layers, width, heads, heads, width * 8 // 3)
+    """The usual proportions: a SwiGLU of about 8/3 the width makes N about 12 · layers · width²."""
+    return LMConfig(layers, width, heads, heads, width * 8 // 3 // 8 * 8)
 
 
 # Named by their non-embedding parameters N.
@@ -71,7 +71,7 @@ SIZES = {
     "3k": _shape(2, 12, 2),
     "14k": _shape(2, 24, 2),
     "21k": _shape(3, 24, 3),
-    "55k": _shape(2, 48, 2),
+    "38k": _shape(2, 40, 2),
     "83k": _shape(3, 48, 3),
     "332k": _shape(3, 96, 3),
     "1.3m": _shape(3, 192, 3),
@@ -100,7 +100,7 @@ def rotate(x_BxTxHxd: jax.Array) -> jax.Array:
     """
     tokens, size = x_BxTxHxd.shape[1], x_BxTxHxd.shape[-1]
     frequency = 10_000.0 ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
-    angle_Txd = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency
+    angle_Txd = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequency[None, :]
     cos, sin = (f(angle_Txd)[None, :, None, :].astype(x_BxTxHxd.dtype) for f in (jnp.cos, jnp.sin))
     low, high = jnp.split(x_BxTxHxd, 2, axis=-1)
     return jnp.concatenate([low * cos - high * sin, low * sin + high * cos], axis=-1)

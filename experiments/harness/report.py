@@ -70,6 +70,8 @@ _CONFIG = {
     "legend": {"orient": "bottom", "columns": 4},
 }
 
+_FIT_WIDTH = {"type": "fit-x", "contains": "padding"}
+
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 1080px;
@@ -77,7 +79,7 @@ body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; mar
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { margin-bottom: 0; }
 .lead { font-size: 1.1rem; border-left: 4px solid #4269d0; padding-left: 1rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
-.panel { width: 100%; min-width: 0; height: 300px; } .caption { color: #555; font-size: .92rem; }
+.panel { width: 100%; min-width: 0; min-height: 280px; } .caption { color: #555; font-size: .92rem; }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
 thead th { border-bottom: 2px solid #999; }
@@ -128,7 +130,7 @@ def _figure(figure: Figure, specs: dict[str, dict]) -> str:
     panels = []
     for panel in figure.panels:
         key = f"panel-{len(specs)}"
-        fitted = panel.properties(width="container", height=220, autosize={"type": "fit", "contains": "padding"})
+        fitted = panel.properties(width="container", height=220, autosize=_FIT_WIDTH)
         specs[key] = fitted.configure(**_CONFIG).to_dict()
         panels.append(f'<div class="panel" id="{key}"></div>')
     return (

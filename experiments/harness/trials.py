@@ -179,7 +179,7 @@ class _Bar:
         self._bar = tqdm(
             total=total,
             initial=self._done,
-            bar_format="{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left, {postfix}",
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed} passed, {remaining} left, {desc}",
             dynamic_ncols=True,
             mininterval=0.5,
         )
@@ -198,7 +198,7 @@ class _Bar:
         self._show(refresh=True)
 
     def _show(self, refresh: bool = False) -> None:
-        self._bar.set_postfix_str(
+        self._bar.set_description_str(
             f"{self._finished} of {self._trials} trials done, {self._note}", refresh=False
         )
         self._bar.update(self._done + sum(self._under_way.values()) - self._bar.n)

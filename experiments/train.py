@@ -1,0 +1,198 @@
+"""One training run at any scale: a language model, a corpus, a schedule, a mesh.
+
+    python -m experiments.train --preset=laptop --workdir=runs/train
+    python -m experiments.train --config.size=83k --config.mesh_data=2 --config.mesh_fsdp=4
+
+Writes ``metrics.json`` (the loss curve) and ``result.json`` (loss on each evaluation split) beside the
+checkpoints; stopped at any point, the same command goes on, on the same mesh or another.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from tqdm.auto import tqdm
+
+from experiments.harness import cli, data, files, models, train
+from experiments.harness.checkpoints import Checkpoints
+
+# What may differ between a run and the run that goes on from its checkpoint.
+_LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "checkpoint_every")
+
+
+@dataclasses.dataclass
+class Config:
+    """One run."""
+
+    size: str = "83k"  # of harness/models.py, by N
+    kv_heads: int = 0  # grouped-query attention; 0: as many as heads
+    steps: int = 2000
+    schedule: str = "wsd"  # wsd, cosine
+    seed: int = 0
+    data: str = "sotu"  # sotu, text, tokens, generated
+    data_path: str = ""
+    shift_path: str = ""
+    sequence: int = 128
+    batch: int = 16
+    peak_lr: float = 4e-3
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dtype: str = "float32"
+    evaluation_windows: int = 128
+    log_every: int = 20
+    checkpoint_every: int = 500
+    mesh_data: int = 1
+    mesh_fsdp: int = -1
+
+
+PRESETS = {
+    "smoke": Config(size="3k", steps=60, sequence=64, evaluation_windows=8, checkpoint_every=20),
+    "laptop": Config(),
+    "tpu": Config(
+        size="113m",
+        steps=20_000,
+        data="tokens",
+        sequence=1024,
+        batch=256,
+        peak_lr=1e-3,
+        dtype="bfloat16",
+        checkpoint_every=1000,
+    ),
+}
+
+
+def make_schedule(config: Config) -> train.Schedule:
+    """Ten per cent warm-up; cosine to a tenth of the peak, or a stable phase and ten per cent cooldown."""
+    warmup = max(1, config.steps // 10)
+    if config.schedule == "cosine":
+        return train.cosine(config.peak_lr, config.steps, warmup)
+    if config.schedule == "wsd":
+        return train.cooldown(config.peak_lr, warmup, config.steps - warmup, config.steps)
+    raise ValueError(f"config.schedule is 'wsd' or 'cosine'; got {config.schedule!r}")
+
+
+def _check(config: Config) -> None:
+    for name in ("steps", "sequence", "batch", "evaluation_windows", "log_every", "checkpoint_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
+    for name in ("peak_lr", "clip"):
+        if not getattr(config, name) > 0:
+            raise ValueError(f"config.{name} is above 0; got {getattr(config, name)}")
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Marks the folder as this run's, or finds that it is.
+
+    Raises:
+        ValueError: it cannot be written, or holds another run.
+    """
+    content = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
+    try:
+        found = files.read_json(workdir / "config.json")
+        if found is None and (workdir / "study.json").exists():
+            raise ValueError(f"workdir '{workdir}' holds a study's records; choose another --workdir")
+        files.write_json(workdir / "config.json", found or content)
+    except OSError as error:
+        raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
+    other = [k for k in content if found is not None and found.get(k) != content[k]]
+    if other:
+        changed = ", ".join(f"{k} {found.get(k)!r} there, {content[k]!r} here" for k in other)
+        raise ValueError(f"workdir '{workdir}' holds another run ({changed}); choose another --workdir")
+
+
+def run(config: Config, workdir: str | Path) -> dict:
+    """Trains, going on from a checkpoint where there is one, and evaluates.
+
+    Args:
+        config: the run.
+        workdir: its folder.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ValueError: bad input.
+        Diverged: a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    _check(config)
+    schedule = make_schedule(config)
+    mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
+    if config.batch % mesh.size:
+        raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
+    corpus = data.load(config.data, config.data_path, config.shift_path)
+    batches = data.train_batches(
+        corpus, config.sequence, config.batch, config.seed, jax.process_index(), jax.process_count()
+    )
+    model = models.sized(config.size, vocab_size=corpus.vocab_size, dtype=config.dtype)
+    model = dataclasses.replace(model, kv_heads=config.kv_heads or model.heads)
+    _claim(workdir, config)
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: models.LM(model, nnx.Rngs(0))))
+    loss, tx = train.next_token_loss(graphdef), train.adamw(0.9, 0.95, config.weight_decay, config.clip)
+    state = train.init_state(
+        lambda: nnx.state(models.LM(model, nnx.Rngs(config.seed)), nnx.Param), tx, mesh
+    )
+    with Checkpoints(workdir / "checkpoints") as checkpoints, tqdm(total=config.steps, unit="step") as bar:
+
+        def on_log(steps: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(steps)
+
+        state, history = train.fit(
+            train.make_step(loss, tx, mesh),
+            state,
+            batches,
+            schedule,
+            config.steps,
+            mesh,
+            checkpoints=checkpoints,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            on_log=on_log,
+        )
+    return _finish(workdir, config, corpus, model, jax.jit(loss), state, history)
+
+
+def _finish(workdir, config, corpus, model, loss, state, history) -> dict:
+    evaluate = functools.partial(
+        data.evaluation_windows, corpus, length=config.sequence, count=config.evaluation_windows
+    )
+    tokens = config.steps * config.batch * config.sequence
+    result = {
+        "parameters": model.non_embedding_parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / model.non_embedding_parameters,
+        "repetitions": corpus.repetitions(tokens),
+        "loss": {
+            split: _mean_loss(loss, state.params, evaluate(split=split), config.batch)
+            for split in corpus.evaluation
+        },
+    }
+    files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
+    files.write_json(workdir / "result.json", result)
+    return result
+
+
+def _mean_loss(loss, params, windows: np.ndarray, batch: int) -> float:
+    """The mean over windows, a batch at a time; the last may be smaller."""
+    parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    total = sum(float(loss(params, jnp.asarray(part))) * len(part) for part in parts)
+    return total / len(windows)
+
+
+def main(config: Config) -> None:
+    workdir = flags.FLAGS.workdir or f"runs/train/{flags.FLAGS.preset}"
+    result = run(config, workdir)
+    losses = ", ".join(f"{split} {loss:.4f}" for split, loss in result["loss"].items())
+    print(f"loss in nats per token: {losses}; each training token was seen {result['repetitions']:.2f} times")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run; runs/train/PRESET where not given.")
+    cli.main(main, PRESETS, default="laptop")

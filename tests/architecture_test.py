@@ -1,0 +1,79 @@
+"""The floors of the house: a file imports only from floors below it, or from files above it on its own."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LIBRARY = [
+    ["formats", "rounding"],
+    ["calibration", "qarray"],
+    ["dot", "recipes"],
+    ["rules", "nnx"],
+]
+EXPERIMENTS = [
+    ["harness.files", "harness.cli"],
+    ["harness.data", "harness.models", "harness.checkpoints", "harness.report"],
+    ["harness.train", "harness.trials"],
+    ["ptq_overtraining_report", "ptq_overtraining", "train"],
+]
+# What each side may import from outside; anything new is a decision, so it is made here too.
+LIBRARY_MAY_USE = {"flax", "jax", "jaxtyping", "numpy"}
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of what a file imports: modules, and names taken from them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(ROOT / package).with_suffix("").parts): path
+        for path in sorted((ROOT / package).rglob("*.py"))
+        if path.name != "__init__.py"
+    }
+
+
+@pytest.mark.parametrize(("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)])
+def test_every_file_has_a_floor(package, floors):
+    assert set(modules(package)) == {name for floor in floors for name in floor}
+
+
+@pytest.mark.parametrize(("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)])
+def test_imports_go_down(package, floors):
+    order = [name for floor in floors for name in floor]
+    for name, path in modules(package).items():
+        used = {
+            other
+            for other in order
+            for target in imports(path)
+            if target == f"{package}.{other}" or target.startswith(f"{package}.{other}.")
+        }
+        above = {other for other in used if order.index(other) >= order.index(name)}
+        assert not above, f"{path} imports {above}, which do not lie below it"
+
+
+def test_the_library_knows_nothing_of_the_studies():
+    for path in (ROOT / "jaxquant").rglob("*.py"):
+        packages = {name.split(".")[0] for name in imports(path)}
+        assert "experiments" not in packages, path
+
+
+def test_the_library_uses_only_what_it_declares_and_nothing_private():
+    import sys
+
+    for path in (ROOT / "jaxquant").rglob("*.py"):
+        for name in imports(path):
+            package = name.split(".")[0]
+            allowed = LIBRARY_MAY_USE | {"jaxquant"} | set(sys.stdlib_module_names)
+            assert package in allowed, f"{path} imports {name}"
+            assert "._src" not in name, f"{path} imports {name}"

@@ -1,0 +1,82 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.harness.checkpoints import Checkpoints
+
+
+class Position:
+    def __init__(self):
+        self.state = {"at": 0}
+
+    def get_state(self):
+        return self.state
+
+    def set_state(self, state):
+        self.state = state
+
+
+def state(value, dtype=jnp.float32):
+    return {"w": jnp.full((64, 8), value, dtype), "b": jnp.zeros(3)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        for step in (10, 20):
+            position = Position()
+            position.set_state({"at": step})
+            checkpoints.save(step, state(step), position, [(step, 1.5)])
+    return tmp_path / "run"
+
+
+def restore(folder, like=None, at_most=100):
+    position = Position()
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore(like or state(0), position, at_most), position.state
+
+
+def test_the_newest_is_restored_with_its_position_and_history(folder):
+    (found, history), position = restore(folder)
+    np.testing.assert_array_equal(found["w"], 20)
+    assert (history, position) == ([(20, 1.5)], {"at": 20})
+
+
+def test_later_ones_than_wanted_are_passed_over(folder):
+    (found, _), position = restore(folder, at_most=19)
+    np.testing.assert_array_equal(found["w"], 10)
+    assert position == {"at": 10}
+    assert restore(folder, at_most=5)[0] is None
+
+
+def biggest_file(folder):
+    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "json"])
+def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage, caplog):
+    if damage == "truncate":
+        victim = biggest_file(folder / "20")
+        victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
+    elif damage == "remove":
+        biggest_file(folder / "20").unlink()
+    else:
+        (victim,) = (folder / "20" / "extra").glob("metadata*")
+        victim.write_text('{"layo')
+    (found, _), _ = restore(folder)
+    np.testing.assert_array_equal(found["w"], 10)
+    assert "unusable" in caplog.text
+    assert "set aside" in caplog.text
+    assert [p.name.split("-")[:2] for p in (folder.parent / "set-aside").iterdir()] == [["run", "20"]]
+
+
+def test_a_save_that_was_cut_off_is_not_seen(folder):
+    (folder / "30.orbax-checkpoint-tmp-0").mkdir()
+    (folder / "30.orbax-checkpoint-tmp-0" / "half").write_text("…")
+    (found, _), _ = restore(folder)
+    np.testing.assert_array_equal(found["w"], 20)
+
+
+def test_arrays_of_another_type_or_shape_are_never_cast(folder, caplog):
+    assert restore(folder, like=state(0, jnp.bfloat16))[0] is None
+    assert "other shapes or types" in caplog.text

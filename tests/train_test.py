@@ -1,0 +1,208 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import jaxquant as jq
+from experiments.harness import data, models, train
+from experiments.harness.checkpoints import Checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _library_promotion(_strict):
+    """optax itself mixes integer step counts with floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Counter:
+    """Batches 0, 1, 2, …, with a position to checkpoint."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __next__(self):
+        self.at += 1
+        return np.full((2, 3), self.at - 1, np.float32)
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
+
+
+def quadratic(params, batch):
+    return jnp.mean((params["x"][None] - jnp.sin(batch)) ** 2)
+
+
+@pytest.fixture
+def toy():
+    mesh, tx = train.make_mesh(), train.adamw()
+
+    def start():
+        return train.init_state(lambda: {"x": jnp.ones(3)}, tx, mesh)
+
+    return start, train.make_step(quadratic, tx, mesh), mesh
+
+
+def run(toy, steps, folder=None, **options):
+    start, step, mesh = toy
+    plan = train.cosine(0.05, 200, 10)
+    if folder is None:
+        return train.fit(step, start(), Counter(), plan, steps, mesh, **options)
+    with Checkpoints(folder) as checkpoints:
+        return train.fit(
+            step, start(), Counter(), plan, steps, mesh, checkpoints=checkpoints, **options
+        )
+
+
+# ---- schedules
+
+
+def test_schedules_at_their_landmarks():
+    cosine = train.cosine(2.0, 100, 10, floor=0.1)
+    np.testing.assert_allclose([cosine(0), cosine(9), cosine(10), cosine(55), cosine(100)], [0.2, 2, 2, 1.1, 0.2], rtol=1e-6)
+    branch, trunk = train.cooldown(2.0, 10, 80, 100), train.stable(2.0, 10)
+    np.testing.assert_allclose([branch(90), branch(100)], [1.0, 0.0], atol=1e-6)
+    for step in range(80):
+        assert float(branch(step)) == float(trunk(step))
+
+
+def test_a_schedule_is_data_one_compilation_for_all(toy):
+    start, _, mesh = toy
+    counted = chex.assert_max_traces(n=1)(lambda params, batch: quadratic(params, batch))
+    step = train.make_step(counted, train.adamw(), mesh)
+    for plan in (train.cosine(0.1, 50, 5), train.stable(0.2, 3), train.cooldown(0.1, 5, 40, 50)):
+        train.fit(step, start(), Counter(), plan, 5, mesh)
+
+
+def test_the_optimizer_is_optax_adamw():
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    gradients = jax.tree.map(lambda p: 0.1 * p, params)
+    ours, reference = train.adamw(clip=1e9), optax.adamw(0.01, 0.9, 0.95, weight_decay=0.1, mask={"w": True, "b": False})
+    states, found, expected = [ours.init(params), reference.init(params)], params, params
+    for _ in range(3):
+        updates, states[0] = ours.update(gradients, states[0], found, learning_rate=jnp.float32(0.01))
+        found = optax.apply_updates(found, updates)
+        updates, states[1] = reference.update(gradients, states[1], expected)
+        expected = optax.apply_updates(expected, updates)
+    chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+
+# ---- the loop
+
+
+def test_fit_stops_where_it_should_and_reports_each_interval(toy):
+    seen = []
+    state, history = run(toy, 47, log_every=10, on_log=lambda n, loss: seen.append(n))
+    assert int(state.step) == 47
+    assert [step for step, _ in history] == [10, 20, 30, 40, 47]
+    assert seen == [10, 10, 10, 10, 7]
+
+
+@pytest.mark.parametrize("stop", [1, 20, 33, 40])
+def test_a_resumed_run_is_bit_identical(toy, tmp_path, stop):
+    whole, history = run(toy, 60, log_every=5, checkpoint_every=10)
+    run(toy, stop, tmp_path / "run", log_every=5, checkpoint_every=10)
+    # What a kill leaves: the checkpoints up to the last multiple of checkpoint_every.
+    for folder in (tmp_path / "run").iterdir():
+        if folder.name.isdigit() and int(folder.name) % 10:
+            folder.rename(tmp_path / f"gone-{folder.name}")
+    resumed, resumed_history = run(toy, 60, tmp_path / "run", log_every=5, checkpoint_every=10)
+    chex.assert_trees_all_equal(whole, resumed)
+    assert history == resumed_history
+
+
+def test_divergence_ends_clearly(toy):
+    start, _, mesh = toy
+    step = train.make_step(lambda p, b: jnp.mean(p["x"][None] / (b - 6.0)), train.adamw(), mesh)
+    with pytest.raises(train.Diverged, match="by step 7") as caught:
+        train.fit(step, start(), Counter(), train.stable(0.1, 1), 20, mesh, log_every=10)
+    assert caught.value.step == 7
+
+
+def test_a_training_step_with_traced_bits_is_traced_once():
+    config = models.sized("3k")
+    graphdef, mesh = nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))), train.make_mesh()
+
+    @chex.assert_max_traces(n=1)
+    def loss(params, tokens, bits):
+        int_bits = jq.Quantizer(jq.Int(bits), "channel")
+        model = nnx.merge(graphdef, params)
+        dot_general = jq.DotGeneral(jq.Operands(int_bits, int_bits))
+        model = jq.nnx.quantize(model, {"blocks/.*": dot_general})
+        logits = model(tokens[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+    step = train.make_step(loss, train.adamw(), mesh)
+    corpus, losses = data.load("generated"), []
+    for bits in range(2, 10):
+        state = train.init_state(lambda: nnx.state(models.LM(config, nnx.Rngs(0)), nnx.Param), train.adamw(), mesh)
+        batches = data.train_batches(corpus, 16, 4, seed=0)
+        extra = (jnp.float32(bits),)
+        _, history = train.fit(step, state, batches, train.stable(1e-2, 1), 4, mesh, data=extra)
+        losses.append(history[-1][1])
+    assert len(set(losses)) == 8
+
+
+# ---- layouts
+
+
+@pytest.mark.parametrize(("sizes", "message"), [((3, 1), "1 device"), ((0, -1), "mesh"), ((-1, -1), "mesh")])
+def test_a_mesh_that_does_not_fit_is_named(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        train.make_mesh(*sizes)
+
+
+def train_binary(workdir, devices, steps=50, **config):
+    flags = [f"--config.{k}={v}" for k, v in config.items()]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={workdir}",
+         f"--config.steps={steps}", "--config.log_every=1", "--config.checkpoint_every=25", *flags],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def losses(workdir) -> np.ndarray:
+    return np.array([entry["loss"] for entry in json.loads((workdir / "metrics.json").read_text())])
+
+
+def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
+    layouts = {"one": (1, 1, 1), "fsdp": (8, 1, 8), "both": (8, 2, 4)}
+    for name, (devices, by_data, by_fsdp) in layouts.items():
+        done = train_binary(tmp_path / name, devices, mesh_data=by_data, mesh_fsdp=by_fsdp)
+        assert done.returncode == 0, done.stderr[-2000:]
+        np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=2e-4)
+    assert losses(tmp_path / "one").size == 50
+    assert losses(tmp_path / "one")[-1] < losses(tmp_path / "one")[0]
+
+    # The fsdp = 8 run lost its end; data × fsdp = 2 × 4 goes on from its checkpoint at step 25.
+    os.rename(tmp_path / "fsdp" / "checkpoints" / "50", tmp_path / "lost")
+    done = train_binary(tmp_path / "fsdp", 8, mesh_data=2, mesh_fsdp=4)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_allclose(losses(tmp_path / "fsdp"), losses(tmp_path / "one"), rtol=2e-4)
+    assert "50%" in done.stderr
+
+
+def test_another_run_in_the_workdir_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"size": "83k"}')
+    done = train_binary(tmp_path, 1)
+    assert done.returncode == 2
+    assert "holds another run (size '83k' there, '3k' here" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

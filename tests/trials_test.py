@@ -1,0 +1,122 @@
+import dataclasses
+import errno
+import json
+import os
+
+import pytest
+
+from experiments.harness import files, trials
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    number: int
+    kind: str = "good"
+
+
+def run_trial(trial: Trial, context: trials.Context) -> dict:
+    context.progress(1.0, "halfway")
+    if trial.kind == "bad":
+        raise ArithmeticError(f"cannot do {trial.number}")
+    if trial.kind == "dies":
+        os._exit(7)
+    if trial.kind == "full":
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+    part = context.remember("part", lambda: {"square": trial.number**2})
+    return {"status": "done", "result": part["square"], "pid": None}
+
+
+def run(ledger, grid, **options):
+    trials.run(grid, run_trial, ledger, cost=lambda t: 2.0, **options)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return trials.Ledger(tmp_path / "w", "squares")
+
+
+GRID = [Trial(n) for n in range(5)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_trial_has_one_record_and_scratch_is_gone(ledger, workers):
+    run(ledger, GRID, workers=workers)
+    assert [ledger.read(t)["result"] for t in GRID] == [0, 1, 4, 9, 16]
+    assert len(list((ledger.workdir / "trials").iterdir())) == 5
+    assert not [p for p in (ledger.workdir / "scratch").iterdir() if p.is_dir()]
+
+
+def test_finished_trials_are_skipped(ledger):
+    run(ledger, GRID[:2])
+    before = {p: p.stat().st_mtime_ns for p in (ledger.workdir / "trials").iterdir()}
+    run(ledger, GRID)
+    assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+def test_shards_cover_the_grid_once(ledger):
+    sizes = []
+    for i in range(3):
+        run(ledger, GRID, shard=(i, 3))
+        sizes.append(len(list((ledger.workdir / "trials").iterdir())))
+    assert sizes == [2, 4, 5]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_damaged_record_is_set_aside_and_made_again(ledger, workers, caplog):
+    run(ledger, GRID)
+    whole = ledger.path(GRID[3]).read_bytes()
+    ledger.path(GRID[3]).write_bytes(whole[: len(whole) // 2])
+    ledger.path(GRID[4]).write_bytes(whole)  # another trial's
+    run(ledger, GRID, workers=workers)
+    assert ledger.path(GRID[3]).read_bytes() == whole
+    assert ledger.read(GRID[4])["result"] == 16
+    assert "not whole JSON" in caplog.text
+    assert "not this trial's record" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("bad", "cannot do 9"), ("dies", "exit code 7")])
+def test_a_failing_trial_is_named_and_costs_only_itself(ledger, kind, reason):
+    with pytest.raises(RuntimeError, match=rf"1 trial\(s\) failed.*number=9(?s:.*){reason}"):
+        run(ledger, [*GRID, Trial(9, kind)], workers=2)
+    assert sum(ledger.read(t) is not None for t in GRID) == 5
+
+
+def test_work_is_left_to_one_worker_when_the_other_dies(ledger):
+    with pytest.raises(RuntimeError, match="failed"):
+        run(ledger, [*GRID, Trial(8, "dies"), Trial(9, "dies")], workers=2)
+    assert ledger.read(Trial(8, "dies")) is None
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(ledger):
+    run(ledger, GRID[:3])
+    with pytest.raises(OSError, match="No space left"):
+        run(ledger, [*GRID, Trial(9, "full")], workers=2)
+    assert sum(ledger.read(t) is not None for t in GRID) >= 3
+
+
+def test_what_an_interrupted_trial_finished_is_remembered(tmp_path):
+    context = trials.Context(tmp_path, lambda amount, note: None)
+    assert context.remember("a", lambda: {"x": 1}) == {"x": 1}
+    assert context.remember("a", lambda: {"x": 2}) == {"x": 1}
+
+
+def test_records_say_what_they_are(ledger):
+    run(ledger, GRID[:1])
+    record = json.loads(ledger.path(GRID[0]).read_text())
+    assert record["study"] == "squares"
+    assert record["id"] == trials.trial_id(GRID[0])
+    assert record["trial"] == {"number": 0, "kind": "good"}
+
+
+def test_a_workdir_of_another_study_is_refused(tmp_path, ledger):
+    with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
+        trials.Ledger(ledger.workdir, "cubes")
+    files.write_json(tmp_path / "v" / "trials" / "x.json", {})
+    with pytest.raises(ValueError, match=r"no study\.json"):
+        trials.Ledger(tmp_path / "v", "squares")
+
+
+def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        trials.Ledger(tmp_path / "file" / "w", "squares")
