@@ -77,7 +77,14 @@ def make_schedule(config: Config) -> train.Schedule:
 
 
 def _check(config: Config) -> None:
-    for name in ("steps", "sequence", "batch", "evaluation_windows", "log_every", "checkpoint_every"):
+    for name in (
+        "steps",
+        "sequence",
+        "batch",
+        "evaluation_windows",
+        "log_every",
+        "checkpoint_every",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
     for name in ("peak_lr", "clip"):
@@ -95,14 +102,20 @@ def _claim(workdir: Path, config: Config) -> None:
     try:
         found = files.read_json(workdir / "config.json")
         if found is None and (workdir / "study.json").exists():
-            raise ValueError(f"workdir '{workdir}' holds a study's records; choose another --workdir")
+            raise ValueError(
+                f"workdir '{workdir}' holds a study's records; choose another --workdir"
+            )
         files.write_json(workdir / "config.json", found or content)
     except OSError as error:
         raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
-    other = [k for k in content if found is not None and found.get(k) != content[k]]
-    if other:
-        changed = ", ".join(f"{k} {found.get(k)!r} there, {content[k]!r} here" for k in other)
-        raise ValueError(f"workdir '{workdir}' holds another run ({changed}); choose another --workdir")
+    there = content if found is None else found
+    changed = ", ".join(
+        f"{k} {there.get(k)!r} there, {v!r} here" for k, v in content.items() if there.get(k) != v
+    )
+    if changed:
+        raise ValueError(
+            f"workdir '{workdir}' holds another run ({changed}); choose another --workdir"
+        )
 
 
 def run(config: Config, workdir: str | Path) -> dict:
@@ -134,11 +147,17 @@ def run(config: Config, workdir: str | Path) -> dict:
     _claim(workdir, config)
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: models.LM(model, nnx.Rngs(0))))
-    loss, tx = train.next_token_loss(graphdef), train.adamw(0.9, 0.95, config.weight_decay, config.clip)
+    loss, tx = (
+        train.next_token_loss(graphdef),
+        train.adamw(0.9, 0.95, config.weight_decay, config.clip),
+    )
     state = train.init_state(
         lambda: nnx.state(models.LM(model, nnx.Rngs(config.seed)), nnx.Param), tx, mesh
     )
-    with Checkpoints(workdir / "checkpoints") as checkpoints, tqdm(total=config.steps, unit="step") as bar:
+    with (
+        Checkpoints(workdir / "checkpoints") as checkpoints,
+        tqdm(total=config.steps, unit="step") as bar,
+    ):
 
         def on_log(steps: int, loss: float) -> None:
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -190,7 +209,9 @@ def main(config: Config) -> None:
     workdir = flags.FLAGS.workdir or f"runs/train/{flags.FLAGS.preset}"
     result = run(config, workdir)
     losses = ", ".join(f"{split} {loss:.4f}" for split, loss in result["loss"].items())
-    print(f"loss in nats per token: {losses}; each training token was seen {result['repetitions']:.2f} times")
+    print(
+        f"loss in nats per token: {losses}; each training token was seen {result['repetitions']:.2f} times"
+    )
 
 
 if __name__ == "__main__":

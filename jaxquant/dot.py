@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant import rounding
 from jaxquant.formats import Int, is_static
@@ -119,7 +118,7 @@ class DotGeneral:
         return jax.lax.dot_general(lhs, rhs, dims, precision=precision, **options)
 
 
-def _as_tuples(dimension_numbers: DimensionNumbers):
+def _as_tuples(dimension_numbers: DimensionNumbers) -> Any:
     """Dimension numbers as tuples of Python ints, hashable whatever sequences they came in."""
     return tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
 
@@ -164,7 +163,9 @@ def _output_scales(lhs_scale: jax.Array, rhs_scale: jax.Array, dims):
         return sizes[: len(batch)], sizes[len(batch) : len(batch) + len(free)], ordered
 
     batch, lhs_free, lhs_scale = batch_and_free(lhs_scale, lhs_axes, lhs_batch)
-    lhs_scale = lhs_scale.reshape(*batch, *lhs_free, *[1] * (rhs_scale.ndim - len(rhs_axes + rhs_batch)))
+    lhs_scale = lhs_scale.reshape(
+        *batch, *lhs_free, *[1] * (rhs_scale.ndim - len(rhs_axes + rhs_batch))
+    )
     batch, rhs_free, rhs_scale = batch_and_free(rhs_scale, rhs_axes, rhs_batch)
     return lhs_scale, rhs_scale.reshape(*batch, *[1] * len(lhs_free), *rhs_free)
 

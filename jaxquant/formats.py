@@ -172,9 +172,7 @@ class Float:
 
     def __post_init__(self):
         if self.reserved not in ("ieee", "nan", "none"):
-            raise ValueError(
-                f"Float takes reserved 'ieee', 'nan' or 'none'; got {self.reserved!r}"
-            )
+            raise ValueError(f"Float takes reserved 'ieee', 'nan' or 'none'; got {self.reserved!r}")
         for name, low, high in (("exponent_bits", 2, 8), ("mantissa_bits", 1, 10)):
             value = getattr(self, name)
             if isinstance(value, jax.Array):
@@ -190,8 +188,10 @@ class Float:
     def _exponents(self) -> tuple[Any, Any]:
         """The exponents of the smallest normal and of the topmost binade that holds numbers."""
         one = 1 if is_static(self.exponent_bits) else jnp.int32(1)
-        bias = 2 ** (self.exponent_bits - 1) - 1 if is_static(self.exponent_bits) else (
-            (one << (jnp.asarray(self.exponent_bits, jnp.int32) - 1)) - 1
+        bias = (
+            2 ** (self.exponent_bits - 1) - 1
+            if is_static(self.exponent_bits)
+            else ((one << (jnp.asarray(self.exponent_bits, jnp.int32) - 1)) - 1)
         )
         return 1 - bias, bias + (0 if self.reserved == "ieee" else 1)
 
@@ -208,10 +208,13 @@ class Float:
     def dtype(self) -> np.dtype:
         if not self._is_static:
             raise ValueError(
-                _traced_message("Float", "exponent_bits and mantissa_bits",
-                                (self.exponent_bits, self.mantissa_bits))
+                _traced_message(
+                    "Float",
+                    "exponent_bits and mantissa_bits",
+                    (self.exponent_bits, self.mantissa_bits),
+                )
             )
-        key = (self.exponent_bits, self.mantissa_bits, self.reserved)
+        key: Any = (self.exponent_bits, self.mantissa_bits, self.reserved)
         if key not in _FLOAT_DTYPES:
             names = ", ".join(f"Float({e}, {m}, {r!r})" for e, m, r in _FLOAT_DTYPES)
             raise ValueError(
@@ -237,8 +240,9 @@ class Float:
 
     @classmethod
     def tree_unflatten(cls, static, traced):
-        (parameters, reserved), traced = static, iter(traced)
-        return cls(*(next(traced) if p is None else p for p in parameters), reserved)
+        (parameters, reserved), leaves = static, iter(traced)
+        exponent, mantissa = (next(leaves) if p is None else p for p in parameters)
+        return cls(exponent, mantissa, reserved)
 
 
 def _exp2(exponent: jax.Array) -> jax.Array:

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any, TypeVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -28,7 +27,7 @@ class QuantizeTable:
     quantizer: Quantizer
     promote_dtype: Any
 
-    def __call__(self, operands: tuple[jax.Array, ...], **options) -> tuple[jax.Array, ...]:
+    def __call__(self, operands: Any, /, **options) -> Any:
         *others, table = operands
         table = fake_quant(jnp.asarray(table), self.quantizer, axis=-1)
         return self.promote_dtype((*others, table), **options)
@@ -65,7 +64,9 @@ def quantize(model: Model, rules: Rules) -> Model:
         if isinstance(module, (*_WITH_DOT_GENERAL, *_NOT_YET, nnx.Embed))
     }
     if not modules:
-        raise ValueError(f"{type(model).__name__} has no Linear, LinearGeneral or Embed to quantize")
+        raise ValueError(
+            f"{type(model).__name__} has no Linear, LinearGeneral or Embed to quantize"
+        )
     for path, dot_general in assign(modules, rules).items():
         if dot_general is not None:
             _install(modules[path], path, dot_general)
@@ -77,7 +78,9 @@ def _install(module: nnx.Module, path: str, dot_general: DotGeneral) -> None:
         module.dot_general = dot_general
     elif isinstance(module, nnx.Embed):
         if dot_general.forward.rhs is None:
-            raise ValueError(f"{path} is an Embed, and the recipe that it got leaves weights in float")
+            raise ValueError(
+                f"{path} is an Embed, and the recipe that it got leaves weights in float"
+            )
         module.promote_dtype = QuantizeTable(dot_general.forward.rhs, module.promote_dtype)
     else:
         raise ValueError(

@@ -36,7 +36,9 @@ def recipe(name: str) -> DotGeneral:
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for bits in (weight_bits, activation_bits):
         if bits != _FLOAT_BITS and not INT_BITS[0] <= bits <= 8:
-            raise ValueError(f"recipe {name!r}: widths are 2 to 8, or 16 for floating point; got {bits}")
+            raise ValueError(
+                f"recipe {name!r}: widths are 2 to 8, or 16 for floating point; got {bits}"
+            )
     if match[3] and weight_bits == _FLOAT_BITS:
         raise ValueError(f"recipe {name!r}: a block size needs quantized weights")
     granularity = int(match[3]) if match[3] else "channel"

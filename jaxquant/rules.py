@@ -39,7 +39,9 @@ def parse_rules(rules: Rules) -> list[tuple[re.Pattern[str], DotGeneral | None]]
         if isinstance(value, str):
             value = recipe(value)
         elif value is not None and not isinstance(value, DotGeneral):
-            raise ValueError(f"rule {pattern!r} maps to a recipe, a DotGeneral or None; got {value!r}")
+            raise ValueError(
+                f"rule {pattern!r} maps to a recipe, a DotGeneral or None; got {value!r}"
+            )
         parsed.append((compiled, value))
     return parsed
 
@@ -64,7 +66,9 @@ def assign(paths: Iterable[str], rules: Rules) -> dict[str, DotGeneral | None]:
     for index, (pattern, _) in enumerate(parsed):
         if index not in used:
             earlier = [p for p in paths if pattern.fullmatch(p)]
-            reason = f"earlier rules took {', '.join(earlier)}" if earlier else "nothing has such a path"
+            reason = (
+                f"earlier rules took {', '.join(earlier)}" if earlier else "nothing has such a path"
+            )
             raise ValueError(
                 f"rule {pattern.pattern!r} is unused: {reason}; the paths are {', '.join(paths) or 'none'}"
             )

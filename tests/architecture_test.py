@@ -1,4 +1,4 @@
-"""The floors of the house: a file imports only from floors below it, or from files above it on its own."""
+"""The floors of the house: a file imports from floors below, or from files above it on its own floor."""
 
 import ast
 from pathlib import Path
@@ -17,7 +17,8 @@ EXPERIMENTS = [
     ["harness.files", "harness.cli"],
     ["harness.data", "harness.models", "harness.checkpoints", "harness.report"],
     ["harness.train", "harness.trials"],
-    ["ptq_overtraining_report", "ptq_overtraining", "train"],
+    ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
+    ["ptq_overtraining.study", "ptq_overtraining.__main__", "train"],
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.
 LIBRARY_MAY_USE = {"flax", "jax", "jaxtyping", "numpy"}
@@ -43,12 +44,16 @@ def modules(package: str) -> dict[str, Path]:
     }
 
 
-@pytest.mark.parametrize(("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)])
+@pytest.mark.parametrize(
+    ("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)]
+)
 def test_every_file_has_a_floor(package, floors):
     assert set(modules(package)) == {name for floor in floors for name in floor}
 
 
-@pytest.mark.parametrize(("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)])
+@pytest.mark.parametrize(
+    ("package", "floors"), [("jaxquant", LIBRARY), ("experiments", EXPERIMENTS)]
+)
 def test_imports_go_down(package, floors):
     order = [name for floor in floors for name in floor]
     for name, path in modules(package).items():

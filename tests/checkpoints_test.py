@@ -1,3 +1,5 @@
+import shutil
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,7 +61,7 @@ def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage, caplog):
         victim = biggest_file(folder / "20")
         victim.write_bytes(victim.read_bytes()[: victim.stat().st_size // 2])
     elif damage == "remove":
-        biggest_file(folder / "20").unlink()
+        shutil.rmtree(folder / "20" / "state")
     else:
         (victim,) = (folder / "20" / "extra").glob("metadata*")
         victim.write_text('{"layo')
@@ -67,7 +69,9 @@ def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage, caplog):
     np.testing.assert_array_equal(found["w"], 10)
     assert "unusable" in caplog.text
     assert "set aside" in caplog.text
-    assert [p.name.split("-")[:2] for p in (folder.parent / "set-aside").iterdir()] == [["run", "20"]]
+    assert [p.name.split("-")[:2] for p in (folder.parent / "set-aside").iterdir()] == [
+        ["run", "20"]
+    ]
 
 
 def test_a_save_that_was_cut_off_is_not_seen(folder):

@@ -1,4 +1,4 @@
-"""Strictness for every test (no implicit rank or type promotion, CPU only), and one smoke run for all."""
+"""Strictness for every test (no rank or type promotion, CPU only), and one smoke run for all."""
 
 import dataclasses
 import os
@@ -21,7 +21,14 @@ def _strict():
 
 
 def study_command(workdir, *flags: str, study: str = "ptq_overtraining") -> list[str]:
-    return [sys.executable, "-m", f"experiments.{study}", "--preset=smoke", f"--workdir={workdir}", *flags]
+    return [
+        sys.executable,
+        "-m",
+        f"experiments.{study}",
+        "--preset=smoke",
+        f"--workdir={workdir}",
+        *flags,
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,9 @@ def test_an_epoch_reads_every_window_once_and_the_next_in_another_order(text):
     assert not np.array_equal(first, second)
     for epoch in (first, second):
         starts = np.sort(epoch.view([("", epoch.dtype)] * 17).ravel())
-        expected = np.stack([corpus.train[i * 16 : i * 16 + 17] for i in range(windows)]).astype(np.int32)
+        expected = np.stack([corpus.train[i * 16 : i * 16 + 17] for i in range(windows)]).astype(
+            np.int32
+        )
         np.testing.assert_array_equal(starts, np.sort(expected.view(starts.dtype).ravel()))
 
 
@@ -167,7 +169,11 @@ def test_bad_data_is_named(tmp_path, call, message):
 
 
 def test_wrong_token_arrays_are_named(tmp_path):
-    for array, message in ((np.ones(5), "float64"), (np.ones((2, 2), int), "1-D"), (np.array([-1, 2]), "-1")):
+    for array, message in (
+        (np.ones(5), "float64"),
+        (np.ones((2, 2), int), "1-D"),
+        (np.array([-1, 2]), "-1"),
+    ):
         np.save(tmp_path / "t.npy", array)
         with pytest.raises(ValueError, match=message):
             data.load("tokens", str(tmp_path / "t.npy"))

@@ -90,7 +90,10 @@ def test_signature_is_laxs():
     dot = jq.recipe("w8a8")
     assert dot(LHS, RHS, MATMUL, preferred_element_type=jnp.bfloat16).dtype == jnp.bfloat16
     assert dot(LHS.astype(jnp.bfloat16), RHS.astype(jnp.bfloat16), MATMUL).dtype == jnp.bfloat16
-    assert dot(LHS, RHS, [[[1], [0]], [[], []]], precision="highest", out_sharding=None).shape == (8, 16)
+    assert dot(LHS, RHS, [[[1], [0]], [[], []]], precision="highest", out_sharding=None).shape == (
+        8,
+        16,
+    )
     plain = jq.DotGeneral()(LHS, RHS, MATMUL)
     np.testing.assert_array_equal(plain, jax.lax.dot_general(LHS, RHS, MATMUL))
     assert hash(jq.recipe("w8a8")) == hash(jq.recipe("w8a8"))

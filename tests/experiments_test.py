@@ -69,16 +69,23 @@ def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert kills >= 3, "the run was over before it could be killed"
-    done = subprocess.run(study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == results(smoke.workdir)
 
 
 def test_a_report_is_rebuilt_from_records_alone(smoke, tmp_path):
     (tmp_path / "trials").mkdir()
-    for name in ("study.json", *(f"trials/{p.name}" for p in (smoke.workdir / "trials").glob("*.json"))):
+    for name in (
+        "study.json",
+        *(f"trials/{p.name}" for p in (smoke.workdir / "trials").glob("*.json")),
+    ):
         (tmp_path / name).write_bytes((smoke.workdir / name).read_bytes())
-    done = subprocess.run(study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0
     assert results(tmp_path) == results(smoke.workdir)
 
@@ -102,12 +109,16 @@ def bad_inputs(folder) -> dict[str, list[str]]:
         return ["--config.data=text", f"--config.data_path={folder / name}"]
 
     return {
-        "--preset is one of smoke, laptop, full, tpu; got 'huge'": study_command(work, "--preset=huge"),
+        "--preset is one of smoke, laptop, full, tpu; got 'huge'": study_command(
+            work, "--preset=huge"
+        ),
         "Unknown command line flag 'epochs'": study_command(work, "--epochs=3"),
         "--config.lr=1' is not --config.FIELD": study_command(work, "--config.lr=1"),
         "seeds": study_command(work, "--config.seeds=three"),
         "unexpected argument 'smoke'": study_command(work, "smoke"),
-        "2 to 16 as an integer (or a traced array); got 0": study_command(work, "--config.bits=(0,)"),
+        "2 to 16 as an integer (or a traced array); got 0": study_command(
+            work, "--config.bits=(0,)"
+        ),
         "got -1": study_command(work, "--config.bits=(-1,)"),
         "1.5": study_command(work, "--config.bits=(1.5,)"),
         "got 33": study_command(work, "--config.bits=(4,33)"),
@@ -170,7 +181,9 @@ def test_a_full_disk_loses_no_finished_record(smoke, tiny_disk):
     for path in [*finished, smoke.workdir / "study.json"]:
         (workdir / path.relative_to(smoke.workdir)).write_bytes(path.read_bytes())
     (tiny_disk / "ballast").write_bytes(b"x" * 450_000)
-    done = subprocess.run(study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 2, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
     assert "No space left on device" in last
@@ -180,6 +193,8 @@ def test_a_full_disk_loses_no_finished_record(smoke, tiny_disk):
 
     (tiny_disk / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,size=50m", str(tiny_disk)], check=True)
-    done = subprocess.run(study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(workdir) == results(smoke.workdir)

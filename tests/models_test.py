@@ -34,7 +34,7 @@ def test_logits_are_causal(kv_heads):
             x = block(x)
         return model.head(model.norm(x))[0]
 
-    influence = jnp.abs(jax.jacobian(logits)(embedded)).sum((1, 3, 5)).squeeze(1)  # [out, in]
+    influence = jnp.abs(jax.jacobian(logits)(embedded)).sum((1, 2, 4))  # [out, in]
     assert influence.shape == (8, 8)
     assert (np.triu(influence, 1) == 0).all()
     assert (np.tril(influence) != 0)[np.tril_indices(8)].all()
@@ -58,9 +58,13 @@ def test_grouped_queries_share_keys_and_values():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
     model = models.LM(models.sized("3k", dtype="bfloat16"), nnx.Rngs(0))
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype("float32")}
-    assert model.blocks[0](jnp.ones((1, 2, 12), jnp.bfloat16)).dtype == jnp.bfloat16
-    assert model(jnp.zeros((1, 2), jnp.int32)).dtype == jnp.float32
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote their scale by themselves
+        x = model.blocks[0](jnp.ones((1, 2, 12), jnp.bfloat16))
+        logits = model(jnp.zeros((1, 2), jnp.int32))
+    assert (x.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {
+        jnp.dtype("float32")
+    }
 
 
 @pytest.mark.parametrize(

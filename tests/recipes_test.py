@@ -21,7 +21,10 @@ def test_recipes_run(name):
     assert jnp.allclose(found, 32.0)
 
 
-@pytest.mark.parametrize("name", ["int8", "w8", "w8a8g", "W8A8", "w1a8", "w9a8", "w0a8", "w8a33", "w16a8g32", "w4a16g0", 8])
+@pytest.mark.parametrize(
+    "name",
+    ["int8", "w8", "w8a8g", "W8A8", "w1a8", "w9a8", "w0a8", "w8a33", "w16a8g32", "w4a16g0", 8],
+)
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match=r"recipe|granularity"):
         jq.recipe(name)

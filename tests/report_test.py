@@ -8,7 +8,9 @@ import pytest
 
 from experiments.harness import report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 
 
@@ -19,7 +21,9 @@ def chart(title):
 
 @pytest.fixture
 def page(tmp_path):
-    figure = report.Figure("lines", "Two lines", "A <caption> & more.", [chart("one"), chart("two")])
+    figure = report.Figure(
+        "lines", "Two lines", "A <caption> & more.", [chart("one"), chart("two")]
+    )
     table = pd.DataFrame({"a & b": ["<1>"]})
     section = report.Section("Part </title>", ["Text."], [("A table", table)], [figure])
     report.write(tmp_path, "Title <b>", "Lead & so on.", [section], {"x": 1})
@@ -37,7 +41,7 @@ def test_text_is_escaped_and_nothing_is_fetched(page):
     assert "<title>Title &lt;b&gt;</title>" in html
     assert "A &lt;caption&gt; &amp; more." in html
     assert "&lt;1&gt;" in html
-    for tag in ("<script src", "<link rel=\"stylesheet\"", "<img src=\"http", "@import"):
+    for tag in ("<script src", '<link rel="stylesheet"', '<img src="http', "@import"):
         assert tag not in html
 
 
@@ -71,12 +75,14 @@ def open_page(path, width):
         boxes = browser.execute_script(
             """return [...document.querySelectorAll('.panel svg')].map(svg => {
               const box = svg.getBoundingClientRect();
-              return [box.left, box.right, box.height, svg.querySelectorAll('.mark-line path, .mark-symbol path').length];
+              const marks = svg.querySelectorAll('.mark-line path, .mark-symbol path').length;
+              return [box.left, box.right, box.height, marks];
             })"""
         )
         overflow = browser.execute_script("return document.documentElement.scrollWidth")
         fetched = browser.execute_script(
-            "return performance.getEntriesByType('resource').map(e => e.name).filter(n => !n.startsWith('data:'))"
+            "return performance.getEntriesByType('resource').map(e => e.name)"
+            ".filter(name => !name.startsWith('data:'))"
         )
         return {
             "log": browser.get_log("browser"), "drawn": drawn, "panels": panels, "boxes": boxes,

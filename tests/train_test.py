@@ -73,7 +73,11 @@ def run(toy, steps, folder=None, **options):
 
 def test_schedules_at_their_landmarks():
     cosine = train.cosine(2.0, 100, 10, floor=0.1)
-    np.testing.assert_allclose([cosine(0), cosine(9), cosine(10), cosine(55), cosine(100)], [0.2, 2, 2, 1.1, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(
+        [cosine(0), cosine(9), cosine(10), cosine(55), cosine(100)],
+        [0.2, 2, 2, 1.1, 0.2],
+        rtol=1e-6,
+    )
     branch, trunk = train.cooldown(2.0, 10, 80, 100), train.stable(2.0, 10)
     np.testing.assert_allclose([branch(90), branch(100)], [1.0, 0.0], atol=1e-6)
     for step in range(80):
@@ -91,10 +95,15 @@ def test_a_schedule_is_data_one_compilation_for_all(toy):
 def test_the_optimizer_is_optax_adamw():
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     gradients = jax.tree.map(lambda p: 0.1 * p, params)
-    ours, reference = train.adamw(clip=1e9), optax.adamw(0.01, 0.9, 0.95, weight_decay=0.1, mask={"w": True, "b": False})
+    ours, reference = (
+        train.adamw(clip=1e9),
+        optax.adamw(0.01, 0.9, 0.95, weight_decay=0.1, mask={"w": True, "b": False}),
+    )
     states, found, expected = [ours.init(params), reference.init(params)], params, params
     for _ in range(3):
-        updates, states[0] = ours.update(gradients, states[0], found, learning_rate=jnp.float32(0.01))
+        updates, states[0] = ours.update(
+            gradients, states[0], found, learning_rate=jnp.float32(0.01)
+        )
         found = optax.apply_updates(found, updates)
         updates, states[1] = reference.update(gradients, states[1], expected)
         expected = optax.apply_updates(expected, updates)
@@ -135,7 +144,10 @@ def test_divergence_ends_clearly(toy):
 
 def test_a_training_step_with_traced_bits_is_traced_once():
     config = models.sized("3k")
-    graphdef, mesh = nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))), train.make_mesh()
+    graphdef, mesh = (
+        nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))),
+        train.make_mesh(),
+    )
 
     @chex.assert_max_traces(n=1)
     def loss(params, tokens, bits):
@@ -149,7 +161,9 @@ def test_a_training_step_with_traced_bits_is_traced_once():
     step = train.make_step(loss, train.adamw(), mesh)
     corpus, losses = data.load("generated"), []
     for bits in range(2, 10):
-        state = train.init_state(lambda: nnx.state(models.LM(config, nnx.Rngs(0)), nnx.Param), train.adamw(), mesh)
+        state = train.init_state(
+            lambda: nnx.state(models.LM(config, nnx.Rngs(0)), nnx.Param), train.adamw(), mesh
+        )
         batches = data.train_batches(corpus, 16, 4, seed=0)
         extra = (jnp.float32(bits),)
         _, history = train.fit(step, state, batches, train.stable(1e-2, 1), 4, mesh, data=extra)
@@ -160,7 +174,9 @@ def test_a_training_step_with_traced_bits_is_traced_once():
 # ---- layouts
 
 
-@pytest.mark.parametrize(("sizes", "message"), [((3, 1), "1 device"), ((0, -1), "mesh"), ((-1, -1), "mesh")])
+@pytest.mark.parametrize(
+    ("sizes", "message"), [((3, 1), "1 device"), ((0, -1), "mesh"), ((-1, -1), "mesh")]
+)
 def test_a_mesh_that_does_not_fit_is_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         train.make_mesh(*sizes)

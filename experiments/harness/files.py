@@ -49,4 +49,6 @@ def set_aside(path: Path, reason: str) -> None:
     target = path.parent / "set-aside" / f"{path.name}.{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)
     path.rename(target)
-    logging.getLogger(__name__).warning("%s is unusable (%s); set aside as %s", path, reason, target)
+    logging.getLogger(__name__).warning(
+        "%s is unusable (%s); set aside as %s", path, reason, target
+    )

@@ -126,7 +126,9 @@ class Attention(nnx.Module):
         self.query = _linear(config.width, config.width, config, rngs)
         self.key = _linear(config.width, kv_width, config, rngs)
         self.value = _linear(config.width, kv_width, config, rngs)
-        self.out = _linear(config.width, config.width, config, rngs, gain=(2 * config.layers) ** -0.5)
+        self.out = _linear(
+            config.width, config.width, config, rngs, gain=(2 * config.layers) ** -0.5
+        )
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         def heads(y_BxTxD):
@@ -145,7 +147,9 @@ class SwiGLU(nnx.Module):
     def __init__(self, config: LMConfig, rngs: nnx.Rngs):
         self.gate = _linear(config.width, config.hidden, config, rngs)
         self.up = _linear(config.width, config.hidden, config, rngs)
-        self.down = _linear(config.hidden, config.width, config, rngs, gain=(2 * config.layers) ** -0.5)
+        self.down = _linear(
+            config.hidden, config.width, config, rngs, gain=(2 * config.layers) ** -0.5
+        )
 
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         return self.down(jax.nn.silu(self.gate(x_BxTxD)) * self.up(x_BxTxD))

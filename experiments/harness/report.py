@@ -50,8 +50,14 @@ def write(workdir: Path, title: str, lead: str, sections: Sequence[Section], sum
     figures = [figure for section in sections for figure in section.figures]
     for figure in figures:
         image = still(figure).to_json()
-        files.write(workdir / "figures" / f"{figure.name}.svg", vl_convert.vegalite_to_svg(image, _VEGA_LITE))
-        files.write(workdir / "figures" / f"{figure.name}.png", vl_convert.vegalite_to_png(image, _VEGA_LITE, scale=2))
+        files.write(
+            workdir / "figures" / f"{figure.name}.svg",
+            vl_convert.vegalite_to_svg(image, _VEGA_LITE),
+        )
+        files.write(
+            workdir / "figures" / f"{figure.name}.png",
+            vl_convert.vegalite_to_png(image, _VEGA_LITE, scale=2),
+        )
     files.write(workdir / "report.html", to_html(title, lead, sections))
 
 
@@ -74,8 +80,8 @@ _FIT_WIDTH = {"type": "fit-x", "contains": "padding"}
 
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto; max-width: 1080px;
-  padding: 1rem; }
+body { font: 16px/1.55 system-ui, sans-serif; color: #222; background: #fff; margin: 0 auto;
+  max-width: 1080px; padding: 1rem; }
 h1 { line-height: 1.2; } h2 { margin-top: 2.5rem; } h3 { margin-bottom: 0; }
 .lead { font-size: 1.1rem; border-left: 4px solid #4269d0; padding-left: 1rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1rem; }
@@ -103,9 +109,11 @@ def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
     body = "\n".join(_section(section, specs) for section in sections)
     # "</" would end the script element early wherever it stood in a string.
     data = json.dumps(specs).replace("</", "<\\/")
-    library = vl_convert.javascript_bundle(vl_version=_VEGA_LITE).replace("</script", "<\\/script")
+    library = vl_convert.javascript_bundle(vl_version=_VEGA_LITE)  # pyright: ignore[reportCallIssue]
+    library = library.replace("</script", "<\\/script")
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{_STYLE}</style></head>
 <body><h1>{html.escape(title)}</h1><p class="lead">{html.escape(lead)}</p>
 {body}
@@ -134,6 +142,6 @@ def _figure(figure: Figure, specs: dict[str, dict]) -> str:
         specs[key] = fitted.configure(**_CONFIG).to_dict()
         panels.append(f'<div class="panel" id="{key}"></div>')
     return (
-        f"<h3>{html.escape(figure.title)}</h3><p class=\"caption\">{html.escape(figure.caption)}</p>"
+        f'<h3>{html.escape(figure.title)}</h3><p class="caption">{html.escape(figure.caption)}</p>'
         f'<div class="panels">{"".join(panels)}</div>'
     )

@@ -94,11 +94,11 @@ def scale_by_schedule_argument() -> optax.GradientTransformationExtraArgs:
         del params
         return optax.EmptyState()
 
-    def update(updates, state, params=None, *, learning_rate, **extra):
+    def update(updates, state, params=None, *, learning_rate: Any, **extra: Any):
         del params, extra
         return jax.tree.map(lambda u: (-learning_rate * u).astype(u.dtype), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
 @functools.lru_cache

@@ -56,7 +56,9 @@ class Ledger:
             marker = files.read_json(self.workdir / "study.json")
             if marker is None:
                 if any(self.workdir.glob("trials/*.json")):
-                    raise ValueError(f"workdir '{workdir}' holds records but no study.json saying whose")
+                    raise ValueError(
+                        f"workdir '{workdir}' holds records but no study.json saying whose"
+                    )
                 files.write_json(self.workdir / "study.json", {"study": study, "schema": SCHEMA})
                 marker = {"study": study}
             files.write(self.workdir / ".writable", "")
@@ -84,9 +86,16 @@ class Ledger:
         return record
 
     def write(self, trial: Any, results: dict, seconds: float) -> None:
-        head = {"schema": SCHEMA, "study": self.study, "id": trial_id(trial), "trial": _as_json(trial)}
+        head = {
+            "schema": SCHEMA,
+            "study": self.study,
+            "id": trial_id(trial),
+            "trial": _as_json(trial),
+        }
         files.write_json(self.path(trial), head | results)
-        files.write_json(self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)})
+        files.write_json(
+            self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}
+        )
 
     @contextlib.contextmanager
     def claim(self, trial: Any) -> Iterator[Path]:
@@ -155,7 +164,9 @@ def run(
     """
     index, count = shard
     mine = sorted(trials, key=trial_id)[index::count]
-    pending = sorted((t for t in mine if ledger.read(t) is None), key=lambda t: (-cost(t), trial_id(t)))
+    pending = sorted(
+        (t for t in mine if ledger.read(t) is None), key=lambda t: (-cost(t), trial_id(t))
+    )
     with _Bar(mine, pending, cost) as bar:
         if workers == 1 or len(pending) <= 1:
             for trial in pending:
@@ -164,7 +175,9 @@ def run(
                     _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress)
                 bar.finish(trial)
         else:
-            _run_in_processes(pending, run_trial, ledger, min(workers, len(pending)), keep_checkpoints, bar)
+            _run_in_processes(
+                pending, run_trial, ledger, min(workers, len(pending)), keep_checkpoints, bar
+            )
 
 
 class _Bar:

@@ -1,14 +1,4 @@
-"""Does longer training make a model more fragile to quantization?
-
-Models of several sizes N are trained to several lengths D, under two learning-rate schedules, and then
-quantized after training (round to nearest, weights only).  The study reports the loss that this adds
-against D/N, and the exponent γ_D of δ ∝ D^γ_D beside the published 0.507.
-
-    python -m experiments.ptq_overtraining --preset=laptop
-
-Source: Kumar et al. 2024, "Scaling Laws for Precision", arXiv 2411.04330, section 3; the confounding
-with the schedule is from Catalan-Tatjer et al. 2025, arXiv 2510.06213.
-"""
+"""The grid, one trial, and the run of them all."""
 
 import dataclasses
 import functools
@@ -19,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import flags
 from flax import nnx
 
 import jaxquant as jq
-from experiments import ptq_overtraining_report as report
-from experiments.harness import cli, data, models, train, trials
+from experiments.harness import data, models, train, trials
 from experiments.harness.checkpoints import Checkpoints
+from experiments.ptq_overtraining import report
+from jaxquant.qarray import Granularity
 
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
@@ -165,7 +155,14 @@ def _check(config: Config) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) != len(values):
             raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
-    for name in ("seeds", "evaluation_windows", "sequence", "batch", "log_every", "checkpoint_every"):
+    for name in (
+        "seeds",
+        "evaluation_windows",
+        "sequence",
+        "batch",
+        "log_every",
+        "checkpoint_every",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
     if list(config.tokens_per_parameter) != sorted(config.tokens_per_parameter):
@@ -173,7 +170,9 @@ def _check(config: Config) -> None:
             f"config.tokens_per_parameter is in rising order; got {config.tokens_per_parameter}"
         )
     if config.tokens_per_parameter[0] < 1:
-        raise ValueError(f"config.tokens_per_parameter is at least 1; got {config.tokens_per_parameter}")
+        raise ValueError(
+            f"config.tokens_per_parameter is at least 1; got {config.tokens_per_parameter}"
+        )
     for name, known in (("schedules", SCHEDULES), ("scopes", SCOPES)):
         for value in getattr(config, name):
             if value not in known:
@@ -196,8 +195,8 @@ def _check_blocks(model: models.LMConfig, granularities: tuple[str, ...]) -> Non
             )
 
 
-def parse_granularity(text: str) -> jq.qarray.Granularity:
-    """"tensor", "channel" or a block size from its digits.
+def parse_granularity(text: str) -> Granularity:
+    """ "tensor", "channel" or a block size from its digits.
 
     Raises:
         ValueError: anything else.
@@ -264,14 +263,21 @@ def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -
     base, added = {}, []
     for split in corpus.evaluation:
         windows = data.evaluation_windows(corpus, split, trial.sequence, trial.evaluation_windows)
-        reference = np.asarray(make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64)
+        reference = np.asarray(
+            make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64
+        )
         base[split] = _mean_and_error(reference)
         for granularity in trial.granularities:
             for scope in trial.scopes:
                 evaluate = make_evaluate(graphdef, granularity, scope)
                 for bits in trial.bits:
                     losses = np.asarray(evaluate(params, jnp.float32(bits), windows), np.float64)
-                    kind = {"split": split, "granularity": granularity, "scope": scope, "bits": bits}
+                    kind = {
+                        "split": split,
+                        "granularity": granularity,
+                        "scope": scope,
+                        "bits": bits,
+                    }
                     added.append(kind | _mean_and_error(losses - reference))
     return {"base": base, "added": added}
 
@@ -301,7 +307,11 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
 
 
 def _versions() -> dict[str, str]:
-    return {"jaxquant": jq.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    return {
+        "jaxquant": jq.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
 
 
 class _Run:
@@ -319,7 +329,12 @@ class _Run:
         )
         self._history: train.History = []
         self._batches = data.train_batches(
-            corpus, trial.sequence, trial.batch, trial.seed, jax.process_index(), jax.process_count()
+            corpus,
+            trial.sequence,
+            trial.batch,
+            trial.seed,
+            jax.process_index(),
+            jax.process_count(),
         )
 
     def _fit(self, state, plan: train.Schedule, steps: int, folder: str):
@@ -423,22 +438,3 @@ def _default_workers() -> int:
     if jax.default_backend() != "cpu":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def main(config: Config) -> None:
-    values = flags.FLAGS
-    workdir = values.workdir or f"runs/{STUDY}/{values.preset}"
-    summary = run(
-        config,
-        workdir,
-        workers=values.workers,
-        shard=cli.parse_shard(values.shard),
-        keep_checkpoints=values.keep_checkpoints,
-    )
-    print(report.to_text(summary))
-    print(f"report: {Path(workdir) / 'report.html'}")
-
-
-if __name__ == "__main__":
-    cli.define_study_flags(STUDY)
-    cli.main(main, PRESETS, default="laptop")

@@ -1,0 +1,155 @@
+"""What the records say: tables, the exponent with its interval, the summary."""
+
+# pandas' selections and groups, and Altair's layers, are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.harness import models
+
+KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
+CONFIDENCE = 0.9
+HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
+KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
+SCHEDULE_NAMES = {"wsd": "WSD", "cosine": "cosine"}
+
+
+def added_loss(records: list[dict]) -> pd.DataFrame:
+    """One row per run, length, quantization and split: the loss added, in nats per token."""
+    rows = []
+    for record in records:
+        run = {k: record["trial"][k] for k in ("size", "schedule", "seed")}
+        for point in record["points"]:
+            at = {"d_over_n": point["tokens_per_parameter"], "tokens": point["tokens"]}
+            rows += [run | at | entry for entry in point["added"]]
+    return pd.DataFrame(rows, columns=["seed", "d_over_n", "tokens", "mean", "se", *KIND])
+
+
+def base_loss(records: list[dict]) -> pd.DataFrame:
+    """One row per run, length and split: the unquantized loss, in nats per token."""
+    rows = []
+    for record in records:
+        run = {k: record["trial"][k] for k in ("size", "schedule", "seed")}
+        for point in record["points"]:
+            at = {"d_over_n": point["tokens_per_parameter"], "repetitions": point["repetitions"]}
+            rows += [run | at | {"split": split} | value for split, value in point["base"].items()]
+    columns = ["size", "schedule", "seed", "d_over_n", "repetitions", "split", "mean", "se"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def fit_exponent(table: pd.DataFrame) -> dict:
+    """The exponent γ of δ ∝ D^γ with a 90 % interval.
+
+    Least squares on log δ = a_seed + γ log D: every seed has a level of its own, so that only growth
+    within a run counts.  The interval is Student's t on the residuals, which hold the seeds' different
+    growth and any departure from a power law alike.
+
+    Args:
+        table: `added_loss` rows of one kind: columns seed, tokens, mean.
+
+    Returns:
+        gamma, low and high (None where they cannot be had, with the reason), and the points used.
+    """
+    positive = table[table["mean"] > 0]
+    lengths, seeds = positive["tokens"].nunique(), positive["seed"].nunique()
+    freedom = len(positive) - seeds - 1
+    result = {"gamma": None, "low": None, "high": None, "points": len(positive), "reason": None}
+    if len(positive) < len(table):
+        return result | {
+            "reason": f"{len(table) - len(positive)} of {len(table)} points add no loss"
+        }
+    if lengths < 2 or freedom < 1:
+        return result | {"reason": "too few lengths or seeds"}
+    log_d, log_loss = np.log(positive["tokens"]), np.log(positive["mean"])
+    x = (log_d - log_d.groupby(positive["seed"]).transform("mean")).to_numpy()
+    y = (log_loss - log_loss.groupby(positive["seed"]).transform("mean")).to_numpy()
+    gamma = float(x @ y / (x @ x))
+    error = math.sqrt(float(np.sum((y - gamma * x) ** 2)) / freedom / float(x @ x))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half}
+
+
+def exponents(added: pd.DataFrame) -> pd.DataFrame:
+    """`fit_exponent` of every size, schedule, granularity, scope, split and width."""
+    rows = [
+        dict(zip(KIND, kind, strict=True)) | fit_exponent(group)
+        for kind, group in added.groupby(KIND, sort=False)
+    ]
+    return pd.DataFrame(rows)
+
+
+def growth(added: pd.DataFrame) -> pd.DataFrame:
+    """The headline question per size and schedule: the mean over seeds at each D/N, and whether it grows."""
+    rows = []
+    for (size, schedule), group in select(added, **HEADLINE).groupby(
+        ["size", "schedule"], sort=False
+    ):
+        means = group.groupby("d_over_n")["mean"].mean().sort_index()
+        fit = fit_exponent(group)
+        rows.append(
+            {
+                "size": size,
+                "schedule": schedule,
+                "seeds": int(group["seed"].nunique()),
+                "added": {str(d): float(v) for d, v in means.items()},
+                "grows": bool(len(means) > 1 and (np.diff(means) > 0).all()),
+                **fit,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def select(table: pd.DataFrame, **values) -> pd.DataFrame:
+    for column, value in values.items():
+        table = table[table[column] == value]
+    return table
+
+
+def summarize(records: list[dict], expected: int) -> dict:
+    """What ``summary.json`` holds."""
+    added, base = added_loss(records), base_loss(records)
+    diverged = [
+        {
+            "id": r["id"],
+            **{k: r["trial"][k] for k in ("size", "schedule", "seed")},
+            "step": r["step"],
+        }
+        for r in records
+        if r["status"] == "diverged"
+    ]
+    return {
+        "study": "ptq_overtraining",
+        "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
+        "headline": {
+            "question": "Does the loss added by 4-bit per-tensor weights grow with D/N?",
+            "kumar_2024_gamma_D": KUMAR_EXPONENT,
+            "confidence": CONFIDENCE,
+            "rows": _records(growth(added)),
+        },
+        "exponents": _records(exponents(added)),
+        "added_loss": _records(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
+        "base_loss": _records(
+            over_seeds(base, ["size", "schedule", "split", "d_over_n", "repetitions"])
+        ),
+        "parameters": {
+            s: models.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))
+        },
+        "versions": records[0]["versions"] if records else {},
+    }
+
+
+def over_seeds(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    grouped = table.groupby(keys, sort=False)["mean"]
+    return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
+
+
+def _records(table: pd.DataFrame) -> list[dict]:
+    """Rows as JSON values: NaN becomes null."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(k): v for k, v in row.items()} for row in rows]

@@ -1,0 +1,206 @@
+"""The report: the finding in words, tables, and the page that holds it all."""
+
+# pandas' selections and groups, and Altair's layers, are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.harness import report
+from experiments.ptq_overtraining import figures
+from experiments.ptq_overtraining.analysis import (
+    KUMAR_EXPONENT,
+    SCHEDULE_NAMES,
+    added_loss,
+    base_loss,
+    exponents,
+    over_seeds,
+    select,
+    summarize,
+)
+
+
+def verdict(summary: dict) -> str:
+    """The finding in one or two sentences."""
+    rows, trials = summary["headline"]["rows"], summary["trials"]
+    prefix = ""
+    if trials["finished"] < trials["expected"]:
+        prefix = f"{trials['finished']} of {trials['expected']} trials are finished. "
+    if not rows:
+        return (
+            prefix
+            + "The grid has no 4-bit per-tensor measurement, so the main question stays open."
+        )
+    names = [f"{r['size']} {SCHEDULE_NAMES[r['schedule']]}" for r in rows]
+    against = [n for n, r in zip(names, rows, strict=True) if not r["grows"]]
+    if against:
+        finding = f"it does not at {', '.join(against)}" + (
+            "" if len(against) == len(rows) else ", and does elsewhere"
+        )
+    else:
+        finding = "it does, for every size and schedule measured"
+    gammas = ", ".join(f"{n} {_interval(r)}" for n, r in zip(names, rows, strict=True))
+    return (
+        f"{prefix}Does the loss that 4-bit per-tensor quantization adds grow with training length? Here "
+        f"{finding}. Exponents γ_D with 90 % intervals: {gammas}; Kumar et al. report {KUMAR_EXPONENT:.3f}."
+    )
+
+
+def _interval(fit: dict) -> str:
+    if pd.isna(fit["gamma"]):
+        return f"not determined ({fit['reason']})"
+    return f"{fit['gamma']:.2f} [{fit['low']:.2f}, {fit['high']:.2f}]"
+
+
+def to_text(summary: dict) -> str:
+    """The finding for a terminal."""
+    lines = [verdict(summary), ""]
+    for row in summary["headline"]["rows"]:
+        values = "  ".join(f"D/N {d}: +{v:.3f}" for d, v in row["added"].items())
+        lines.append(f"  N {row['size']:>5} {SCHEDULE_NAMES[row['schedule']]:>6}   {values}")
+    return "\n".join(lines)
+
+
+def _headline_table(rows: list[dict]) -> pd.DataFrame:
+    shown = [
+        {"N": r["size"], "schedule": SCHEDULE_NAMES[r["schedule"]], "seeds": r["seeds"]}
+        | {f"D/N = {d}": f"{v:.4f}" for d, v in r["added"].items()}
+        | {"grows": "yes" if r["grows"] else "no", "γ_D [90 %]": _interval(r)}
+        for r in rows
+    ]
+    return pd.DataFrame(shown)
+
+
+def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
+    table = select(table, scope="linears", split="valid")
+    if table.empty:
+        return table
+    cells = ["—" if pd.isna(row["gamma"]) else _interval(row) for row in table.to_dict("records")]
+    shown = table.assign(cell=cells, schedule=table["schedule"].map(SCHEDULE_NAMES))
+    pivot = shown.pivot_table(
+        index=["size", "schedule", "granularity"],
+        columns="bits",
+        values="cell",
+        aggfunc="first",
+        sort=False,
+    )
+    pivot.columns = [f"{bits} bits" for bits in pivot.columns]
+    return pivot.reset_index()
+
+
+def _base_table(base: pd.DataFrame) -> pd.DataFrame:
+    keys = ["size", "schedule", "split", "d_over_n", "repetitions"]
+    table = over_seeds(base, keys)
+    return pd.DataFrame(
+        {
+            "N": table["size"],
+            "schedule": table["schedule"].map(SCHEDULE_NAMES),
+            "text": table["split"],
+            "D/N": table["d_over_n"],
+            "times each token was seen": table["repetitions"].map("{:.2f}".format),
+            "loss (nats per token)": table["mean"].map("{:.4f}".format),
+            "SD over seeds": table["sd"].map(lambda x: "—" if pd.isna(x) else f"{x:.4f}"),
+            "seeds": table["seeds"],
+        }
+    )
+
+
+_EXPONENT_CAPTION = (
+    "γ_D [90 % interval], blocks' linears, held-out text; a dash where some run adds no loss, so that no "
+    "power law holds"
+)
+
+
+def write(workdir: Path, records: list[dict], expected: int) -> dict:
+    """Writes summary, report and figures of the records, and returns the summary.
+
+    Args:
+        workdir: where.
+        records: of finished trials.
+        expected: how many trials the grid has.
+    """
+    summary = summarize(records, expected)
+    added, base = added_loss(records), base_loss(records)
+    sections = [_question(summary, added)]
+    if not added.empty:
+        sections += [
+            report.Section(
+                "By granularity, text and layers",
+                figures=[figures.by_granularity(added), figures.shift_and_scope(added)],
+            ),
+            report.Section(
+                "The exponent",
+                figures=[figures.exponent(exponents(added))],
+                tables=[(_EXPONENT_CAPTION, _exponent_table(exponents(added)))],
+            ),
+            report.Section(
+                "The models themselves",
+                tables=[
+                    ("Unquantized loss, and how often a token was repeated", _base_table(base))
+                ],
+                figures=[figures.models_themselves(base, records)],
+            ),
+        ]
+    sections.append(_method(summary, records))
+    title = "Overtraining against quantization"
+    report.write(workdir, title, verdict(summary), sections, summary)
+    return summary
+
+
+def _question(summary: dict, added: pd.DataFrame) -> report.Section:
+    tables = [
+        (
+            "Loss added by 4-bit per-tensor weights, in nats per token, mean over seeds",
+            _headline_table(summary["headline"]["rows"]),
+        )
+    ]
+    return report.Section(
+        "Does overtraining make quantization cost more?",
+        [
+            "Kumar et al. (2024) found that the loss which post-training quantization adds grows as a power "
+            "of the training length D. Catalan-Tatjer et al. (2025) answer that the learning-rate decay has "
+            "a part in it. So each size is trained to each length under both schedules: cosine, and "
+            "warm-up-stable-decay (WSD), whose lengths branch from one stable run."
+        ],
+        tables if summary["headline"]["rows"] else [],
+        [figures.by_bits(added)] if not added.empty else [],
+    )
+
+
+_METHOD = (
+    "Measured: each loss is the mean cross-entropy per token over the same held-out windows before and "
+    "after quantization, so that added losses are paired. Simulated: weights are rounded to symmetric "
+    "integer grids with absmax ranges and multiplied in floating point; nothing here is a latency or a "
+    "size. Fitted: γ_D by least squares on log δ against log D with a level per seed; its interval is "
+    "Student's t on the residuals, so it is as wide as few seeds and lengths make it, and the lengths of "
+    "one WSD run share a trunk."
+)
+
+
+def _method(summary: dict, records: list[dict]) -> report.Section:
+    trials, parameters, versions = (summary[k] for k in ("trials", "parameters", "versions"))
+    counts = f"{trials['finished']} of {trials['expected']} trials finished, "
+    counts += f"{len(trials['diverged'])} of them diverged."
+    for d in trials["diverged"]:
+        counts += f" Diverged: {d['size']} {d['schedule']} seed {d['seed']} at step {d['step']}."
+    paragraphs = [
+        _METHOD,
+        counts,
+        "Non-embedding parameters N: "
+        + ", ".join(f"{k} = {v:,}" for k, v in parameters.items())
+        + ".",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+    ]
+    if records:
+        t = records[0]["trial"]
+        setting = (
+            f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
+            f"{t['sequence']} tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping "
+            f"at 1, peak learning rate {t['peak_lr']}, {t['dtype']}; {t['evaluation_windows']} evaluation "
+            "windows per text."
+        )
+        paragraphs.insert(2, setting)
+    return report.Section("How this was measured", paragraphs)
