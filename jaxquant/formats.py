@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-type_of_reserved = Literal["ieee", "nan", "none"]
+Reserved = Literal["ieee", "nan", "none"]
 
 INT_BITS = (2, 16)
 
@@ -168,7 +168,7 @@ class Float:
 
     exponent_bits: int | jt.Num[jax.Array, ""]
     mantissa_bits: int | jt.Num[jax.Array, ""]
-    reserved: type_of_reserved = "ieee"
+    reserved: Reserved = "ieee"
 
     def __post_init__(self):
         if self.reserved not in ("ieee", "nan", "none"):

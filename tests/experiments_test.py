@@ -151,6 +151,13 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
             assert done.stdout == ""
 
 
+def test_divergence_ends_with_one_line(tmp_path):
+    command = study_command(tmp_path, "--config.peak_lr=1e30", study="train")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: training diverged: the loss is")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 def test_files_without_permission_are_named(tmp_path):
     secret = tmp_path / "secret.txt"

@@ -201,6 +201,45 @@ def test_a_law_that_does_not_hold_is_said_not_to_hold():
     assert "3 of 9" not in report.verdict(mixed)
 
 
+def test_the_schedules_are_compared_with_an_interval():
+    wsd = [record(s, "wsd", (0.1, 0.2 * (1 + s / 50), 0.4)) for s in range(3)]
+    cosine = [record(s, "cosine", (0.1, 0.3, 0.9 * (1 + s / 50))) for s in range(3)]
+    (row,) = analysis.schedule_effect(analysis.added_loss(wsd + cosine))
+    assert row["ratio"]["90"] == pytest.approx(0.918 / 0.4)
+    assert row["gamma"] == pytest.approx(0.37, abs=0.03)
+    assert 0 < row["low"] < row["gamma"] < row["high"]
+    assert "differs between the schedules at 14k" in report._attribution([row])
+    (same,) = analysis.schedule_effect(
+        analysis.added_loss(
+            wsd + [record(s, "cosine", (0.1, 0.2 * (1 + s / 50), 0.4)) for s in range(3)]
+        )
+    )
+    assert same["gamma"] == pytest.approx(0)
+    assert "At no size" in report._attribution([same])
+
+
+def test_a_trial_that_diverges_has_a_record_that_says_so(tmp_path):
+    config = dataclasses.replace(
+        study.PRESETS["smoke"],
+        peak_lr=1e30,
+        seeds=1,
+        schedules=("cosine",),
+        tokens_per_parameter=(20,),
+    )
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        summary = study.run(config, tmp_path, workers=1)
+    (diverged,) = summary["trials"]["diverged"]
+    assert 0 < diverged["step"] <= 85
+    assert summary["trials"]["finished"] == 1
+
+
+def test_a_broken_model_gives_no_number_rather_than_a_wrong_one():
+    assert study._mean_and_error(np.array([1.0, np.nan])) == {"mean": None, "se": None}
+    broken = record(0, "wsd", (0.1, 0.2, None))
+    summary = analysis.summarize([broken], 1)
+    assert summary["headline"]["rows"][0]["gamma"] is None
+
+
 def test_unfinished_and_diverged_trials_are_said(tmp_path):
     dead = record(1, "wsd", (0.1, 0.2, 0.4)) | {"status": "diverged", "step": 7, "points": []}
     summary = report.write(tmp_path, [record(0, "wsd", (0.1, 0.2, 0.4)), dead], expected=3)

@@ -11,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -25,6 +26,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from experiments.harness import files
+
+_log = logging.getLogger(__name__)
 
 SCHEMA = 1  # raised when the form of a record changes
 
@@ -61,7 +64,9 @@ class Ledger:
                     )
                 files.write_json(self.workdir / "study.json", {"study": study, "schema": SCHEMA})
                 marker = {"study": study}
-            files.write(self.workdir / ".writable", "")
+            probe = self.workdir / ".writable"
+            files.write(probe, "")
+            probe.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
         found = marker.get("study") if isinstance(marker, dict) else marker
@@ -103,7 +108,11 @@ class Ledger:
         folder = self.workdir / "scratch" / trial_id(trial)
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("waiting for another process that runs trial %s here", folder.name)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
 

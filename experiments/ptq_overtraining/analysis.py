@@ -28,7 +28,8 @@ def added_loss(records: list[dict]) -> pd.DataFrame:
         for point in record["points"]:
             at = {"d_over_n": point["tokens_per_parameter"], "tokens": point["tokens"]}
             rows += [run | at | entry for entry in point["added"]]
-    return pd.DataFrame(rows, columns=["seed", "d_over_n", "tokens", "mean", "se", *KIND])
+    table = pd.DataFrame(rows, columns=["seed", "d_over_n", "tokens", "mean", "se", *KIND])
+    return table.astype({"mean": float, "se": float})
 
 
 def base_loss(records: list[dict]) -> pd.DataFrame:
@@ -40,7 +41,7 @@ def base_loss(records: list[dict]) -> pd.DataFrame:
             at = {"d_over_n": point["tokens_per_parameter"], "repetitions": point["repetitions"]}
             rows += [run | at | {"split": split} | value for split, value in point["base"].items()]
     columns = ["size", "schedule", "seed", "d_over_n", "repetitions", "split", "mean", "se"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns).astype({"mean": float, "se": float})
 
 
 def fit_exponent(table: pd.DataFrame) -> dict:
@@ -54,12 +55,14 @@ def fit_exponent(table: pd.DataFrame) -> dict:
         table: `added_loss` rows of one kind: columns seed, tokens, mean.
 
     Returns:
-        gamma, low and high (None where they cannot be had, with the reason), and the points used.
+        gamma, low, high and error (None where they cannot be had, with the reason), the points used,
+        and the degrees of freedom.
     """
     positive = table[table["mean"] > 0]
     lengths, seeds = positive["tokens"].nunique(), positive["seed"].nunique()
     freedom = len(positive) - seeds - 1
-    result = {"gamma": None, "low": None, "high": None, "points": len(positive), "reason": None}
+    result: dict = dict.fromkeys(("gamma", "low", "high", "error", "reason"))
+    result |= {"points": len(positive), "freedom": freedom}
     if len(positive) < len(table):
         return result | {
             "reason": f"{len(table) - len(positive)} of {len(table)} points add no loss"
@@ -72,7 +75,7 @@ def fit_exponent(table: pd.DataFrame) -> dict:
     gamma = float(x @ y / (x @ x))
     error = math.sqrt(float(np.sum((y - gamma * x) ** 2)) / freedom / float(x @ x))
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
-    return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half}
+    return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half, "error": error}
 
 
 def exponents(added: pd.DataFrame) -> pd.DataFrame:
@@ -105,6 +108,37 @@ def growth(added: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def schedule_effect(added: pd.DataFrame) -> list[dict]:
+    """What the schedule changes, per size: cosine beside WSD at the headline's quantization.
+
+    The added loss of cosine over that of WSD at each D/N (means over seeds), and the difference of their
+    exponents, γ_cosine − γ_WSD, with an interval by Welch's approximation.
+    """
+    rows, table = [], select(added, **HEADLINE)
+    for size, group in table.groupby("size", sort=False):
+        runs = [select(group, schedule=schedule) for schedule in ("cosine", "wsd")]
+        if any(run.empty for run in runs):
+            continue
+        means = [run.groupby("d_over_n")["mean"].mean() for run in runs]
+        ratios = (means[0] / means[1]).dropna()
+        row = {"size": size, "ratio": {str(d): float(r) for d, r in ratios.items()}}
+        rows.append(row | _difference(*(fit_exponent(run) for run in runs)))
+    return rows
+
+
+def _difference(one: dict, other: dict) -> dict:
+    """one − other of two fitted exponents, with Welch's interval."""
+    if one["gamma"] is None or other["gamma"] is None:
+        reason = one["reason"] or other["reason"]
+        return {"gamma": None, "low": None, "high": None, "reason": reason}
+    squares = [fit["error"] ** 2 for fit in (one, other)]
+    parts = [s**2 / fit["freedom"] for s, fit in zip(squares, (one, other), strict=True)]
+    freedom = sum(squares) ** 2 / sum(parts) if sum(parts) else float(one["freedom"])
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(squares))
+    gamma = one["gamma"] - other["gamma"]
+    return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "reason": None}
+
+
 def select(table: pd.DataFrame, **values) -> pd.DataFrame:
     for column, value in values.items():
         table = table[table[column] == value]
@@ -131,6 +165,7 @@ def summarize(records: list[dict], expected: int) -> dict:
             "kumar_2024_gamma_D": KUMAR_EXPONENT,
             "confidence": CONFIDENCE,
             "rows": _records(growth(added)),
+            "cosine_minus_wsd": schedule_effect(added),
         },
         "exponents": _records(exponents(added)),
         "added_loss": _records(over_seeds(added, [*KIND, "d_over_n", "tokens"])),

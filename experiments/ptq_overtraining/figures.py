@@ -27,7 +27,11 @@ def _lines(
     x = alt.X(
         "d_over_n:Q",
         title="D/N, training tokens per parameter",
-        scale=alt.Scale(type="log", nice=False),
+        scale=alt.Scale(
+            type="log",
+            nice=False,
+            domain=[table["d_over_n"].min() / 1.1, table["d_over_n"].max() * 1.1],
+        ),
     )
     lines, points = (alt.Chart(t).encode(x=x, y=y, color=color) for t in shown)
     lines = lines.mark_line(clip=True)

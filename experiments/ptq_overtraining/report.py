@@ -74,6 +74,32 @@ def _headline_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(shown)
 
 
+def _schedule_table(rows: list[dict]) -> pd.DataFrame:
+    shown = [
+        {"N": r["size"]}
+        | {f"ratio at D/N = {d}": f"{v:.2f}" for d, v in r["ratio"].items()}
+        | {"γ_D of cosine − of WSD [90 %]": _interval(r)}
+        for r in rows
+    ]
+    return pd.DataFrame(shown)
+
+
+def _attribution(rows: list[dict]) -> str:
+    """What part the schedule has, as far as these runs tell."""
+    apart = [r["size"] for r in rows if r["gamma"] is not None and r["low"] * r["high"] > 0]
+    known = [r["size"] for r in rows if r["gamma"] is not None]
+    told = (
+        f"The growth differs between the schedules at {', '.join(apart)} (the interval excludes zero)."
+        if apart
+        else "At no size do these runs tell the schedules' growth apart: each interval holds zero."
+    )
+    return (
+        "Does the schedule drive it? WSD holds the rate until the last tenth, so that if the growth were "
+        "the decay's alone, WSD would show less of it. "
+        + (told if known else "These runs do not determine both exponents at any size.")
+    )
+
+
 def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
     table = select(table, scope="linears", split="valid")
     if table.empty:
@@ -125,6 +151,12 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
     summary = summarize(records, expected)
     added, base = added_loss(records), base_loss(records)
     sections = [_question(summary, added)]
+    effect = summary["headline"]["cosine_minus_wsd"]
+    if effect:
+        table = ("4 bits per tensor: loss added by cosine over WSD's", _schedule_table(effect))
+        sections.append(
+            report.Section("What the schedule has to do with it", [_attribution(effect)], [table])
+        )
     if not added.empty:
         sections += [
             report.Section(

@@ -20,6 +20,7 @@ from jaxquant.qarray import Granularity
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
+_TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
 COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
 
 
@@ -253,7 +254,8 @@ def make_evaluate(graphdef: nnx.GraphDef, granularity: str | None, scope: str = 
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_T1[None, 1:])
             return losses.mean()
 
-        return jax.lax.map(losses, tokens_WxT1, batch_size=64)
+        together = max(1, _TOKENS_TOGETHER // tokens_WxT1.shape[1])
+        return jax.lax.map(losses, tokens_WxT1, batch_size=together)
 
     return evaluate
 
@@ -283,6 +285,9 @@ def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -
 
 
 def _mean_and_error(values: np.ndarray) -> dict:
+    """The mean with its standard error over windows; None where a broken model gives no number."""
+    if not np.isfinite(values).all():
+        return {"mean": None, "se": None}
     error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mean": float(values.mean()), "se": float(error)}
 
