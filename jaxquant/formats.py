@@ -156,7 +156,8 @@ class Float:
         reserved: as above.
 
     Raises:
-        ValueError: parameters out of range; exactly one of them traced with axes; an unknown `reserved`.
+        ValueError: parameters out of range, or traced with axes; an unknown `reserved`; 8 exponent bits
+            with another `reserved` than "ieee".
 
     Source: IEEE 754-2019 section 3.4; OCP Microscaling Formats v1.0, section 5.3.
 
@@ -173,6 +174,11 @@ class Float:
     def __post_init__(self):
         if self.reserved not in ("ieee", "nan", "none"):
             raise ValueError(f"Float takes reserved 'ieee', 'nan' or 'none'; got {self.reserved!r}")
+        if self.reserved != "ieee" and is_static(self.exponent_bits) and self.exponent_bits == 8:
+            raise ValueError(
+                "Float takes exponent_bits 8 with reserved 'ieee' only, since its values beyond float32's "
+                f"cannot be computed with; got reserved {self.reserved!r}"
+            )
         for name, low, high in (("exponent_bits", 2, 8), ("mantissa_bits", 1, 10)):
             value = getattr(self, name)
             if isinstance(value, jax.Array):
@@ -225,9 +231,11 @@ class Float:
 
     def round(self, x, rounding):
         lowest, _ = self._exponents
-        # The step between neighbours is 2^(exponent − m), and below the smallest normal it stays there.
-        step = _exp2(jnp.maximum(_exponent(x), lowest) - jnp.asarray(self.mantissa_bits, jnp.int32))
-        return jnp.clip(rounding(x / step) * step, -self.max_value, self.max_value)
+        # Scaled by 2^shift, the step between neighbours of x is 1; below the smallest normal the step
+        # stays as it is there.
+        shift = jnp.asarray(self.mantissa_bits, jnp.int32) - jnp.maximum(_exponent(x), lowest)
+        rounded = _times_exp2(rounding(_times_exp2(x, shift)), -shift)
+        return jnp.clip(rounded, -self.max_value, self.max_value)
 
     def __str__(self):
         suffix = {"ieee": "", "nan": "fn", "none": "finite"}[self.reserved]
@@ -248,6 +256,12 @@ class Float:
 def _exp2(exponent: jax.Array) -> jax.Array:
     """2^exponent exactly, for −126 ≤ exponent ≤ 127: written into the float's own exponent field."""
     return jax.lax.bitcast_convert_type((jnp.int32(127) + exponent) << 23, jnp.float32)
+
+
+def _times_exp2(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x · 2^exponent for |exponent| ≤ 252, in two exact factors: one alone might not be a float32."""
+    half = exponent // 2
+    return x * _exp2(half) * _exp2(exponent - half)
 
 
 def _exponent(x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -38,7 +39,9 @@ def quantize(model: Model, rules: Rules) -> Model:
 
     Every `nnx.Linear` and `nnx.LinearGeneral` that a rule matches gets the rule's `DotGeneral`; an
     `nnx.Embed` gets its table quantized by the recipe's weight quantizer.  The given model is not
-    changed.  Formats may be traced when this is called within the jitted function that uses the model.
+    changed; one that is quantized already gets the new recipes in place of the old.  Formats may be traced
+    when this is called within the jitted function that uses the model.  Products of two activations, as
+    inside attention, are no layer's own and stay in floating point.
 
     Args:
         model: an NNX model.
@@ -50,8 +53,8 @@ def quantize(model: Model, rules: Rules) -> Model:
 
     Raises:
         ValueError: a rule that nothing takes; a rule that matches a module which cannot be quantized
-            yet (Conv, ConvTranspose, Einsum); an Embed whose recipe has no weight quantizer; a model
-            without a matrix product.
+            yet (Conv, ConvTranspose, Einsum) or that has a dot_general of the user's own; an Embed whose
+            recipe has no weight quantizer; a model without a matrix product.
 
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> quantize(model, {".*": "w8a8"})(jnp.ones((2, 64))).shape
@@ -75,13 +78,22 @@ def quantize(model: Model, rules: Rules) -> Model:
 
 def _install(module: nnx.Module, path: str, dot_general: DotGeneral) -> None:
     if isinstance(module, _WITH_DOT_GENERAL):
+        is_plain = module.dot_general in (None, jax.lax.dot_general)
+        if not is_plain and not isinstance(module.dot_general, DotGeneral):
+            raise ValueError(
+                f"{path} has a dot_general of its own, {module.dot_general!r}, which a rule would replace; "
+                f"a rule ('{path}', None) before the others keeps it"
+            )
         module.dot_general = dot_general
     elif isinstance(module, nnx.Embed):
         if dot_general.forward.rhs is None:
             raise ValueError(
                 f"{path} is an Embed, and the recipe that it got leaves weights in float"
             )
-        module.promote_dtype = QuantizeTable(dot_general.forward.rhs, module.promote_dtype)
+        inner = module.promote_dtype
+        if isinstance(inner, QuantizeTable):  # quantized before: the new recipe takes its place
+            inner = inner.promote_dtype
+        module.promote_dtype = QuantizeTable(dot_general.forward.rhs, inner)
     else:
         raise ValueError(
             f"{path} is a {type(module).__name__}, which cannot be quantized yet; "

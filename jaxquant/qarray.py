@@ -3,6 +3,8 @@
 For each group of elements that share a scale s (a tensor, a channel, a block):
 
     s = calibration(x) / format.max_value,    q = format.round(x / s),    x̂ = s · q
+
+computed in float32.  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole.
 """
 
 import dataclasses
@@ -172,8 +174,8 @@ def _to_grid(
     max_value = jax.lax.optimization_barrier(jnp.float32(quantizer.format.max_value))
     scale = quantizer.calibration(view, tuple(range(1, view.ndim, 2))) / max_value
     # A group of zeros, or of values whose scale would be subnormal (flushed on most hardware), gets
-    # scale 1: its elements round to zero instead of dividing by it.
-    scale = jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1)
+    # scale 1: its elements round to zero instead of dividing by it.  A scale of NaN stays.
+    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1, scale)
     return quantizer.format.round(view / scale, lambda v: quantizer.rounding(v, key)), scale
 
 

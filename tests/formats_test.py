@@ -51,6 +51,13 @@ def test_bfloat16_and_float16_are_floats_like_the_others():
         np.testing.assert_array_equal(fmt.round(jnp.array(x), jnp.round), expected)
 
 
+def test_bfloat16_is_exact_down_to_its_smallest_normal_value():
+    x = (np.linspace(1, 2, 1000) * 2.0 ** np.arange(-126, 127)[:, None]).astype(np.float32)
+    expected = x.astype(jnp.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(jq.BF16.round(jnp.array(x), jnp.round), expected)
+    np.testing.assert_array_equal(jq.BF16.round(jnp.zeros(2), jnp.round), 0.0)
+
+
 @pytest.mark.parametrize("bits", range(2, 17))
 def test_int_grid_is_symmetric_and_saturates(bits):
     top = 2 ** (bits - 1) - 1
@@ -84,6 +91,8 @@ def test_impossible_floats_are_named(parameters):
         jq.Float(*parameters)
     with pytest.raises(ValueError, match="reserved"):
         jq.Float(4, 3, "fn")
+    with pytest.raises(ValueError, match="'ieee' only"):
+        jq.Float(8, 7, "none")
 
 
 def test_traced_and_unstorable_formats_have_no_array_type():

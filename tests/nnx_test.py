@@ -100,7 +100,35 @@ def test_a_training_step_with_traced_bits_is_traced_once(model):
     assert len(traces) == 1
 
 
+def test_quantizing_again_replaces_the_recipe(model):
+    twice = jq.nnx.quantize(jq.nnx.quantize(model, {".*": "w2a16"}), {".*": "w8a16"})
+    np.testing.assert_array_equal(twice(TOKENS), jq.nnx.quantize(model, {".*": "w8a16"})(TOKENS))
+
+
+def test_stacked_layers_have_scales_of_their_own():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+        return nnx.Linear(8, 8, rngs=rngs)
+
+    def apply(layers, x):
+        return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+            x, layers
+        )
+
+    layers, x = stack(nnx.Rngs(0)), jnp.ones((2, 8))
+    expected = x
+    for kernel, bias in zip(layers.kernel[...], layers.bias[...], strict=True):
+        rounded = jq.fake_quant(kernel, jq.Quantizer(jq.INT4, "channel"), axis=0)
+        expected = expected @ rounded + bias[None]
+    found = apply(jq.nnx.quantize(layers, {".*": "w4a16"}), x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_misuse_is_named(model):
+    own = nnx.Linear(4, 4, dot_general=lambda *args, **kwargs: None, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="dot_general of its own"):
+        jq.nnx.quantize(nnx.Sequential(own), {".*": "w8a8"})
     with pytest.raises(ValueError, match=r"'encoder' is unused.*embed, up"):
         jq.nnx.quantize(model, {"encoder": "w8a8"})
     with pytest.raises(ValueError, match="conv is a Conv"):

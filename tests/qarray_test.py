@@ -19,9 +19,9 @@ GRANULARITIES = ["tensor", "channel", 4]
 X = jnp.array(np.random.default_rng(0).normal(size=(6, 16)), jnp.float32)
 
 finite = st.floats(-(2.0**100), 2.0**100, width=32)
-arrays = hnp.arrays(
-    np.float32, hnp.array_shapes(max_dims=3, min_side=0, max_side=9), elements=finite
-)
+# A few shapes, so that what varies is the values and compiled operations are met again.
+SHAPES = [(1,), (9,), (0, 4), (3, 1), (5, 8), (2, 3, 4)]
+arrays = st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.float32, s, elements=finite))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -141,6 +141,16 @@ def test_zeros_subnormals_and_empty_arrays():
         for granularity in ("tensor", "channel"):
             found = jq.fake_quant(x, jq.Quantizer(jq.INT4, granularity))
             np.testing.assert_array_equal(found, jnp.zeros(x.shape))
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf, -jnp.inf])
+@pytest.mark.parametrize("fmt", [jq.INT8, jq.E4M3, jq.BF16], ids=str)
+def test_nan_and_inf_are_loud_within_their_group_and_silent_outside(fmt, bad):
+    x = jnp.ones((2, 4)).at[0, 1].set(bad)
+    quantizer = jq.Quantizer(fmt, "channel")
+    for found in (jq.fake_quant(x, quantizer), jq.dequantize(jq.quantize(x, quantizer))):
+        assert jnp.isnan(found[0]).all()
+        np.testing.assert_allclose(found[1], 1.0, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is still being written."""
+        self._manager.wait_until_finished()
         self._manager.close()
 
     def __enter__(self):

@@ -289,7 +289,7 @@ def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> No
     if kind == "progress":
         bar.add(trial, *content)
         return
-    if kind == "full":
+    if kind == "system":
         raise OSError(*content)
     if kind == "failed":
         failures.append((trial, *content))
@@ -326,7 +326,9 @@ def _work(pipe: Connection, number: int, workers: int, run_trial, ledger, keep_c
                 _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress)
             pipe.send(("done",))
         except OSError as error:
-            pipe.send(("full", error.errno, error.strerror, str(error.filename or ledger.workdir)))
+            pipe.send(
+                ("system", error.errno, error.strerror, str(error.filename or ledger.workdir))
+            )
         except Exception as error:
             pipe.send(("failed", f"{type(error).__name__}: {error}", traceback.format_exc()))
 

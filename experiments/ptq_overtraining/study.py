@@ -216,6 +216,15 @@ def parse_granularity(text: str) -> Granularity:
 # Measuring
 
 
+@functools.lru_cache(maxsize=2)
+def _corpus(source: str, path: str, shift_path: str, fingerprint: str) -> data.Corpus:
+    """A trial's data, which must still be what it was when the trial was made."""
+    corpus = data.load(source, path, shift_path)
+    if corpus.fingerprint != fingerprint:
+        raise RuntimeError(f"the data at {path or source!r} changed while the study was running")
+    return corpus
+
+
 @functools.lru_cache
 def _model(size: str, dtype: str, vocab_size: int) -> tuple[nnx.GraphDef, models.LMConfig]:
     config = models.sized(size, dtype=dtype, vocab_size=vocab_size)
@@ -298,7 +307,7 @@ def _mean_and_error(values: np.ndarray) -> dict:
 
 def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Trains, measures each length, and returns the record's results."""
-    corpus = data.load(trial.data, trial.data_path, trial.shift_path)
+    corpus = _corpus(trial.data, trial.data_path, trial.shift_path, trial.data_fingerprint)
     head = {"versions": _versions(), "entropy_rate": corpus.entropy_rate}
     training = _Run(trial, context, corpus)
     try:
