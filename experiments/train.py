@@ -76,22 +76,6 @@ def make_schedule(config: Config) -> train.Schedule:
     raise ValueError(f"config.schedule is 'wsd' or 'cosine'; got {config.schedule!r}")
 
 
-def _check(config: Config) -> None:
-    for name in (
-        "steps",
-        "sequence",
-        "batch",
-        "evaluation_windows",
-        "log_every",
-        "checkpoint_every",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
-    for name in ("peak_lr", "clip"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"config.{name} is above 0; got {getattr(config, name)}")
-
-
 def _claim(workdir: Path, config: Config) -> None:
     """Marks the folder as this run's, or finds that it is.
 
@@ -133,7 +117,10 @@ def run(config: Config, workdir: str | Path) -> dict:
         Diverged: a loss that is not finite.
     """
     workdir = Path(workdir)
-    _check(config)
+    cli.check_positive(
+        config, "steps", "sequence", "batch", "evaluation_windows", "peak_lr", "clip"
+    )
+    cli.check_positive(config, "log_every", "checkpoint_every")
     schedule = make_schedule(config)
     mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
     if config.batch % mesh.size:

@@ -6,6 +6,7 @@
 import copy
 import errno
 import logging
+import math
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -45,6 +46,14 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard is i/n with 0 ≤ i < n, as in 0/4; got {text!r}")
     return int(index), int(count)
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises a ValueError unless each named field is a finite number above zero."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < math.inf:
+            raise ValueError(f"config.{name} is a number above 0; got {value}")
 
 
 def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -> None:

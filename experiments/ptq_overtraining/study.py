@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models, train, trials
+from experiments.harness import cli, data, models, train, trials
 from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
 from jaxquant.qarray import Granularity
@@ -156,16 +156,8 @@ def _check(config: Config) -> None:
         values = getattr(config, name)
         if not values or len(set(values)) != len(values):
             raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
-    for name in (
-        "seeds",
-        "evaluation_windows",
-        "sequence",
-        "batch",
-        "log_every",
-        "checkpoint_every",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"config.{name} is at least 1; got {getattr(config, name)}")
+    cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
+    cli.check_positive(config, "log_every", "checkpoint_every")
     if list(config.tokens_per_parameter) != sorted(config.tokens_per_parameter):
         raise ValueError(
             f"config.tokens_per_parameter is in rising order; got {config.tokens_per_parameter}"
@@ -178,8 +170,6 @@ def _check(config: Config) -> None:
         for value in getattr(config, name):
             if value not in known:
                 raise ValueError(f"config.{name} are of {', '.join(known)}; got {value!r}")
-    if not config.peak_lr > 0:
-        raise ValueError(f"config.peak_lr is above 0; got {config.peak_lr}")
     for bits in config.bits:
         jq.Int(bits)
     for size in config.sizes:
