@@ -44,6 +44,16 @@ def test_the_newest_is_restored_with_its_position_and_history(folder):
     assert (history, position) == ([(20, 1.5)], {"at": 20})
 
 
+def test_what_is_saved_is_what_was_given_whatever_becomes_of_it(tmp_path):
+    history, position = [(10, 1.5)], Position()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        checkpoints.save(10, state(10), position, history)
+        history.append((20, 1.0))
+        position.state["at"] = 99
+    (_, found), restored = restore(tmp_path / "run")
+    assert (found, restored) == ([(10, 1.5)], {"at": 0})
+
+
 def test_later_ones_than_wanted_are_passed_over(folder):
     (found, _), position = restore(folder, at_most=19)
     np.testing.assert_array_equal(found["w"], 10)

@@ -1,5 +1,6 @@
 """Checkpoints with Orbax: the state, the data's position and the history, together or not at all."""
 
+import copy
 import json
 import logging
 import time
@@ -38,8 +39,8 @@ class Checkpoints:
         extra = {
             "layout": _LAYOUT,
             "arrays": _describe(state),
-            "batches": position,
-            "history": history,
+            "batches": copy.deepcopy(position),
+            "history": list(history),  # written later, when the caller's has grown
         }
         self._manager.save(
             step,
