@@ -85,14 +85,19 @@ def _claim(workdir: Path, config: Config) -> None:
     content = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
     try:
         found = files.read_json(workdir / "config.json")
+        if not isinstance(found, dict) and any((workdir / "checkpoints").glob("[0-9]*")):
+            raise ValueError(
+                f"workdir '{workdir}' holds checkpoints, but no whole config.json saying of which run; "
+                "choose another --workdir"
+            )
         if found is None and (workdir / "study.json").exists():
             raise ValueError(
                 f"workdir '{workdir}' holds a study's records; choose another --workdir"
             )
-        files.write_json(workdir / "config.json", found or content)
+        files.write_json(workdir / "config.json", found if isinstance(found, dict) else content)
     except OSError as error:
         raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
-    there = content if found is None else found
+    there = found if isinstance(found, dict) else content
     changed = ", ".join(
         f"{k} {there.get(k)!r} there, {v!r} here" for k, v in content.items() if there.get(k) != v
     )
@@ -121,6 +126,10 @@ def run(config: Config, workdir: str | Path) -> dict:
         config, "steps", "sequence", "batch", "evaluation_windows", "peak_lr", "clip"
     )
     cli.check_positive(config, "log_every", "checkpoint_every")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
+    if not 0 <= config.weight_decay < float("inf"):
+        raise ValueError(f"config.weight_decay is a number from 0; got {config.weight_decay}")
     schedule = make_schedule(config)
     mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
     if config.batch % mesh.size:
@@ -174,7 +183,7 @@ def _finish(workdir, config, corpus, model, loss, state, history) -> dict:
         "parameters": model.non_embedding_parameters,
         "tokens": tokens,
         "tokens_per_parameter": tokens / model.non_embedding_parameters,
-        "repetitions": corpus.repetitions(tokens),
+        "epochs": corpus.epochs(tokens),
         "loss": {
             split: _mean_loss(loss, state.params, evaluate(split=split), config.batch)
             for split in corpus.evaluation
@@ -196,9 +205,7 @@ def main(config: Config) -> None:
     workdir = flags.FLAGS.workdir or f"runs/train/{flags.FLAGS.preset}"
     result = run(config, workdir)
     losses = ", ".join(f"{split} {loss:.4f}" for split, loss in result["loss"].items())
-    print(
-        f"loss in nats per token: {losses}; each training token was seen {result['repetitions']:.2f} times"
-    )
+    print(f"loss in nats per token: {losses}; {result['epochs']:.2f} passes over the training text")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -105,17 +106,16 @@ class DotGeneral:
         out_sharding: Any = None,
     ) -> jax.Array:
         """As `jax.lax.dot_general`, whose arguments these are."""
-        options = {"preferred_element_type": preferred_element_type}
+        options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if out_sharding is not None:
             options["out_sharding"] = out_sharding
         dims = _as_tuples(dimension_numbers)
         if self.forward.arithmetic == "native":
-            # `precision` chooses among floating-point algorithms; an integer product is exact.
             return _native(self.forward, dims, tuple(options.items()), lhs, rhs)
         (lhs_axes, rhs_axes), _ = dims
         lhs = _simulate(lhs, self.forward.lhs, lhs_axes)
         rhs = _simulate(rhs, self.forward.rhs, rhs_axes)
-        return jax.lax.dot_general(lhs, rhs, dims, precision=precision, **options)
+        return jax.lax.dot_general(lhs, rhs, dims, **options)
 
 
 def _as_tuples(dimension_numbers: DimensionNumbers) -> Any:
@@ -134,13 +134,25 @@ def _native(operands: Operands, dims, options, lhs: jax.Array, rhs: jax.Array) -
 
 def _native_forward(operands: Operands, dims, options, lhs, rhs):
     (lhs_axes, rhs_axes), _ = dims
+    _check_accumulation(operands, math.prod(lhs.shape[a] for a in lhs_axes))
     qlhs = quantize(lhs, operands.lhs, lhs_axes)  # pyright: ignore[reportArgumentType]
     qrhs = quantize(rhs, operands.rhs, rhs_axes)  # pyright: ignore[reportArgumentType]
     # The residuals stay quantized: the backward pass holds a quarter of float32's bytes.
     return _integer_product(qlhs, qrhs, dims, dict(options)), (qlhs, qrhs)
 
 
+def _check_accumulation(operands: Operands, terms: int) -> None:
+    """Raises a ValueError where a sum of so many products could leave int32."""
+    largest = math.prod(q.format.max_value for q in (operands.lhs, operands.rhs) if q is not None)
+    if terms * largest >= 2**31:
+        raise ValueError(
+            f"a native product over {terms} terms of up to {largest} could overflow int32, which holds "
+            f"{2**31 // largest} of them; use arithmetic='simulated' or split the contraction"
+        )
+
+
 def _integer_product(qlhs: QArray, qrhs: QArray, dims, options) -> jax.Array:
+    del options["precision"]  # chooses among floating-point algorithms; an integer product is exact
     dtype = options.pop("preferred_element_type") or jnp.result_type(qlhs.dtype, qrhs.dtype)
     product = jax.lax.dot_general(
         qlhs.qvalue, qrhs.qvalue, dims, preferred_element_type=jnp.int32, **options

@@ -62,13 +62,18 @@ def _check_int(owner: str, name: str, value: Any, lowest: int, highest: int) -> 
 
 
 def _check_scalar(owner: str, name: str, value: jax.Array) -> None:
-    if value.ndim:
-        raise ValueError(f"{owner} takes one traced {name}, a scalar; got shape {value.shape}")
+    if value.ndim or value.dtype == bool:
+        raise ValueError(
+            f"{owner} takes one traced {name}, a scalar number; got {value.dtype}{list(value.shape)}"
+        )
 
 
-def _is_leaf_placeholder(value: Any) -> bool:
-    """Whether `value` stands for an array without being one (a tree transformation's own object)."""
-    return not isinstance(value, int | float | bool | str | np.generic | np.ndarray | jax.Array)
+def _rebuild(cls: type, **fields: Any) -> Any:
+    """An instance without checks: tree transformations put batches and placeholders where arrays stood."""
+    instance = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
+    return instance
 
 
 @functools.partial(jax.tree_util.register_pytree_node_class)
@@ -80,7 +85,8 @@ class Int:
     (as in Kumar et al. 2024 and Jacob et al. 2018, section 3).
 
     Args:
-        bits: b, 2 to 16 as a Python integer, or a traced scalar (its range is then the caller's to keep).
+        bits: b, 2 to 16 as a Python integer, or a traced scalar (its range is then the caller's to keep;
+            between whole widths 2^(b−1) is rounded).
 
     Raises:
         ValueError: a static `bits` that is not an integer from 2 to 16, or a traced one with axes.
@@ -96,14 +102,15 @@ class Int:
     def __post_init__(self):
         if isinstance(self.bits, jax.Array):
             _check_scalar("Int", "bits", self.bits)
-        elif not _is_leaf_placeholder(self.bits):
+        else:
             object.__setattr__(self, "bits", _check_int("Int", "bits", self.bits, *INT_BITS))
 
     @property
     def max_value(self):
         if is_static(self.bits):
             return 2 ** (self.bits - 1) - 1
-        return jnp.exp2(jnp.asarray(self.bits, jnp.float32) - 1) - 1
+        # exp2 is inexact on some platforms; between whole widths the nearest number of levels stands in.
+        return jnp.round(jnp.exp2(jnp.asarray(self.bits, jnp.float32) - 1)) - 1
 
     @property
     def dtype(self) -> np.dtype:
@@ -122,7 +129,8 @@ class Int:
 
     @classmethod
     def tree_unflatten(cls, static, traced):
-        return cls(*static, *traced)
+        (bits,) = (*static, *traced)
+        return _rebuild(cls, bits=bits)
 
 
 # Array types whose values are exactly the grid of a static Float, by (exponent, mantissa, reserved).
@@ -183,7 +191,7 @@ class Float:
             value = getattr(self, name)
             if isinstance(value, jax.Array):
                 _check_scalar("Float", name, value)
-            elif not _is_leaf_placeholder(value):
+            else:
                 object.__setattr__(self, name, _check_int("Float", name, value, low, high))
 
     @property
@@ -250,7 +258,7 @@ class Float:
     def tree_unflatten(cls, static, traced):
         (parameters, reserved), leaves = static, iter(traced)
         exponent, mantissa = (next(leaves) if p is None else p for p in parameters)
-        return cls(exponent, mantissa, reserved)
+        return _rebuild(cls, exponent_bits=exponent, mantissa_bits=mantissa, reserved=reserved)
 
 
 def _exp2(exponent: jax.Array) -> jax.Array:

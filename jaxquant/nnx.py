@@ -49,7 +49,7 @@ def quantize(model: Model, rules: Rules) -> Model:
             that matches counts, and None leaves a module as it is.
 
     Returns:
-        A new module tree over the same arrays.
+        A new module tree with variables of its own over the same arrays.
 
     Raises:
         ValueError: a rule that nothing takes; a rule that matches a module which cannot be quantized
@@ -60,7 +60,9 @@ def quantize(model: Model, rules: Rules) -> Model:
     >>> quantize(model, {".*": "w8a8"})(jnp.ones((2, 64))).shape
     (2, 8)
     """
-    model = nnx.merge(*nnx.split(model))
+    graphdef, state = nnx.split(model)
+    # The map makes variables of the new model's own, over the same arrays.
+    model = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
     modules = {
         "/".join(map(str, path)): module
         for path, module in nnx.iter_graph(model)

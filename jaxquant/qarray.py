@@ -8,6 +8,7 @@ computed in float32.  A group that holds a NaN or an Inf has no scale and decode
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -58,17 +59,19 @@ class Quantizer:
 
     def __post_init__(self):
         size = self.granularity
-        is_block = isinstance(size, int) and not isinstance(size, bool) and size > 0
-        if size not in ("tensor", "channel") and not is_block:
-            raise ValueError(
-                f"granularity is 'tensor', 'channel' or a block size of at least 1; got {size!r}"
-            )
+        if not isinstance(size, str) or size not in ("tensor", "channel"):
+            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
+                raise ValueError(
+                    f"granularity is 'tensor', 'channel' or a block size of at least 1; got {size!r}"
+                )
+            object.__setattr__(self, "granularity", int(size))
         for name in ("calibration", "rounding"):
             if not callable(getattr(self, name)):
                 raise ValueError(
                     f"{name} is a function, as in jaxquant.{name}; got {getattr(self, name)!r}"
                 )
-        if isinstance(self.format, str | int | float):
+        is_grid = all(hasattr(type(self.format), name) for name in ("max_value", "dtype", "round"))
+        if not is_grid:
             raise ValueError(f"format is a grid such as Int(4); got {self.format!r}")
 
 
@@ -108,7 +111,7 @@ class QArray:
         >>> quantize(jnp.ones((64, 64)), Quantizer(INT8, 32)).bits_per_element
         9.0
         """
-        return 8 * self.nbytes / self.qvalue.size
+        return 8 * self.nbytes / max(1, self.qvalue.size)
 
 
 def scale_shape(
@@ -128,7 +131,12 @@ def scale_shape(
     >>> scale_shape((8, 64), "channel", 1), scale_shape((8, 64), 16, 1)
     ((8, 1), (8, 4))
     """
-    axes = (axis,) if isinstance(axis, int | np.integer) else tuple(axis)
+    if not shape and isinstance(granularity, str):
+        return ()  # a scalar has no axes and one scale
+    try:
+        axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
+    except TypeError:
+        raise ValueError(f"axis is an integer or a tuple of integers; got {axis!r}") from None
     for a in axes:
         if not -len(shape) <= a < len(shape):
             raise ValueError(f"axis {a} is not an axis of an array of shape {shape}")
@@ -164,8 +172,9 @@ def _to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """The waist of the library: float32 (grid values, scales), both in `_grouped`'s view of x."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"only floating-point arrays can be quantized; got dtype {x.dtype}")
+    if not jnp.issubdtype(getattr(x, "dtype", type(None)), jnp.floating):
+        kind = getattr(x, "dtype", type(x).__name__)
+        raise ValueError(f"only floating-point arrays can be quantized; got {kind}")
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
     view = _grouped(x.astype(jnp.float32), scale_shape(x.shape, quantizer.granularity, axis))
@@ -217,6 +226,10 @@ def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
     >>> dequantize(quantize(jnp.array([0.2, -1.4, 7.0]), Quantizer(Int(4))))
     Array([ 0., -1.,  7.], dtype=float32)
     """
+    if not isinstance(qarray, QArray):
+        raise ValueError(
+            f"dequantize takes a QArray, as quantize gives it; got {type(qarray).__name__}"
+        )
     view = _grouped(qarray.qvalue.astype(jnp.float32), qarray.scale.shape)
     return (view * _per_group(qarray.scale)).reshape(qarray.shape).astype(qarray.dtype)
 

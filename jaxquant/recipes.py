@@ -6,7 +6,7 @@ from jaxquant.dot import DotGeneral, Operands
 from jaxquant.formats import INT_BITS, Int
 from jaxquant.qarray import Quantizer
 
-_NAME = re.compile(r"w(\d+)a(\d+)(?:g(\d+))?")
+_NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?")
 _FLOAT_BITS = 16
 
 

@@ -60,6 +60,8 @@ def straight_through(
         x: what was rounded.
         value: what it was rounded to, of the same shape and type.
 
+    Reverse mode only: JAX refuses forward mode (jvp, jacfwd) on a custom_vjp.
+
     Source: Bengio et al. 2013, "Estimating or Propagating Gradients Through Stochastic Neurons".
 
     >>> jax.grad(lambda x: straight_through(x, jnp.round(x)) ** 2)(1.2)
@@ -69,7 +71,8 @@ def straight_through(
 
 
 def _straight_through_forward(x, value):
-    return value, None
+    # Through the rule again, so that second derivatives are straight-through too.
+    return straight_through(x, value), None
 
 
 def _straight_through_backward(_, gradient):

@@ -27,13 +27,20 @@ def parse_rules(rules: Rules) -> list[tuple[re.Pattern[str], DotGeneral | None]]
     >>> parse_rules({"head": None, ".*": "w8a8"})[0]
     (re.compile('head'), None)
     """
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    try:
+        items = rules.items() if isinstance(rules, Mapping) else rules
+        pairs = [(pattern, value) for pattern, value in items]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"rules are a mapping or pairs from regular expressions to recipes; got {rules!r}"
+        ) from None
     if not pairs:
         raise ValueError("rules are empty; give at least one, such as {'.*': 'w8a8'}")
     parsed = []
     for pattern, value in pairs:
         try:
             compiled = re.compile(pattern)
+            compiled.fullmatch("")  # a bytes pattern compiles and matches no path
         except (re.error, TypeError) as error:
             raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
         if isinstance(value, str):

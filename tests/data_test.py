@@ -75,10 +75,10 @@ def test_processes_share_the_same_global_batch(sotu):
         data.train_batches(sotu, 32, 8, 0, 0, 3)
 
 
-def test_repetitions(sotu):
-    assert sotu.repetitions(100) == 1
-    assert sotu.repetitions(3 * sotu.train.size) == 3
-    assert data.load("generated").repetitions(10**12) == 1
+def test_epochs_count_passes_over_the_text(sotu):
+    assert sotu.epochs(sotu.train.size // 2) == pytest.approx(0.5)
+    assert sotu.epochs(3 * sotu.train.size) == 3
+    assert data.load("generated").epochs(10**12) == 0
 
 
 def test_evaluation_windows_are_spread_over_the_split(sotu):
@@ -160,7 +160,9 @@ def write(path, content: bytes):
         (lambda d: data.load("text", write(d / "bin", bytes(range(256)))), "NUL|not UTF-8"),
         (lambda d: data.load("text", write(d / "nul", b"a\0b")), "NUL byte at offset 1"),
         (lambda d: data.load("tokens", write(d / "t.npy", b"garbage")), "not a .npy"),
+        (lambda d: data.load("tokens", write(d / "z.npy", b"PK\x03\x04zip")), "not a .npy"),
         (lambda d: data.load("tokens", str(d)), "cannot be read"),
+        (lambda d: data.load("text", "x" * 5000), "cannot be read"),
     ],
 )
 def test_bad_data_is_named(tmp_path, call, message):
@@ -173,6 +175,7 @@ def test_wrong_token_arrays_are_named(tmp_path):
         (np.ones(5), "float64"),
         (np.ones((2, 2), int), "1-D"),
         (np.array([-1, 2]), "-1"),
+        (np.array([2**62]), "must lie in 0"),
     ):
         np.save(tmp_path / "t.npy", array)
         with pytest.raises(ValueError, match=message):

@@ -86,6 +86,17 @@ def test_native_keeps_eight_bit_residuals():
     assert saved == [jnp.int8, jnp.int8]
 
 
+def test_accumulation_cannot_overflow():
+    assert jq.recipe("w8a8")(jnp.ones((1, 133_000)), jnp.ones((133_000, 1)), MATMUL) == 133_000
+    with pytest.raises(ValueError, match=r"134000 terms.*overflow int32"):
+        jq.recipe("w8a8")(jnp.ones((1, 134_000)), jnp.ones((134_000, 1)), MATMUL)
+
+
+def test_nan_is_loud_in_native_arithmetic():
+    lhs = jnp.ones((2, 4)).at[0, 1].set(jnp.nan)
+    assert jnp.isnan(jq.recipe("w8a8")(lhs, jnp.ones((4, 2)), MATMUL)).all()
+
+
 def test_signature_is_laxs():
     dot = jq.recipe("w8a8")
     assert dot(LHS, RHS, MATMUL, preferred_element_type=jnp.bfloat16).dtype == jnp.bfloat16

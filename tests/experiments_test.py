@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +75,26 @@ def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert results(tmp_path) == results(smoke.workdir)
+
+
+def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke, tmp_path):
+    shutil.copytree(smoke.workdir, tmp_path, dirs_exist_ok=True)
+    victim = min((tmp_path / "trials").glob("*.json"))
+    victim.write_bytes(victim.read_bytes()[:1000])
+    done = subprocess.run(
+        study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert f"warning: {victim} is unusable" in done.stderr
+    assert results(tmp_path) == results(smoke.workdir)
+
+
+def test_help_shows_every_flag():
+    command = [sys.executable, "-m", "experiments.ptq_overtraining", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for flag in ("--preset", "--workdir", "--workers", "--shard", "--config.bits"):
+        assert flag in done.stdout
 
 
 def test_a_report_is_rebuilt_from_records_alone(smoke, tmp_path):

@@ -71,6 +71,7 @@ def test_int_grid_is_symmetric_and_saturates(bits):
 def test_traced_parameters_give_the_static_grid():
     x = jnp.linspace(-600, 600, 4001)
     for bits in range(2, 17):
+        assert float(jq.Int(jnp.int32(bits)).max_value) == jq.Int(bits).max_value
         traced = jax.jit(lambda b, x: jq.Int(b).round(x, jnp.round))(jnp.float32(bits), x)
         np.testing.assert_array_equal(traced, jq.Int(bits).round(x, jnp.round))
     for e, m, reserved in ((4, 3, "nan"), (5, 2, "ieee"), (2, 1, "none"), (8, 7, "ieee")):
@@ -79,10 +80,16 @@ def test_traced_parameters_give_the_static_grid():
         np.testing.assert_array_equal(at(e, m, x), expected)
 
 
-@pytest.mark.parametrize("bits", [0, -1, 1, 1.5, 33, "4", True, None])
+@pytest.mark.parametrize("bits", [0, -1, 1, 1.5, 33, "4", True, None, [4], object()])
 def test_impossible_bits_are_named(bits):
     with pytest.raises(ValueError, match="2 to 16"):
-        jq.Int(bits if bits is not None else "none")
+        jq.Int(bits)
+
+
+def test_formats_can_be_stacked_and_mapped_over():
+    stacked = jax.tree.map(lambda *b: jnp.stack(b), *(jq.Int(jnp.float32(b)) for b in (3, 4, 8)))
+    found = jax.vmap(lambda fmt: fmt.max_value)(stacked)
+    np.testing.assert_array_equal(found, [3, 7, 127])
 
 
 @pytest.mark.parametrize("parameters", [(0, 3), (9, 3), (4, 0), (4, 11), (4.5, 3)])

@@ -74,6 +74,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
         (lambda: models.LMConfig(1, 30, 4, 4, 64), "width 30"),
         (lambda: models.LMConfig(1, 12, 4, 4, 64), "even size"),
         (lambda: models.LMConfig(1, 32, 4, 3, 64), "3 kv_heads"),
+        (lambda: models.LMConfig(1, 32, 4, -1, 64), "kv_heads is at least 1"),
         (lambda: models.sized("3k", dtype="float8"), "float8"),
     ],
 )

@@ -57,6 +57,8 @@ def test_parameters_are_shared_not_copied(model):
         for m in (model, quantized)
     ]
     assert pointers[0] == pointers[1]
+    quantized.up.kernel[...] = jnp.zeros((16, 32))
+    assert model.up.kernel[...].any()
 
 
 def test_quantized_models_split_merge_jit_and_train(model):

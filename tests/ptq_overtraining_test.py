@@ -123,8 +123,18 @@ def test_wsd_branches_leave_the_trunk_in_order():
         ({"granularities": ("7",)}, "blocks of 7"),
         ({"scopes": ("head",)}, "linears, all"),
         ({"seeds": 0}, "seeds"),
+        ({"seeds": 10**20}, "at most"),
+        ({"peak_lr": float("inf")}, "peak_lr"),
+        ({"tokens_per_parameter": ("20",)}, "integers"),
+        ({"tokens_per_parameter": (1.5, 2)}, "integers"),
+        ({"tokens_per_parameter": (True,)}, "integers"),
+        ({"tokens_per_parameter": (1, 2)}, "would come out as"),
+        ({"batch": 4096}, "would come out as"),
+        ({"longest": (600, 600)}, "one number for each"),
+        ({"longest": (5,)}, "without any length"),
+        ({"granularities": ("4", "04")}, "each given once"),
         ({"tokens_per_parameter": (30, 10)}, "rising"),
-        ({"tokens_per_parameter": (0,)}, "at least 1"),
+        ({"tokens_per_parameter": (0,)}, "at least 1; got 0"),
         ({"peak_lr": -1.0}, "peak_lr"),
         ({"dtype": "float8"}, "float8"),
         ({"sequence": 10**9}, "fewer than one sequence"),
@@ -171,7 +181,8 @@ def test_no_exponent_is_claimed_where_there_is_none():
 def record(seed, schedule, added, size="14k"):
     point = {
         "base": {"valid": {"mean": 2.0, "se": 0.1}},
-        "repetitions": 1.0,
+        "epochs": 1.0,
+        "windows": {"valid": 4},
         "curve": [[1, 3.0], [2, 2.5]],
     }
     kind = {"split": "valid", "granularity": "tensor", "scope": "linears", "bits": 4, "se": 0.01}
@@ -196,9 +207,24 @@ def test_a_law_that_does_not_hold_is_said_not_to_hold():
     falling = [record(s, "cosine", (0.1, 0.3, 0.2)) for s in range(2)]
     assert "it does, for every" in report.verdict(analysis.summarize(growing, 2))
     mixed = analysis.summarize(growing + falling, 4)
-    assert "it does not at 14k cosine, and does elsewhere" in report.verdict(mixed)
-    assert [row["grows"] for row in mixed["headline"]["rows"]] == [True, False]
-    assert "3 of 9" not in report.verdict(mixed)
+    assert "Here it does at 14k WSD; it does not at 14k cosine." in report.verdict(mixed)
+    assert [row["grows"] for row in mixed["headline"]["rows"]] == ["yes", "no"]
+
+
+def test_what_is_not_settled_is_said_not_to_be():
+    one_length = [record(s, "wsd", (0.1, 0.2, 0.4)) for s in range(2)]
+    for r in one_length:
+        r["points"] = r["points"][:1]
+    noisy = [record(s, "wsd", x) for s, x in enumerate([(0.1, 0.2, 0.01), (0.1, 0.2, 0.9)])]
+    for records in (one_length, noisy):
+        summary = analysis.summarize(records, 2)
+        assert summary["headline"]["rows"][0]["grows"] == "unresolved"
+        assert "these runs do not settle it at 14k WSD" in report.verdict(summary)
+    broken = analysis.summarize([record(0, "wsd", (0.1, 0.2, None))], 1)
+    (row,) = broken["headline"]["rows"]
+    assert (row["grows"], row["added"]["90"]) == ("unresolved", None)
+    assert row["reason"] == "1 of 3 points are not finite"
+    assert "D/N 90: —" in report.to_text(broken)
 
 
 def test_the_schedules_are_compared_with_an_interval():
@@ -243,7 +269,8 @@ def test_a_broken_model_gives_no_number_rather_than_a_wrong_one():
 def test_unfinished_and_diverged_trials_are_said(tmp_path):
     dead = record(1, "wsd", (0.1, 0.2, 0.4)) | {"status": "diverged", "step": 7, "points": []}
     summary = report.write(tmp_path, [record(0, "wsd", (0.1, 0.2, 0.4)), dead], expected=3)
-    assert report.verdict(summary).startswith("2 of 3 trials are finished")
+    expected = "2 of 3 trials are finished. 1 of them diverged and are left out."
+    assert report.verdict(summary).startswith(expected)
     page = (tmp_path / "report.html").read_text()
     assert "1 of them diverged. Diverged: 14k wsd seed 1 at step 7." in page
 

@@ -96,6 +96,11 @@ def test_granularity_shares_scales_as_said():
     np.testing.assert_array_equal(q.scale, expected)
 
 
+def test_a_scalar_has_one_scale():
+    assert float(jq.fake_quant(jnp.float32(0.3), jq.Quantizer(jq.INT8))) == pytest.approx(0.3)
+    assert jq.Quantizer(jq.INT8, np.int64(4)).granularity == 4
+
+
 def test_blocks_are_channels_of_a_reshaped_array():
     blocks = jq.fake_quant(X, jq.Quantizer(jq.INT4, 4))
     rows = jq.fake_quant(X.reshape(-1, 4), jq.Quantizer(jq.INT4, "channel"))
@@ -160,6 +165,11 @@ def test_nan_and_inf_are_loud_within_their_group_and_silent_outside(fmt, bad):
         (lambda: jq.Quantizer(jq.INT8, 0), "granularity"),
         (lambda: jq.Quantizer(jq.INT8, True), "granularity"),
         (lambda: jq.Quantizer("int8"), "format"),
+        (lambda: jq.Quantizer(None), "format"),
+        (lambda: jq.Quantizer(jq.Int), "format"),
+        (lambda: jq.quantize([1.0], jq.Quantizer(jq.INT8)), "floating-point arrays"),
+        (lambda: jq.quantize(X, jq.Quantizer(jq.INT8, "channel"), axis=1.0), "axis is an integer"),
+        (lambda: jq.dequantize(X), "QArray"),
         (lambda: jq.Quantizer(jq.INT8, calibration="absmax"), "calibration"),
         (lambda: jq.Quantizer(jq.INT8, rounding="nearest"), "rounding"),
         (lambda: jq.quantize(X, jq.Quantizer(jq.INT8, 5)), "does not divide"),

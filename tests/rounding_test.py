@@ -53,3 +53,10 @@ def test_straight_through_passes_the_gradient_whole():
     value, pull = jax.vjp(lambda x: rounding.straight_through(x, jnp.round(x)), x)
     np.testing.assert_array_equal(value, jnp.round(x))
     np.testing.assert_array_equal(pull(cotangent)[0], cotangent)
+
+
+def test_second_derivatives_are_straight_through_too():
+    def energy(x):
+        return jnp.sum(jq.fake_quant(x, jq.Quantizer(jq.INT4)) ** 2)
+
+    np.testing.assert_array_equal(jax.jacrev(jax.grad(energy))(jnp.ones(3)), 2 * np.eye(3))

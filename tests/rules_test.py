@@ -21,6 +21,9 @@ def test_rules_match_whole_paths_and_none_leaves_in_float():
     ("rules", "message"),
     [
         ({}, "empty"),
+        (None, "mapping or pairs"),
+        ("w8a8", "mapping or pairs"),
+        ({b".*": "w8a8"}, "regular expression"),
         ({"(": "w8a8"}, "regular expression"),
         ({".*": "int9000"}, "recipe"),
         ({".*": 8}, "recipe, a DotGeneral or None"),

@@ -216,6 +216,16 @@ def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
     assert "50%" in done.stderr
 
 
+def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path):
+    (tmp_path / "checkpoints" / "50").mkdir(parents=True)
+    for content in (None, '{"si', "[]"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        done = train_binary(tmp_path, 1)
+        assert done.returncode == 2
+        assert "no whole config.json" in done.stderr.splitlines()[-1]
+
+
 def test_another_run_in_the_workdir_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"size": "83k"}')
     done = train_binary(tmp_path, 1)

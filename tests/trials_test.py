@@ -111,9 +111,25 @@ def test_records_say_what_they_are(ledger):
 def test_a_workdir_of_another_study_is_refused(tmp_path, ledger):
     with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
         trials.Ledger(ledger.workdir, "cubes")
-    files.write_json(tmp_path / "v" / "trials" / "x.json", {})
-    with pytest.raises(ValueError, match=r"no study\.json"):
-        trials.Ledger(tmp_path / "v", "squares")
+    files.write_json(tmp_path / "run" / "config.json", {})
+    with pytest.raises(ValueError, match="holds a training run"):
+        trials.Ledger(tmp_path / "run", "squares")
+
+
+def test_a_lost_study_json_is_found_again_from_the_records(ledger):
+    run(ledger, GRID[:1])
+    (ledger.workdir / "study.json").write_text('{"stu')
+    with pytest.raises(ValueError, match="holds the study 'squares'"):
+        trials.Ledger(ledger.workdir, "cubes")
+    assert trials.Ledger(ledger.workdir, "squares").read(GRID[0])["result"] == 0
+
+
+def test_an_edited_record_is_not_believed(ledger, caplog):
+    run(ledger, GRID)
+    text = ledger.path(GRID[3]).read_text()
+    ledger.path(GRID[3]).write_text(text.replace('"result": 9', '"result": 8'))
+    assert ledger.read(GRID[3]) is None
+    assert "not what was recorded" in caplog.text
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):

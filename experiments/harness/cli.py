@@ -52,7 +52,11 @@ def check_positive(config: Any, *names: str) -> None:
     """Raises a ValueError unless each named field is a finite number above zero."""
     for name in names:
         value = getattr(config, name)
-        if not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 < value < math.inf
+        ):
             raise ValueError(f"config.{name} is a number above 0; got {value}")
 
 
@@ -99,8 +103,8 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
 def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     """Two passes: the preset first, for it is what --config.FIELD changes."""
     if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
-        _define_config(next(iter(presets.values())))
-        return FLAGS(argv)
+        _print_help(presets)
+        sys.exit(0)
     config_arguments = [a for a in argv[1:] if a.startswith(("--config", "-config"))]
     FLAGS([a for a in argv if a not in config_arguments])
     if FLAGS.preset not in presets:
@@ -118,6 +122,17 @@ def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     return FLAGS(argv)
 
 
+def _print_help(presets: Mapping[str, Any]) -> None:
+    FLAGS.mark_as_parsed()
+    print(sys.modules["__main__"].__doc__ or "", end="\n\n")
+    print(FLAGS.module_help(sys.modules[__name__]))
+    print(
+        f"\n  --config.FIELD=VALUE changes a field of the preset; here with {FLAGS.preset}'s values:"
+    )
+    for field, value in vars(presets[FLAGS.preset]).items():
+        print(f"    --config.{field}={value}")
+
+
 def _define_config(preset: Any) -> None:
     config_flags.DEFINE_config_dataclass("config", copy.deepcopy(preset), "What the study does.")
 
@@ -126,6 +141,7 @@ def _quiet() -> None:
     """Leaves warnings of our own on the screen and drops the libraries' chatter."""
     absl_logging.set_verbosity(absl_logging.ERROR)
     ours = logging.getLogger("experiments")
+    ours.setLevel(logging.WARNING)  # absl has just raised the root's
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     ours.addHandler(handler)

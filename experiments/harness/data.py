@@ -21,6 +21,7 @@ SHIFT_YEAR = 2000  # sotu: documents from this year on are the temporal shift
 HELD_OUT_EVERY = 10  # every tenth training document is held out for `valid`
 SEPARATOR = b"\0"  # between documents; does not occur in text
 BYTES = 256
+LARGEST_VOCABULARY = 2**20
 _HASHED_TOKENS = 2**26  # a corpus beyond this is known by evenly spaced samples
 
 
@@ -45,11 +46,12 @@ class Corpus:
     fingerprint: str
     entropy_rate: float | None = None
 
-    def repetitions(self, tokens_seen: int) -> float:
-        """How often a training token was seen on average: tokens seen / distinct tokens, at least 1."""
-        if isinstance(self.train, MarkovSource):
-            return 1.0
-        return max(1.0, tokens_seen / self.train.size)
+    def epochs(self, tokens_seen: int) -> float:
+        """Passes over the training text, tokens seen / its tokens: above 1, tokens were repeated.
+
+        0 for a source whose tokens never repeat.
+        """
+        return 0.0 if isinstance(self.train, MarkovSource) else tokens_seen / self.train.size
 
 
 def load(source: str, path: str = "", shift_path: str = "") -> Corpus:
@@ -124,7 +126,13 @@ def _corpus(name: str, train, valid, shift, vocab_size: int) -> Corpus:
 
 def _read_documents(path: str) -> list[bytes]:
     target = Path(path)
-    if target.is_dir():
+    try:
+        exists = target.exists()
+    except OSError as error:
+        raise ValueError(f"data path '{path[:60]}…' cannot be read: {error.strerror}") from None
+    if exists and not target.is_dir():
+        return [_read_text(target)]
+    if exists:
         files = sorted(p for p in target.rglob("*") if p.is_file())
     elif any(c in path for c in "*?["):
         files = (
@@ -175,19 +183,28 @@ def _load_tokens(path: str, shift_path: str) -> Corpus:
 
 
 def _read_tokens(path: str) -> np.ndarray:
-    if not Path(path).is_file() or not Path(path).stat().st_size:
+    try:
+        is_filled = Path(path).is_file() and Path(path).stat().st_size > 0
+    except OSError as error:
+        raise ValueError(f"data path '{path[:60]}…' cannot be read: {error.strerror}") from None
+    if not is_filled:
         _read(Path(path))  # says what is wrong
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"token file '{path}' is not a .npy array: {error}") from None
+    except Exception:  # a damaged header can surface as almost any exception
+        tokens = None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"token file '{path}' is not a .npy array")
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise ValueError(
             f"token file '{path}' must be a non-empty 1-D integer array; "
             f"got {tokens.dtype}{list(tokens.shape)}"
         )
-    if tokens.min() < 0:
-        raise ValueError(f"token file '{path}' has a negative token, {int(tokens.min())}")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= LARGEST_VOCABULARY:
+        raise ValueError(
+            f"token file '{path}' has tokens {low} to {high}; they must lie in 0 … {LARGEST_VOCABULARY - 1}"
+        )
     return tokens
 
 

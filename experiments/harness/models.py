@@ -35,6 +35,9 @@ class LMConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
+        for name in ("layers", "width", "heads", "kv_heads", "hidden", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"a model's {name} is at least 1; got {getattr(self, name)}")
         if self.width % self.heads or self.width // self.heads % 2:
             raise ValueError(
                 f"width {self.width} must be {self.heads} heads (heads) of an even size each"

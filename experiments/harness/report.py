@@ -73,7 +73,7 @@ _CONFIG = {
     "font": "sans-serif",
     "axis": {"grid": True, "gridColor": "#eee", "domainColor": "#999", "tickColor": "#999"},
     "view": {"stroke": None},
-    "legend": {"orient": "bottom", "columns": 4},
+    "legend": {"orient": "bottom", "columns": 2},
 }
 
 _FIT_WIDTH = {"type": "fit-x", "contains": "padding"}

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -56,12 +57,12 @@ class Ledger:
         """
         self.workdir, self.study = Path(workdir).absolute(), study
         try:
-            marker = files.read_json(self.workdir / "study.json")
+            if (self.workdir / "config.json").exists():
+                raise ValueError(
+                    f"workdir '{workdir}' holds a training run; choose another --workdir"
+                )
+            marker = files.read_json(self.workdir / "study.json") or self._recorded_study()
             if marker is None:
-                if any(self.workdir.glob("trials/*.json")):
-                    raise ValueError(
-                        f"workdir '{workdir}' holds records but no study.json saying whose"
-                    )
                 files.write_json(self.workdir / "study.json", {"study": study, "schema": SCHEMA})
                 marker = {"study": study}
             probe = self.workdir / ".writable"
@@ -74,6 +75,14 @@ class Ledger:
             raise ValueError(
                 f"workdir '{workdir}' holds the study {found!r}, not {study!r}; choose another --workdir"
             )
+
+    def _recorded_study(self) -> dict | None:
+        """Whose records lie here, where study.json was lost."""
+        for path in sorted(self.workdir.glob("trials/*.json")):
+            record = files.read_json(path)
+            if isinstance(record, dict) and "study" in record:
+                return {"study": record["study"]}
+        return None
 
     def path(self, trial: Any) -> Path:
         return self.workdir / "trials" / f"{trial_id(trial)}.json"
@@ -88,6 +97,9 @@ class Ledger:
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
             files.set_aside(path, "it is not this trial's record")
             return None
+        if record.pop("checksum", None) != _checksum(record):
+            files.set_aside(path, "its content is not what was recorded")
+            return None
         return record
 
     def write(self, trial: Any, results: dict, seconds: float) -> None:
@@ -97,7 +109,8 @@ class Ledger:
             "id": trial_id(trial),
             "trial": _as_json(trial),
         }
-        files.write_json(self.path(trial), head | results)
+        record = json.loads(json.dumps(head | results))
+        files.write_json(self.path(trial), record | {"checksum": _checksum(record)})
         files.write_json(
             self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}
         )
@@ -115,6 +128,10 @@ class Ledger:
                 fcntl.flock(lock, fcntl.LOCK_EX)
             folder.mkdir(parents=True, exist_ok=True)
             yield folder
+
+
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _as_json(trial: Any) -> dict:
@@ -193,7 +210,7 @@ class _Bar:
     """One line of progress for the whole study."""
 
     def __init__(self, trials: Sequence[Any], pending: Sequence[Any], cost: Callable[[Any], float]):
-        self._cost, self._note = cost, "starting"
+        self._cost, self._note = cost, "starting" if pending else "nothing left to run"
         self._trials, self._finished = len(trials), len(trials) - len(pending)
         total = sum(map(cost, trials))
         self._done = total - sum(map(cost, pending))
@@ -252,7 +269,7 @@ def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar
             here, there = context.Pipe()
             arguments = (there, number, workers, run_trial, ledger, keep_checkpoints)
             process = context.Process(target=_work, args=arguments, daemon=True)
-            process.start()
+            _start(process)
             there.close()
             busy[here] = (process, None)
             _hand_out(here, queue, busy)
@@ -264,6 +281,18 @@ def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar
             process.kill()
     if failures:
         raise RuntimeError(_failure_message(failures))
+
+
+def _start(process: Any) -> None:
+    """Starts a worker deaf to Ctrl-C from its first moment; that is the parent's to handle."""
+    if threading.current_thread() is not threading.main_thread():
+        process.start()
+        return
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _hand_out(pipe, queue: list, busy: dict) -> None:
@@ -306,7 +335,6 @@ def _failure_message(failures: list) -> str:
 def _work(pipe: Connection, number: int, workers: int, run_trial, ledger, keep_checkpoints) -> None:
     """A worker process: takes trials until it is handed None or its parent is gone."""
     _take_share_of_cores(number, workers)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
 
     def progress(amount: float, note: str) -> None:
         try:

@@ -17,6 +17,7 @@ KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
 CONFIDENCE = 0.9
 HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
 KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
+SPLIT_NAMES = {"valid": "like training", "shift": "shifted"}
 SCHEDULE_NAMES = {"wsd": "WSD", "cosine": "cosine"}
 
 
@@ -38,9 +39,9 @@ def base_loss(records: list[dict]) -> pd.DataFrame:
     for record in records:
         run = {k: record["trial"][k] for k in ("size", "schedule", "seed")}
         for point in record["points"]:
-            at = {"d_over_n": point["tokens_per_parameter"], "repetitions": point["repetitions"]}
+            at = {"d_over_n": point["tokens_per_parameter"], "epochs": point["epochs"]}
             rows += [run | at | {"split": split} | value for split, value in point["base"].items()]
-    columns = ["size", "schedule", "seed", "d_over_n", "repetitions", "split", "mean", "se"]
+    columns = ["size", "schedule", "seed", "d_over_n", "epochs", "split", "mean", "se"]
     return pd.DataFrame(rows, columns=columns).astype({"mean": float, "se": float})
 
 
@@ -63,6 +64,9 @@ def fit_exponent(table: pd.DataFrame) -> dict:
     freedom = len(positive) - seeds - 1
     result: dict = dict.fromkeys(("gamma", "low", "high", "error", "reason"))
     result |= {"points": len(positive), "freedom": freedom}
+    broken = int(table["mean"].isna().sum())
+    if broken:
+        return result | {"reason": f"{broken} of {len(table)} points are not finite"}
     if len(positive) < len(table):
         return result | {
             "reason": f"{len(table) - len(positive)} of {len(table)} points add no loss"
@@ -88,24 +92,38 @@ def exponents(added: pd.DataFrame) -> pd.DataFrame:
 
 
 def growth(added: pd.DataFrame) -> pd.DataFrame:
-    """The headline question per size and schedule: the mean over seeds at each D/N, and whether it grows."""
+    """The headline question per size and schedule: the mean over seeds at each D/N, and whether it grows.
+
+    ``grows`` is "yes" where the means rise from each length to the next and γ's interval lies above zero,
+    "no" where they do not rise, and "unresolved" where they rise but the interval does not settle it, or
+    where there are too few lengths or a model broke.
+    """
     rows = []
     for (size, schedule), group in select(added, **HEADLINE).groupby(
         ["size", "schedule"], sort=False
     ):
-        means = group.groupby("d_over_n")["mean"].mean().sort_index()
+        by_length = group.groupby("d_over_n")["mean"]
+        means = by_length.apply(lambda x: x.mean(skipna=False)).sort_index()
         fit = fit_exponent(group)
         rows.append(
             {
                 "size": size,
                 "schedule": schedule,
-                "seeds": int(group["seed"].nunique()),
-                "added": {str(d): float(v) for d, v in means.items()},
-                "grows": bool(len(means) > 1 and (np.diff(means) > 0).all()),
+                "seeds": int(by_length.count().min()),
+                "added": {str(d): float(v) if np.isfinite(v) else None for d, v in means.items()},
+                "grows": _grows(means, fit),
                 **fit,
             }
         )
     return pd.DataFrame(rows)
+
+
+def _grows(means: pd.Series, fit: dict) -> str:
+    if len(means) < 2 or means.isna().any():
+        return "unresolved"
+    if not (np.diff(means) > 0).all():
+        return "no"
+    return "yes" if fit["gamma"] is not None and fit["low"] > 0 else "unresolved"
 
 
 def schedule_effect(added: pd.DataFrame) -> list[dict]:
@@ -120,7 +138,7 @@ def schedule_effect(added: pd.DataFrame) -> list[dict]:
         if any(run.empty for run in runs):
             continue
         means = [run.groupby("d_over_n")["mean"].mean() for run in runs]
-        ratios = (means[0] / means[1]).dropna()
+        ratios = (means[0] / means[1])[(means[0] > 0) & (means[1] > 0)]
         row = {"size": size, "ratio": {str(d): float(r) for d, r in ratios.items()}}
         rows.append(row | _difference(*(fit_exponent(run) for run in runs)))
     return rows
@@ -170,12 +188,12 @@ def summarize(records: list[dict], expected: int) -> dict:
         "exponents": _records(exponents(added)),
         "added_loss": _records(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
         "base_loss": _records(
-            over_seeds(base, ["size", "schedule", "split", "d_over_n", "repetitions"])
+            over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])
         ),
         "parameters": {
             s: models.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))
         },
-        "versions": records[0]["versions"] if records else {},
+        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
     }
 
 

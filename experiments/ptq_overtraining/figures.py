@@ -13,6 +13,7 @@ from experiments.ptq_overtraining.analysis import (
     HEADLINE,
     KUMAR_EXPONENT,
     SCHEDULE_NAMES,
+    SPLIT_NAMES,
     select,
 )
 
@@ -20,10 +21,11 @@ from experiments.ptq_overtraining.analysis import (
 def _lines(
     table: pd.DataFrame, color: alt.Color, y: alt.Y, title: str, dash=None
 ) -> alt.LayerChart:
-    """Means over seeds as lines, single seeds as points, against D/N; what a log axis lacks is left out."""
+    """Means over seeds as lines, single seeds as points, against D/N, where the evaluation resolves them."""
     series = [c for c in table.columns if c not in ("seed", "mean", "se")]
-    means = table.groupby(series, sort=False, as_index=False)["mean"].mean()
-    shown = [t[t["mean"] > 0] for t in (means, table)]
+    means = table.groupby(series, sort=False)[["mean", "se"]].mean().reset_index()
+    shown = [t[t["mean"] > _RESOLVED * t["se"].fillna(0)] for t in (means, table)]
+    shown = [t[t["mean"] > 0] for t in shown]
     x = alt.X(
         "d_over_n:Q",
         title="D/N, training tokens per parameter",
@@ -37,12 +39,14 @@ def _lines(
     lines = lines.mark_line(clip=True)
     lines = lines if dash is None else lines.encode(strokeDash=dash)
     points = points.mark_circle(size=28, opacity=0.6, clip=True).encode(
-        tooltip=["d_over_n", "mean", "se", "seed"]
+        tooltip=["d_over_n:Q", "mean:Q", "se:Q", "seed:Q"]
     )
     return alt.layer(lines, points).properties(title=title)
 
 
-_SMALLEST_SHOWN = 1e-4  # nats per token; smaller differences drown in the evaluation's noise
+# A loss added is shown where it exceeds so many standard errors over the evaluation's windows.
+_RESOLVED = 2
+_SMALLEST_SHOWN = 1e-4  # nats per token: where a logarithmic axis ends
 
 
 def _log_y(table: pd.DataFrame) -> alt.Y:
@@ -79,8 +83,8 @@ def by_bits(added: pd.DataFrame) -> Figure:
         "added_loss",
         "Loss added by quantization against training length",
         "Weights of the blocks' linears rounded to nearest, one scale per tensor, held-out text. A line "
-        "is the mean over seeds, a point one seed; both axes are logarithmic. What adds less than "
-        f"{_SMALLEST_SHOWN:g} is within the noise of the evaluation and left out.",
+        "is the mean over seeds, a point one seed; both axes are logarithmic. Shown is what exceeds twice "
+        "its standard error over the evaluation's windows.",
         panels,
     )
 
@@ -109,9 +113,7 @@ def by_granularity(added: pd.DataFrame) -> Figure:
 
 def shift_and_scope(added: pd.DataFrame) -> Figure:
     table = select(added, granularity="tensor", bits=HEADLINE["bits"])
-    kind = (
-        table["split"].map({"valid": "like training", "shift": "shifted"}) + ", " + table["scope"]
-    )
+    kind = table["split"].map(SPLIT_NAMES) + ", " + table["scope"]
     panels = [
         _lines(
             group[["d_over_n", "mean", "se", "seed", "kind"]],
@@ -146,7 +148,7 @@ def exponent(table: pd.DataFrame) -> Figure:
         y=alt.Y("low:Q", title="γ_D", scale=alt.Scale(domain=[-1, 2], clamp=True)), y2="high:Q"
     )
     points = chart.mark_circle(size=50, opacity=1, clip=True).encode(
-        y="gamma:Q", tooltip=["run", "bits", "gamma", "low", "high"]
+        y="gamma:Q", tooltip=["run:N", "bits:O", "gamma:Q", "low:Q", "high:Q"]
     )
     published = (
         alt.Chart(pd.DataFrame({"y": [KUMAR_EXPONENT]}))
@@ -204,7 +206,7 @@ def models_themselves(base: pd.DataFrame, records: list[dict]) -> Figure:
     )
     return Figure(
         "base_loss",
-        "The models themselves",
+        "Base loss and training curves",
         "Left: unquantized loss on held-out text. Right: training loss of the longest runs.",
         [against_length, training],
     )

@@ -14,6 +14,7 @@ from experiments.ptq_overtraining import figures
 from experiments.ptq_overtraining.analysis import (
     KUMAR_EXPONENT,
     SCHEDULE_NAMES,
+    SPLIT_NAMES,
     added_loss,
     base_loss,
     exponents,
@@ -24,29 +25,40 @@ from experiments.ptq_overtraining.analysis import (
 
 
 def verdict(summary: dict) -> str:
-    """The finding in one or two sentences."""
+    """The finding in a few sentences."""
     rows, trials = summary["headline"]["rows"], summary["trials"]
     prefix = ""
     if trials["finished"] < trials["expected"]:
-        prefix = f"{trials['finished']} of {trials['expected']} trials are finished. "
+        prefix += f"{trials['finished']} of {trials['expected']} trials are finished. "
+    if trials["diverged"]:
+        prefix += f"{len(trials['diverged'])} of them diverged and are left out. "
     if not rows:
-        return (
-            prefix
-            + "The grid has no 4-bit per-tensor measurement, so the main question stays open."
-        )
-    names = [f"{r['size']} {SCHEDULE_NAMES[r['schedule']]}" for r in rows]
-    against = [n for n, r in zip(names, rows, strict=True) if not r["grows"]]
-    if against:
-        finding = f"it does not at {', '.join(against)}" + (
-            "" if len(against) == len(rows) else ", and does elsewhere"
-        )
-    else:
-        finding = "it does, for every size and schedule measured"
-    gammas = ", ".join(f"{n} {_interval(r)}" for n, r in zip(names, rows, strict=True))
+        return prefix + "No 4-bit per-tensor measurement is there, so the main question stays open."
+    by_answer: dict[str, list[str]] = {}
+    for row in rows:
+        by_answer.setdefault(row["grows"], []).append(_run_name(row))
+    said = {
+        "yes": "it does",
+        "no": "it does not",
+        "unresolved": "these runs do not settle it",
+    }
+    parts = [f"{said[k]} at {', '.join(v)}" for k, v in sorted(by_answer.items(), reverse=True)]
+    if list(by_answer) == ["yes"]:
+        parts = ["it does, for every size and schedule measured"]
+    gammas = ", ".join(f"{_run_name(row)} {_interval(row)}" for row in rows)
     return (
         f"{prefix}Does the loss that 4-bit per-tensor quantization adds grow with training length? Here "
-        f"{finding}. Exponents γ_D with 90 % intervals: {gammas}; Kumar et al. report {KUMAR_EXPONENT:.3f}."
+        f"{'; '.join(parts)}. Exponents γ_D with 90 % intervals: {gammas}; "
+        f"Kumar et al. report {KUMAR_EXPONENT:.3f}."
     )
+
+
+def _run_name(row: dict) -> str:
+    return f"{row['size']} {SCHEDULE_NAMES[row['schedule']]}"
+
+
+def _signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.4f}"
 
 
 def _interval(fit: dict) -> str:
@@ -59,7 +71,7 @@ def to_text(summary: dict) -> str:
     """The finding for a terminal."""
     lines = [verdict(summary), ""]
     for row in summary["headline"]["rows"]:
-        values = "  ".join(f"D/N {d}: +{v:.3f}" for d, v in row["added"].items())
+        values = "  ".join(f"D/N {d}: {_signed(v)}" for d, v in row["added"].items())
         lines.append(f"  N {row['size']:>5} {SCHEDULE_NAMES[row['schedule']]:>6}   {values}")
     return "\n".join(lines)
 
@@ -67,8 +79,8 @@ def to_text(summary: dict) -> str:
 def _headline_table(rows: list[dict]) -> pd.DataFrame:
     shown = [
         {"N": r["size"], "schedule": SCHEDULE_NAMES[r["schedule"]], "seeds": r["seeds"]}
-        | {f"D/N = {d}": f"{v:.4f}" for d, v in r["added"].items()}
-        | {"grows": "yes" if r["grows"] else "no", "γ_D [90 %]": _interval(r)}
+        | {f"D/N = {d}": _signed(v) for d, v in r["added"].items()}
+        | {"grows": r["grows"], "γ_D [90 %]": _interval(r)}
         for r in rows
     ]
     return pd.DataFrame(shown)
@@ -118,15 +130,15 @@ def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _base_table(base: pd.DataFrame) -> pd.DataFrame:
-    keys = ["size", "schedule", "split", "d_over_n", "repetitions"]
+    keys = ["size", "schedule", "split", "d_over_n", "epochs"]
     table = over_seeds(base, keys)
     return pd.DataFrame(
         {
             "N": table["size"],
             "schedule": table["schedule"].map(SCHEDULE_NAMES),
-            "text": table["split"],
+            "text": table["split"].map(SPLIT_NAMES),
             "D/N": table["d_over_n"],
-            "times each token was seen": table["repetitions"].map("{:.2f}".format),
+            "passes over the text": table["epochs"].map("{:.2f}".format),
             "loss (nats per token)": table["mean"].map("{:.4f}".format),
             "SD over seeds": table["sd"].map(lambda x: "—" if pd.isna(x) else f"{x:.4f}"),
             "seeds": table["seeds"],
@@ -135,8 +147,8 @@ def _base_table(base: pd.DataFrame) -> pd.DataFrame:
 
 
 _EXPONENT_CAPTION = (
-    "γ_D [90 % interval], blocks' linears, held-out text; a dash where some run adds no loss, so that no "
-    "power law holds"
+    "γ_D [90 % interval], blocks' linears, held-out text; a dash where it cannot be had: some run adds no "
+    "loss or breaks, or there are too few lengths or seeds"
 )
 
 
@@ -171,7 +183,10 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
             report.Section(
                 "The models themselves",
                 tables=[
-                    ("Unquantized loss, and how often a token was repeated", _base_table(base))
+                    (
+                        "Unquantized loss; above one pass over the text, tokens were repeated",
+                        _base_table(base),
+                    )
                 ],
                 figures=[figures.models_themselves(base, records)],
             ),
@@ -224,15 +239,20 @@ def _method(summary: dict, records: list[dict]) -> report.Section:
         "Non-embedding parameters N: "
         + ", ".join(f"{k} = {v:,}" for k, v in parameters.items())
         + ".",
-        "Versions: " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
+        "Versions: "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in versions)
+        + ".",
     ]
     if records:
         t = records[0]["trial"]
+        counts_by_text = {
+            k: v for r in records for p in r["points"] for k, v in p["windows"].items()
+        }
+        windows = ", ".join(f"{n} of text {SPLIT_NAMES[k]}" for k, n in counts_by_text.items())
         setting = (
             f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
             f"{t['sequence']} tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping "
-            f"at 1, peak learning rate {t['peak_lr']}, {t['dtype']}; {t['evaluation_windows']} evaluation "
-            "windows per text."
+            f"at 1, peak learning rate {t['peak_lr']}, {t['dtype']}; evaluation windows: {windows}."
         )
         paragraphs.insert(2, setting)
     return report.Section("How this was measured", paragraphs)

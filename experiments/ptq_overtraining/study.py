@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from jaxquant.qarray import Granularity
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
+_FEWEST_STEPS, _LENGTH_TOLERANCE = 10, 0.05
 _TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
+_MOST_SEEDS = 10_000
 COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
 
 
@@ -30,6 +33,7 @@ class Config:
 
     sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
     tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
+    longest: tuple[int, ...] = ()  # the longest D/N of each of `sizes`; () sets no limit
     schedules: tuple[str, ...] = SCHEDULES
     seeds: int = 3
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
@@ -58,13 +62,14 @@ PRESETS = {
         bits=(2, 4, 8),
         granularities=("tensor", "channel"),
         scopes=("linears",),
-        evaluation_windows=8,
+        evaluation_windows=32,
         checkpoint_every=100,
     ),
     "laptop": Config(),
     "full": Config(
         sizes=("21k", "83k", "332k"),
         tokens_per_parameter=(20, 60, 100, 200, 600),
+        longest=(600, 600, 100),
         evaluation_windows=512,
     ),
     "tpu": Config(
@@ -80,9 +85,6 @@ PRESETS = {
         workers=1,
     ),
 }
-
-# D/N above this is left out for a size: hours on two cores, or many epochs of the same text.
-LONGEST = {"332k": 100}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,9 +113,9 @@ class Trial:
     checkpoint_every: int
 
     def steps(self, tokens_per_parameter: int) -> int:
-        """Training steps that come nearest to D = tokens_per_parameter · N tokens, at least 10."""
+        """Training steps that come nearest to D = tokens_per_parameter · N tokens."""
         tokens = tokens_per_parameter * models.SIZES[self.size].non_embedding_parameters
-        return max(10, round(tokens / (self.batch * self.sequence)))
+        return max(_FEWEST_STEPS, round(tokens / (self.batch * self.sequence)))
 
     def cooldown_start(self, tokens_per_parameter: int) -> int:
         """Where a WSD branch leaves the trunk."""
@@ -133,8 +135,10 @@ def make_trials(config: Config) -> list[Trial]:
     names = {f.name for f in dataclasses.fields(Trial)}
     shared = {k: v for k, v in vars(config).items() if k in names}
     made = []
-    for size in config.sizes:
-        lengths = [d for d in config.tokens_per_parameter if d <= LONGEST.get(size, d)]
+    for size, longest in zip(
+        config.sizes, config.longest or [math.inf] * len(config.sizes), strict=True
+    ):
+        lengths = [d for d in config.tokens_per_parameter if d <= longest]
         for schedule in config.schedules:
             # One trunk serves every length under WSD; cosine runs are separate.
             groups = [tuple(lengths)] if schedule == "wsd" else [(d,) for d in lengths]
@@ -148,7 +152,22 @@ def make_trials(config: Config) -> list[Trial]:
                         "data_fingerprint": corpus.fingerprint,
                     }
                     made.append(Trial(**shared | own))
+    for trial in made:
+        _check_lengths(trial)
     return made
+
+
+def _check_lengths(trial: Trial) -> None:
+    """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
+    n = models.SIZES[trial.size].non_embedding_parameters
+    for d in trial.tokens_per_parameter:
+        actual = trial.steps(d) * trial.batch * trial.sequence / n
+        if abs(actual / d - 1) > _LENGTH_TOLERANCE:
+            raise ValueError(
+                f"config.tokens_per_parameter {d} at N = {trial.size} would come out as {actual:.1f} in "
+                f"batches of {trial.batch} × {trial.sequence} tokens (at least {_FEWEST_STEPS} steps); "
+                "choose longer runs or smaller batches"
+            )
 
 
 def _check(config: Config) -> None:
@@ -158,14 +177,24 @@ def _check(config: Config) -> None:
             raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
     cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
     cli.check_positive(config, "log_every", "checkpoint_every")
+    for name in ("tokens_per_parameter", "longest"):
+        for value in getattr(config, name):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{name} holds integers of at least 1; got {value!r}")
     if list(config.tokens_per_parameter) != sorted(config.tokens_per_parameter):
         raise ValueError(
             f"config.tokens_per_parameter is in rising order; got {config.tokens_per_parameter}"
         )
-    if config.tokens_per_parameter[0] < 1:
+    if len(set(map(parse_granularity, config.granularities))) != len(config.granularities):
+        raise ValueError(f"config.granularities are each given once; got {config.granularities}")
+    if config.longest and len(config.longest) != len(config.sizes):
         raise ValueError(
-            f"config.tokens_per_parameter is at least 1; got {config.tokens_per_parameter}"
+            f"config.longest has one number for each of config.sizes; got {config.longest}"
         )
+    if any(longest < config.tokens_per_parameter[0] for longest in config.longest):
+        raise ValueError(f"config.longest {config.longest} leaves some size without any length")
+    if config.seeds > _MOST_SEEDS:
+        raise ValueError(f"config.seeds is at most {_MOST_SEEDS}; got {config.seeds}")
     for name, known in (("schedules", SCHEDULES), ("scopes", SCOPES)):
         for value in getattr(config, name):
             if value not in known:
@@ -197,7 +226,7 @@ def parse_granularity(text: str) -> Granularity:
     """
     if text in ("tensor", "channel"):
         return text
-    if str(text).isdecimal() and int(text) > 0:
+    if isinstance(text, str) and text.isdecimal() and int(text) > 0:
         return int(text)
     raise ValueError(f"config.granularities are 'tensor', 'channel' or a block size; got {text!r}")
 
@@ -261,9 +290,10 @@ def make_evaluate(graphdef: nnx.GraphDef, granularity: str | None, scope: str = 
 
 def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -> dict:
     """Base loss, and the loss that each quantization adds, per split: means and standard errors."""
-    base, added = {}, []
+    base, added, counts = {}, [], {}
     for split in corpus.evaluation:
         windows = data.evaluation_windows(corpus, split, trial.sequence, trial.evaluation_windows)
+        counts[split] = len(windows)
         reference = np.asarray(
             make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64
         )
@@ -280,15 +310,15 @@ def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -
                         "bits": bits,
                     }
                     added.append(kind | _mean_and_error(losses - reference))
-    return {"base": base, "added": added}
+    return {"windows": counts, "base": base, "added": added}
 
 
 def _mean_and_error(values: np.ndarray) -> dict:
     """The mean with its standard error over windows; None where a broken model gives no number."""
     if not np.isfinite(values).all():
         return {"mean": None, "se": None}
-    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "se": float(error)}
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "se": error}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -378,7 +408,7 @@ class _Run:
         return {
             "tokens_per_parameter": tokens_per_parameter,
             "tokens": tokens,
-            "repetitions": self.corpus.repetitions(tokens),
+            "epochs": self.corpus.epochs(tokens),
             "curve": [list(entry) for entry in curve],
             **measure(trial, self.graphdef, end.params, self.corpus),
         }
@@ -421,6 +451,9 @@ def run(
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
+    mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
+    if config.batch % mesh.size:
+        raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
     ledger = trials.Ledger(workdir, STUDY)
     count = config.workers if workers is None else workers
     if count < 0:
