@@ -64,6 +64,7 @@ def _bits_color(added: pd.DataFrame) -> alt.Color:
     return alt.Color(
         "bits:O",
         title="bits",
+        legend=alt.Legend(columns=7),
         scale=alt.Scale(scheme="viridis", domain=sorted(map(int, set(added["bits"])))),
     )
 
