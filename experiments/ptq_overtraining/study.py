@@ -21,10 +21,11 @@ from jaxquant.qarray import Granularity
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
-_FEWEST_STEPS, _LENGTH_TOLERANCE = 10, 0.05
-_TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
-_MOST_SEEDS = 10_000
 COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
+_FEWEST_STEPS = 10
+_LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
+_MOST_SEEDS = 10_000
+_TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
 
 
 @dataclasses.dataclass
@@ -70,6 +71,7 @@ PRESETS = {
         sizes=("21k", "83k", "332k"),
         tokens_per_parameter=(20, 60, 100, 200, 600),
         longest=(600, 600, 100),
+        peak_lr=4e-3,
         evaluation_windows=512,
     ),
     "tpu": Config(
@@ -216,7 +218,7 @@ def _check_blocks(model: models.LMConfig, granularities: tuple[str, ...]) -> Non
 
 
 def parse_granularity(text: str) -> Granularity:
-    """ "tensor", "channel" or a block size from its digits.
+    """The granularity that a text names: "tensor", "channel", or a block size in digits.
 
     Raises:
         ValueError: anything else.
