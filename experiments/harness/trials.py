@@ -194,16 +194,14 @@ def run(
         (t for t in mine if ledger.read(t) is None), key=lambda t: (-cost(t), trial_id(t))
     )
     with _Bar(mine, pending, cost) as bar:
-        if workers == 1 or len(pending) <= 1:
+        if workers == 1:
             for trial in pending:
                 with ledger.claim(trial) as scratch:
                     progress = functools.partial(bar.add, trial)
                     _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress)
                 bar.finish(trial)
         else:
-            _run_in_processes(
-                pending, run_trial, ledger, min(workers, len(pending)), keep_checkpoints, bar
-            )
+            _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar)
 
 
 class _Bar:
@@ -264,8 +262,10 @@ def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar
     """The parent hands out trials one by one over pipes; a lost worker costs its own trial only."""
     context = multiprocessing.get_context("spawn")
     queue, busy, failures = list(pending), {}, []
+    # A worker's share of the cores is the same however few trials are left: on some versions of XLA the
+    # number of threads changes the last bits of a sum.
     try:
-        for number in range(workers):
+        for number in range(min(workers, len(pending))):
             here, there = context.Pipe()
             arguments = (there, number, workers, run_trial, ledger, keep_checkpoints)
             process = context.Process(target=_work, args=arguments, daemon=True)
@@ -362,9 +362,9 @@ def _work(pipe: Connection, number: int, workers: int, run_trial, ledger, keep_c
 
 
 def _take_share_of_cores(number: int, workers: int) -> None:
-    """Pins a worker to its own cores, before JAX sizes its thread pool by them."""
+    """Pins a worker to its own cores, as many as every other has, before JAX sizes its threads by them."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) >= workers:
-        os.sched_setaffinity(0, cores[number::workers])
+        os.sched_setaffinity(0, cores[number::workers][: len(cores) // workers])
