@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,14 +39,16 @@ class Run:
     workdir: Path
     stdout: str
     stderr: str
+    seconds: float
 
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory) -> Run:
     """The main study under --preset=smoke, undisturbed."""
     workdir = tmp_path_factory.mktemp("smoke")
+    start = time.monotonic()
     done = subprocess.run(
         study_command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Run(workdir, done.stdout, done.stderr)
+    return Run(workdir, done.stdout, done.stderr, time.monotonic() - start)

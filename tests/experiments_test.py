@@ -60,7 +60,7 @@ def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path
             start_new_session=True,
         )  # fmt: skip
         try:
-            process.wait(rng.uniform(4, 16))
+            process.wait(rng.uniform(0.15, 0.5) * smoke.seconds)
         except subprocess.TimeoutExpired:
             kills += 1
         # Every other time the parent alone dies, and its workers find out by themselves.
