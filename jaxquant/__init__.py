@@ -7,9 +7,38 @@ on it: `quantize`, `dequantize`, `fake_quant`.  `DotGeneral` goes wherever `jax.
 `recipe` names the usual ones, and `jq.nnx.quantize` puts them into a Flax model.
 """
 
-from jaxquant import calibration, nnx, rounding
+from jaxquant import calibration, estimators, formats, nnx, rounding, storage
 from jaxquant.dot import DotGeneral, Operands
-from jaxquant.formats import BF16, E2M1, E4M3, E5M2, FP16, INT4, INT8, Float, Format, Int
+from jaxquant.formats import (
+    BF16,
+    BINARY,
+    DYNAMIC8,
+    E2M1,
+    E2M3,
+    E3M2,
+    E4M3,
+    E5M2,
+    E5M6,
+    E8M0,
+    FP16,
+    INT2,
+    INT4,
+    INT8,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    MXINT8,
+    NF4,
+    NVFP4,
+    TERNARY,
+    Block,
+    Codebook,
+    Float,
+    Format,
+    Int,
+    parse,
+)
+from jaxquant.hadamard import hadamard
 from jaxquant.qarray import QArray, Quantizer, dequantize, fake_quant, quantize
 from jaxquant.recipes import recipe
 
@@ -17,12 +46,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BF16",
+    "BINARY",
+    "DYNAMIC8",
     "E2M1",
+    "E2M3",
+    "E3M2",
     "E4M3",
     "E5M2",
+    "E5M6",
+    "E8M0",
     "FP16",
+    "INT2",
     "INT4",
     "INT8",
+    "MXFP4",
+    "MXFP6",
+    "MXFP8",
+    "MXINT8",
+    "NF4",
+    "NVFP4",
+    "TERNARY",
+    "Block",
+    "Codebook",
     "DotGeneral",
     "Float",
     "Format",
@@ -32,9 +77,14 @@ __all__ = [
     "Quantizer",
     "calibration",
     "dequantize",
+    "estimators",
     "fake_quant",
+    "formats",
+    "hadamard",
     "nnx",
+    "parse",
     "quantize",
     "recipe",
     "rounding",
+    "storage",
 ]

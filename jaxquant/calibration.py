@@ -1,20 +1,35 @@
-"""Calibration: from a tensor to the range that its grid must cover."""
+"""Calibration: from a tensor to the range that its grid must cover.
 
+A calibration is a function of (values, axes, format): `axes` share one range and stay as axes of size
+1.  It returns a magnitude r, for the range [−r, r], or a pair (low, high) for an asymmetric one.
+Ranges that are data, found before or learned, are `Range` and `Step`.
+"""
+
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
+import numpy as np
 
-Calibration = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+from jaxquant.formats import Format, Int
+
+Calibration = Callable[[jax.Array, tuple[int, ...], Format], Any]
 
 
-def absmax(x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...]) -> jt.Float[jax.Array, "..."]:
-    """The largest magnitude over `axes`, which stay as axes of size 1: no value is clipped.
+def absmax(
+    x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format | None = None
+) -> jt.Float[jax.Array, "..."]:
+    """The largest magnitude over `axes`: no value is clipped.
 
     Args:
         x: values.
         axes: what shares one scale.
+        format: not needed.
 
     Returns:
         max |x| over `axes`, zero where there is nothing to take it of.
@@ -23,4 +38,286 @@ def absmax(x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...]) -> jt.Float[
     Array([[3.],
            [2.]], dtype=float32)
     """
+    del format
     return jnp.max(jnp.abs(x), axis=axes, keepdims=True, initial=0)
+
+
+def minmax(
+    x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest value over `axes`, and zero: an asymmetric range without clipping.
+
+    Zero is within the range so that it is represented exactly (Jacob et al. 2018, section 2.1).
+
+    >>> minmax(jnp.array([[1.0, -3.0], [2.0, 0.5]]), (1,))[0]
+    Array([[-3.],
+           [ 0.]], dtype=float32)
+    """
+    del format
+    low = jnp.min(x, axis=axes, keepdims=True, initial=0)
+    return low, jnp.max(x, axis=axes, keepdims=True, initial=0)
+
+
+def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """√(mean x²) over `axes`, of values whose squares need not be representable."""
+    largest = absmax(x, axes)
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    count = max(1, math.prod(x.shape[a] for a in axes))
+    return unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axes, keepdims=True) / count)
+
+
+def gaussian(
+    x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format
+) -> jt.Float[jax.Array, "..."]:
+    """The range that quantizes a zero-mean normal of x's RMS with the least squared error.
+
+    r = c(format) · √(mean x²), where c minimises E[(z − Q(z))²] for z ~ N(0, 1) over the range of the
+    grid.  An `Int` may have traced bits (whole widths); other formats are static.
+
+    Raises:
+        ValueError: a traced format other than an Int.
+
+    Source: Max 1960, "Quantizing for Minimum Distortion", for uniform grids; QuEST (Panferov et al.
+    2025, arXiv 2502.05003), section 3.1, for its use.
+
+    >>> from jaxquant.formats import Int
+    >>> round(float(gaussian(jnp.ones((1, 8)), (1,), Int(4, "midrise"))[0, 0]), 3)
+    2.514
+    """
+    return _gaussian_range(format) * rms(x, axes)
+
+
+def _gaussian_range(format: Format) -> Any:
+    """c(format): for traced bits, read from the table of all widths."""
+    if jax.tree.leaves(format):
+        if not isinstance(format, Int):
+            raise ValueError(f"gaussian calibration takes a static format or an Int; got {format!r}")
+        lowest = 2 if format.levels == "symmetric" else 1
+        widths = range(lowest, 13)
+        table = jnp.array([optimal_gaussian_range(Int(b, format.levels))[0] for b in widths], jnp.float32)
+        place = jnp.asarray(format.bits, jnp.float32)
+        return jnp.interp(place, jnp.array(widths, jnp.float32), table)
+    return jnp.float32(optimal_gaussian_range(format)[0])
+
+
+@functools.lru_cache(maxsize=128)
+def optimal_gaussian_range(format: Format) -> tuple[float, float]:
+    """The range c that a static format's grid should cover for unit normals, and the error left there.
+
+    The mean squared error is computed exactly, cell by cell, from the normal's partial moments; its
+    minimum is bracketed on a logarithmic sweep of c and then narrowed by golden section.
+
+    Returns:
+        (c, E[(z − Q(z))²] at c).
+
+    >>> from jaxquant.formats import Int
+    >>> round(optimal_gaussian_range(Int(2, "midrise"))[1], 5)
+    0.11885
+    """
+    with jax.ensure_compile_time_eval():
+        codes = jnp.arange(2**format.bits)
+        grid = np.unique(np.asarray(format.decode(codes), np.float64))
+    top = float(format.max_value)
+    grid = grid[np.isfinite(grid) & (grid >= float(format.min_value)) & (grid <= top)] / top
+
+    def error(log_range: float) -> float:
+        return _gaussian_error(grid * math.exp(log_range))
+
+    sweep = np.linspace(math.log(0.3), math.log(12.0), 80)
+    best = int(np.argmin([error(c) for c in sweep]))
+    low, high = sweep[max(0, best - 1)], sweep[min(len(sweep) - 1, best + 1)]
+    ratio = (math.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if error(left) < error(right) else (left, high)
+    return math.exp((low + high) / 2), error((low + high) / 2)
+
+
+def _gaussian_error(grid: np.ndarray) -> float:
+    """E[(z − Q(z))²] for z ~ N(0, 1) and rounding to the nearest of `grid`'s values."""
+    edges = (grid[1:] + grid[:-1]) / 2
+    distribution = np.array([0.0, *(math.erf(e / math.sqrt(2)) / 2 + 0.5 for e in edges), 1.0])
+    density = np.array([0.0, *(np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)), 0.0])
+    mass = np.diff(distribution)
+    first = -np.diff(density)  # ∫ z φ over each cell
+    return float(1 - 2 * (grid * first).sum() + (grid**2 * mass).sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class percentile:  # noqa: N801 — called like the functions beside it
+    """A percentile of the magnitudes over `axes`; what lies beyond is clipped.
+
+    Args:
+        percent: over 0, up to 100, which is absmax.
+
+    >>> percentile(50)(jnp.array([[1.0, -3.0, 2.0]]), (1,), None)
+    Array([[2.]], dtype=float32)
+    """
+
+    percent: float
+
+    def __post_init__(self):
+        if not isinstance(self.percent, int | float) or not 0 < self.percent <= 100:
+            raise ValueError(f"a percentile is over 0 and at most 100; got {self.percent!r}")
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format | None) -> jax.Array:
+        if not axes or any(x.shape[a] == 0 for a in axes):
+            return absmax(x, axes)
+        return jnp.quantile(jnp.abs(x), self.percent / 100, axis=axes, keepdims=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class mse:  # noqa: N801
+    """The range with the least squared quantization error, among evenly spaced shares of absmax.
+
+    r = argmin over c ∈ {1, 1 − 1/n, …, 1/n}·absmax of Σ (x − Q_c(x))², each group for itself; equal
+    errors take the larger range.
+
+    Args:
+        candidates: n, at least 1.  The search holds one candidate's error at a time.
+
+    Source: as in Banner et al. 2019, arXiv 1810.05723, by search instead of a formula.
+
+    >>> from jaxquant.formats import Int
+    >>> x = jnp.array([[*[1.0] * 60, 4.0]])
+    >>> float(mse(8)(x, (1,), Int(2))[0, 0])  # ones exactly, the outlier clipped
+    1.0
+    """
+
+    candidates: int = 64
+
+    def __post_init__(self):
+        if not isinstance(self.candidates, int) or self.candidates < 1:
+            raise ValueError(f"mse takes candidates of at least 1; got {self.candidates!r}")
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> jax.Array:
+        largest = absmax(x, axes)
+        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        x = x / unit
+        top = jnp.asarray(format.max_value, jnp.float32)
+
+        def search(i, best):
+            share = 1 - jnp.asarray(i, jnp.float32) / self.candidates
+            scale = share / top
+            error = jnp.sum((x - scale * format.round(x / scale, jnp.round)) ** 2, axes, keepdims=True)
+            return tuple(jnp.where(error < best[0], new, old) for new, old in zip((error, share), best, strict=True))
+
+        start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
+        return largest * jax.lax.fori_loop(0, self.candidates, search, start)[1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """A range that is data: found before, by running statistics, or learned.
+
+    Args:
+        value: the magnitude r, or the pair (low, high); broadcasts against one value per group.
+
+    >>> from jaxquant.formats import Int
+    >>> Range(jnp.float32(3.0))(jnp.ones((2, 4)), (1,), Int(4)).shape
+    (2, 1)
+    """
+
+    value: Any
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> Any:
+        del format
+        groups = tuple(1 if a in axes else n for a, n in enumerate(x.shape))
+        return jax.tree.map(lambda v: _over_groups(jnp.asarray(v, jnp.float32), groups), self.value)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step size that is data, as LSQ learns it: r = step · format.max_value.
+
+    >>> from jaxquant.formats import Int
+    >>> Step(jnp.float32(0.5))(jnp.ones((1, 4)), (0, 1), Int(4))
+    Array([[3.5]], dtype=float32)
+    """
+
+    value: Any
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> jax.Array:
+        return Range(self.value)(x, axes, format) * format.max_value
+
+
+def _over_groups(value: jax.Array, groups: tuple[int, ...]) -> jax.Array:
+    """One range for all groups, or one for each, in the view's shape."""
+    if value.size == 1:
+        return jnp.broadcast_to(value.reshape((1,) * len(groups)), groups)
+    if value.size != math.prod(groups):
+        raise ValueError(
+            f"a range is one number or one for each group; got shape {value.shape} for groups "
+            f"{tuple(g for g in groups if g != 1) or (1,)}"
+        )
+    return value.reshape(groups)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RunningRange:
+    """Ranges seen so far.
+
+    Attributes:
+        total: the decayed sum of ranges.
+        weight: the decayed count of batches, so that total / weight is their average from the first on.
+    """
+
+    total: Any
+    weight: jt.Float[jax.Array, ""]
+
+    def range(self) -> Range:
+        """The average so far, as a calibration; NaN before the first update."""
+        return Range(jax.tree.map(lambda total: total / self.weight, self.total))
+
+
+class Running(NamedTuple):
+    """A pair of pure functions, as in optax.
+
+    Attributes:
+        init: from (x, axes, format) to a `RunningRange` that has seen nothing.
+        update: from (state, x, axes, format) to the next.
+    """
+
+    init: Callable[..., RunningRange]
+    update: Callable[..., RunningRange]
+
+
+def running(calibration: Calibration = absmax, decay: float = 0.99) -> Running:
+    """Running statistics of a calibration's ranges: an exponential average without initial bias.
+
+    r_t = Σ_i decay^(t−i) · calibration(x_i) / Σ_i decay^(t−i).
+
+    Args:
+        calibration: what is averaged, in one update's batch.
+        decay: from 0, the last batch alone, to 1, the plain mean of all.
+
+    Raises:
+        ValueError: a decay outside [0, 1].
+
+    >>> from jaxquant.formats import Int
+    >>> init, update = running(absmax, decay=0.5)
+    >>> state = init(jnp.zeros((1, 4)), (0, 1), Int(8))
+    >>> for largest in (1.0, 4.0):
+    ...     state = update(state, jnp.full((1, 4), largest), (0, 1), Int(8))
+    >>> state.range().value
+    Array([[3.]], dtype=float32)
+    """
+    if not isinstance(decay, int | float) or not 0 <= decay <= 1:
+        raise ValueError(f"decay is from 0 to 1; got {decay!r}")
+
+    def init(x: jax.Array, axes: tuple[int, ...], format: Format) -> RunningRange:
+        shapes = jax.eval_shape(lambda x: calibration(x.astype(jnp.float32), axes, format), x)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return RunningRange(zeros, jnp.zeros((), jnp.float32))
+
+    def update(
+        state: RunningRange, x: jax.Array, axes: tuple[int, ...], format: Format
+    ) -> RunningRange:
+        found = calibration(x.astype(jnp.float32), axes, format)
+        total = jax.tree.map(lambda old, new: decay * old + new, state.total, found)
+        return RunningRange(total, decay * state.weight + 1)
+
+    return Running(init, update)

@@ -2,84 +2,116 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxquant import rounding
-from jaxquant.formats import Int, is_static
+from jaxquant import estimators, rounding
+from jaxquant.hadamard import hadamard
+from jaxquant.product import is_float8, is_integer, product
 from jaxquant.qarray import QArray, Quantizer, dequantize, fake_quant, quantize
 
 DimensionNumbers = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as in lax
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
     """What one matrix product takes: its two operands' quantizers, and how the product is computed.
 
     Args:
-        lhs: quantizer of the left operand (activations); None leaves it as it is.
-        rhs: quantizer of the right operand (weights); None leaves it as it is.
+        lhs: quantizer of the left operand (activations; in a gradient's product, the incoming
+            gradient); None leaves it as it is.
+        rhs: quantizer of the right operand (weights; in a gradient's product, the forward operand that
+            it is multiplied with); None leaves it as it is, which in a gradient's product is as
+            the forward product had it.
         arithmetic: ``"simulated"`` multiplies the dequantized values in their own type, at any
-            precision, traced ones included; ``"native"`` multiplies 8-bit integers with int32
-            accumulation and applies the scales to the result.
+            precision, traced ones included; ``"native"`` multiplies stored numbers of at most 8 bits and
+            applies the scales to the result: int8 with int32 accumulation, float8 with float32, or,
+            where only one operand is quantized, its values in the other's type.
 
     Raises:
-        ValueError: an operand that is neither a Quantizer nor None, or whose rounding needs a key;
-            "native" with an operand that is not a static Int of at most 8 bits per tensor or channel.
+        ValueError: an operand that is neither a Quantizer nor None; "native" with no quantizer, a
+            format that cannot be multiplied so, another gradient than the straight-through one, or
+            operands of which only one is rotated.
     """
 
     lhs: Quantizer | None = None
     rhs: Quantizer | None = None
-    arithmetic: Literal["simulated", "native"] = "simulated"
+    arithmetic: Literal["simulated", "native"] = dataclasses.field(
+        default="simulated", metadata={"static": True}
+    )
 
     def __post_init__(self):
         if self.arithmetic not in ("simulated", "native"):
             raise ValueError(f"arithmetic is 'simulated' or 'native'; got {self.arithmetic!r}")
         for name in ("lhs", "rhs"):
             quantizer = getattr(self, name)
-            if quantizer is None and self.arithmetic == "simulated":
+            if quantizer is None or type(quantizer) is object:  # a placeholder of a tree transformation
                 continue
             if not isinstance(quantizer, Quantizer):
-                wanted = "a Quantizer" + (" or None" if self.arithmetic == "simulated" else "")
                 raise ValueError(
-                    f"{name} of {self.arithmetic} operands is {wanted}; got {quantizer!r}"
-                )
-            if quantizer.rounding is rounding.stochastic:
-                raise ValueError(
-                    f"{name} rounds stochastically, which needs a PRNG key that dot_general's "
-                    "signature does not carry; use rounding.nearest in a forward product"
+                    f"{name} of {self.arithmetic} operands is a Quantizer or None; got {quantizer!r}"
                 )
             if self.arithmetic == "native":
                 _check_native(name, quantizer)
+        if self.arithmetic == "native":
+            _check_pair(self.lhs, self.rhs)
 
 
 def _check_native(name: str, quantizer: Quantizer) -> None:
-    fmt = quantizer.format
-    if not (isinstance(fmt, Int) and is_static(fmt.bits) and fmt.bits <= 8):
+    if jax.tree.leaves(quantizer.format):
         raise ValueError(
-            f"native arithmetic multiplies stored integers of at most 8 bits; {name} has {fmt!r}. "
-            "Use arithmetic='simulated'."
+            f"native arithmetic multiplies stored numbers; {name} has {quantizer.format!r}, whose "
+            "precision is traced. Use arithmetic='simulated'."
         )
-    if quantizer.granularity not in ("tensor", "channel"):
+    if quantizer.estimator is not estimators.straight_through:
         raise ValueError(
-            f"native arithmetic takes granularity 'tensor' or 'channel', whose scales factor out of "
-            f"the sum; {name} has blocks of {quantizer.granularity}. Use arithmetic='simulated'."
+            "native arithmetic has the straight-through gradient; "
+            f"{name} has {quantizer.estimator.__name__}. Use arithmetic='simulated'."
         )
 
 
+def _check_pair(lhs: Quantizer | None, rhs: Quantizer | None) -> None:
+    if lhs is None and rhs is None:
+        raise ValueError("native operands need a quantizer for lhs, rhs or both; got None for both")
+    if lhs is None or rhs is None:
+        return
+    pair = (lhs.element, rhs.element)
+    if not (all(map(is_integer, pair)) or all(map(is_float8, pair))):
+        raise ValueError(
+            f"native arithmetic multiplies two Ints of at most 8 bits (midrise at most 7) or two 8-bit "
+            f"Floats; got {pair[0]} and {pair[1]}. Use arithmetic='simulated'."
+        )
+    if lhs.hadamard != rhs.hadamard:
+        raise ValueError(
+            "native arithmetic multiplies in rotated coordinates, so both operands have the same hadamard; "
+            f"got {lhs.hadamard} and {rhs.hadamard}. Use arithmetic='simulated'."
+        )
+
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
     """A matrix product whose operands are quantized: out = Σ_k Q_l(lhs)_k · Q_r(rhs)_k.
 
-    A frozen, hashable callable that goes wherever `jax.lax.dot_general` goes, a Flax layer's
-    `dot_general` included.  Both gradients are straight-through, of the quantized operands:
-    ∂lhs = g · Q_r(rhs)ᵀ and ∂rhs = Q_l(lhs)ᵀ · g, in floating point.
+    A frozen callable, hashable where its formats are static, that goes wherever `jax.lax.dot_general`
+    goes, a Flax layer's `dot_general` included.  Gradients are straight-through, of the quantized
+    operands: ∂lhs = g · Q_r(rhs)ᵀ and ∂rhs = Q_l(lhs)ᵀ · g, in floating point or, by `dlhs` and `drhs`,
+    quantized too.  What the backward pass needs is kept as the forward pass quantized it.
+
+    An operand may be a `QArray` already, whose quantizer is then None here.
 
     Args:
         forward: the forward product's operands.
+        dlhs: the operands of ∂lhs: the incoming gradient (lhs) and rhs (rhs), which are quantized along
+            rhs's free axes; None for floating point.  Where its rhs is None, the forward's stored
+            numbers are multiplied again, with their scales carried over to the gradient.
+        drhs: the same for ∂rhs: the gradient (lhs) and the forward's lhs (rhs).
+
+    A gradient's quantizer that rounds stochastically draws by a key made from the gradient's scales
+    (`rounding.key_of`): no key is passed, no state is kept, and the same step repeats exactly.
 
     Source: Jacob et al. 2018, arXiv 1712.05877; Kumar et al. 2024, arXiv 2411.04330, section 2.
 
@@ -91,15 +123,25 @@ class DotGeneral:
     """
 
     forward: Operands = dataclasses.field(default_factory=Operands)
+    dlhs: Operands | None = None
+    drhs: Operands | None = None
 
     def __post_init__(self):
-        if not isinstance(self.forward, Operands):
-            raise ValueError(f"forward is an Operands; got {self.forward!r}")
+        for name in ("forward", "dlhs", "drhs"):
+            operands = getattr(self, name)
+            if type(operands) is object or (operands is None and name != "forward"):
+                continue
+            if not isinstance(operands, Operands):
+                raise ValueError(f"{name} is an Operands; got {operands!r}")
+            for side in ("lhs", "rhs"):
+                _check_rounding(name, side, getattr(operands, side))
+            if name != "forward" and operands.arithmetic == "native":
+                _check_reuse(name, operands, self.forward.rhs if name == "dlhs" else self.forward.lhs)
 
     def __call__(
         self,
-        lhs: jax.Array,
-        rhs: jax.Array,
+        lhs: jax.Array | QArray,
+        rhs: jax.Array | QArray,
         dimension_numbers: DimensionNumbers,
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: Any = None,
@@ -109,86 +151,211 @@ class DotGeneral:
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if out_sharding is not None:
             options["out_sharding"] = out_sharding
-        dims = _as_tuples(dimension_numbers)
-        if self.forward.arithmetic == "native":
-            return _native(self.forward, dims, tuple(options.items()), lhs, rhs)
-        (lhs_axes, rhs_axes), _ = dims
-        lhs = _simulate(lhs, self.forward.lhs, lhs_axes)
-        rhs = _simulate(rhs, self.forward.rhs, rhs_axes)
-        return jax.lax.dot_general(lhs, rhs, dims, **options)
+        dims = as_tuples(dimension_numbers)
+        if isinstance(lhs, QArray) or isinstance(rhs, QArray):
+            return self._stored(lhs, rhs, dims, options)
+        forward = self.forward
+        if forward.arithmetic == "simulated":
+            lhs = _simulate(lhs, forward.lhs, dims[0][0])
+            rhs = _simulate(rhs, forward.rhs, dims[0][1])
+            if self.dlhs is None and self.drhs is None:
+                return jax.lax.dot_general(lhs, rhs, dims, **options)
+            forward = Operands()
+        return _dot(dims, tuple(options.items()), (forward, self.dlhs, self.drhs), lhs, rhs)
+
+    def _stored(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
+        """A product with an operand that is stored already."""
+        quantizers = (self.forward.lhs, self.forward.rhs)
+        operands = []
+        for name, x, quantizer, axes in zip(("lhs", "rhs"), (lhs, rhs), quantizers, dims[0], strict=True):
+            if isinstance(x, QArray) and quantizer is not None and quantizer.format != x.format:
+                raise ValueError(
+                    f"{name} is stored as {x.format} already, and its quantizer here has {quantizer.format}"
+                )
+            if isinstance(x, QArray) or quantizer is None:
+                operands.append(x)
+            elif self.forward.arithmetic == "native":
+                operands.append(quantize(x, quantizer, axes))
+            else:
+                operands.append(fake_quant(x, quantizer, axes))
+        if self.forward.arithmetic == "simulated":
+            operands = [dequantize(x) if isinstance(x, QArray) else x for x in operands]
+            return jax.lax.dot_general(*operands, dims, **options)
+        return product(*operands, dims, **options)
 
 
-def _as_tuples(dimension_numbers: DimensionNumbers) -> Any:
+def _check_rounding(product_name: str, side: str, quantizer: Any) -> None:
+    """Only a gradient, whose scales change with every step, makes its own key."""
+    is_gradient = product_name != "forward" and side == "lhs"
+    if isinstance(quantizer, Quantizer) and quantizer.rounding in rounding.NEEDS_KEY and not is_gradient:
+        raise ValueError(
+            f"{side} of {product_name} rounds stochastically, which needs a PRNG key that dot_general's "
+            "signature does not carry; use rounding.nearest there"
+        )
+
+
+def _check_reuse(name: str, operands: Operands, kept: Quantizer | None) -> None:
+    """A native gradient product multiplies what the forward product kept, or quantizes it itself."""
+    if operands.rhs is not None or kept is None:
+        return
+    other = "rhs" if name == "dlhs" else "lhs"
+    if not isinstance(kept.granularity, str):
+        raise ValueError(
+            f"native {name} cannot multiply the forward's {other} again: its scales, {kept.granularity} to a "
+            f"block along the forward's sum, do not carry over to the gradient; give {name} an rhs quantizer"
+        )
+    if isinstance(operands.lhs, Quantizer):
+        _check_pair(dataclasses.replace(operands.lhs, hadamard=kept.hadamard), kept)
+
+
+def as_tuples(dimension_numbers: DimensionNumbers) -> Any:
     """Dimension numbers as tuples of Python ints, hashable whatever sequences they came in."""
     return tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
 
 
-def _simulate(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...]) -> jax.Array:
-    return x if quantizer is None else fake_quant(x, quantizer, axes)
+def _simulate(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None) -> jax.Array:
+    return x if quantizer is None else fake_quant(x, quantizer, axes, key)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _native(operands: Operands, dims, options, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    return _native_forward(operands, dims, options, lhs, rhs)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _dot(dims: Any, options: Any, operands: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return _dot_forward(dims, options, operands, lhs, rhs)[0]
 
 
-def _native_forward(operands: Operands, dims, options, lhs, rhs):
-    (lhs_axes, rhs_axes), _ = dims
-    _check_accumulation(operands, math.prod(lhs.shape[a] for a in lhs_axes))
-    qlhs = quantize(lhs, operands.lhs, lhs_axes)  # pyright: ignore[reportArgumentType]
-    qrhs = quantize(rhs, operands.rhs, rhs_axes)  # pyright: ignore[reportArgumentType]
-    # The residuals stay quantized: the backward pass holds a quarter of float32's bytes.
-    return _integer_product(qlhs, qrhs, dims, dict(options)), (qlhs, qrhs)
-
-
-def _check_accumulation(operands: Operands, terms: int) -> None:
-    """Raises a ValueError where a sum of so many products could leave int32."""
-    largest = math.prod(q.format.max_value for q in (operands.lhs, operands.rhs) if q is not None)
-    if terms * largest >= 2**31:
-        raise ValueError(
-            f"a native product over {terms} terms of up to {largest} could overflow int32, which holds "
-            f"{2**31 // largest} of them; use arithmetic='simulated' or split the contraction"
-        )
-
-
-def _integer_product(qlhs: QArray, qrhs: QArray, dims, options) -> jax.Array:
-    del options["precision"]  # chooses among floating-point algorithms; an integer product is exact
-    dtype = options.pop("preferred_element_type") or jnp.result_type(qlhs.dtype, qrhs.dtype)
-    product = jax.lax.dot_general(
-        qlhs.qvalue, qrhs.qvalue, dims, preferred_element_type=jnp.int32, **options
-    )
-    lhs_scale, rhs_scale = _output_scales(qlhs.scale, qrhs.scale, dims)
-    return (product.astype(jnp.float32) * lhs_scale * rhs_scale).astype(dtype)
-
-
-def _output_scales(lhs_scale: jax.Array, rhs_scale: jax.Array, dims):
-    """Both operands' scales, laid out as the product is: (batch, lhs's free axes, rhs's free axes).
-
-    A scale has size 1 along its contracting axes, so it is itself an operand of the same product.
-    """
+def _dot_forward(dims, options, operands, lhs, rhs):
+    forward, dlhs, drhs = operands
     (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
-
-    def batch_and_free(scale, contracting, batch):
-        free = [a for a in range(scale.ndim) if a not in contracting and a not in batch]
-        ordered = jnp.transpose(scale, (*batch, *free, *contracting))
-        sizes = ordered.shape
-        return sizes[: len(batch)], sizes[len(batch) : len(batch) + len(free)], ordered
-
-    batch, lhs_free, lhs_scale = batch_and_free(lhs_scale, lhs_axes, lhs_batch)
-    lhs_scale = lhs_scale.reshape(
-        *batch, *lhs_free, *[1] * (rhs_scale.ndim - len(rhs_axes + rhs_batch))
+    left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, lhs_axes)
+    right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, rhs_axes)
+    if isinstance(left, QArray) or isinstance(right, QArray):
+        out = product(left, right, dims, **dict(options))
+    else:
+        out = jax.lax.dot_general(left, right, dims, **dict(options))
+    # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
+    kept = (
+        _kept(lhs, left, drhs, _free(lhs.ndim, lhs_axes, lhs_batch)),
+        _kept(rhs, right, dlhs, _free(rhs.ndim, rhs_axes, rhs_batch)),
     )
-    batch, rhs_free, rhs_scale = batch_and_free(rhs_scale, rhs_axes, rhs_batch)
-    return lhs_scale, rhs_scale.reshape(*batch, *[1] * len(lhs_free), *rhs_free)
+    return out, (kept, operands, lhs[:0].ravel(), rhs[:0].ravel())
 
 
-def _native_backward(operands: Operands, dims, options, residuals, gradient):
-    lhs, rhs = (dequantize(q) for q in residuals)
+def _kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[int, ...]) -> Any:
+    """What a gradient's product needs of the other operand: as the forward had it, or quantized anew."""
+    if operands is None or operands.rhs is None:
+        return quantized
+    if operands.arithmetic == "native":
+        return quantize(x, operands.rhs, axes)
+    return fake_quant(x, operands.rhs, axes)
 
-    def product(lhs, rhs):
-        return jax.lax.dot_general(lhs, rhs, dims, **dict(options)).astype(gradient.dtype)
 
-    return jax.vjp(product, lhs, rhs)[1](gradient)
+def _free(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a for a in range(ndim) if a not in contracting and a not in batch)
 
 
-_native.defvjp(_native_forward, _native_backward)
+def _dot_backward(dims, options, residuals, gradient):
+    (lhs, rhs), (_, dlhs, drhs), lhs_like, rhs_like = residuals
+    options = {"precision": dict(options)["precision"]}
+    left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
+    right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
+    return None, left, right
+
+
+_dot.defvjp(_dot_forward, _dot_backward)
+
+
+def _lhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
+    """∂lhs: the gradient times rhs, summed over rhs's free axes."""
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
+    free = _free(rhs.ndim, rhs_axes, rhs_batch)
+    lhs_free = _free(lhs.ndim, lhs_axes, lhs_batch)
+    n = len(lhs_batch)
+    summed = tuple(range(gradient.ndim - len(free), gradient.ndim))
+    numbers = ((summed, free), (tuple(range(n)), rhs_batch))
+    result = _gradient_product(operands, gradient, rhs, numbers, options, gradient_first=True)
+    # The result's axes: batch, lhs's free axes, then rhs's contracting axes in rising order.
+    contracted = [lhs_axes[rhs_axes.index(a)] for a in sorted(rhs_axes)]
+    return _in_place(result, (*lhs_batch, *lhs_free, *contracted), rhs, rhs_axes, lhs_axes)
+
+
+def _rhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
+    """∂rhs: lhs times the gradient, summed over lhs's free axes."""
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
+    free = _free(lhs.ndim, lhs_axes, lhs_batch)
+    rhs_free = _free(rhs.ndim, rhs_axes, rhs_batch)
+    n = len(lhs_batch)
+    summed = tuple(range(n, n + len(free)))
+    numbers = ((free, summed), (lhs_batch, tuple(range(n))))
+    result = _gradient_product(operands, gradient, lhs, numbers, options, gradient_first=False)
+    contracted = [rhs_axes[lhs_axes.index(a)] for a in sorted(lhs_axes)]
+    return _in_place(result, (*rhs_batch, *contracted, *rhs_free), lhs, lhs_axes, rhs_axes)
+
+
+def _in_place(result, order, kept, kept_axes, axes) -> jax.Array:
+    """A gradient with its axes in the operand's order, and out of the coordinates of the kept operand."""
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    result = jnp.transpose(result, inverse)
+    if isinstance(kept, QArray) and kept.hadamard is not None and _rotated_along(kept, kept_axes):
+        return hadamard(result, kept.hadamard[0], axes[-1])
+    return result
+
+
+def _rotated_along(kept: QArray, axes: tuple[int, ...]) -> bool:
+    """Whether a kept operand is in coordinates rotated along what the forward product summed over."""
+    assert kept.hadamard is not None
+    return kept.hadamard[1] % kept.ndim == axes[-1]
+
+
+def _gradient_product(operands, gradient, kept, numbers, options, gradient_first: bool) -> jax.Array:
+    """The product of the gradient with what was kept, either of them first; `numbers` say which."""
+    side = 0 if gradient_first else 1
+    axes = numbers[0][side]
+
+    def multiply(gradient, kept, dot=product):
+        pair = (gradient, kept) if gradient_first else (kept, gradient)
+        return dot(*pair, numbers, **options)
+
+    if operands is None or operands.arithmetic == "simulated":
+        quantizer = None if operands is None else operands.lhs
+        key = rounding.key_of if quantizer is not None else None
+        values = _unrotated(kept)
+        gradient = _simulate(gradient, quantizer, axes, key)
+        return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
+    if isinstance(kept, QArray) and operands.rhs is None:
+        gradient, kept = _carry_scale(gradient, kept, numbers, side)
+    if operands.lhs is not None:
+        gradient = quantize(gradient, operands.lhs, axes, rounding.key_of)
+        if isinstance(kept, QArray):  # rotations of the forward's sum are no part of this one
+            kept = dataclasses.replace(kept, hadamard=gradient.hadamard)
+    if isinstance(gradient, QArray) or isinstance(kept, QArray):
+        return multiply(gradient, kept)
+    return multiply(gradient, kept, jax.lax.dot_general)
+
+
+def _unrotated(kept: QArray | jax.Array) -> jax.Array:
+    """The values of what was kept, in the coordinates that it is in."""
+    if not isinstance(kept, QArray):
+        return kept
+    return dequantize(dataclasses.replace(kept, hadamard=None))
+
+
+def _carry_scale(gradient: jax.Array, kept: QArray, numbers: Any, side: int) -> tuple[jax.Array, QArray]:
+    """Moves the kept operand's scales over to the gradient.
+
+    They vary along what this product sums over, and not along what it leaves, so that
+    Σ_n g_n (s_n q_n) = Σ_n (g_n s_n) q_n: the stored numbers are multiplied as they are.
+    """
+    if kept.zero_point is not None and kept.zero_point.size != 1:
+        raise ValueError(
+            "a native gradient product cannot multiply the forward's stored numbers again where their "
+            "zero points vary along its sum; give it an rhs quantizer"
+        )
+    kept_axes, kept_batch = numbers[0][1 - side], numbers[1][1 - side]
+    axes, batch = numbers[0][side], numbers[1][side]
+    scale = kept.float_scale()
+    if scale.size == 1:  # does not vary, and is applied to the result
+        return gradient, kept
+    order = dict(zip((*axes, *batch), (*kept_axes, *kept_batch), strict=True))
+    moved = jnp.transpose(scale, (*(order[a] for a in sorted(order)), *_free(kept.ndim, kept_axes, kept_batch)))
+    shape = [scale.shape[order[a]] if a in order else 1 for a in range(gradient.ndim)]
+    carried = gradient.astype(jnp.float32) * moved.reshape(shape)
+    return carried, dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))

@@ -1,16 +1,19 @@
 """Three verbs on one noun: `quantize` gives a `QArray`, `dequantize` takes one back, `fake_quant` is both.
 
-For each group of elements that share a scale s (a tensor, a channel, a block):
+For each group of elements that share a scale s (a tensor, a channel, a block, a tile):
 
-    s = calibration(x) / format.max_value,    q = format.round(x / s),    x̂ = s · q
+    s = r / format.max_value,    q = format.round(x / s),    x̂ = s · q
 
-computed in float32.  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole.
+with the range r by calibration, computed in float32.  With an asymmetric range [l, h] there is a zero
+point too:  s = (h − l) / (max − min),  z = round(min − l / s),  q = format.round(x / s + z),
+x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole.
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,61 +21,112 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant import calibration as calibrations
+from jaxquant import estimators
 from jaxquant import rounding as roundings
-from jaxquant.formats import Format
+from jaxquant.formats import Block, Codebook, Format, Int, is_format
+from jaxquant.hadamard import check_block, hadamard
+from jaxquant.packing import pack_bits, unpack_bits
 
-Granularity = Literal["tensor", "channel"] | int
+Granularity = Literal["tensor", "channel"] | int | tuple[int, int]
+
+_TINY = jnp.finfo(jnp.float32).tiny
+# Beyond this a scale's reciprocal, which XLA may multiply by instead of dividing, is subnormal.
+_HUGE = 2.0**100
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(jax.tree_util.register_pytree_node_class)
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
     """How one tensor is quantized: the grid, what shares a scale, how its range is found, how it rounds.
 
-    A pytree whose only leaves are the format's traced parameters, so a Quantizer is an argument of a
-    jitted function like any array.
+    A pytree whose leaves are the format's traced parameters and the calibration's, so a Quantizer is an
+    argument of a jitted function like any array.
 
     Args:
-        format: the grid.
-        granularity: what shares one scale: ``"tensor"``, everything; ``"channel"``, what is summed
-            over together (the contracting axes); a block size, that many neighbours along the
-            contracting axis.
-        calibration: from (x, axes) to the range; see `jaxquant.calibration`.
+        format: the grid, or a `Block`, which brings its own granularity.
+        granularity: what shares one scale: ``"tensor"`` (default), everything; ``"channel"``, what is
+            summed over together (the contracting axes); a block size, that many neighbours along the
+            contracting axis; a tile (m, n), m along the contracting axis by n along the last other axis.
+        calibration: from (x, axes, format) to the range; see `jaxquant.calibration`.
         rounding: from (x, key) to integers; see `jaxquant.rounding`.
+        estimator: the gradient of `fake_quant`; see `jaxquant.estimators`.
+        hadamard: None, or the block size of a Hadamard rotation along the contracting axis, in whose
+            coordinates the tensor is quantized.
 
     Raises:
-        ValueError: an argument of the wrong kind.
+        ValueError: an argument of the wrong kind; a granularity beside a Block's.
 
-    >>> from jaxquant.formats import Int
-    >>> Quantizer(Int(4), "channel").granularity
-    'channel'
+    >>> from jaxquant.formats import MXFP4, Int
+    >>> Quantizer(Int(4), "channel").granularity, Quantizer(MXFP4).granularity
+    ('channel', 32)
     """
 
-    format: Format
-    granularity: Granularity = dataclasses.field(default="tensor", metadata={"static": True})
-    calibration: calibrations.Calibration = dataclasses.field(
-        default=calibrations.absmax, metadata={"static": True}
-    )
-    rounding: Callable[..., jax.Array] = dataclasses.field(
-        default=roundings.nearest, metadata={"static": True}
-    )
+    format: Format | Block
+    granularity: Granularity | None = None
+    calibration: calibrations.Calibration = calibrations.absmax
+    rounding: Callable[..., jax.Array] = roundings.nearest
+    estimator: Callable[[estimators.Laid], jax.Array] = estimators.straight_through
+    hadamard: int | None = None
 
     def __post_init__(self):
-        size = self.granularity
-        if not isinstance(size, str) or size not in ("tensor", "channel"):
-            if not isinstance(size, int | np.integer) or isinstance(size, bool) or size < 1:
-                raise ValueError(
-                    f"granularity is 'tensor', 'channel' or a block size of at least 1; got {size!r}"
-                )
-            object.__setattr__(self, "granularity", int(size))
-        for name in ("calibration", "rounding"):
+        if not isinstance(self.format, Block) and not is_format(self.format):
+            raise ValueError(f"format is a grid such as Int(4); got {self.format!r}")
+        object.__setattr__(self, "granularity", _granularity(self.granularity, self.format))
+        for name in ("calibration", "rounding", "estimator"):
             if not callable(getattr(self, name)):
                 raise ValueError(
-                    f"{name} is a function, as in jaxquant.{name}; got {getattr(self, name)!r}"
+                    f"{name} is a function, as in jaxquant.{name.replace('estimator', 'estimators')}; "
+                    f"got {getattr(self, name)!r}"
                 )
-        is_grid = all(hasattr(type(self.format), name) for name in ("max_value", "dtype", "round"))
-        if not is_grid:
-            raise ValueError(f"format is a grid such as Int(4); got {self.format!r}")
+        if self.hadamard is not None:
+            object.__setattr__(self, "hadamard", check_block(self.hadamard))
+
+    @property
+    def element(self) -> Format:
+        """The grid of the elements: a Block's, or the format itself."""
+        return self.format.element if isinstance(self.format, Block) else self.format
+
+    def tree_flatten(self):
+        # A calibration that is a pytree holds data; another is a function, and static.
+        is_data = not jax.tree_util.all_leaves([self.calibration])
+        data = self.calibration if is_data else None
+        static = (self.granularity, self.rounding, self.estimator, self.hadamard)
+        return (self.format, data), (*static, None if is_data else self.calibration)
+
+    @classmethod
+    def tree_unflatten(cls, static, children):
+        granularity, rounding, estimator, rotation, function = static
+        instance = object.__new__(cls)
+        for name, value in (
+            ("format", children[0]),
+            ("granularity", granularity),
+            ("calibration", children[1] if function is None else function),
+            ("rounding", rounding),
+            ("estimator", estimator),
+            ("hadamard", rotation),
+        ):
+            object.__setattr__(instance, name, value)
+        return instance
+
+
+def _granularity(size: Any, format: Format | Block) -> Granularity:
+    """A checked granularity; a Block's own where none is given."""
+    if isinstance(format, Block):
+        if size not in (None, format.size):
+            raise ValueError(f"granularity of {format} is its block size {format.size}; got {size!r}")
+        return format.size
+    if size is None:
+        return "tensor"
+    if isinstance(size, str) and size in ("tensor", "channel"):
+        return size  # pyright: ignore[reportReturnType]
+    sizes = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    for n in sizes:
+        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
+            raise ValueError(
+                "granularity is 'tensor', 'channel', a block size of at least 1 or a tile (m, n) of such; "
+                f"got {size!r}"
+            )
+    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(size)
 
 
 @jax.tree_util.register_dataclass
@@ -81,37 +135,94 @@ class QArray:
     """A quantized array: values on the grid and their scales.
 
     Attributes:
-        qvalue: the grid's values in the format's storage type, in the array's shape.
-        scale: float32; of the array's rank, each dimension dividing the array's.
+        qvalue: what the format stores of the grid's values, in the array's shape; or, packed, its codes
+            as bit planes along the last axis.
+        scale: of the array's rank, each dimension dividing the array's; float32, or what a Block's
+            scale format stores.
+        zero_point: None, or the grid's value that stands for zero, float32 in the scale's shape.
+        tensor_scale: None, or the float32 scale above a two-level Block's.
+        format: the grid, static.
         dtype: the type that `dequantize` returns.
+        hadamard: None, or (block, axis) of the rotation in whose coordinates the values are.
+        length: None, or the length of the last axis of a packed array.
     """
 
     qvalue: jt.Shaped[jax.Array, "*shape"]
-    scale: jt.Float[jax.Array, "*groups"]
-    dtype: np.dtype = dataclasses.field(metadata={"static": True})
+    scale: jt.Shaped[jax.Array, "*groups"]
+    zero_point: jax.Array | None = None
+    tensor_scale: jax.Array | None = None
+    format: Any = dataclasses.field(default=None, metadata={"static": True})
+    dtype: Any = dataclasses.field(default=np.dtype(np.float32), metadata={"static": True})
+    hadamard: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
+    length: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def element(self) -> Format:
+        """The grid of the elements: a Block's, or the format itself."""
+        return self.format.element if isinstance(self.format, Block) else self.format
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.qvalue.shape
+        if self.length is None:
+            return self.qvalue.shape
+        return (*self.qvalue.shape[:-1], self.length)
 
     @property
     def ndim(self) -> int:
         return self.qvalue.ndim
 
     @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    @property
     def nbytes(self) -> int:
-        """Bytes that are really held, scales included."""
-        return self.qvalue.nbytes + self.scale.nbytes
+        """Bytes that are really held: values, scales, zero points and a codebook's table."""
+        buffers = (self.qvalue, self.scale, self.zero_point, self.tensor_scale)
+        table = 4 * len(self.element.values) if isinstance(self.element, Codebook) else 0
+        return table + sum(b.size * b.dtype.itemsize for b in buffers if b is not None)
 
     @property
     def bits_per_element(self) -> float:
         """8 · nbytes / number of elements.
 
-        >>> from jaxquant.formats import INT8
+        >>> from jaxquant.formats import INT8, Int
         >>> quantize(jnp.ones((64, 64)), Quantizer(INT8, 32)).bits_per_element
         9.0
+        >>> quantize(jnp.ones((64, 64)), Quantizer(Int(5), 32)).pack().bits_per_element
+        6.0
         """
-        return 8 * self.nbytes / max(1, self.qvalue.size)
+        return 8 * self.nbytes / max(1, self.size)
+
+    def pack(self) -> "QArray":
+        """The same array with its values in exactly `format.bits` bits each, rounded up to whole bytes a row.
+
+        Raises:
+            ValueError: a scalar, which has no row.
+        """
+        if self.length is not None:
+            return self
+        if self.ndim == 0:
+            raise ValueError("a scalar cannot be packed: it has no row of codes")
+        codes = self.element.encode(self.element.load(self.qvalue))
+        return dataclasses.replace(
+            self, qvalue=pack_bits(codes, self.element.bits), length=self.shape[-1]
+        )
+
+    def unpack(self) -> "QArray":
+        """The same array with its values in the format's array type."""
+        if self.length is None:
+            return self
+        codes = unpack_bits(self.qvalue, self.element.bits, self.length)
+        qvalue = self.element.store(self.element.decode(codes))
+        return dataclasses.replace(self, qvalue=qvalue, length=None)
+
+    def float_scale(self) -> jt.Float[jax.Array, "*groups"]:
+        """The scales in float32, a Block's decoded."""
+        if not isinstance(self.format, Block):
+            return self.scale
+        scale = self.format.scale.load(self.scale)
+        return scale if self.tensor_scale is None else scale * self.tensor_scale
 
 
 def scale_shape(
@@ -125,14 +236,37 @@ def scale_shape(
         axis: the contracting axis or axes, negative ones counted from the end.
 
     Raises:
-        ValueError: an axis that the array lacks; a block size that does not divide its axis, or that
-            is asked for with several contracting axes.
+        ValueError: an axis that the array lacks; a block or tile size that does not divide its axis; a
+            block without a contracting axis; a tile with several, or without another axis.
 
-    >>> scale_shape((8, 64), "channel", 1), scale_shape((8, 64), 16, 1)
-    ((8, 1), (8, 4))
+    With several contracting axes a block lies along the last of them, and each place on the others has
+    its own.
+
+    >>> scale_shape((8, 64), "channel", 1), scale_shape((8, 64), 16, 1), scale_shape((8, 64), (16, 4), 1)
+    ((8, 1), (8, 4), (2, 4))
     """
     if not shape and isinstance(granularity, str):
         return ()  # a scalar has no axes and one scale
+    axes = normalized_axes(shape, axis)
+    if granularity == "tensor":
+        return (1,) * len(shape)
+    if granularity == "channel":
+        return tuple(1 if a in axes else n for a, n in enumerate(shape))
+    if not axes:
+        raise ValueError(f"granularity {granularity} (a block size) needs a contracting axis; got none")
+    if isinstance(granularity, int):
+        return _divided(shape, {axes[-1]: granularity}, granularity)
+    if len(axes) != 1:
+        raise ValueError(f"a tile {granularity} needs one contracting axis; got {len(axes)}")
+    (along,) = axes
+    others = [a for a in range(len(shape)) if a != along]
+    if not others:
+        raise ValueError(f"a tile {granularity} needs an array of at least two axes; got shape {shape}")
+    return _divided(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
+
+
+def normalized_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
+    """Axes counted from the start, in the order given, each checked to be one of the array's."""
     try:
         axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
     except TypeError:
@@ -140,59 +274,161 @@ def scale_shape(
     for a in axes:
         if not -len(shape) <= a < len(shape):
             raise ValueError(f"axis {a} is not an axis of an array of shape {shape}")
-    axes = {a % len(shape) for a in axes}
-    if granularity == "tensor":
-        return (1,) * len(shape)
-    if granularity == "channel":
-        return tuple(1 if a in axes else n for a, n in enumerate(shape))
-    if len(axes) != 1:
-        raise ValueError(
-            f"granularity {granularity} (a block size) needs one contracting axis; got {len(axes)}"
-        )
-    (a,) = axes
-    if shape[a] % granularity:
-        raise ValueError(
-            f"granularity {granularity} does not divide axis {a} of shape {shape}: "
-            f"{shape[a]} elements are not a whole number of blocks"
-        )
-    return (*shape[:a], shape[a] // granularity, *shape[a + 1 :])
+    return tuple(a % len(shape) for a in axes)
+
+
+def _divided(shape: tuple[int, ...], sizes: dict[int, int], granularity: Any) -> tuple[int, ...]:
+    for a, size in sizes.items():
+        if shape[a] % size:
+            raise ValueError(
+                f"granularity {granularity} does not divide axis {a} of shape {shape}: "
+                f"{shape[a]} elements are not a whole number of blocks of {size}"
+            )
+    return tuple(n // sizes.get(a, 1) for a, n in enumerate(shape))
 
 
 def _grouped(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
-    """Views each axis n as (groups, n / groups); the odd axes of the view lie within a group."""
-    return x.reshape([d for n, g in zip(x.shape, groups, strict=True) for d in (g, n // max(g, 1))])
+    """Views each axis n that holds several groups as (groups, n / groups), and leaves the others.
+
+    Axes of size 1 are not added: reductions over views that have them are slow.
+    """
+    shape: list[int] = []
+    for n, g in zip(x.shape, groups, strict=True):
+        shape += [n] if g in (1, n) else [g, n // g]
+    return x.reshape(shape)
 
 
-def _per_group(scale: jax.Array) -> jax.Array:
-    """Views scales so that they broadcast against `_grouped`'s view."""
-    return scale.reshape([d for g in scale.shape for d in (g, 1)])
+def _within(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of `_grouped`'s view that lie within a group."""
+    axes, place = [], 0
+    for n, g in zip(shape, groups, strict=True):
+        split = g not in (1, n)
+        place += split
+        if split or (g == 1 and n != 1):
+            axes.append(place)
+        place += 1
+    return tuple(axes)
 
 
-def _to_grid(
-    x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """The waist of the library: float32 (grid values, scales), both in `_grouped`'s view of x."""
+def per_group(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Views scales so that they broadcast against `_grouped`'s view of an array of such a shape."""
+    view: list[int] = []
+    for n, g in zip(shape, scale.shape, strict=True):
+        view += [g] if g in (1, n) else [g, 1]
+    return scale.reshape(view)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scales:
+    """What stands beside the grid's values, in `_grouped`'s view.
+
+    Attributes:
+        scale: float32, a Block's own before storage.
+        tensor: the scale above a two-level Block's.
+        zero: the zero point of an asymmetric range.
+    """
+
+    scale: jax.Array
+    tensor: jax.Array | None = None
+    zero: jax.Array | None = None
+
+    @property
+    def whole(self) -> jax.Array:
+        """What the grid's values are multiplied with."""
+        return self.scale if self.tensor is None else self.scale * self.tensor
+
+
+def _scales(found: Any, quantizer: Quantizer) -> _Scales:
+    """From a calibrated range to scales."""
+    if isinstance(found, tuple):
+        return _asymmetric(*found, quantizer)
+    # Behind the barrier the divisor is no constant, which XLA would replace by an inexact reciprocal
+    # in some programs and not in others: the same tensor has the same scale everywhere.
+    scale = found / jax.lax.optimization_barrier(jnp.float32(quantizer.element.max_value))
+    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    if isinstance(quantizer.format, Block):
+        return _Scales(*quantizer.format.scales(scale))
+    # A group of zeros, or of values whose scale would be subnormal (flushed on most hardware), gets
+    # scale 1: its elements round to zero instead of dividing by it.  A scale of NaN stays.
+    return _Scales(jnp.where(scale < _TINY, 1, scale))
+
+
+def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scales:
+    element = quantizer.format
+    if not isinstance(element, Int) or element.levels == "midrise":
+        raise ValueError(
+            "an asymmetric range needs an Int with a zero, whose steps a zero point counts; "
+            f"got format {element}"
+        )
+    levels = jnp.float32(element.max_value) - jnp.float32(element.min_value)
+    levels = jax.lax.optimization_barrier(levels)
+    # Zero is always within the range, so that it has a value of its own; the difference of the ends
+    # might not be a float32.
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    scale = high / levels - low / levels
+    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    scale = jnp.where(scale < _TINY, 1, scale)
+    zero = jnp.round(element.min_value - low / scale)
+    return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
+
+
+def _divide(view: jax.Array, scale: jax.Array) -> jax.Array:
+    """view / scale without an intermediate that is no float32, whatever the scale."""
+    scale = jnp.where(scale < _TINY, 1, scale)  # two levels' product may be less than either
+    shrink = jnp.where(scale > _HUGE, 2.0**-64, 1)
+    return (view * shrink) / (scale * shrink)
+
+
+def _check(x: Any, quantizer: Any) -> None:
     if not jnp.issubdtype(getattr(x, "dtype", type(None)), jnp.floating):
         kind = getattr(x, "dtype", type(x).__name__)
         raise ValueError(f"only floating-point arrays can be quantized; got {kind}")
     if not isinstance(quantizer, Quantizer):
         raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
-    view = _grouped(x.astype(jnp.float32), scale_shape(x.shape, quantizer.granularity, axis))
-    # Behind the barrier the divisor is no constant, which XLA would replace by an inexact reciprocal
-    # in some programs and not in others: the same tensor has the same scale everywhere.
-    max_value = jax.lax.optimization_barrier(jnp.float32(quantizer.format.max_value))
-    scale = quantizer.calibration(view, tuple(range(1, view.ndim, 2))) / max_value
-    # A group of zeros, or of values whose scale would be subnormal (flushed on most hardware), gets
-    # scale 1: its elements round to zero instead of dividing by it.  A scale of NaN stays.
-    scale = jnp.where(scale < jnp.finfo(jnp.float32).tiny, 1, scale)
-    return quantizer.format.round(view / scale, lambda v: quantizer.rounding(v, key)), scale
+
+
+def _rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
+    """x in the coordinates that it is quantized in."""
+    if quantizer.hadamard is None:
+        return x
+    return hadamard(x, quantizer.hadamard, _last_axis(x, axis))
+
+
+def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
+    """The axis along which a rotation runs: the last of the contracting ones."""
+    axes = normalized_axes(x.shape, axis)
+    if not axes:
+        raise ValueError("a Hadamard rotation needs a contracting axis; got none")
+    return axes[-1]
+
+
+def _to_grid(
+    x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
+) -> tuple[jax.Array, _Scales, jax.Array]:
+    """The waist of the library: float32 (grid values, scales, x), all in `_grouped`'s view of x."""
+    groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
+    view, axes = _grouped(x, groups), _within(x.shape, groups)
+    found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
+    scales = _scales(found, quantizer)
+    ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)))
+    if scales.zero is not None:
+        ratio = ratio + scales.zero
+    if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
+        key = key(scales.scale)
+    return quantizer.element.round(ratio, lambda v: quantizer.rounding(v, key)), scales, view
+
+
+def _finite(x: jax.Array, dtype: Any) -> jax.Array:
+    """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
+    top = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -top, top).astype(dtype)
 
 
 def quantize(
     x: jt.Float[jax.Array, "*shape"],
     quantizer: Quantizer,
     axis: int | Sequence[int] = -1,
-    key: jax.Array | None = None,
+    key: jax.Array | Callable[[jax.Array], jax.Array] | None = None,
 ) -> QArray:
     """Lays an array onto a grid and stores it: q = format.round(x / s) in the format's array type.
 
@@ -200,27 +436,45 @@ def quantize(
         x: values, floating point.
         quantizer: how; its format must be static.
         axis: the contracting axis or axes, along which the product that follows will sum.
-        key: PRNG key, for a rounding that needs one.
+        key: PRNG key, for a rounding that needs one; or a function that makes one of the scales, as
+            `rounding.key_of`.
 
     Raises:
-        ValueError: x is not floating point; traced precision or a format without an array type;
-            a granularity that does not fit x's shape and `axis`; a missing key.
+        ValueError: x is not floating point; traced precision; a granularity or a rotation that does
+            not fit x's shape and `axis`; an asymmetric range for a grid without a zero point; a missing
+            key.
 
     >>> from jaxquant.formats import INT8
     >>> quantize(jnp.array([[0.5, -1.0], [20.0, 10.0]]), Quantizer(INT8, "channel")).qvalue
     Array([[  64, -127],
            [ 127,   64]], dtype=int8)
     """
-    if not isinstance(quantizer, Quantizer):
-        raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
-    storage = quantizer.format.dtype
-    grid, scale = _to_grid(x, quantizer, axis, key)
-    qvalue = grid.reshape(x.shape).astype(storage)
-    return QArray(qvalue, scale.reshape(scale.shape[::2]), np.dtype(x.dtype))
+    _check(x, quantizer)
+    element = quantizer.element
+    _ = element.dtype  # a traced format is refused before anything is computed
+    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
+    grid, scales, _ = _to_grid(rotated, quantizer, axis, key)
+    stored = element.store(grid.reshape(x.shape))
+    scale = scales.scale.reshape(scale_shape(x.shape, quantizer.granularity, axis))  # pyright: ignore
+    if isinstance(quantizer.format, Block):
+        scale = quantizer.format.scale.store(scale)
+    rotation = None
+    if quantizer.hadamard is not None:
+        # Counted from the end, so that a leading axis may come or go.
+        rotation = (quantizer.hadamard, _last_axis(x, axis) - x.ndim)
+    return QArray(
+        stored,
+        scale,
+        zero_point=None if scales.zero is None else element.store(scales.zero.reshape(scale.shape)),
+        tensor_scale=None if scales.tensor is None else scales.tensor.reshape((1,) * x.ndim),
+        format=quantizer.format,
+        dtype=np.dtype(x.dtype),
+        hadamard=rotation,
+    )
 
 
 def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
-    """The values that a QArray stands for: x̂ = s · q, computed in float32, in the original type.
+    """The values that a QArray stands for: x̂ = s · (q − z), computed in float32, in the original type.
 
     >>> from jaxquant.formats import Int
     >>> dequantize(quantize(jnp.array([0.2, -1.4, 7.0]), Quantizer(Int(4))))
@@ -230,25 +484,31 @@ def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
         raise ValueError(
             f"dequantize takes a QArray, as quantize gives it; got {type(qarray).__name__}"
         )
-    view = _grouped(qarray.qvalue.astype(jnp.float32), qarray.scale.shape)
-    return (view * _per_group(qarray.scale)).reshape(qarray.shape).astype(qarray.dtype)
+    qarray = qarray.unpack()
+    view = _grouped(qarray.element.load(qarray.qvalue), qarray.scale.shape)
+    if qarray.zero_point is not None:
+        view = view - per_group(qarray.element.load(qarray.zero_point), qarray.shape)
+    values = (view * per_group(qarray.float_scale(), qarray.shape)).reshape(qarray.shape)
+    if qarray.hadamard is not None:
+        values = hadamard(values, *qarray.hadamard)
+    return _finite(values, qarray.dtype)
 
 
 def fake_quant(
     x: jt.Float[jax.Array, "*shape"],
     quantizer: Quantizer,
     axis: int | Sequence[int] = -1,
-    key: jax.Array | None = None,
+    key: jax.Array | Callable[[jax.Array], jax.Array] | None = None,
 ) -> jt.Float[jax.Array, "*shape"]:
-    """Simulates storage: dequantize(quantize(x)) exactly, at any precision, with x's gradient.
+    """Simulates storage: dequantize(quantize(x)) exactly, at any precision, with the estimator's gradient.
 
-    The gradient is straight-through: ∂x̂/∂x = 1 (absmax clips nothing), none to the scale.
+    By default the gradient is straight-through: ∂x̂/∂x = 1, none to the scale.
 
     Args:
         x: values, floating point.
         quantizer: how; its format may be traced, so that one program serves every precision.
         axis: the contracting axis or axes, along which the product that follows will sum.
-        key: PRNG key, for a rounding that needs one.
+        key: as of `quantize`.
 
     Raises:
         ValueError: as `quantize`, except that any precision is taken.
@@ -260,5 +520,26 @@ def fake_quant(
     >>> at(4), at(3)  # one compilation
     (Array([ 3., -3., 21.], dtype=float32), Array([ 0., -7., 21.], dtype=float32))
     """
-    grid, scale = _to_grid(jax.lax.stop_gradient(x), quantizer, axis, key)
-    return roundings.straight_through(x, (grid * scale).reshape(x.shape).astype(x.dtype))
+    _check(x, quantizer)
+    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
+    if quantizer.estimator is estimators.straight_through:
+        # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.
+        rotated = jax.lax.stop_gradient(rotated)
+    grid, scales, view = _to_grid(rotated, quantizer, axis, key)
+    low, high = quantizer.element.min_value, quantizer.element.max_value
+    if scales.zero is not None:
+        grid, low, high = (v - scales.zero for v in (grid, low, high))
+    if quantizer.estimator is estimators.straight_through:
+        values = grid * scales.whole
+    else:
+        group = estimators.group_size(view.shape, scales.scale.shape)
+        fixed = jax.lax.stop_gradient(grid)
+        values = quantizer.estimator(
+            estimators.Laid(view, fixed, scales.whole, low, high, quantizer.element, group)
+        )
+    values = values.reshape(x.shape)
+    if quantizer.hadamard is not None:
+        values = hadamard(values, quantizer.hadamard, _last_axis(x, axis))
+    if quantizer.estimator is estimators.straight_through:
+        return roundings.straight_through(x, _finite(values, x.dtype))
+    return _finite(values, x.dtype)

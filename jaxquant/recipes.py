@@ -1,41 +1,103 @@
 """Recipes: the usual quantized products by name."""
 
 import re
+from types import MappingProxyType
 
+from jaxquant import calibration, estimators, rounding
 from jaxquant.dot import DotGeneral, Operands
-from jaxquant.formats import INT_BITS, Int
+from jaxquant.formats import E4M3, E5M2, INT8, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Block, Int
 from jaxquant.qarray import Quantizer
 
 _NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?")
 _FLOAT_BITS = 16
 
 
-def recipe(name: str) -> DotGeneral:
-    """A ready `DotGeneral` from its name ``w{weight bits}a{activation bits}[g{block size}]``.
+def _both(quantizer: Quantizer) -> DotGeneral:
+    """Both operands of the forward product alike, simulated."""
+    return DotGeneral(Operands(quantizer, quantizer))
 
-    Weights per channel, or in blocks along the contracting axis where ``g`` says so; activations per
-    tensor; both on symmetric integer grids with absmax ranges, rounded to nearest.  16 bits means
-    left in floating point.  ``w8a8`` and below without blocks multiply integers; the others simulate.
+
+def _blocks_everywhere(forward: Block, gradient: Block) -> DotGeneral:
+    """All three products in blocks along what each sums over, so each quantizes its operands anew."""
+    one, other = Quantizer(forward), Quantizer(gradient)
+    backward = Operands(other, one)
+    return DotGeneral(Operands(one, one), backward, backward)
+
+
+_INT8 = Quantizer(INT8, "channel")
+_INT8_GRADIENT = Quantizer(INT8, "channel", rounding=rounding.stochastic)
+_QUEST = Quantizer(
+    Int(4, "midrise"), "channel", calibration.gaussian, estimator=estimators.trust, hadamard=32
+)
+
+# Values, each documented; `recipe` looks here first.
+RECIPES = MappingProxyType(
+    {
+        # int8 × int8 in the forward product and in both gradients.  Operands per channel (a scale for
+        # each row of activations and each column of weights), gradients rounded stochastically; the
+        # gradients' products use the forward's stored integers again.
+        "int8_train": DotGeneral(
+            Operands(_INT8, _INT8, "native"),
+            Operands(_INT8_GRADIENT, None, "native"),
+            Operands(_INT8_GRADIENT, None, "native"),
+        ),
+        # E4M3 × E4M3 forward and E5M2 gradients, a scale per tensor, rounded to nearest (Micikevicius et al.
+        # 2022, arXiv 2209.05433).
+        "fp8_train": DotGeneral(
+            Operands(Quantizer(E4M3), Quantizer(E4M3), "native"),
+            Operands(Quantizer(E5M2), None, "native"),
+            Operands(Quantizer(E5M2), None, "native"),
+        ),
+        # OCP MX blocks of 32 with power-of-two scales, along what each product sums over; the forward
+        # product alone.  Simulated: their values are exact in bfloat16.
+        "mxfp8": _both(Quantizer(MXFP8)),
+        "mxfp6": _both(Quantizer(MXFP6)),
+        "mxfp4": _both(Quantizer(MXFP4)),
+        # All three products in MXFP8 blocks (Rouhani et al. 2023, arXiv 2310.10537).
+        "mxfp8_train": _blocks_everywhere(MXFP8, MXFP8),
+        # Blocks of 16 with E4M3 scales below one for the tensor (NVIDIA 2025, arXiv 2509.25149).
+        "nvfp4": _both(Quantizer(NVFP4)),
+        # Weights alone, in blocks of 64 on the NF4 codebook (Dettmers et al. 2023, arXiv 2305.14314).
+        "nf4": DotGeneral(Operands(None, Quantizer(NF4, 64), "native")),
+        # Weights and activations rotated by a Hadamard matrix, on the grid that is best for normals,
+        # with the trust mask (QuEST, Panferov et al. 2025, arXiv 2502.05003), at 4 bits.
+        "quest4": _both(_QUEST),
+    }
+)
+
+
+def recipe(name: str) -> DotGeneral:
+    """A ready `DotGeneral` from its name.
+
+    One of `RECIPES`, or ``w{weight bits}a{activation bits}[g{block size}]``: weights per channel, or in
+    blocks along the contracting axis where ``g`` says so; activations per tensor; both on symmetric
+    integer grids with absmax ranges, rounded to nearest; gradients in floating point.  16 bits means
+    left in floating point.  ``w8a8`` and below without blocks multiply integers, weight-only ones
+    (``a16``) hold integers and multiply in the activations' type; activations with blocked weights are
+    simulated.
 
     Args:
-        name: such as ``"w8a8"``, ``"w4a16"``, ``"w4a16g128"``.
+        name: such as ``"int8_train"``, ``"w8a8"``, ``"w4a16"``, ``"w4a16g128"``.
 
     Raises:
-        ValueError: a name of another form, or a width that is not 2 to 8 or 16.
+        ValueError: another name, or a width that is not 2 to 8 or 16.
 
     Source: Kumar et al. 2024, arXiv 2411.04330, section 2.1, for the granularities.
 
     >>> recipe("w8a8").forward.arithmetic, recipe("w4a16g128").forward.rhs.granularity
     ('native', 128)
     """
+    if isinstance(name, str) and name in RECIPES:
+        return RECIPES[name]
     match = _NAME.fullmatch(name) if isinstance(name, str) else None
     if match is None:
         raise ValueError(
-            f"a recipe is named w{{bits}}a{{bits}}, as 'w8a8', 'w4a16' or 'w4a16g128'; got {name!r}"
+            f"a recipe is one of {', '.join(RECIPES)}, or named w{{bits}}a{{bits}}, as 'w8a8', 'w4a16' or "
+            f"'w4a16g128'; got {name!r}"
         )
     weight_bits, activation_bits = int(match[1]), int(match[2])
     for bits in (weight_bits, activation_bits):
-        if bits != _FLOAT_BITS and not INT_BITS[0] <= bits <= 8:
+        if bits != _FLOAT_BITS and not 2 <= bits <= 8:
             raise ValueError(
                 f"recipe {name!r}: widths are 2 to 8, or 16 for floating point; got {bits}"
             )
@@ -44,5 +106,5 @@ def recipe(name: str) -> DotGeneral:
     granularity = int(match[3]) if match[3] else "channel"
     lhs = None if activation_bits == _FLOAT_BITS else Quantizer(Int(activation_bits), "tensor")
     rhs = None if weight_bits == _FLOAT_BITS else Quantizer(Int(weight_bits), granularity)
-    native = lhs is not None and rhs is not None and granularity == "channel"
+    native = rhs is not None and (lhs is None or granularity == "channel")
     return DotGeneral(Operands(lhs, rhs, "native" if native else "simulated"))

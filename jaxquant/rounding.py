@@ -30,6 +30,9 @@ def stochastic(
 ) -> jt.Float[jax.Array, "*shape"]:
     """Rounds up with probability x − ⌊x⌋ and down otherwise, so that E[stochastic(x)] = x.
 
+    Each element's draw is a hash of the key and of its place in the array (row by row), so that it is
+    the same however the array is sharded, and costs a few integer operations.
+
     Args:
         x: values.
         key: a PRNG key; the same key repeats the same result.
@@ -43,11 +46,86 @@ def stochastic(
     >>> bool(abs(draws.mean() - 0.25) < 0.02)
     True
     """
+    first, second = _words("stochastic", key)
+    return _up_where(x, _mix(_mix(_places(x.shape) ^ first) + second))
+
+
+def dithered(
+    x: jt.Float[jax.Array, "*shape"], key: jax.Array | None = None
+) -> jt.Float[jax.Array, "*shape"]:
+    """Rounds up where x − ⌊x⌋ exceeds a threshold that steps evenly from element to element.
+
+    The thresholds are the fractional parts of u + i/φ, with i an element's place in the array, φ the
+    golden ratio, and u uniform by the key.  Each result is as unbiased as `stochastic`'s, but neighbours'
+    thresholds are spread evenly, so that the error of a sum over n neighbours grows like log n
+    instead of √n.
+
+    Args:
+        x: values.
+        key: a PRNG key; the same key repeats the same result.
+
+    Raises:
+        ValueError: no key.
+
+    Source: Weyl's sequence as ordered dither; Wu 2021, arXiv 2102.10732, on dither rounding.
+
+    >>> draws = dithered(jnp.full(10_000, 0.25), jax.random.key(0))
+    >>> bool(abs(draws.mean() - 0.25) < 0.001)
+    True
+    """
+    first, _ = _words("dithered", key)
+    golden = jnp.uint32(0x9E3779B9)  # 2^32 / φ
+    return _up_where(x, first + _places(x.shape) * golden)
+
+
+NEEDS_KEY = (stochastic, dithered)
+
+
+def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Two random 32-bit words from a key, the seeds of all elements' draws."""
     if key is None:
-        raise ValueError("stochastic rounding needs a PRNG key; got key=None")
+        raise ValueError(f"{name} rounding needs a PRNG key; got key=None")
+    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    words = data.astype(jnp.uint32).ravel()
+    return _mix(words[0] ^ jnp.uint32(0x85EBCA6B)), _mix(words[-1] ^ jnp.uint32(0xC2B2AE35))
+
+
+def _places(shape: tuple[int, ...]) -> jax.Array:
+    """Each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
+    place, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = place + along * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return place
+
+
+def _mix(word: jax.Array) -> jax.Array:
+    """A bijection of 32-bit words whose every output bit depends on every input bit."""
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return word ^ (word >> 16)
+
+
+def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
+    """⌊x⌋, plus one where the fraction exceeds the word's uppermost 24 bits taken as a number in [0, 1)."""
     low = jnp.floor(x)
+    threshold = (word >> 8).astype(x.dtype) * x.dtype.type(2.0**-24)
     # Comparing keeps integers fixed: floor(x + u) would lose them where x + u rounds up.
-    return low + (jax.random.uniform(key, x.shape, x.dtype) < x - low).astype(x.dtype)
+    return low + (threshold < x - low).astype(x.dtype)
+
+
+def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
+    """A PRNG key from the content of an array, for where no key can be passed.
+
+    The key, in JAX's raw form, is `seed` beside the wrapped sum of the values' bits.  Integer sums do not depend on
+    their order, so the key is the same under any sharding; it changes whenever a value does.
+
+    >>> key_of(jnp.ones(3)), key_of(jnp.ones(4))
+    (Array([         0, 3196059648], dtype=uint32), Array([         0, 4261412864], dtype=uint32))
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    return jnp.stack([jnp.uint32(seed), jnp.sum(bits, dtype=jnp.uint32)])
 
 
 @jax.custom_vjp

@@ -1,3 +1,7 @@
+import dataclasses
+import re
+
+import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -6,7 +10,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant import rounding
+from jaxquant import calibration, estimators, rounding
+from jaxquant.product import integer_dot
 
 MATMUL = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)
@@ -36,6 +41,56 @@ def products(draw):
         operands.append(jnp.array(np.random.default_rng(seed).normal(size=shape), jnp.float32))
     (lhs_contract, lhs_batch), (rhs_contract, rhs_batch) = dims
     return *operands, ((lhs_contract, rhs_contract), (lhs_batch, rhs_batch))
+
+
+def numpy_product(lhs, rhs, dims) -> np.ndarray:
+    """The product by NumPy, in the types of its operands."""
+    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dims
+    letters = iter("abcdefghijklmnop")
+    names = [next(letters) for _ in range(lhs.ndim)]
+    paired = dict(zip((*rhs_contract, *rhs_batch), (*lhs_contract, *lhs_batch), strict=True))
+    other = [names[paired[a]] if a in paired else next(letters) for a in range(rhs.ndim)]
+    free = [n for a, n in enumerate(names) if a not in (*lhs_contract, *lhs_batch)]
+    out = [names[a] for a in lhs_batch] + free + [n for n in other if n not in names]
+    return np.einsum(f"{''.join(names)},{''.join(other)}->{''.join(out)}", lhs, rhs)
+
+
+def integers(x, seed=0) -> jax.Array:
+    """Integers of ±127 in x's shape, 127 among them, so that their scale is 1."""
+    values = np.random.default_rng(seed).integers(-127, 128, x.shape).astype(np.float32)
+    values.flat[0] = 127
+    return jnp.array(values)
+
+
+@hypothesis.given(products(), st.integers(0, 99))
+@hypothesis.settings(max_examples=40, deadline=None)
+def test_integer_products_are_numpys_forward_and_in_both_gradients(operands, seed):
+    lhs, rhs, dims = operands
+    lhs, rhs = integers(lhs, seed), integers(rhs, seed + 1)
+    int8 = jq.Quantizer(jq.INT8)
+    gradient = jq.Operands(int8, None, "native")
+    dot = jq.DotGeneral(jq.Operands(int8, int8, "native"), gradient, gradient)
+    out, pull = jax.vjp(lambda a, b: dot(a, b, dims), lhs, rhs)
+    g = integers(out, seed + 2)
+    int32 = [np.asarray(x, np.int32) for x in (lhs, rhs, g)]
+    np.testing.assert_array_equal(out, numpy_product(int32[0], int32[1], dims))
+    # The transposes of NumPy's product itself, by its linearity in each operand.
+    dlhs, drhs = pull(g)
+    expected = jax.vjp(lambda a, b: jax.lax.dot_general(a, b, dims, "highest"), lhs, rhs)[1](g)
+    for found, float_product in zip((dlhs, drhs), expected, strict=True):
+        assert np.abs(float_product).max() < 2**24  # where float32 counts exactly
+        np.testing.assert_array_equal(found, float_product)
+    found = integer_dot(lhs.astype(jnp.int8), rhs.astype(jnp.int8), dims)
+    np.testing.assert_array_equal(found, numpy_product(int32[0], int32[1], dims))
+
+
+def test_integer_products_are_exact_where_float32_would_not_be():
+    rng = np.random.default_rng(0)
+    lhs, rhs = (jnp.array(rng.integers(100, 128, s), jnp.int8) for s in ((4001, 3), (4001, 5)))
+    found = integer_dot(lhs, rhs, (((0,), (0,)), ((), ())))
+    expected = np.asarray(lhs, np.int64).T @ np.asarray(rhs, np.int64)
+    assert expected.max() > 2**24
+    np.testing.assert_array_equal(found, expected)
 
 
 @hypothesis.given(products(), st.sampled_from(["tensor", "channel"]), st.integers(2, 8))
@@ -86,6 +141,197 @@ def test_native_keeps_eight_bit_residuals():
     assert saved == [jnp.int8, jnp.int8]
 
 
+LHS3 = jnp.array(RNG.normal(size=(2, 32, 64)), jnp.float32)
+RHS3 = jnp.array(RNG.normal(size=(64, 96)), jnp.float32)
+DIMS3 = (((2,), (0,)), ((), ()))
+ALL_NATIVE = {
+    "int8": jq.recipe("int8_train"),
+    "fp8": jq.recipe("fp8_train"),
+    "mxfp8": jq.recipe("mxfp8_train"),
+    "w4a8": jq.recipe("w4a8"),
+    "w8a8": jq.recipe("w8a8"),
+    "asymmetric": jq.DotGeneral(
+        jq.Operands(
+            jq.Quantizer(jq.Int(8, "unsigned"), "channel", calibration.minmax),
+            jq.Quantizer(jq.Int(4, "full"), "channel", calibration.minmax),
+            "native",
+        )
+    ),
+    "midrise": jq.DotGeneral(
+        jq.Operands(*[jq.Quantizer(jq.Int(3, "midrise"), "channel")] * 2, "native")
+    ),
+    "blocks": jq.DotGeneral(
+        jq.Operands(jq.Quantizer(jq.INT8, 32), jq.Quantizer(jq.INT4, 16), "native")
+    ),
+    "tiles": jq.DotGeneral(
+        jq.Operands(jq.Quantizer(jq.INT8, "channel"), jq.Quantizer(jq.INT8, (16, 8)), "native")
+    ),
+    "MXFP8": jq.DotGeneral(jq.Operands(*[jq.Quantizer(jq.MXFP8)] * 2, "native")),
+    "rotated": jq.DotGeneral(
+        jq.Operands(*[jq.Quantizer(jq.INT8, "channel", hadamard=32)] * 2, "native")
+    ),
+    "weights alone": jq.recipe("w4a16"),
+    "weights in blocks": jq.recipe("w4a16g32"),
+    "nf4": jq.recipe("nf4"),
+    "activations alone": jq.DotGeneral(jq.Operands(jq.Quantizer(jq.INT8), None, "native")),
+}
+
+
+def simulated(dot: jq.DotGeneral) -> jq.DotGeneral:
+    """The same products, multiplied in float; gradients rounded to nearest."""
+
+    def change(operands):
+        if operands is None:
+            return None
+        return dataclasses.replace(operands, arithmetic="simulated")
+
+    return jq.DotGeneral(change(dot.forward), change(dot.dlhs), change(dot.drhs))
+
+
+def to_nearest(dot: jq.DotGeneral) -> jq.DotGeneral:
+    def change(operands):
+        if operands is None or operands.lhs is None:
+            return operands
+        lhs = dataclasses.replace(operands.lhs, rounding=rounding.nearest)
+        return dataclasses.replace(operands, lhs=lhs)
+
+    return jq.DotGeneral(dot.forward, change(dot.dlhs), change(dot.drhs))
+
+
+@pytest.mark.parametrize("name", ALL_NATIVE)
+def test_native_and_simulated_are_the_same_product(name):
+    native = to_nearest(ALL_NATIVE[name])
+    out, pull = jax.vjp(lambda a, b: native(a, b, DIMS3), LHS3, RHS3)
+    forward = jq.DotGeneral(simulated(native).forward)
+    expected, expected_pull = jax.vjp(lambda a, b: forward(a, b, DIMS3), LHS3, RHS3)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-4)
+    g = jnp.array(np.random.default_rng(5).normal(size=out.shape), jnp.float32)
+    # A gradient that is quantized too errs by its own rounding, and no more.
+    tolerance = 0.002 if native.dlhs is None else {"int8": 0.02, "fp8": 0.1, "mxfp8": 0.1}[name]
+    for found, wanted in zip(pull(g), expected_pull(g), strict=True):
+        assert found.shape == wanted.shape
+        error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+        assert error < tolerance
+
+
+def test_a_carried_scale_is_the_scale_of_the_kept_operand():
+    """∂lhs of int8_train, by hand: g · s, quantized by row, times the stored integers."""
+    dot = to_nearest(jq.recipe("int8_train"))
+    out, pull = jax.vjp(lambda a, b: dot(a, b, MATMUL), LHS, RHS)
+    g = jnp.array(RNG.normal(size=out.shape), jnp.float32)
+    weights = jq.quantize(RHS, jq.Quantizer(jq.INT8, "channel"), 0)
+    carried = jq.quantize(g * weights.scale, jq.Quantizer(jq.INT8, "channel"), 1)
+    expected = np.asarray(carried.qvalue, np.int32) @ np.asarray(weights.qvalue, np.int32).T
+    np.testing.assert_array_equal(pull(g)[0], expected.astype(np.float32) * carried.scale)
+
+
+def test_stochastic_gradients_are_unbiased_over_steps_and_repeat():
+    dot = jq.recipe("int8_train")
+
+    @jax.jit
+    def gradient(scale):  # another scale, another key, the same gradient otherwise
+        _, pull = jax.vjp(lambda a, b: dot(a, b, MATMUL), LHS, RHS)
+        return pull(jnp.ones((8, 16)) * scale * 0.3 * jnp.linspace(0.1, 1, 16)[None])[1] / scale
+
+    draws = np.stack([gradient(1 + i / 400) for i in range(400)])
+    np.testing.assert_array_equal(gradient(1.0), draws[0])
+    assert np.std(draws, axis=0).min() > 0
+    kept = jq.fake_quant(LHS, jq.Quantizer(jq.INT8, "channel"), 1)
+    exact = np.asarray(kept).T @ (np.ones((8, 16)) * 0.3 * np.linspace(0.1, 1, 16))
+    deviation = np.abs(draws.mean(0) - exact) / (draws.std(0) / 20)
+    assert np.mean(deviation < 2) > 0.9
+    assert deviation.max() < 5
+
+
+def test_traced_bits_in_gradients_are_data_too():
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def gradients(bits):
+        quantizer = jq.Quantizer(jq.Int(bits), "channel")
+        operands = jq.Operands(quantizer, quantizer)
+        dot = jq.DotGeneral(operands, operands, operands)
+        return jax.grad(lambda a, b: jnp.sum(dot(a, b, MATMUL) ** 2), (0, 1))(LHS, RHS)
+
+    exact = jax.grad(lambda a, b: jnp.sum((a @ b) ** 2), (0, 1))(LHS, RHS)
+    errors = [
+        np.linalg.norm(gradients(jnp.float32(b))[0] - exact[0]) for b in (2, 3, 4, 6, 8, 10, 12)
+    ]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_learned_steps_get_their_gradient_through_a_product():
+    def loss(step):
+        quantizer = jq.Quantizer(
+            jq.INT4, "channel", calibration.Step(step), estimator=estimators.lsq
+        )
+        return jnp.sum(jq.DotGeneral(jq.Operands(None, quantizer))(LHS, RHS, MATMUL) ** 2)
+
+    step = jnp.full((16,), 0.2)
+    gradient = jax.jit(jax.grad(loss))(step)
+    assert gradient.shape == (16,)
+    assert (gradient != 0).all()
+
+
+def test_stored_operands_are_multiplied_as_they_are():
+    weights = jq.quantize(RHS, jq.Quantizer(jq.INT4, "channel"), 0)
+    dot = jq.recipe("w4a16")
+    expected = dot(LHS, RHS, MATMUL)
+    np.testing.assert_array_equal(dot(LHS, weights, MATMUL), expected)
+    np.testing.assert_array_equal(dot(LHS, weights.pack(), MATMUL), expected)
+    w4a8 = jq.recipe("w4a8")
+    np.testing.assert_array_equal(w4a8(LHS, weights, MATMUL), w4a8(LHS, RHS, MATMUL))
+    gradient = jax.grad(lambda x: jnp.sum(dot(x, weights, MATMUL)))(LHS)
+    np.testing.assert_allclose(gradient[0], jq.dequantize(weights).sum(1), rtol=1e-5)
+    with pytest.raises(ValueError, match="stored as int4"):
+        jq.recipe("w8a8")(LHS, weights, MATMUL)
+
+
+def readers(compiled: str, argument: str) -> list[str]:
+    """The instructions of a compiled program's entry that read an argument."""
+    entry = compiled[compiled.index("ENTRY") :]
+    (name,) = re.findall(rf"(%[\w.]+) = [^=]*parameter\(\d+\), .*op_name=\"{argument}\"", entry)
+    return [line for line in entry.splitlines() if f"{name}," in line or f"{name})" in line]
+
+
+def passes(compiled: str, argument: str, size: int) -> float:
+    """How often an argument of so many elements is read: a slice of it counts by its share."""
+    total = 0.0
+    for line in readers(compiled, argument):
+        result = re.search(r"= \w+\[([\d,]*)\]", line)
+        assert result is not None
+        elements = np.prod([int(n) for n in result[1].split(",") if n])
+        total += elements / size if "slice" in line.split("=")[0] else 1
+    return total
+
+
+@pytest.mark.parametrize("name", ["w8a8", "int8_train", "w4a16"])
+def test_a_quantized_product_adds_one_pass_over_each_operand(name):
+    """One pass finds the ranges; the other, which quantizes, takes the place of the product's own."""
+    dot = jq.recipe(name)
+    a, b = jnp.ones((256, 512)), jnp.ones((512, 128))
+    compiled = jax.jit(lambda lhs, rhs: dot(lhs, rhs, MATMUL)).lower(a, b).compile().as_text()
+    plain = jax.jit(lambda lhs, rhs: jax.lax.dot_general(lhs, rhs, MATMUL)).lower(a, b).compile()
+    for argument in ("lhs", "rhs"):
+        size = {"lhs": a.size, "rhs": b.size}[argument]
+        assert passes(plain.as_text(), argument, size) == 1
+        assert passes(compiled, argument, size) <= 2
+
+
+def test_gradients_add_one_pass_for_each_of_their_products():
+    dot = jq.recipe("int8_train")
+    a, b, g = jnp.ones((256, 512)), jnp.ones((512, 128)), jnp.ones((256, 128))
+
+    def run(lhs, rhs, gradient, dot=dot):
+        out, pull = jax.vjp(lambda a, b: dot(a, b, MATMUL), lhs, rhs)
+        return out, pull(gradient)
+
+    compiled = jax.jit(run).lower(a, b, g).compile().as_text()
+    # Two products each; in float they read their operands once.
+    assert passes(compiled, "gradient", g.size) <= 4
+    assert passes(compiled, "lhs", a.size) <= 3
+    assert passes(compiled, "rhs", b.size) <= 3
+
+
 def test_accumulation_cannot_overflow():
     assert jq.recipe("w8a8")(jnp.ones((1, 133_000)), jnp.ones((133_000, 1)), MATMUL) == 133_000
     with pytest.raises(ValueError, match=r"134000 terms.*overflow int32"):
@@ -134,12 +380,29 @@ INT8 = jq.Quantizer(jq.INT8)
     ("call", "message"),
     [
         (lambda: jq.Operands(arithmetic="fast"), "simulated.*native"),
-        (lambda: jq.Operands(INT8, None, "native"), "rhs"),
+        (lambda: jq.Operands(None, None, "native"), "lhs, rhs or both"),
         (lambda: jq.Operands(jq.INT8), "lhs"),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(12)), "native"), "at most 8 bits"),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.E4M3), "native"), "at most 8 bits"),
-        (lambda: jq.Operands(INT8, jq.Quantizer(jq.INT8, 32), "native"), "blocks of 32"),
-        (lambda: jq.Operands(jq.Quantizer(jq.INT8, rounding=rounding.stochastic)), "stochastic"),
+        (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(8, "midrise")), "native"), "midrise at most 7"),
+        (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(jnp.int32(8))), "native"), "traced"),
+        (lambda: jq.Operands(INT8, jq.Quantizer(jq.INT8, hadamard=8), "native"), "same hadamard"),
+        (
+            lambda: jq.Operands(INT8, jq.Quantizer(jq.INT8, estimator=estimators.lsq), "native"),
+            "straight-through gradient",
+        ),
+        (
+            lambda: jq.DotGeneral(jq.Operands(jq.Quantizer(jq.INT8, rounding=rounding.stochastic))),
+            "lhs of forward rounds stochastically",
+        ),
+        (
+            lambda: jq.DotGeneral(
+                jq.Operands(INT8, jq.Quantizer(jq.INT8, 32), "native"),
+                jq.Operands(INT8, None, "native"),
+            ),
+            "give dlhs an rhs quantizer",
+        ),
+        (lambda: jq.DotGeneral(dlhs=INT8), "dlhs is an Operands"),
         (lambda: jq.DotGeneral(INT8), "Operands"),
     ],
 )

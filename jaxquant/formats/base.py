@@ -1,0 +1,138 @@
+"""What every format has in common: the protocol that a quantizer relies on, and exact powers of two."""
+
+import operator
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import jaxtyping as jt
+import numpy as np
+
+
+class Format(Protocol):
+    """A grid of values, with a code of `bits` bits for each."""
+
+    @property
+    def min_value(self) -> float | jt.Float[jax.Array, ""]:
+        """The smallest value on the grid."""
+        ...
+
+    @property
+    def max_value(self) -> float | jt.Float[jax.Array, ""]:
+        """The largest value on the grid; the calibrated range is mapped onto it."""
+        ...
+
+    @property
+    def bits(self) -> Any:
+        """Bits of a code."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The array type that holds the grid exactly; ValueError where there is none."""
+        ...
+
+    def round(
+        self, x: jt.Float[jax.Array, "*shape"], rounding: Callable[[jax.Array], jax.Array]
+    ) -> jt.Float[jax.Array, "*shape"]:
+        """Takes float32 values to the grid, saturating at its ends."""
+        ...
+
+    def store(self, grid: jt.Float[jax.Array, "*shape"]) -> jt.Shaped[jax.Array, "*shape"]:
+        """Grid values as an array of `dtype`."""
+        ...
+
+    def load(self, stored: jt.Shaped[jax.Array, "*shape"]) -> jt.Float[jax.Array, "*shape"]:
+        """The float32 grid values of what `store` gave."""
+        ...
+
+    def encode(self, x: jt.Float[jax.Array, "*shape"]) -> jt.UInt[jax.Array, "*shape"]:
+        """The codes of float32 values, rounded to nearest."""
+        ...
+
+    def decode(self, codes: jt.UInt[jax.Array, "*shape"]) -> jt.Float[jax.Array, "*shape"]:
+        """The float32 values of codes."""
+        ...
+
+
+# Usual names of formats with many parameters, filled in by `names`: what `str` gives and `parse` takes.
+KNOWN: dict[Any, str] = {}
+
+
+def known_name(format: Any) -> str | None:
+    """The usual name of a static format, None where it has none."""
+    try:
+        return KNOWN.get(format)
+    except TypeError:  # traced parameters have no hash
+        return None
+
+
+def is_format(value: Any) -> bool:
+    """Whether a value is a grid; asked of its type, since a traced format's dtype is an error."""
+    names = ("min_value", "max_value", "dtype", "round", "store", "load", "encode", "decode")
+    return all(hasattr(type(value), name) for name in names)
+
+
+def is_static(parameter: Any) -> bool:
+    """Whether a format's parameter is a Python number, known when a program is traced."""
+    return isinstance(parameter, int | np.integer)
+
+
+def check_int(owner: str, name: str, value: Any, lowest: int, highest: int) -> int:
+    """Returns `value` as an int in [lowest, highest], or raises a ValueError that says what is valid."""
+    valid = f"{owner} takes {name} from {lowest} to {highest} as an integer (or a traced array)"
+    if isinstance(value, bool):
+        raise ValueError(f"{valid}; got {value!r}")
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{valid}; got {value!r}") from None
+    if not lowest <= value <= highest:
+        raise ValueError(f"{valid}; got {value!r}")
+    return value
+
+
+def check_scalar(owner: str, name: str, value: jax.Array) -> None:
+    """Raises a ValueError where a traced parameter has axes or is no number."""
+    if value.ndim or value.dtype == bool:
+        raise ValueError(
+            f"{owner} takes one traced {name}, a scalar number; got {value.dtype}{list(value.shape)}"
+        )
+
+
+def rebuild(cls: type, **fields: Any) -> Any:
+    """An instance without checks: tree transformations put batches and placeholders where arrays stood."""
+    instance = object.__new__(cls)
+    for name, value in fields.items():
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def traced_message(owner: str, names: str, value: Any) -> str:
+    """Why a format with traced parameters cannot be stored."""
+    return (
+        f"{owner} with traced {names} ({value}) can be simulated with fake_quant but not stored: "
+        f"a stored array's type is fixed when the program is traced. Give {names} as Python integers."
+    )
+
+
+def code_dtype(bits: int) -> np.dtype:
+    """The unsigned integers that hold codes of so many bits."""
+    return np.dtype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def exp2(exponent: jax.Array) -> jax.Array:
+    """2^exponent exactly, for −126 ≤ exponent ≤ 127: written into the float's own exponent field."""
+    return jax.lax.bitcast_convert_type((jnp.int32(127) + exponent) << 23, jnp.float32)
+
+
+def times_exp2(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """x · 2^exponent for |exponent| ≤ 252, in two exact factors: one alone might not be a float32."""
+    half = exponent // 2
+    return x * exp2(half) * exp2(exponent - half)
+
+
+def exponent_of(x: jax.Array) -> jax.Array:
+    """floor(log2 |x|) of normal float32 values, read from the exponent field; −127 for 0 and subnormals."""
+    return ((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127

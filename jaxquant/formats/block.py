@@ -1,0 +1,95 @@
+"""`Block`: an element format, a block size and a format for the scales, composed."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.formats.base import Format, is_format, known_name
+from jaxquant.formats.floating import Float
+
+
+@functools.partial(jax.tree_util.register_pytree_node_class)
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Blocks of `size` neighbours along the contracting axis, each with a scale that is itself quantized.
+
+    The scale of a block with largest magnitude a, for an element format whose largest value is M:
+
+    * levels 1, a scale format of powers of two (E8M0): s = 2^⌈log2(a / M)⌉, so that nothing is
+      clipped.  (OCP's section 6.3 rounds down, 2^(⌊log2 a⌋ − ⌊log2 M⌋), and clips the block's largest
+      values by up to 2 − 2^⌊log2 M⌋·2/M of themselves.)
+    * levels 1, another: s = round(a / M).
+    * levels 2: t = a_tensor / (M · largest scale) in float32 for the whole array, and
+      s = t · round(a / (M · t)): NVFP4's.
+
+    Args:
+        element: the grid of the elements.
+        size: how many neighbours share a scale, at least 1.
+        scale: the grid of the scales; static.
+        levels: 1, or 2 with a float32 scale for the whole array above the blocks'.
+
+    Raises:
+        ValueError: an element or scale that is no format, a size below 1, levels other than 1 and 2.
+
+    Source: OCP Microscaling Formats v1.0; NVIDIA 2025, arXiv 2509.25149, for NVFP4.
+
+    >>> str(Block(Float(2, 1, "finite"), 64, Float(8, 0, "fnu")))
+    'block(e2m1finite,64,e8m0fnu,1)'
+    """
+
+    element: Format
+    size: int
+    scale: Format
+    levels: int = 1
+
+    def __post_init__(self):
+        for name in ("element", "scale"):
+            value = getattr(self, name)
+            if isinstance(value, Block) or not is_format(value):
+                raise ValueError(f"Block takes {name} as a grid such as Float(2, 1, 'finite'); got {value!r}")
+        if isinstance(self.size, bool) or not isinstance(self.size, int | np.integer) or self.size < 1:
+            raise ValueError(f"Block takes a size of at least 1; got {self.size!r}")
+        object.__setattr__(self, "size", int(self.size))
+        if self.levels not in (1, 2):
+            raise ValueError(f"Block takes levels 1 or 2; got {self.levels!r}")
+        _ = self.scale.dtype  # a scale that cannot be stored is refused here
+
+    def scales(self, needed: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Quantizes scales: from what each block needs to (block scales, the array's scale or None).
+
+        A block that needs none, or less than the smallest scale, gets the scale 1: its elements round to
+        zero.  NaN stays.
+
+        Args:
+            needed: a / M of each block, float32.
+        """
+        tiny, tensor = jnp.finfo(jnp.float32).tiny, None
+        ratio = needed
+        if self.levels == 2:
+            top = jax.lax.optimization_barrier(jnp.float32(self.scale.max_value))
+            # A block without a range must not take the others' scale away with it.
+            tensor = jnp.max(jnp.where(jnp.isnan(needed), 0, needed), keepdims=True, initial=0) / top
+            tensor = jnp.where(tensor < tiny, 1, tensor)
+            ratio = needed / tensor
+        is_power_of_two = isinstance(self.scale, Float) and self.scale.convention == "fnu"
+        ratio = jnp.where(ratio < tiny, 1, ratio)
+        scale = self.scale.round(ratio, jnp.ceil if is_power_of_two else jnp.round)
+        return jnp.where(scale <= 0, 1, scale), tensor
+
+    def __str__(self):
+        return known_name(self) or f"block({self.element},{self.size},{self.scale},{self.levels})"
+
+    def tree_flatten(self):
+        return (self.element, self.scale), (self.size, self.levels)
+
+    @classmethod
+    def tree_unflatten(cls, static, formats) -> Any:
+        instance = object.__new__(cls)
+        fields = ("element", "scale", "size", "levels")
+        for name, value in zip(fields, (*formats, *static), strict=True):
+            object.__setattr__(instance, name, value)
+        return instance

@@ -1,0 +1,73 @@
+"""The fast Walsh-Hadamard transform, blockwise: an orthogonal rotation that spreads outliers."""
+
+import functools
+import operator
+
+import jax
+import jax.numpy as jnp
+import jaxtyping as jt
+import numpy as np
+
+# Factors of at most this size are multiplied as matrices, which suits matrix units and vector lanes.
+_RADIX = 16
+
+
+def check_block(block: object) -> int:
+    """A power of two, as an int, or a ValueError."""
+    try:
+        size = operator.index(block)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        size = 0
+    if isinstance(block, bool) or size < 1 or size & (size - 1):
+        raise ValueError(f"a Hadamard block is a power of two; got {block!r}")
+    return size
+
+
+def hadamard(
+    x: jt.Float[jax.Array, "*shape"], block: int, axis: int = -1
+) -> jt.Float[jax.Array, "*shape"]:
+    """Multiplies blocks of neighbours along an axis by the orthonormal Hadamard matrix H_n / √n.
+
+    H_1 = (1), H_2n = [[H_n, H_n], [H_n, −H_n]] (Sylvester's order).  The transform is its own inverse
+    and keeps norms and inner products.  It costs O(log n) passes: one matrix of at most 16 × 16 per
+    factor of n.
+
+    Args:
+        x: values.
+        block: n, a power of two that divides the axis.
+        axis: along which neighbours are mixed.
+
+    Raises:
+        ValueError: a block that is no power of two, or does not divide the axis; no such axis.
+
+    >>> hadamard(jnp.array([1.0, 1.0, 0.0, 2.0]), 2)
+    Array([ 1.4142135,  0.       ,  1.4142135, -1.4142135], dtype=float32)
+    """
+    size = check_block(block)
+    if not -x.ndim <= axis < x.ndim:
+        raise ValueError(f"axis {axis} is not an axis of an array of shape {x.shape}")
+    axis %= x.ndim
+    if x.shape[axis] % size:
+        raise ValueError(
+            f"a Hadamard block of {size} does not divide axis {axis} of shape {x.shape}"
+        )
+    before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
+    inner = 1
+    while inner < size:
+        radix = min(_RADIX, size // inner)
+        view = x.reshape(*before, length // (radix * inner), radix, inner, *after)
+        matrix = jnp.asarray(_matrix(radix), x.dtype)
+        mixed = jax.lax.dot_general(
+            matrix, view, (((1,), (axis + 1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+        )
+        x = jnp.moveaxis(mixed, 0, axis + 1).reshape(*before, length, *after)
+        inner *= radix
+    return x
+
+
+@functools.cache
+def _matrix(size: int) -> np.ndarray:
+    matrix = np.ones((1, 1))
+    while len(matrix) < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / np.sqrt(size)

@@ -1,0 +1,77 @@
+"""Bits side by side: codes of b bits in exactly b bits each."""
+
+import jax
+import jax.numpy as jnp
+import jaxtyping as jt
+
+from jaxquant.formats import code_dtype
+
+
+def pack_bits(
+    codes: jt.UInt[jax.Array, "*rows n"], bits: int
+) -> jt.UInt8[jax.Array, "*rows bytes"]:
+    """Packs each row of codes into bit planes: b · ⌈n/8⌉ bytes.
+
+    Byte j · ⌈n/8⌉ + g of a row holds bit j of the row's codes 8g … 8g + 7, the first in the lowest bit.
+    Rows stay apart, so leading axes can be mapped over, scanned and sharded.
+
+    Args:
+        codes: unsigned integers below 2^bits, of at least one axis.
+        bits: b, 1 to 16.
+
+    >>> pack_bits(jnp.array([1, 0, 3, 2], jnp.uint8), 2)  # low bits 1,0,1,0 and high bits 0,0,1,1
+    Array([ 5, 12], dtype=uint8)
+    """
+    _check_bits(bits)
+    if codes.ndim == 0:
+        raise ValueError("pack_bits takes an array of at least one axis; got a scalar")
+    *rows, n = codes.shape
+    groups = -(-n // 8)
+    padded = jnp.pad(codes.astype(jnp.uint16), [(0, 0)] * len(rows) + [(0, groups * 8 - n)])
+    padded = padded.reshape(*rows, groups, 8)
+    # One plane at a time: no array of a byte per bit is made.
+    planes = [_sum_bits((padded >> jnp.uint16(j)) & jnp.uint16(1), 8) for j in range(bits)]
+    return jnp.stack(planes, axis=-2).astype(jnp.uint8).reshape(*rows, bits * groups)
+
+
+def unpack_bits(
+    packed: jt.UInt8[jax.Array, "*rows bytes"], bits: int, length: int
+) -> jt.UInt[jax.Array, "*rows n"]:
+    """The codes that `pack_bits` packed.
+
+    Args:
+        packed: bit planes.
+        bits: b, as packed.
+        length: n, the codes in a row.
+
+    Raises:
+        ValueError: packed is not uint8 or of another length than b · ⌈n/8⌉.
+
+    >>> unpack_bits(jnp.array([5, 12], jnp.uint8), 2, 4)
+    Array([1, 0, 3, 2], dtype=uint8)
+    """
+    _check_bits(bits)
+    groups = -(-length // 8)
+    if packed.dtype != jnp.uint8 or packed.ndim == 0 or packed.shape[-1] != bits * groups:
+        raise ValueError(
+            f"{length} codes of {bits} bits are {bits * groups} bytes of uint8 in a row; "
+            f"got {packed.dtype}{list(packed.shape)}"
+        )
+    rows = packed.shape[:-1]
+    planes = packed.reshape(*rows, bits, groups, 1)
+    place = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (len(rows) + 2) + (8,))
+    spread = ((planes >> place) & jnp.uint8(1)).astype(jnp.uint16)
+    weights = jnp.uint16(1) << jnp.arange(bits, dtype=jnp.uint16)
+    weights = weights.reshape((1,) * len(rows) + (bits, 1, 1))
+    codes = jnp.sum(spread * weights, axis=-3, dtype=jnp.uint16)
+    return codes.reshape(*rows, groups * 8)[..., :length].astype(code_dtype(bits))
+
+
+def _sum_bits(bits: jax.Array, count: int) -> jax.Array:
+    weights = (jnp.uint16(1) << jnp.arange(count, dtype=jnp.uint16)).reshape((1,) * (bits.ndim - 1) + (count,))
+    return jnp.sum(bits * weights, axis=-1, dtype=jnp.uint16)
+
+
+def _check_bits(bits: int) -> None:
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16:
+        raise ValueError(f"codes are packed at 1 to 16 bits; got {bits!r}")

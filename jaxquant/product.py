@@ -1,0 +1,310 @@
+"""The product of two operands of which at least one is quantized: which numbers are multiplied, and where
+the scales go.
+
+    Σ_k s_l (l_k − z_l) · s_r (r_k − z_r)  =  s_l s_r (Σ l_k r_k − z_l Σ r_k − z_r Σ l_k + K z_l z_r)
+
+Scales that do not vary along k factor out, and what remains is a product of 8-bit numbers.  Scales in
+blocks along k are applied block by block.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.formats import Float, Format, Int, is_static
+from jaxquant.qarray import QArray, dequantize
+
+Dims = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), tuples of tuples of ints
+
+
+def is_integer(format: Format) -> bool:
+    """Whether the format's values are, up to an offset, 8-bit integers."""
+    if not isinstance(format, Int) or not is_static(format.bits):
+        return False
+    return format.bits <= (7 if format.levels == "midrise" else 8)
+
+
+def is_float8(format: Format) -> bool:
+    """Whether the format's values are those of an 8-bit float type that can be multiplied."""
+    if not isinstance(format, Float) or not all(map(is_static, (format.exponent_bits, format.mantissa_bits))):
+        return False
+    return format.bits == 8 and format.convention != "fnu" and format.dtype != np.uint8
+
+
+def product(
+    lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, **options: Any
+) -> jax.Array:
+    """lhs · rhs, in 8-bit numbers where both operands are quantized.
+
+    Args:
+        lhs: left operand.
+        rhs: right operand.
+        dims: dimension numbers, as of `jax.lax.dot_general`.
+        options: preferred_element_type, precision and out_sharding, as of `jax.lax.dot_general`.
+
+    Raises:
+        ValueError: formats that no product takes together; a sum that could leave int32; blocks of two
+            sizes that have no common division of the contracting axis.
+    """
+    lhs, rhs = (x.unpack() if isinstance(x, QArray) else x for x in (lhs, rhs))
+    preferred = options.pop("preferred_element_type", None)
+    dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
+    if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
+        return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
+    if lhs.hadamard or rhs.hadamard:
+        _check_rotations(lhs, rhs, dims)
+    options.pop("precision", None)  # chooses among floating-point algorithms; these products are exact
+    if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
+        return _blockwise(lhs, rhs, dims, options).astype(dtype)
+    return _scaled(lhs, rhs, dims, options).astype(dtype)
+
+
+def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
+    """Raises a ValueError unless both operands are rotated alike along the axis that is summed over."""
+    wanted = [(lhs.hadamard or rhs.hadamard or (0, 0))[0]] * 2
+    places = [
+        x.hadamard[0] if x.hadamard and x.hadamard[1] % x.ndim == axes[-1] else None
+        for x, axes in ((lhs, dims[0][0]), (rhs, dims[0][1]))
+    ]
+    if places != wanted:
+        raise ValueError(
+            "operands are multiplied in rotated coordinates where both are rotated in the same blocks along "
+            f"their last contracting axis; got {lhs.hadamard} and {rhs.hadamard}"
+        )
+
+
+def _one_sided(lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict) -> jax.Array:
+    """A float operand with a quantized one: its values go through in the float operand's type."""
+    quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
+    other = rhs if isinstance(lhs, QArray) else lhs
+    assert isinstance(quantized, QArray)
+    factors = (
+        quantized.zero_point is None
+        and quantized.hadamard is None
+        and all(quantized.scale.shape[a] == 1 for a in axes)
+        and all(s in (1, n) for s, n in zip(quantized.scale.shape, quantized.shape, strict=True))
+        # What a 16-bit float may not hold exactly is scaled first, in float32.
+        and isinstance(quantized.format, Int | Float)
+    )
+    if not factors:
+        values = dequantize(dataclasses.replace(quantized, dtype=np.dtype(other.dtype)))
+        pair = (values, other) if isinstance(lhs, QArray) else (other, values)
+        return jax.lax.dot_general(*pair, dims, **options)
+    values = quantized.element.load(quantized.qvalue).astype(other.dtype)
+    pair = (values, other) if isinstance(lhs, QArray) else (other, values)
+    dtype = options["preferred_element_type"] or jnp.result_type(quantized.dtype, other.dtype)
+    options = {**options, "preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
+    result = jax.lax.dot_general(*pair, dims, **options)
+    scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+    return (result * scale.astype(result.dtype)).astype(dtype)
+
+
+def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
+    return math.prod(operand.scale.shape[a] for a in axes)
+
+
+def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+    """A product whose scales do not vary along the contracting axes, float32."""
+    if is_integer(lhs.element) and is_integer(rhs.element):
+        result = _integers(lhs, rhs, dims, options).astype(jnp.float32)
+    elif is_float8(lhs.element) and is_float8(rhs.element):
+        result = jax.lax.dot_general(
+            lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32, **options
+        )
+    else:
+        raise ValueError(
+            f"no product multiplies {lhs.element} by {rhs.element}: native arithmetic takes two Ints of at "
+            "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
+        )
+    left = laid_out(_full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
+    return result * left * laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+
+
+def _full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Scales with one entry per element along every axis where they have several, as tiles may need."""
+    for axis, (groups, n) in enumerate(zip(scale.shape, shape, strict=True)):
+        if groups not in (1, n):
+            scale = jnp.repeat(scale, n // groups, axis=axis)
+    return scale
+
+
+def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
+    """One operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
+
+    A scale has size 1 along its contracting axes, so those are dropped.
+    """
+    side = 0 if is_lhs else 1
+    contracting, batch = dims[0][side], dims[1][side]
+    free = [a for a in range(scale.ndim) if a not in contracting and a not in batch]
+    ordered = jnp.transpose(scale, (*batch, *free, *contracting))
+    sizes = ordered.shape[: len(batch) + len(free)]
+    others = [1] * (other_ndim - len(dims[0][1 - side]) - len(dims[1][1 - side]))
+    if is_lhs:
+        return ordered.reshape(*sizes, *others)
+    return ordered.reshape(*sizes[: len(batch)], *others, *sizes[len(batch) :])
+
+
+def _integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+    """Σ (l − z_l)(r − z_r) in int32."""
+    (left, left_zero), (right, right_zero) = _as_int8(lhs), _as_int8(rhs)
+    terms = math.prod(lhs.shape[a] for a in dims[0][0])
+    _check_accumulation(lhs, rhs, terms)
+    result = integer_dot(left, right, dims, options)
+    left_sum = right_sum = None
+    if right_zero is not None:
+        left_sum = jnp.sum(left.astype(jnp.int32), dims[0][0], keepdims=True)
+        right_zero = laid_out(_full(right_zero, rhs.shape), dims, False, lhs.ndim)
+        result = result - right_zero * laid_out(left_sum, dims, True, rhs.ndim)
+    if left_zero is not None:
+        right_sum = jnp.sum(right.astype(jnp.int32), dims[0][1], keepdims=True)
+        left_zero = laid_out(_full(left_zero, lhs.shape), dims, True, rhs.ndim)
+        result = result - left_zero * laid_out(right_sum, dims, False, lhs.ndim)
+        if right_zero is not None:
+            result = result + terms * left_zero * right_zero
+    return result
+
+
+def _as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
+    """Values as int8, and the int32 zero point that they then have."""
+    format = x.element
+    assert isinstance(format, Int)
+    zero = None if x.zero_point is None else format.load(x.zero_point).astype(jnp.int32)
+    if format.levels == "midrise":
+        return 2 * x.qvalue.astype(jnp.int8) + jnp.int8(1), zero
+    if format.levels == "unsigned" and format.bits == 8:
+        # 0 … 255 is −128 … 127 with a zero point of −128.
+        shifted = (x.qvalue ^ jnp.uint8(128)).astype(jnp.int8)
+        return shifted, (jnp.zeros((1,) * x.ndim, jnp.int32) if zero is None else zero) - 128
+    return x.qvalue.astype(jnp.int8), zero
+
+
+def _check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
+    """Raises a ValueError where a sum of so many products could leave int32."""
+
+    def largest(x: QArray) -> int:
+        low, high = int(x.element.min_value), int(x.element.max_value)
+        if x.zero_point is not None:  # the corrections together are bounded by the widest difference
+            return high - low
+        return max(-low, high)
+
+    biggest = max(1, largest(lhs) * largest(rhs))
+    if terms * biggest >= 2**31:
+        raise ValueError(
+            f"a native product over {terms} terms of up to {biggest} could overflow int32, which holds "
+            f"{2**31 // biggest} of them; use arithmetic='simulated' or split the contraction"
+        )
+
+
+def integer_dot(lhs: jax.Array, rhs: jax.Array, dims: Dims, options: dict | None = None) -> jax.Array:
+    """The int32 product of two int8 arrays, computed the way that suits the platform.
+
+    The numbers are the same everywhere.  TPU and GPU multiply int8 as given.  A CPU does so only where the
+    left operand's contracting axes come last; other layouts fall to a loop some thirty times slower, so
+    there the operand is transposed first.
+    """
+    options = dict(options or {}, preferred_element_type=jnp.int32)
+
+    def plain(lhs, rhs):
+        return jax.lax.dot_general(lhs, rhs, dims, **options)
+
+    def on_cpu(lhs, rhs):
+        return _contracting_last(lhs, rhs, dims, plain)
+
+    if "out_sharding" in options:
+        return plain(lhs, rhs)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=plain)
+
+
+def _contracting_last(lhs: jax.Array, rhs: jax.Array, dims: Dims, plain: Any) -> jax.Array:
+    (contracting, rhs_contracting), (batch, rhs_batch) = dims
+    free = [a for a in range(lhs.ndim) if a not in contracting and a not in batch]
+    terms = math.prod(lhs.shape[a] for a in contracting)
+    moved = [a for a in (*batch, *free, *contracting) if lhs.shape[a] > 1]
+    if moved == sorted(moved) or terms < 2 or lhs.size == 0:
+        return plain(lhs, rhs)
+    lhs_shape = [lhs.shape[a] for a in (*batch, *free)]
+    left = jnp.transpose(lhs, (*batch, *free, *contracting)).reshape(*lhs_shape, terms)
+    rhs_free = [a for a in range(rhs.ndim) if a not in rhs_contracting and a not in rhs_batch]
+    rhs_shape = [rhs.shape[a] for a in rhs_free]
+    right = jnp.transpose(rhs, (*rhs_batch, *rhs_contracting, *rhs_free))
+    right = right.reshape(*(rhs.shape[a] for a in rhs_batch), terms, *rhs_shape)
+    n, last = len(batch), left.ndim - 1
+    # In two halves: the compiler folds a whole transpose back into the product, and not a slice of one.
+    half = terms // 2
+    parts = (
+        jax.lax.dot_general(
+            jax.lax.slice_in_dim(left, start, stop, axis=last),
+            jax.lax.slice_in_dim(right, start, stop, axis=n),
+            (((last,), (n,)), (tuple(range(n)), tuple(range(n)))),
+            preferred_element_type=jnp.int32,
+        )
+        for start, stop in ((0, half), (half, terms))
+    )
+    return sum(parts)  # pyright: ignore[reportReturnType]
+
+
+def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+    """Σ over blocks of the block's product times its scales, float32."""
+    lhs, rhs, dims = _one_axis(lhs, rhs, dims)
+    lhs_axes, rhs_axes = dims[0]
+    blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
+    if lhs.shape[lhs_axes[0]] % blocks:
+        raise ValueError(
+            f"operands with {_blocks(lhs, lhs_axes)} and {_blocks(rhs, rhs_axes)} blocks along the contracting "
+            f"axis of {lhs.shape[lhs_axes[0]]} do not split it into blocks of one size"
+        )
+    # Each block is a product like any other; the scan's axis comes first and is gone within.
+    parts = (_split(lhs, lhs_axes[0], blocks), _split(rhs, rhs_axes[0], blocks))
+
+    def step(total, pair):
+        return total + _scaled(*pair, dims, options), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, options), *first)
+    return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
+
+
+def _one_axis(lhs: QArray, rhs: QArray, dims: Dims) -> tuple[QArray, QArray, Dims]:
+    """The same product over one contracting axis, which then comes last in both operands."""
+    if len(dims[0][0]) == 1:
+        return lhs, rhs, dims
+    merged, batches = [], []
+    for x, axes, batch in zip((lhs, rhs), *dims, strict=True):
+        kept = [a for a in range(x.ndim) if a not in axes]
+
+        def merge(array, kept=kept, axes=axes):
+            array = jnp.transpose(array, (*kept, *axes))
+            return array.reshape(*array.shape[: len(kept)], -1)
+
+        merged.append(
+            QArray(
+                merge(x.qvalue),
+                merge(x.float_scale()),
+                None if x.zero_point is None else merge(x.zero_point),
+                format=x.element,
+                dtype=x.dtype,
+            )
+        )
+        batches.append(tuple(kept.index(a) for a in batch))
+    left, right = merged
+    return left, right, (((left.ndim - 1,), (right.ndim - 1,)), tuple(batches))
+
+
+def _split(x: QArray, axis: int, blocks: int) -> QArray:
+    """A QArray of blocks along a new first axis, each with one scale along `axis`."""
+
+    def split(array):
+        n = array.shape[axis] // blocks
+        view = array.reshape(*array.shape[:axis], blocks, n, *array.shape[axis + 1 :])
+        return jnp.moveaxis(view, axis, 0)
+
+    def per_block(scale):
+        return split(jnp.repeat(scale, blocks // scale.shape[axis], axis=axis))
+
+    zero = None if x.zero_point is None else per_block(x.zero_point)
+    scale = per_block(x.float_scale())
+    return QArray(split(x.qvalue), scale, zero, None, format=x.element, dtype=x.dtype)

@@ -1,0 +1,219 @@
+import concurrent.futures
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import ROOT, study_command
+from flax import nnx
+from scipy import stats
+
+from experiments.benchmark import step, study, timing, variants
+from experiments.benchmark.lm import LinenLM, NnxLM, Shape
+
+SHAPE = Shape(layers=1, width=16, heads=2)
+
+
+def benchmark(workdir, *flags: str) -> subprocess.CompletedProcess:
+    command = study_command(workdir, *flags, study="benchmark")
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def _lenient(_strict):
+    """JAX's own promotion, under which the binary runs: the peers' and the models' code needs it."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+# ---- the binary under smoke
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The binary under --preset=smoke, peers and all: (folder, process)."""
+    for package in variants.PEERS:
+        pytest.importorskip(
+            package, reason="the peers' extra is not installed: jaxquant[benchmark]"
+        )
+    workdir = tmp_path_factory.mktemp("benchmark")
+    done = benchmark(workdir)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done
+
+
+@pytest.fixture(scope="module")
+def result(finished):
+    return json.loads((finished[0] / "benchmark.json").read_text())
+
+
+def test_every_variant_has_a_ratio_and_a_loss_near_the_baselines(result):
+    names = {(row["api"], row["variant"]) for row in result["steps"]}
+    assert len(names) == len(result["steps"]) == 8 + 7  # AQT exists for Linen alone
+    baseline = {r["api"]: r["loss"] for r in result["steps"] if r["variant"] == variants.BASELINE}
+    for row in result["steps"]:
+        assert 0 < row["median"] < math.inf
+        assert len(row["seconds"]) == result["config"]["rounds"]
+        assert row["temporaries"] > 0
+        assert row["arguments"] > 0
+        # Below the loss of knowing nothing: every variant learns.
+        assert row["loss"] < math.log(256)
+        assert row["loss"] == pytest.approx(baseline[row["api"]], abs=0.05), row["variant"]
+
+
+def test_all_variants_quantize_the_same_products(result):
+    products = {}
+    for row in result["steps"]:
+        assert row["deviation"] == "", row["variant"]
+        products[row["api"], row["variant"]] = row["products"]["int8_multiply_adds"]
+    for rival in result["rivals"]:
+        if "simulated" not in rival["ours"]:
+            api = rival["api"]
+            assert products[api, rival["ours"]] == products[api, rival["peer"]] > 0
+
+
+def test_ratios_can_be_made_again_from_the_raw_seconds(result):
+    seconds = {(row["api"], row["variant"]): row["seconds"] for row in result["steps"]}
+    for row in result["steps"]:
+        again = timing.paired_ratio(row["seconds"], seconds[row["api"], variants.BASELINE])
+        assert again == {k: row[k] for k in again}
+    for row in result["rivals"]:
+        api = row["api"]
+        again = timing.paired_ratio(seconds[api, row["ours"]], seconds[api, row["peer"]])
+        assert again == {k: row[k] for k in again}
+    baseline, *passes = result["passes"]
+    assert len(passes) == 2
+    for row in passes:
+        again = timing.paired_ratio(row["seconds"], baseline["seconds"])
+        assert again == {k: row[k] for k in again}
+
+
+def test_the_machine_the_versions_and_the_config_are_recorded(result):
+    assert result["machine"]["cpu"]
+    assert result["machine"]["cores"] >= 1
+    assert {"jax", "flax", "qwix", "aqtp"} <= set(result["versions"])
+    assert result["config"] == dataclasses.asdict(study.PRESETS["smoke"])
+
+
+def test_the_report_and_the_printed_table_name_every_variant(finished, result):
+    workdir, done = finished
+    page = (workdir / "report.html").read_text()
+    for row in result["steps"]:
+        assert row["variant"] in page
+        assert row["variant"] in done.stdout
+    assert "2 rounds are too few for an interval at 90 %" in done.stdout
+    assert (workdir / "figures" / "ratios.svg").stat().st_size > 1000
+    assert "Warning" not in done.stderr
+
+
+# ---- without the peers, and bad input
+
+
+@pytest.mark.usefixtures("_lenient")
+def test_peers_switched_off_are_said_to_be(monkeypatch, tmp_path):
+    config = dataclasses.replace(study.PRESETS["smoke"], peers=False, width=16, matrix=16, rounds=5)
+    monkeypatch.setattr(study, "APIS", ("linen",))
+    some = [variants.make_variants(peers=False)[i] for i in (0, 3)]
+    monkeypatch.setattr(study, "make_variants", lambda peers: [] if peers else some)
+    result = study.run(config, tmp_path)
+    assert {row["library"] for row in result["steps"]} == {"jax", "jaxquant"}
+    assert result["rivals"] == []
+    for row in result["steps"]:
+        assert row["low"] <= row["median"] <= row["high"]
+    assert "qwix" not in result["versions"]
+    assert "The peers were switched off (config.peers=False)" in study.report.to_text(result)
+    assert "The peers were switched off" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("package", variants.PEERS)
+def test_a_missing_peer_is_an_error_that_names_the_extra(monkeypatch, tmp_path, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    for other in set(variants.PEERS) - {package}:
+        pytest.importorskip(other, reason="the peers' extra is not installed")
+    with pytest.raises(
+        ValueError, match=r'^\w+ not installed: pip install "jaxquant\[benchmark\]"'
+    ):
+        study.run(study.PRESETS["smoke"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = {
+        "--preset is one of smoke, laptop, full; got 'tpu'": "--preset=tpu",
+        "config.rounds is a number above 0; got 0": "--config.rounds=0",
+        "width 64 must be 5 heads": "--config.heads=5",
+        "is not --config.FIELD=VALUE": "--config.warmup=1",
+        "cannot be written": f"--workdir={tmp_path / 'file' / 'work'}",
+    }
+
+    def run(flag: str) -> subprocess.CompletedProcess:
+        return benchmark(tmp_path / "work", "--config.peers=False", flag)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for words, done in zip(flags, pool.map(run, flags.values()), strict=True):
+            assert done.returncode == 2, (words, done.stderr[-1000:])
+            (line,) = done.stderr.strip().splitlines()
+            assert line.startswith("error: ")
+            assert words in line
+            assert done.stdout == ""
+    assert not (tmp_path / "work").exists()
+
+
+def test_another_studys_folder_is_left_alone(tmp_path):
+    (tmp_path / "study.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds another study"):
+        study.run(dataclasses.replace(study.PRESETS["smoke"], peers=False), tmp_path)
+
+
+# ---- timing
+
+
+def test_the_interval_of_eleven_values_runs_from_the_third_to_the_third_last():
+    # P(Binomial(11, ½) < 3) = 67 / 2048 = 3.3 %, and < 4 it is 232 / 2048 = 11.3 %; 5 % is allowed.
+    values = list(range(1, 12))
+    random.Random(0).shuffle(values)
+    assert timing.median_interval(values) == (3, 9)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 8, 101])
+def test_the_interval_against_the_binomial_distribution(count):
+    low, high = timing.median_interval(list(range(1, count + 1)))
+    ranks = [k for k in range(1, count + 1) if stats.binom.cdf(k - 1, count, 0.5) <= 0.05]
+    assert low == (max(ranks) if ranks else None)
+    assert high == (None if low is None else count + 1 - low)
+
+
+def test_a_race_runs_everyone_once_a_round_from_another_place_each_time():
+    order = []
+    seconds = timing.race({name: lambda name=name: order.append(name) for name in "abc"}, 4)
+    assert "".join(order) == "abcbcacababc"
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 4, "b": 4, "c": 4}
+
+
+# ---- models and steps
+
+
+def test_both_models_have_the_same_parameters():
+    linen = jax.eval_shape(LinenLM(SHAPE).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    in_nnx = nnx.eval_shape(lambda: nnx.state(NnxLM(SHAPE, nnx.Rngs(0)), nnx.Param))
+    shapes = [sorted(x.shape for x in jax.tree.leaves(tree)) for tree in (linen, in_nnx)]
+    assert shapes[0] == shapes[1]
+    assert sum(1 for _ in SHAPE.linears) + 4 == len(shapes[0])  # an embedding and three norms
+
+
+@pytest.mark.usefixtures("_lenient")
+def test_a_step_that_quantizes_less_is_named():
+    tokens = jnp.zeros((2, 9), jnp.int32)
+    (w8a8,) = (v for v in variants.make_variants(peers=False) if v.name == "jaxquant w8a8")
+    contestant = step.enter(w8a8, "linen", SHAPE, tokens, seed=0)
+    assert step.deviation(contestant, SHAPE, tokens=16) == ""
+    deeper = dataclasses.replace(SHAPE, layers=2)
+    assert "7 int8 products where the linears have 13" in step.deviation(contestant, deeper, 16)
+    wider = dataclasses.replace(SHAPE, width=32)
+    assert "are not the linears'" in step.deviation(contestant, wider, 16)
