@@ -2,13 +2,16 @@
 
     import jaxquant as jq
 
-Formats (`Int`, `Float`) are grids.  A `Quantizer` says how a tensor is laid onto one.  Three verbs act
-on it: `quantize`, `dequantize`, `fake_quant`.  `DotGeneral` goes wherever `jax.lax.dot_general` goes,
-`recipe` names the usual ones, and `jq.nnx.quantize` puts them into a Flax model.
+Formats (`Int`, `Float`, `Codebook`, `Block`) are grids.  A `Quantizer` says how a tensor is laid onto
+one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGeneral`, `einsum`,
+`ConvGeneralDilated` and `RaggedDot` go wherever lax's own go, `recipe` names the usual ones, and
+`jq.nnx.quantize` puts them into a Flax model.
 """
 
 from jaxquant import calibration, estimators, formats, nnx, rounding, storage
+from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
+from jaxquant.einsum import einsum
 from jaxquant.formats import (
     BF16,
     BINARY,
@@ -40,6 +43,7 @@ from jaxquant.formats import (
 )
 from jaxquant.hadamard import hadamard
 from jaxquant.qarray import QArray, Quantizer, dequantize, fake_quant, quantize
+from jaxquant.ragged import RaggedDot
 from jaxquant.recipes import recipe
 
 __version__ = "0.1.0"
@@ -68,6 +72,7 @@ __all__ = [
     "TERNARY",
     "Block",
     "Codebook",
+    "ConvGeneralDilated",
     "DotGeneral",
     "Float",
     "Format",
@@ -75,8 +80,10 @@ __all__ = [
     "Operands",
     "QArray",
     "Quantizer",
+    "RaggedDot",
     "calibration",
     "dequantize",
+    "einsum",
     "estimators",
     "fake_quant",
     "formats",

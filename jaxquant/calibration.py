@@ -91,10 +91,14 @@ def _gaussian_range(format: Format) -> Any:
     """c(format): for traced bits, read from the table of all widths."""
     if jax.tree.leaves(format):
         if not isinstance(format, Int):
-            raise ValueError(f"gaussian calibration takes a static format or an Int; got {format!r}")
+            raise ValueError(
+                f"gaussian calibration takes a static format or an Int; got {format!r}"
+            )
         lowest = 2 if format.levels == "symmetric" else 1
         widths = range(lowest, 13)
-        table = jnp.array([optimal_gaussian_range(Int(b, format.levels))[0] for b in widths], jnp.float32)
+        table = jnp.array(
+            [optimal_gaussian_range(Int(b, format.levels))[0] for b in widths], jnp.float32
+        )
         place = jnp.asarray(format.bits, jnp.float32)
         return jnp.interp(place, jnp.array(widths, jnp.float32), table)
     return jnp.float32(optimal_gaussian_range(format)[0])
@@ -144,7 +148,7 @@ def _gaussian_error(grid: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class percentile:  # noqa: N801 — called like the functions beside it
+class percentile:
     """A percentile of the magnitudes over `axes`; what lies beyond is clipped.
 
     Args:
@@ -167,7 +171,7 @@ class percentile:  # noqa: N801 — called like the functions beside it
 
 
 @dataclasses.dataclass(frozen=True)
-class mse:  # noqa: N801
+class mse:
     """The range with the least squared quantization error, among evenly spaced shares of absmax.
 
     r = argmin over c ∈ {1, 1 − 1/n, …, 1/n}·absmax of Σ (x − Q_c(x))², each group for itself; equal
@@ -199,8 +203,13 @@ class mse:  # noqa: N801
         def search(i, best):
             share = 1 - jnp.asarray(i, jnp.float32) / self.candidates
             scale = share / top
-            error = jnp.sum((x - scale * format.round(x / scale, jnp.round)) ** 2, axes, keepdims=True)
-            return tuple(jnp.where(error < best[0], new, old) for new, old in zip((error, share), best, strict=True))
+            error = jnp.sum(
+                (x - scale * format.round(x / scale, jnp.round)) ** 2, axes, keepdims=True
+            )
+            return tuple(
+                jnp.where(error < best[0], new, old)
+                for new, old in zip((error, share), best, strict=True)
+            )
 
         start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
         return largest * jax.lax.fori_loop(0, self.candidates, search, start)[1]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import rounding
-from jaxquant.dot import DotGeneral, Operands, _kept, _simulate
+from jaxquant.dot import DotGeneral, Operands, kept, simulate
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.product import is_float8
 from jaxquant.qarray import QArray, Quantizer, dequantize, quantize
@@ -100,14 +100,16 @@ class ConvGeneralDilated:
             options["out_sharding"] = out_sharding
         if isinstance(lhs, QArray) or isinstance(rhs, QArray):
             return self._stored(window, lhs, rhs, options)
-        forward = self.forward
+        forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
-            lhs = _simulate(lhs, forward.lhs, _all_but(window.lhs_spec[0], lhs.ndim))
-            rhs = _simulate(rhs, forward.rhs, _all_but(window.rhs_spec[0], rhs.ndim))
+            lhs = simulate(lhs, forward.lhs, _all_but(window.lhs_spec[0], lhs.ndim))
+            rhs = simulate(rhs, forward.rhs, _all_but(window.rhs_spec[0], rhs.ndim))
             if self.dlhs is None and self.drhs is None:
                 return window.convolve(lhs, rhs, **options)
             forward = Operands()
-        return _conv(window, tuple(options.items()), (forward, self.dlhs, self.drhs), lhs, rhs)
+        return _conv(
+            window, tuple(options.items()), (forward, self.dlhs, self.drhs, originals), lhs, rhs
+        )
 
     def _stored(self, window: "Window", lhs: Any, rhs: Any, options: dict) -> jax.Array:
         """A convolution with an operand that is stored already."""
@@ -127,9 +129,10 @@ class ConvGeneralDilated:
                 )
             operands.append(x)
         if self.forward.arithmetic == "simulated":
-            operands = [dequantize(x) if isinstance(x, QArray) else x for x in operands]
-            return window.convolve(*operands, **options)
-        return _product(window, *operands, options)
+            left, right = (dequantize(x) if isinstance(x, QArray) else x for x in operands)
+            return window.convolve(left, right, **options)
+        left, right = operands
+        return _product(window, left, right, options)
 
 
 def _check_types(name: str, operands: Operands | None, kept: Quantizer | None) -> None:
@@ -227,14 +230,25 @@ def _window(
     if isinstance(padding, str):
         if set(lhs_dilation) - {1}:
             raise ValueError(
-                f"padding {padding!r} of an lhs dilated by {lhs_dilation} is not defined; give pairs (low, high)"
+                f"padding {padding!r} of an lhs dilated by {lhs_dilation} is not defined; "
+                "give pairs (low, high)"
             )
         space = [lhs_shape[a] for a in numbers.lhs_spec[2:]]
         taps = _dilated([rhs_shape[a] for a in numbers.rhs_spec[2:]], rhs_dilation)
         padding = jax.lax.padtype_to_pads(space, taps, strides, padding)
     pairs = tuple((int(low), int(high)) for low, high in padding)
-    specs = (tuple(map(int, spec)) for spec in numbers)
-    return Window(strides, pairs, lhs_dilation, rhs_dilation, *specs, *map(int, groups))
+    lhs_spec, rhs_spec, out_spec = (tuple(map(int, spec)) for spec in numbers)
+    return Window(
+        strides,
+        pairs,
+        lhs_dilation,
+        rhs_dilation,
+        lhs_spec,
+        rhs_spec,
+        out_spec,
+        feature_groups=int(groups[0]),
+        batch_groups=int(groups[1]),
+    )
 
 
 def _dilated(sizes: Sequence[int], dilation: Sequence[int]) -> list[int]:
@@ -246,7 +260,7 @@ def _all_but(axis: int, ndim: int) -> Axes:
 
 
 def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
-    """The convolution of two operands, stored numbers multiplied as they are and scales applied afterwards."""
+    """The convolution of two operands: stored numbers multiplied as they are, and scales applied after."""
     options = dict(options)
     preferred = options.pop("preferred_element_type", None)
     dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
@@ -274,21 +288,21 @@ def _conv(window: Window, options: Any, operands: Any, lhs: jax.Array, rhs: jax.
 
 
 def _conv_forward(window, options, operands, lhs, rhs):
-    forward, dlhs, drhs = operands
+    forward, dlhs, drhs, originals = operands
     (batch, lhs_in), (features, rhs_in) = window.lhs_spec[:2], window.rhs_spec[:2]
     left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, _all_but(batch, lhs.ndim))
     right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, _all_but(features, rhs.ndim))
     out = _product(window, left, right, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
-    kept = (
-        _kept(lhs, left, drhs, _all_but(lhs_in, lhs.ndim)),
-        _kept(rhs, right, dlhs, _all_but(rhs_in, rhs.ndim)),
+    residuals = (
+        kept(originals[0], left, drhs, _all_but(lhs_in, lhs.ndim)),
+        kept(originals[1], right, dlhs, _all_but(rhs_in, rhs.ndim)),
     )
-    return out, (kept, operands, lhs[:0].ravel(), rhs[:0].ravel())
+    return out, (residuals, (dlhs, drhs), jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype))
 
 
 def _conv_backward(window, options, residuals, gradient):
-    (lhs, rhs), (_, dlhs, drhs), lhs_like, rhs_like = residuals
+    (lhs, rhs), (dlhs, drhs), lhs_like, rhs_like = residuals
     options = {"precision": dict(options)["precision"]}
     if gradient.size == 0:  # XLA has no convolution with an empty window
         return None, jnp.zeros(lhs.shape, lhs_like.dtype), jnp.zeros(rhs.shape, rhs_like.dtype)
@@ -341,7 +355,7 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
 def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
     """The gradient, quantized and back where so asked, and the values of what was kept, in one type."""
     quantizer = None if operands is None else operands.lhs
-    gradient = _simulate(gradient, quantizer, summed, rounding.key_of)
+    gradient = simulate(gradient, quantizer, summed, rounding.key_of)
     values = dequantize(kept) if isinstance(kept, QArray) else kept
     return gradient, values.astype(gradient.dtype)
 

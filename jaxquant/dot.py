@@ -48,7 +48,9 @@ class Operands:
             raise ValueError(f"arithmetic is 'simulated' or 'native'; got {self.arithmetic!r}")
         for name in ("lhs", "rhs"):
             quantizer = getattr(self, name)
-            if quantizer is None or type(quantizer) is object:  # a placeholder of a tree transformation
+            if (
+                quantizer is None or type(quantizer) is object
+            ):  # a placeholder of a tree transformation
                 continue
             if not isinstance(quantizer, Quantizer):
                 raise ValueError(
@@ -136,7 +138,9 @@ class DotGeneral:
             for side in ("lhs", "rhs"):
                 _check_rounding(name, side, getattr(operands, side))
             if name != "forward" and operands.arithmetic == "native":
-                _check_reuse(name, operands, self.forward.rhs if name == "dlhs" else self.forward.lhs)
+                _check_reuse(
+                    name, operands, self.forward.rhs if name == "dlhs" else self.forward.lhs
+                )
 
     def __call__(
         self,
@@ -154,20 +158,24 @@ class DotGeneral:
         dims = as_tuples(dimension_numbers)
         if isinstance(lhs, QArray) or isinstance(rhs, QArray):
             return self._stored(lhs, rhs, dims, options)
-        forward = self.forward
+        forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
-            lhs = _simulate(lhs, forward.lhs, dims[0][0])
-            rhs = _simulate(rhs, forward.rhs, dims[0][1])
+            lhs = simulate(lhs, forward.lhs, dims[0][0])
+            rhs = simulate(rhs, forward.rhs, dims[0][1])
             if self.dlhs is None and self.drhs is None:
                 return jax.lax.dot_general(lhs, rhs, dims, **options)
             forward = Operands()
-        return _dot(dims, tuple(options.items()), (forward, self.dlhs, self.drhs), lhs, rhs)
+        return _dot(
+            dims, tuple(options.items()), (forward, self.dlhs, self.drhs, originals), lhs, rhs
+        )
 
     def _stored(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
         """A product with an operand that is stored already."""
         quantizers = (self.forward.lhs, self.forward.rhs)
         operands = []
-        for name, x, quantizer, axes in zip(("lhs", "rhs"), (lhs, rhs), quantizers, dims[0], strict=True):
+        for name, x, quantizer, axes in zip(
+            ("lhs", "rhs"), (lhs, rhs), quantizers, dims[0], strict=True
+        ):
             if isinstance(x, QArray) and quantizer is not None and quantizer.format != x.format:
                 raise ValueError(
                     f"{name} is stored as {x.format} already, and its quantizer here has {quantizer.format}"
@@ -179,15 +187,20 @@ class DotGeneral:
             else:
                 operands.append(fake_quant(x, quantizer, axes))
         if self.forward.arithmetic == "simulated":
-            operands = [dequantize(x) if isinstance(x, QArray) else x for x in operands]
-            return jax.lax.dot_general(*operands, dims, **options)
-        return product(*operands, dims, **options)
+            left, right = (dequantize(x) if isinstance(x, QArray) else x for x in operands)
+            return jax.lax.dot_general(left, right, dims, **options)
+        left, right = operands
+        return product(left, right, dims, **options)
 
 
 def _check_rounding(product_name: str, side: str, quantizer: Any) -> None:
     """Only a gradient, whose scales change with every step, makes its own key."""
     is_gradient = product_name != "forward" and side == "lhs"
-    if isinstance(quantizer, Quantizer) and quantizer.rounding in rounding.NEEDS_KEY and not is_gradient:
+    if (
+        isinstance(quantizer, Quantizer)
+        and quantizer.rounding in rounding.NEEDS_KEY
+        and not is_gradient
+    ):
         raise ValueError(
             f"{side} of {product_name} rounds stochastically, which needs a PRNG key that dot_general's "
             "signature does not carry; use rounding.nearest there"
@@ -213,7 +226,10 @@ def as_tuples(dimension_numbers: DimensionNumbers) -> Any:
     return tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
 
 
-def _simulate(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None) -> jax.Array:
+def simulate(
+    x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None
+) -> jax.Array:
+    """x as its quantizer leaves it, in x's own type; x where there is none."""
     return x if quantizer is None else fake_quant(x, quantizer, axes, key)
 
 
@@ -223,7 +239,7 @@ def _dot(dims: Any, options: Any, operands: Any, lhs: jax.Array, rhs: jax.Array)
 
 
 def _dot_forward(dims, options, operands, lhs, rhs):
-    forward, dlhs, drhs = operands
+    forward, dlhs, drhs, originals = operands
     (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
     left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, lhs_axes)
     right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, rhs_axes)
@@ -232,15 +248,22 @@ def _dot_forward(dims, options, operands, lhs, rhs):
     else:
         out = jax.lax.dot_general(left, right, dims, **dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
-    kept = (
-        _kept(lhs, left, drhs, _free(lhs.ndim, lhs_axes, lhs_batch)),
-        _kept(rhs, right, dlhs, _free(rhs.ndim, rhs_axes, rhs_batch)),
+    residuals = (
+        kept(originals[0], left, drhs, _free(lhs.ndim, lhs_axes, lhs_batch)),
+        kept(originals[1], right, dlhs, _free(rhs.ndim, rhs_axes, rhs_batch)),
     )
-    return out, (kept, operands, lhs[:0].ravel(), rhs[:0].ravel())
+    return out, (residuals, (dlhs, drhs), jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype))
 
 
-def _kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[int, ...]) -> Any:
-    """What a gradient's product needs of the other operand: as the forward had it, or quantized anew."""
+def kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[int, ...]) -> Any:
+    """What a gradient's product needs of the other operand: as the forward had it, or quantized anew.
+
+    Args:
+        x: the operand before the forward product quantized it.
+        quantized: after.
+        operands: the gradient's.
+        axes: what the gradient's product sums over.
+    """
     if operands is None or operands.rhs is None:
         return quantized
     if operands.arithmetic == "native":
@@ -253,7 +276,7 @@ def _free(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tu
 
 
 def _dot_backward(dims, options, residuals, gradient):
-    (lhs, rhs), (_, dlhs, drhs), lhs_like, rhs_like = residuals
+    (lhs, rhs), (dlhs, drhs), lhs_like, rhs_like = residuals
     options = {"precision": dict(options)["precision"]}
     left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
     right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
@@ -305,7 +328,9 @@ def _rotated_along(kept: QArray, axes: tuple[int, ...]) -> bool:
     return kept.hadamard[1] % kept.ndim == axes[-1]
 
 
-def _gradient_product(operands, gradient, kept, numbers, options, gradient_first: bool) -> jax.Array:
+def _gradient_product(
+    operands, gradient, kept, numbers, options, gradient_first: bool
+) -> jax.Array:
     """The product of the gradient with what was kept, either of them first; `numbers` say which."""
     side = 0 if gradient_first else 1
     axes = numbers[0][side]
@@ -318,7 +343,7 @@ def _gradient_product(operands, gradient, kept, numbers, options, gradient_first
         quantizer = None if operands is None else operands.lhs
         key = rounding.key_of if quantizer is not None else None
         values = _unrotated(kept)
-        gradient = _simulate(gradient, quantizer, axes, key)
+        gradient = simulate(gradient, quantizer, axes, key)
         return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
     if isinstance(kept, QArray) and operands.rhs is None:
         gradient, kept = _carry_scale(gradient, kept, numbers, side)
@@ -338,7 +363,9 @@ def _unrotated(kept: QArray | jax.Array) -> jax.Array:
     return dequantize(dataclasses.replace(kept, hadamard=None))
 
 
-def _carry_scale(gradient: jax.Array, kept: QArray, numbers: Any, side: int) -> tuple[jax.Array, QArray]:
+def _carry_scale(
+    gradient: jax.Array, kept: QArray, numbers: Any, side: int
+) -> tuple[jax.Array, QArray]:
     """Moves the kept operand's scales over to the gradient.
 
     They vary along what this product sums over, and not along what it leaves, so that
@@ -355,7 +382,12 @@ def _carry_scale(gradient: jax.Array, kept: QArray, numbers: Any, side: int) -> 
     if scale.size == 1:  # does not vary, and is applied to the result
         return gradient, kept
     order = dict(zip((*axes, *batch), (*kept_axes, *kept_batch), strict=True))
-    moved = jnp.transpose(scale, (*(order[a] for a in sorted(order)), *_free(kept.ndim, kept_axes, kept_batch)))
+    moved = jnp.transpose(
+        scale, (*(order[a] for a in sorted(order)), *_free(kept.ndim, kept_axes, kept_batch))
+    )
     shape = [scale.shape[order[a]] if a in order else 1 for a in range(gradient.ndim)]
     carried = gradient.astype(jnp.float32) * moved.reshape(shape)
-    return carried, dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))
+    ones = jnp.ones((1,) * kept.ndim, jnp.float32)
+    # A new QArray: a Block's scales are carried over too, and what is left is its elements'.
+    stored = QArray(kept.qvalue, ones, kept.zero_point, format=kept.element, dtype=carried.dtype)
+    return carried, stored

@@ -9,12 +9,11 @@ These products have scales that do not vary along the sum, and no zero points.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.dot import Operands
 from jaxquant.formats import Float, Int
-from jaxquant.product import _as_int8, _check_accumulation, is_float8, is_integer
+from jaxquant.product import as_int8, check_accumulation, is_float8, is_integer
 from jaxquant.qarray import QArray, Quantizer, dequantize
 
 
@@ -42,7 +41,7 @@ def parts(
         ValueError: formats that are not multiplied together; zero points; a sum that could leave int32.
 
     >>> from jaxquant.qarray import quantize
-    >>> x = quantize(jnp.array([1.0, -127.0]), Quantizer(Int(8)))
+    >>> x = quantize(jax.numpy.array([1.0, -127.0]), Quantizer(Int(8)))
     >>> left, right, dtype = parts(x, x, 2)
     >>> left.values, left.scale, dtype
     (Array([   1, -127], dtype=int8), Array([1.], dtype=float32), dtype('int32'))
@@ -52,7 +51,7 @@ def parts(
         return _in_type_of(lhs, rhs), _in_type_of(rhs, lhs), wide(lhs.dtype, rhs.dtype)
     pair = (lhs, rhs)
     if all(is_integer(x.element) for x in pair):
-        _check_accumulation(lhs, rhs, terms)
+        check_accumulation(lhs, rhs, terms)
         return _integers(lhs), _integers(rhs), np.dtype(np.int32)
     if all(is_float8(x.element) for x in pair):
         left, right = (Part(x.qvalue, x.float_scale()) for x in pair)
@@ -65,12 +64,12 @@ def parts(
 
 def wide(*dtypes: Any) -> np.dtype:
     """The type that sums and scales of such types are computed in: float32, or the widest where wider."""
-    # jnp.promote_types would refuse 16-bit floats under jax_numpy_dtype_promotion="strict".
+    # promote_types would refuse 16-bit floats under jax_numpy_dtype_promotion="strict".
     return max(map(np.dtype, (np.float32, *dtypes)), key=lambda dtype: dtype.itemsize)
 
 
 def _integers(x: QArray) -> Part:
-    values, zero = _as_int8(x)
+    values, zero = as_int8(x)
     if zero is not None:
         raise ValueError(_zero_message(x.element))
     return Part(values, x.float_scale())

@@ -68,7 +68,9 @@ def unpack_bits(
 
 
 def _sum_bits(bits: jax.Array, count: int) -> jax.Array:
-    weights = (jnp.uint16(1) << jnp.arange(count, dtype=jnp.uint16)).reshape((1,) * (bits.ndim - 1) + (count,))
+    weights = (jnp.uint16(1) << jnp.arange(count, dtype=jnp.uint16)).reshape(
+        (1,) * (bits.ndim - 1) + (count,)
+    )
     return jnp.sum(bits * weights, axis=-1, dtype=jnp.uint16)
 
 

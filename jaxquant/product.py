@@ -30,7 +30,9 @@ def is_integer(format: Format) -> bool:
 
 def is_float8(format: Format) -> bool:
     """Whether the format's values are those of an 8-bit float type that can be multiplied."""
-    if not isinstance(format, Float) or not all(map(is_static, (format.exponent_bits, format.mantissa_bits))):
+    if not isinstance(format, Float) or not all(
+        map(is_static, (format.exponent_bits, format.mantissa_bits))
+    ):
         return False
     return format.bits == 8 and format.convention != "fnu" and format.dtype != np.uint8
 
@@ -57,7 +59,9 @@ def product(
         return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
     if lhs.hadamard or rhs.hadamard:
         _check_rotations(lhs, rhs, dims)
-    options.pop("precision", None)  # chooses among floating-point algorithms; these products are exact
+    options.pop(
+        "precision", None
+    )  # chooses among floating-point algorithms; these products are exact
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
         return _blockwise(lhs, rhs, dims, options).astype(dtype)
     return _scaled(lhs, rhs, dims, options).astype(dtype)
@@ -77,7 +81,9 @@ def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
         )
 
 
-def _one_sided(lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict) -> jax.Array:
+def _one_sided(
+    lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict
+) -> jax.Array:
     """A float operand with a quantized one: its values go through in the float operand's type."""
     quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
     other = rhs if isinstance(lhs, QArray) else lhs
@@ -97,10 +103,14 @@ def _one_sided(lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, opt
     values = quantized.element.load(quantized.qvalue).astype(other.dtype)
     pair = (values, other) if isinstance(lhs, QArray) else (other, values)
     dtype = options["preferred_element_type"] or jnp.result_type(quantized.dtype, other.dtype)
-    options = {**options, "preferred_element_type": jnp.promote_types(dtype, jnp.float32)}
+    options = {**options, "preferred_element_type": _at_least_float32(dtype)}
     result = jax.lax.dot_general(*pair, dims, **options)
     scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
     return (result * scale.astype(result.dtype)).astype(dtype)
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
 
 
 def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
@@ -150,9 +160,9 @@ def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax
 
 def _integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     """Σ (l − z_l)(r − z_r) in int32."""
-    (left, left_zero), (right, right_zero) = _as_int8(lhs), _as_int8(rhs)
+    (left, left_zero), (right, right_zero) = as_int8(lhs), as_int8(rhs)
     terms = math.prod(lhs.shape[a] for a in dims[0][0])
-    _check_accumulation(lhs, rhs, terms)
+    check_accumulation(lhs, rhs, terms)
     result = integer_dot(left, right, dims, options)
     left_sum = right_sum = None
     if right_zero is not None:
@@ -168,7 +178,7 @@ def _integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     return result
 
 
-def _as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
+def as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
     """Values as int8, and the int32 zero point that they then have."""
     format = x.element
     assert isinstance(format, Int)
@@ -182,12 +192,14 @@ def _as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
     return x.qvalue.astype(jnp.int8), zero
 
 
-def _check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
+def check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
     """Raises a ValueError where a sum of so many products could leave int32."""
 
     def largest(x: QArray) -> int:
         low, high = int(x.element.min_value), int(x.element.max_value)
-        if x.zero_point is not None:  # the corrections together are bounded by the widest difference
+        if (
+            x.zero_point is not None
+        ):  # the corrections together are bounded by the widest difference
             return high - low
         return max(-low, high)
 
@@ -199,7 +211,9 @@ def _check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
         )
 
 
-def integer_dot(lhs: jax.Array, rhs: jax.Array, dims: Dims, options: dict | None = None) -> jax.Array:
+def integer_dot(
+    lhs: jax.Array, rhs: jax.Array, dims: Dims, options: dict | None = None
+) -> jax.Array:
     """The int32 product of two int8 arrays, computed the way that suits the platform.
 
     The numbers are the same everywhere.  TPU and GPU multiply int8 as given.  A CPU does so only where the

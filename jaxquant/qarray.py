@@ -113,7 +113,9 @@ def _granularity(size: Any, format: Format | Block) -> Granularity:
     """A checked granularity; a Block's own where none is given."""
     if isinstance(format, Block):
         if size not in (None, format.size):
-            raise ValueError(f"granularity of {format} is its block size {format.size}; got {size!r}")
+            raise ValueError(
+                f"granularity of {format} is its block size {format.size}; got {size!r}"
+            )
         return format.size
     if size is None:
         return "tensor"
@@ -253,7 +255,9 @@ def scale_shape(
     if granularity == "channel":
         return tuple(1 if a in axes else n for a, n in enumerate(shape))
     if not axes:
-        raise ValueError(f"granularity {granularity} (a block size) needs a contracting axis; got none")
+        raise ValueError(
+            f"granularity {granularity} (a block size) needs a contracting axis; got none"
+        )
     if isinstance(granularity, int):
         return _divided(shape, {axes[-1]: granularity}, granularity)
     if len(axes) != 1:
@@ -261,7 +265,9 @@ def scale_shape(
     (along,) = axes
     others = [a for a in range(len(shape)) if a != along]
     if not others:
-        raise ValueError(f"a tile {granularity} needs an array of at least two axes; got shape {shape}")
+        raise ValueError(
+            f"a tile {granularity} needs an array of at least two axes; got shape {shape}"
+        )
     return _divided(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 
 from jaxquant import rounding
-from jaxquant.dot import DotGeneral, Operands, _kept, _simulate
+from jaxquant.dot import DotGeneral, Operands, kept, simulate
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.qarray import QArray, dequantize, quantize
 
@@ -67,7 +67,7 @@ class RaggedDot:
         self,
         lhs: jt.Float[jax.Array, "m k"],
         rhs: jt.Float[jax.Array, "g k n"],
-        group_sizes: jt.Int[jax.Array, "g"],
+        group_sizes: jt.Int[jax.Array, " g"],
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: Any = None,
         group_offset: None = None,
@@ -77,13 +77,13 @@ class RaggedDot:
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         # Rows of no group are multiplied with nothing, so that they must not widen a scale either.
         lhs = _in_groups(lhs, group_sizes)
-        forward = self.forward
+        forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
-            lhs, rhs = _simulate(lhs, forward.lhs, (1,)), _simulate(rhs, forward.rhs, (1,))
+            lhs, rhs = simulate(lhs, forward.lhs, (1,)), simulate(rhs, forward.rhs, (1,))
             if self.dlhs is None and self.drhs is None:
                 return jax.lax.ragged_dot(lhs, rhs, group_sizes, **options)
             forward = Operands()
-        operands = (forward, self.dlhs, self.drhs)
+        operands = (forward, self.dlhs, self.drhs, originals)
         return _ragged(tuple(options.items()), operands, lhs, rhs, group_sizes)
 
 
@@ -192,17 +192,18 @@ def _ragged(
 
 
 def _ragged_forward(options, operands, lhs, rhs, group_sizes):
-    forward, dlhs, drhs = operands
+    forward, dlhs, drhs, originals = operands
     left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, 1)
     right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, 1)
     out = _row_product(left, right, group_sizes, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
-    kept = (_kept(lhs, left, drhs, (0,)), _kept(rhs, right, dlhs, (2,)))
-    return out, (kept, group_sizes, operands, lhs[:0].ravel(), rhs[:0].ravel())
+    residuals = (kept(originals[0], left, drhs, (0,)), kept(originals[1], right, dlhs, (2,)))
+    likes = jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype)
+    return out, (residuals, group_sizes, (dlhs, drhs), likes)
 
 
 def _ragged_backward(options, residuals, gradient):
-    (lhs, rhs), group_sizes, (_, dlhs, drhs), lhs_like, rhs_like = residuals
+    (lhs, rhs), group_sizes, (dlhs, drhs), (lhs_like, rhs_like) = residuals
     options = {
         "precision": dict(options)["precision"],
         "preferred_element_type": wide(gradient.dtype),
@@ -243,7 +244,7 @@ def _operands(operands, gradient, kept, axis, carried) -> tuple[Any, Any]:
     """
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
-        gradient = _simulate(gradient, quantizer, (axis,), rounding.key_of)
+        gradient = simulate(gradient, quantizer, (axis,), rounding.key_of)
         values = dequantize(kept) if isinstance(kept, QArray) else kept
         return gradient, values.astype(gradient.dtype)
     if isinstance(kept, QArray) and operands.rhs is None:

@@ -96,7 +96,9 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
         found = []
         for key, value in tree.items():
             if not isinstance(key, str) or "/" in key or not key:
-                raise ValueError(f"keys are strings without a slash; got {key!r} under {path or 'the root'}")
+                raise ValueError(
+                    f"keys are strings without a slash; got {key!r} under {path or 'the root'}"
+                )
             found += _leaves(value, f"{path}/{key}".lstrip("/"))
         return found
     if isinstance(tree, QArray) or isinstance(tree, jax.Array | np.ndarray | np.generic):
@@ -133,8 +135,12 @@ def _rebuild(path: str, parts: dict[str, jax.Array], description: dict[str, Any]
     format, shape = parse(description["format"]), tuple(description["shape"])
     element = format.element if isinstance(format, Block) else format
     scale = parts["scale"]
-    if scale.ndim != len(shape) or any(g and n % g for n, g in zip(shape, scale.shape, strict=True)):
-        raise ValueError(f"{path}: scales of shape {scale.shape} do not divide an array of shape {shape}")
+    if scale.ndim != len(shape) or any(
+        g and n % g for n, g in zip(shape, scale.shape, strict=True)
+    ):
+        raise ValueError(
+            f"{path}: scales of shape {scale.shape} do not divide an array of shape {shape}"
+        )
     if isinstance(format, Block):
         scale = format.scale.store(format.scale.decode(scale))
     zero = parts.get("zero_point")
@@ -165,7 +171,9 @@ def _description(path: str, text: str) -> dict[str, Any]:
     if description.get("kind") == "qarray":
         wanted |= {"format", "dtype", "shape", "hadamard", "packed"}
     if description.get("kind") not in ("array", "qarray") or not wanted <= set(description):
-        raise ValueError(f"{path}: the description lacks {sorted(wanted - set(description)) or 'a known kind'}")
+        raise ValueError(
+            f"{path}: the description lacks {sorted(wanted - set(description)) or 'a known kind'}"
+        )
     return description
 
 
@@ -174,5 +182,7 @@ def _checked(name: str, arrays: Mapping[str, Any], dtype: str, shape: list[int])
         raise ValueError(f"{name} is described and not among the arrays")
     array = arrays[name]
     if str(array.dtype) != dtype or list(array.shape) != shape:
-        raise ValueError(f"{name} is {dtype}{shape} by its description; got {array.dtype}{list(array.shape)}")
+        raise ValueError(
+            f"{name} is {dtype}{shape} by its description; got {array.dtype}{list(array.shape)}"
+        )
     return jnp.asarray(array)

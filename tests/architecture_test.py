@@ -20,7 +20,7 @@ LIBRARY = [
         "hadamard",
     ],
     ["calibration", "estimators", "qarray", "storage"],
-    ["product", "dot", "ragged", "conv", "recipes"],
+    ["product", "dot", "native", "einsum", "ragged", "conv", "recipes"],
     ["rules", "nnx"],
 ]
 EXPERIMENTS = [

@@ -40,7 +40,6 @@ def loop(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, feature_groups,
         np.int64,
     )
     spread[:, :, :: lhs_dilation[0], :: lhs_dilation[1]] = lhs
-    (top, bottom), (left, right) = padding
     wide = np.pad(spread, [(0, 0), (0, 0), *[(max(p, 0), max(q, 0)) for p, q in padding]])
     cut = [
         slice(max(-p, 0), size - max(-q, 0))
@@ -67,7 +66,7 @@ def loop(lhs, rhs, strides, padding, lhs_dilation, rhs_dilation, feature_groups,
 
 
 def loop_gradients(lhs, rhs, g, *args):
-    """Both gradients of Σ g · loop(lhs, rhs), an element at a time: a convolution is linear in each operand."""
+    """Both gradients of Σ g · loop(lhs, rhs), an element at a time: it is linear in each operand."""
     gradients = []
     for x, other in (
         (lhs, lambda unit: loop(unit, rhs, *args)),
@@ -169,7 +168,7 @@ GROUPED = [
 
 @pytest.mark.parametrize(("options", "lhs", "rhs"), GROUPED)
 def test_scales_find_their_places(options, lhs, rhs):
-    """Native and simulated arithmetic agree where every element of a batch and every feature has its own scale."""
+    """Native and simulated arithmetic agree, whatever element of the batch or feature a scale is of."""
     lhs = lhs * np.float32([1, 10, 100, 1000]).reshape(4, 1, 1, 1)
     rhs = rhs * np.float32(3.0 ** np.arange(6)).reshape(1, 1, 1, 6)
     plain = call(jax.lax.conv_general_dilated, **options)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import re
 
 import chex
@@ -63,20 +64,26 @@ def integers(x, seed=0) -> jax.Array:
 
 
 @hypothesis.given(products(), st.integers(0, 99))
-@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.settings(max_examples=25, deadline=None)
 def test_integer_products_are_numpys_forward_and_in_both_gradients(operands, seed):
     lhs, rhs, dims = operands
     lhs, rhs = integers(lhs, seed), integers(rhs, seed + 1)
     int8 = jq.Quantizer(jq.INT8)
     gradient = jq.Operands(int8, None, "native")
     dot = jq.DotGeneral(jq.Operands(int8, int8, "native"), gradient, gradient)
-    out, pull = jax.vjp(lambda a, b: dot(a, b, dims), lhs, rhs)
-    g = integers(out, seed + 2)
+    shape = jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, dims), lhs, rhs)
+    g = integers(shape, seed + 2)
+
+    def both_ways(dot_general, lhs, rhs, g):
+        out, pull = jax.vjp(lambda a, b: dot_general(a, b, dims), lhs, rhs)
+        return out, *pull(g)
+
+    out, dlhs, drhs = jax.jit(functools.partial(both_ways, dot))(lhs, rhs, g)
     int32 = [np.asarray(x, np.int32) for x in (lhs, rhs, g)]
     np.testing.assert_array_equal(out, numpy_product(int32[0], int32[1], dims))
     # The transposes of NumPy's product itself, by its linearity in each operand.
-    dlhs, drhs = pull(g)
-    expected = jax.vjp(lambda a, b: jax.lax.dot_general(a, b, dims, "highest"), lhs, rhs)[1](g)
+    highest = functools.partial(jax.lax.dot_general, precision="highest")
+    _, *expected = jax.jit(functools.partial(both_ways, highest))(lhs, rhs, g)
     for found, float_product in zip((dlhs, drhs), expected, strict=True):
         assert np.abs(float_product).max() < 2**24  # where float32 counts exactly
         np.testing.assert_array_equal(found, float_product)
@@ -94,7 +101,7 @@ def test_integer_products_are_exact_where_float32_would_not_be():
 
 
 @hypothesis.given(products(), st.sampled_from(["tensor", "channel"]), st.integers(2, 8))
-@hypothesis.settings(max_examples=20, deadline=None)
+@hypothesis.settings(max_examples=12, deadline=None)
 def test_native_equals_simulated_to_accumulation_error(operands, granularity, bits):
     lhs, rhs, dims = operands
     quantizer = jq.Quantizer(jq.Int(bits), granularity)
@@ -177,6 +184,13 @@ ALL_NATIVE = {
 }
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(dot: jq.DotGeneral, lhs, rhs, gradient):
+    """A product and its gradients."""
+    out, pull = jax.vjp(lambda a, b: dot(a, b, DIMS3), lhs, rhs)
+    return out, *pull(gradient)
+
+
 def simulated(dot: jq.DotGeneral) -> jq.DotGeneral:
     """The same products, multiplied in float; gradients rounded to nearest."""
 
@@ -201,14 +215,13 @@ def to_nearest(dot: jq.DotGeneral) -> jq.DotGeneral:
 @pytest.mark.parametrize("name", ALL_NATIVE)
 def test_native_and_simulated_are_the_same_product(name):
     native = to_nearest(ALL_NATIVE[name])
-    out, pull = jax.vjp(lambda a, b: native(a, b, DIMS3), LHS3, RHS3)
-    forward = jq.DotGeneral(simulated(native).forward)
-    expected, expected_pull = jax.vjp(lambda a, b: forward(a, b, DIMS3), LHS3, RHS3)
+    g = jnp.array(np.random.default_rng(5).normal(size=(2, 32, 96)), jnp.float32)
+    out, *gradients = run(native, LHS3, RHS3, g)
+    expected, *expected_gradients = run(jq.DotGeneral(simulated(native).forward), LHS3, RHS3, g)
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=2e-4)
-    g = jnp.array(np.random.default_rng(5).normal(size=out.shape), jnp.float32)
     # A gradient that is quantized too errs by its own rounding, and no more.
     tolerance = 0.002 if native.dlhs is None else {"int8": 0.02, "fp8": 0.1, "mxfp8": 0.1}[name]
-    for found, wanted in zip(pull(g), expected_pull(g), strict=True):
+    for found, wanted in zip(gradients, expected_gradients, strict=True):
         assert found.shape == wanted.shape
         error = np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
         assert error < tolerance
@@ -241,6 +254,31 @@ def test_stochastic_gradients_are_unbiased_over_steps_and_repeat():
     deviation = np.abs(draws.mean(0) - exact) / (draws.std(0) / 20)
     assert np.mean(deviation < 2) > 0.9
     assert deviation.max() < 5
+
+
+def test_a_gradients_own_quantizer_gets_the_operand_as_it_was():
+    """Quantized once along each sum, never twice: here the forward's grid is too coarse to hide it."""
+    coarse, fine = jq.Quantizer(jq.INT2, "channel"), jq.Quantizer(jq.INT8, "channel")
+    out, pull = jax.vjp(
+        lambda a, b: jq.DotGeneral(jq.Operands(coarse, coarse), jq.Operands(None, fine))(
+            a, b, MATMUL
+        ),
+        LHS,
+        RHS,
+    )
+    expected = jnp.ones_like(out) @ jq.fake_quant(RHS, fine, 1).T
+    np.testing.assert_allclose(pull(jnp.ones_like(out))[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_scalars_and_empty_operands_are_multiplied_too():
+    scalars = (((), ()), ((), ()))
+    for name in ("w8a8", "int8_train"):
+        dot = jq.recipe(name)
+        out, pull = jax.vjp(lambda a, b, d=dot: d(a, b, scalars), jnp.float32(3), jnp.float32(-2))
+        np.testing.assert_allclose([out, *pull(jnp.float32(1))], [-6, -2, 3], rtol=1e-2)
+        empty = dot(jnp.zeros((0, 4)), jnp.ones((4, 2)), MATMUL)
+        assert empty.shape == (0, 2)
+        np.testing.assert_array_equal(dot(jnp.zeros((2, 0)), jnp.zeros((0, 3)), MATMUL), 0)
 
 
 def test_traced_bits_in_gradients_are_data_too():
@@ -281,7 +319,7 @@ def test_stored_operands_are_multiplied_as_they_are():
     w4a8 = jq.recipe("w4a8")
     np.testing.assert_array_equal(w4a8(LHS, weights, MATMUL), w4a8(LHS, RHS, MATMUL))
     gradient = jax.grad(lambda x: jnp.sum(dot(x, weights, MATMUL)))(LHS)
-    np.testing.assert_allclose(gradient[0], jq.dequantize(weights).sum(1), rtol=1e-5)
+    np.testing.assert_allclose(gradient[0], jq.dequantize(weights).sum(1), rtol=1e-4)
     with pytest.raises(ValueError, match="stored as int4"):
         jq.recipe("w8a8")(LHS, weights, MATMUL)
 
@@ -321,11 +359,11 @@ def test_gradients_add_one_pass_for_each_of_their_products():
     dot = jq.recipe("int8_train")
     a, b, g = jnp.ones((256, 512)), jnp.ones((512, 128)), jnp.ones((256, 128))
 
-    def run(lhs, rhs, gradient, dot=dot):
+    def both_ways(lhs, rhs, gradient):
         out, pull = jax.vjp(lambda a, b: dot(a, b, MATMUL), lhs, rhs)
         return out, pull(gradient)
 
-    compiled = jax.jit(run).lower(a, b, g).compile().as_text()
+    compiled = jax.jit(both_ways).lower(a, b, g).compile().as_text()
     # Two products each; in float they read their operands once.
     assert passes(compiled, "gradient", g.size) <= 4
     assert passes(compiled, "lhs", a.size) <= 3
@@ -384,7 +422,10 @@ INT8 = jq.Quantizer(jq.INT8)
         (lambda: jq.Operands(jq.INT8), "lhs"),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(12)), "native"), "at most 8 bits"),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.E4M3), "native"), "at most 8 bits"),
-        (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(8, "midrise")), "native"), "midrise at most 7"),
+        (
+            lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(8, "midrise")), "native"),
+            "midrise at most 7",
+        ),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.Int(jnp.int32(8))), "native"), "traced"),
         (lambda: jq.Operands(INT8, jq.Quantizer(jq.INT8, hadamard=8), "native"), "same hadamard"),
         (

@@ -1,3 +1,5 @@
+import itertools
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -32,9 +34,7 @@ def summations(draw):
     labels = draw(st.permutations("abcdef"))
     n = draw(st.sampled_from(PARTS))
     ends = np.cumsum([0, *n])
-    batch, summed, left, right = (
-        "".join(labels[i:j]) for i, j in zip(ends, ends[1:], strict=False)
-    )
+    batch, summed, left, right = ("".join(labels[i:j]) for i, j in itertools.pairwise(ends))
     shuffled = lambda x: "".join(draw(st.permutations(x)))  # noqa: E731
     return tuple(
         map(shuffled, (batch + summed + left, batch + summed + right, batch + left + right))

@@ -90,7 +90,9 @@ def test_clipped_knows_an_asymmetric_range():
     )
     _, gradient, _ = pulled(x, quantizer, np.ones_like(x))
     step = 3 / 255
-    clear = (np.abs(x + 1) > step) & (np.abs(x - 2) > step)  # the zero point moves the ends by half a step
+    clear = (np.abs(x + 1) > step) & (
+        np.abs(x - 2) > step
+    )  # the zero point moves the ends by half a step
     np.testing.assert_array_equal(gradient[clear], ((x > -1) & (x < 2))[clear])
 
 
@@ -101,8 +103,8 @@ def test_pact_learns_its_clipping_level_as_published(fmt):
     quantizer = jq.Quantizer(fmt, calibration=Range(jnp.float32(alpha)), estimator=estimators.pact)
     _, to_x, to_range = pulled(X, quantizer)
     low = 0.0 if fmt.levels == "unsigned" else -alpha
-    np.testing.assert_array_equal(to_x, np.where((X > low) & (X < alpha), W, 0))
-    signs = np.where(X >= alpha, 1.0, np.where((X <= low) & (low < 0), -1.0, 0.0))
+    np.testing.assert_array_equal(to_x, np.where((low < X) & (alpha > X), W, 0))
+    signs = np.where(alpha <= X, 1.0, np.where((low >= X) & (low < 0), -1.0, 0.0))
     np.testing.assert_allclose(to_range, np.sum(signs * W), rtol=1e-5)
 
     def clip(alpha):  # what PACT is before its rounding: differentiable in α
@@ -118,7 +120,7 @@ def test_pact_learns_a_level_for_each_channel():
         jq.INT4, "channel", calibration=Range(jnp.array(alpha)), estimator=estimators.pact
     )
     _, _, to_range = pulled(X, quantizer)
-    beyond = np.where(X >= alpha, W, 0) - np.where(X <= -alpha, W, 0)
+    beyond = np.where(alpha <= X, W, 0) - np.where(-alpha >= X, W, 0)
     np.testing.assert_allclose(to_range, beyond.sum(1, keepdims=True), rtol=1e-5, atol=1e-6)
     assert to_range[3] == 0
 

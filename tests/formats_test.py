@@ -11,12 +11,20 @@ from jaxquant import formats
 
 LEVELS = ["symmetric", "full", "unsigned", "midrise"]
 INTS = [
-    jq.Int(bits, levels) for levels in LEVELS for bits in range(1, 17) if (bits, levels) != (1, "symmetric")
+    jq.Int(bits, levels)
+    for levels in LEVELS
+    for bits in range(1, 17)
+    if (bits, levels) != (1, "symmetric")
 ]
 # E8M0 is of its own kind: no zero, no sign.
 FLOATS = [
     *(jq.Float(e, m) for e in (2, 3, 5, 8) for m in (1, 3, 7, 10)),
-    *(jq.Float(e, m, c) for e in (2, 3, 5, 7) for m in (1, 3, 10) for c in ("fn", "fnuz", "finite")),
+    *(
+        jq.Float(e, m, c)
+        for e in (2, 3, 5, 7)
+        for m in (1, 3, 10)
+        for c in ("fn", "fnuz", "finite")
+    ),
 ]
 CODEBOOKS = [
     jq.NF4,
@@ -79,7 +87,9 @@ def test_rounding_takes_the_nearest_value(fmt):
     place = np.clip(np.searchsorted(grid, at), 1, len(grid) - 1)
     best = np.minimum(np.abs(grid[place] - at), np.abs(grid[place - 1] - at))
     found = np.abs(np.asarray(fmt.round(x, jnp.round), np.float64) - at)
-    slack = 2.0**-22 * np.maximum(np.abs(at), getattr(fmt, "step", 1) - 1)  # midrise subtracts 1 first
+    slack = 2.0**-22 * np.maximum(
+        np.abs(at), getattr(fmt, "step", 1) - 1
+    )  # midrise subtracts 1 first
     assert (found <= best + slack).all()
 
 
@@ -218,7 +228,11 @@ def test_normal_floats_are_evenly_likely_quantiles():
 
 def test_array_types():
     assert jq.Int(4).dtype == jq.Int(2).dtype == jq.Int(1, "midrise").dtype == jnp.int4
-    assert (jq.Int(5).dtype, jq.Int(8, "full").dtype, jq.Int(9).dtype) == (jnp.int8, jnp.int8, jnp.int16)
+    assert (jq.Int(5).dtype, jq.Int(8, "full").dtype, jq.Int(9).dtype) == (
+        jnp.int8,
+        jnp.int8,
+        jnp.int16,
+    )
     assert (jq.Int(4, "unsigned").dtype, jq.Int(16, "unsigned").dtype) == (jnp.uint8, jnp.uint16)
     assert (jq.E4M3.dtype, jq.E5M2.dtype) == (jnp.float8_e4m3fn, jnp.float8_e5m2)
     assert (jq.FP16.dtype, jq.BF16.dtype, jq.E8M0.dtype) == (
@@ -233,14 +247,9 @@ def test_array_types():
 
 @pytest.mark.parametrize("fmt", [jq.Float(8, 10), jq.Float(8, 9)], ids=str)
 def test_codes_hold_every_float(fmt):
-    """Up to 8 + 10 + 1 bits: wider codes than uint16 are either held or refused by name."""
-    x = jnp.array([1.0, -1.5, 3.140625, 1e30])
-    grid = fmt.round(x, jnp.round)
-    try:
-        stored = fmt.store(grid)
-    except ValueError as error:
-        assert "bits" in str(error)
-        return
+    """Up to 8 + 10 + 1 bits: wider than uint16."""
+    grid = fmt.round(jnp.array([1.0, -1.5, 3.140625, 1e30]), jnp.round)
+    stored = fmt.store(grid)
     np.testing.assert_array_equal(fmt.load(stored), grid)
     np.testing.assert_array_equal(fmt.decode(fmt.encode(grid)), grid)
 
@@ -266,7 +275,9 @@ def test_traced_ints_are_the_static_ones_in_one_trace(levels):
 @pytest.mark.parametrize("convention", ["ieee", "fn", "fnuz", "finite"])
 def test_traced_floats_are_the_static_ones_in_one_trace(convention):
     chex.clear_trace_counter()
-    x = jnp.array(np.sign(np.linspace(-1, 1, 5001)) * np.exp2(np.linspace(-40, 40, 5001)), jnp.float32)
+    x = jnp.array(
+        np.sign(np.linspace(-1, 1, 5001)) * np.exp2(np.linspace(-40, 40, 5001)), jnp.float32
+    )
     counted = chex.assert_max_traces(n=1)(
         lambda e, m, x: (
             jq.Float(e, m, convention).round(x, jnp.round),
@@ -357,22 +368,58 @@ def test_no_two_formats_share_a_name():
 @pytest.mark.parametrize(
     "name",
     [
-        *("", " ", "int", "int0", "int1", "int17", "int04", "int-4", "int4 ", " int4", "INT4", "int4.0"),
+        *(
+            "",
+            " ",
+            "int",
+            "int0",
+            "int1",
+            "int17",
+            "int04",
+            "int-4",
+            "int4 ",
+            " int4",
+            "INT4",
+            "int4.0",
+        ),
         *("uint4full", "uint0", "uint17", "int4unsigned", "int4symmetric", "int1full4", "int٤"),
         *("e4", "m3", "e4m", "em3", "e0m3", "e9m3", "e1m3", "e4m0", "e4m11", "e4m3fnz", "e4m3ieee"),
-        *("e8m0", "e8m1fnu", "e5m10", "e8m7", "e8m3fn", "e04m3", "E4M3", "e4m3 fn", "e10m2", "fp32"),
+        *(
+            "e8m0",
+            "e8m1fnu",
+            "e5m10",
+            "e8m7",
+            "e8m3fn",
+            "e04m3",
+            "E4M3",
+            "e4m3 fn",
+            "e10m2",
+            "fp32",
+        ),
         *("codebook()", "codebook(1)", "codebook(1.0,0.0)", "codebook(a,b)", "codebook(0,1)"),
         *("codebook(0.0,nan)", "codebook(0.0,inf)", "codebook(0.0,0.0)", "codebook(-1.0, 1.0)"),
-        *("block(int4,64,fp16)", "block(int4,0,fp16,1)", "block(int4,64,fp16,3)", "block(,1,fp16,1)"),
+        *(
+            "block(int4,64,fp16)",
+            "block(int4,0,fp16,1)",
+            "block(int4,64,fp16,3)",
+            "block(,1,fp16,1)",
+        ),
         *("block(int4,064,fp16,1)", "block(mxfp4,32,e8m0fnu,1)", "block(int4,64,mxfp4,1)"),
-        *("block(e2m1finite,32,e8m0fnu,1)", "block(block(int4,2,fp16,1),64,fp16,1)", "nf4\n", "int4\n"),
+        *(
+            "block(e2m1finite,32,e8m0fnu,1)",
+            "block(block(int4,2,fp16,1),64,fp16,1)",
+            "nf4\n",
+            "int4\n",
+        ),
         *("nvfp5", "mxfp", "nf", "dynamic", "dynamic4", "bfloat16", "float16", "int4\x00"),
         *(None, 4, 4.0, b"int4", ["int4"], jq.INT4),
     ],
     ids=repr,
 )
 def test_a_bad_name_is_a_value_error(name):
-    with pytest.raises(ValueError, match=r"no format is named|takes|is written|name is|numbers between"):
+    with pytest.raises(
+        ValueError, match=r"no format is named|takes|is written|name is|numbers between"
+    ):
         jq.parse(name)
 
 
@@ -385,14 +432,16 @@ def test_parse_is_the_only_door_for_strings():
         lambda: jq.Float("4", "3"),
         lambda: jq.Codebook("nf4"),
     ):
-        with pytest.raises(ValueError, match="takes|format is"):
+        with pytest.raises(ValueError, match=r"takes|format is"):
             call()
 
 
 # ---- misuse ----
 
 
-@pytest.mark.parametrize("bits", [0, -1, 17, 1.5, 33, "4", True, None, [4], object(), np.float32(4)])
+@pytest.mark.parametrize(
+    "bits", [0, -1, 17, 1.5, 33, "4", True, None, [4], object(), np.float32(4)]
+)
 @pytest.mark.parametrize("levels", LEVELS)
 def test_impossible_bits_are_named(bits, levels):
     with pytest.raises(ValueError, match=("2" if levels == "symmetric" else "1") + " to 16"):

@@ -251,7 +251,9 @@ def test_rounding_is_gfloats_saturated(fmt):
     if fmt == jq.BF16:
         keep = (np.abs(expected) >= SMALLEST_NORMAL) | (x == 0)
         x, expected = x[keep], expected[keep]
-    if fmt == jq.E8M0:  # of two neighbours a tie takes the larger here and in ml_dtypes, the even code there
+    if (
+        fmt == jq.E8M0
+    ):  # of two neighbours a tie takes the larger here and in ml_dtypes, the even code there
         tie = np.frexp(x)[0] == 0.75
         x, expected = x[~tie], expected[~tie]
     found = rounded_to(fmt, x).astype(np.float64)

@@ -12,14 +12,19 @@ from jaxquant.calibration import Step
 
 qwix = pytest.importorskip("qwix._src.core.qarray")
 
-SHAPES = [(4, 64), (16, 128), (1, 32), (2, 3, 64)]
+SHAPES = [(4, 64), (2, 3, 32)]
 
 
-def arrays(count: int = 25):
+def arrays(count: int = 50):
     """100 normal and heavy-tailed arrays, those of one shape stacked, with scales over forty binades."""
     rng = np.random.default_rng(0)
     for shape in SHAPES:
-        x = np.stack([rng.normal(size=shape) if i % 3 else rng.standard_t(2, size=shape) for i in range(count)])
+        x = np.stack(
+            [
+                rng.normal(size=shape) if i % 3 else rng.standard_t(2, size=shape)
+                for i in range(count)
+            ]
+        )
         spread = rng.uniform(-8, 8, (count, *shape[:-1], 1))
         spread += rng.uniform(-12, 12, (count, *[1] * len(shape)))
         yield jnp.array(x * np.exp2(spread), jnp.float32)
@@ -63,7 +68,9 @@ def test_codes_and_scales_are_qwixs(fmt, qtype, size):
         assert equal(ours.float_scale(), other.scale)
         if fmt == jq.NF4:
             np.testing.assert_array_equal(ours.qvalue, np.asarray(other.qvalue, np.uint8))
-        assert equal(ours.element.load(ours.qvalue), qwix.numerics.convert_from(other.qvalue, qtype))
+        assert equal(
+            ours.element.load(ours.qvalue), qwix.numerics.convert_from(other.qvalue, qtype)
+        )
         with their_promotion():
             expected = qwix.dequantize(other)
         assert equal(jq.dequantize(ours), expected)

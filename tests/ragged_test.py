@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def native(quantizer=CHANNEL, gradient=None) -> RaggedDot:
 
 def slices(sizes):
     ends = np.cumsum([0, *sizes])
-    return [slice(i, j) for i, j in zip(ends, ends[1:], strict=False)]
+    return [slice(i, j) for i, j in itertools.pairwise(ends)]
 
 
 def by_group(lhs, rhs, sizes, dot):

@@ -154,9 +154,14 @@ def test_random_rounding_is_the_same_on_one_two_and_eight_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
-        [sys.executable, "-c", _SHARDED], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    # A scale that XLA computes otherwise in a sharded program would show here too.
     assert done.stdout.split() == ["compared", str(3 * 2 * 11)]
 
 

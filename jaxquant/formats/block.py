@@ -50,8 +50,14 @@ class Block:
         for name in ("element", "scale"):
             value = getattr(self, name)
             if isinstance(value, Block) or not is_format(value):
-                raise ValueError(f"Block takes {name} as a grid such as Float(2, 1, 'finite'); got {value!r}")
-        if isinstance(self.size, bool) or not isinstance(self.size, int | np.integer) or self.size < 1:
+                raise ValueError(
+                    f"Block takes {name} as a grid such as Float(2, 1, 'finite'); got {value!r}"
+                )
+        if (
+            isinstance(self.size, bool)
+            or not isinstance(self.size, int | np.integer)
+            or self.size < 1
+        ):
             raise ValueError(f"Block takes a size of at least 1; got {self.size!r}")
         object.__setattr__(self, "size", int(self.size))
         if self.levels not in (1, 2):
@@ -72,7 +78,9 @@ class Block:
         if self.levels == 2:
             top = jax.lax.optimization_barrier(jnp.float32(self.scale.max_value))
             # A block without a range must not take the others' scale away with it.
-            tensor = jnp.max(jnp.where(jnp.isnan(needed), 0, needed), keepdims=True, initial=0) / top
+            tensor = (
+                jnp.max(jnp.where(jnp.isnan(needed), 0, needed), keepdims=True, initial=0) / top
+            )
             tensor = jnp.where(tensor < tiny, 1, tensor)
             ratio = needed / tensor
         is_power_of_two = isinstance(self.scale, Float) and self.scale.convention == "fnu"

@@ -40,7 +40,9 @@ class Codebook:
     def __post_init__(self):
         if isinstance(self.values, jax.Array):
             if self.values.ndim != 1 or not 2 <= self.values.size <= 2**16:
-                raise ValueError(f"Codebook takes one row of 2 to 65536 values; got shape {self.values.shape}")
+                raise ValueError(
+                    f"Codebook takes one row of 2 to 65536 values; got shape {self.values.shape}"
+                )
             return
         try:
             # float32 is what is computed in, so that is what the values are.
@@ -49,7 +51,9 @@ class Codebook:
             raise ValueError(f"Codebook takes rising numbers; got {self.values!r}") from None
         rising = all(a < b for a, b in zip(values, values[1:], strict=False))
         if not 2 <= len(values) <= 2**16 or not rising or not np.isfinite(values).all():
-            raise ValueError(f"Codebook takes 2 to 65536 finite, rising values; got {self.values!r}")
+            raise ValueError(
+                f"Codebook takes 2 to 65536 finite, rising values; got {self.values!r}"
+            )
         object.__setattr__(self, "values", values)
 
     @property

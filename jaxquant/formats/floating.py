@@ -121,7 +121,9 @@ class Float:
         parameters = (self.exponent_bits, self.mantissa_bits, self.convention)
         if self.convention == "fnu":
             if not self._is_static or parameters != _E8M0:
-                raise ValueError(f"Float takes convention 'fnu' as Float(8, 0, 'fnu') only; got {self!r}")
+                raise ValueError(
+                    f"Float takes convention 'fnu' as Float(8, 0, 'fnu') only; got {self!r}"
+                )
             return
         if self.convention != "ieee" and is_static(self.exponent_bits) and self.exponent_bits == 8:
             raise ValueError(
@@ -181,7 +183,10 @@ class Float:
     @property
     def _code_dtype(self) -> np.dtype:
         if not self._is_static:
-            names, values = "exponent_bits and mantissa_bits", (self.exponent_bits, self.mantissa_bits)
+            names, values = (
+                "exponent_bits and mantissa_bits",
+                (self.exponent_bits, self.mantissa_bits),
+            )
             raise ValueError(traced_message("Float", names, values))
         return code_dtype(self.bits)
 
@@ -227,7 +232,9 @@ class Float:
             # Read as integers, since subnormal inputs may be flushed: from 1.5 on the mantissa's first
             # bit carries into the exponent; below 2^−126 steps are linear and 0.75 · 2^−126 is halfway.
             bits = jnp.minimum(jax.lax.bitcast_convert_type(x, jnp.int32), 255 << 23)
-            field = jnp.where(bits < 1 << 23, (bits >= 3 << 21).astype(jnp.int32), (bits + (1 << 22)) >> 23)
+            field = jnp.where(
+                bits < 1 << 23, (bits >= 3 << 21).astype(jnp.int32), (bits + (1 << 22)) >> 23
+            )
             return jnp.where((bits > 0) & (field < 255), field, 255).astype(dtype)
         grid = jnp.abs(self.round(x, jnp.round))
         exponent = jnp.maximum(exponent_of(grid), lowest)
@@ -242,7 +249,9 @@ class Float:
             sign = jnp.where(jnp.isnan(x), 1 << (self.exponent_bits + mantissa), sign)
         if rules.nan == "zero":
             not_a_number = jnp.isnan(x) | jnp.isinf(x)
-            return jnp.where(not_a_number, 1 << (self.exponent_bits + mantissa), code | sign).astype(dtype)
+            return jnp.where(
+                not_a_number, 1 << (self.exponent_bits + mantissa), code | sign
+            ).astype(dtype)
         return (code | sign).astype(dtype)
 
     def _specials(self, x, code, above: int):
@@ -297,4 +306,3 @@ class Float:
         (parameters, convention), leaves = static, iter(traced)
         exponent, mantissa = (next(leaves) if p is None else p for p in parameters)
         return rebuild(cls, exponent_bits=exponent, mantissa_bits=mantissa, convention=convention)
-

@@ -61,13 +61,17 @@ class Int:
 
     def __post_init__(self):
         if self.levels not in _LEVELS:
-            raise ValueError(f"Int takes levels {', '.join(map(repr, _LEVELS))}; got {self.levels!r}")
+            raise ValueError(
+                f"Int takes levels {', '.join(map(repr, _LEVELS))}; got {self.levels!r}"
+            )
         if isinstance(self.bits, jax.Array):
             check_scalar("Int", "bits", self.bits)
         else:
             lowest = 2 if self.levels == "symmetric" else INT_BITS[0]
             owner = f"{'A' if self.levels == 'symmetric' else 'An'} {self.levels} Int"
-            object.__setattr__(self, "bits", check_int(owner, "bits", self.bits, lowest, INT_BITS[1]))
+            object.__setattr__(
+                self, "bits", check_int(owner, "bits", self.bits, lowest, INT_BITS[1])
+            )
 
     @property
     def _half(self) -> Any:
