@@ -1,7 +1,7 @@
 """Calibration: from a tensor to the range that its grid must cover.
 
 A calibration is a function of (values, axes, format): `axes` share one range and stay as axes of size
-1.  It returns a magnitude r, for the range [−r, r], or a pair (low, high) for an asymmetric one.
+1.  It returns a magnitude r, for the range [−r, r], a pair (low, high) for an asymmetric one, or a `Scale`.
 Ranges that are data, found before or learned, are `Range` and `Step`.
 """
 
@@ -63,7 +63,7 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     largest = absmax(x, axes)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     count = max(1, math.prod(x.shape[a] for a in axes))
-    return unit * jnp.sqrt(jnp.sum((x / unit) ** 2, axis=axes, keepdims=True) / count)
+    return unit * jnp.sqrt(jnp.sum((x * (1 / unit)) ** 2, axis=axes, keepdims=True) / count)
 
 
 def gaussian(
@@ -94,7 +94,7 @@ def _gaussian_range(format: Format) -> Any:
             raise ValueError(
                 f"gaussian calibration takes a static format or an Int; got {format!r}"
             )
-        lowest = 2 if format.levels == "symmetric" else 1
+        lowest = 2 if format.levels in ("symmetric", "full") else 1
         widths = range(lowest, 13)
         table = jnp.array(
             [optimal_gaussian_range(Int(b, format.levels))[0] for b in widths], jnp.float32
@@ -236,20 +236,32 @@ class Range:
         return jax.tree.map(lambda v: _over_groups(jnp.asarray(v, jnp.float32), groups), self.value)
 
 
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """What a calibration returns that finds the scale s instead of the range s · format.max_value."""
+
+    value: jax.Array
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step size that is data, as LSQ learns it: r = step · format.max_value.
+    """A step size that is data, as LSQ learns it: the scale itself.
 
     >>> from jaxquant.formats import Int
-    >>> Step(jnp.float32(0.5))(jnp.ones((1, 4)), (0, 1), Int(4))
-    Array([[3.5]], dtype=float32)
+    >>> Step(jnp.float32(0.5))(jnp.ones((1, 4)), (0, 1), Int(4)).value
+    Array([[0.5]], dtype=float32)
     """
 
     value: Any
 
-    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> jax.Array:
-        return Range(self.value)(x, axes, format) * format.max_value
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> Scale:
+        return Scale(Range(self.value)(x, axes, format))
+
+
+def sees_all(calibration: Calibration) -> bool:
+    """Whether a NaN or an Inf anywhere in a group is certain to show in what the calibration returns."""
+    return calibration in (absmax, minmax, gaussian) or isinstance(calibration, mse)
 
 
 def _over_groups(value: jax.Array, groups: tuple[int, ...]) -> jax.Array:

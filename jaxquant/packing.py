@@ -1,5 +1,7 @@
 """Bits side by side: codes of b bits in exactly b bits each."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
@@ -17,7 +19,7 @@ def pack_bits(
 
     Args:
         codes: unsigned integers below 2^bits, of at least one axis.
-        bits: b, 1 to 16.
+        bits: b, 1 to 32.
 
     >>> pack_bits(jnp.array([1, 0, 3, 2], jnp.uint8), 2)  # low bits 1,0,1,0 and high bits 0,0,1,1
     Array([ 5, 12], dtype=uint8)
@@ -26,11 +28,11 @@ def pack_bits(
     if codes.ndim == 0:
         raise ValueError("pack_bits takes an array of at least one axis; got a scalar")
     *rows, n = codes.shape
-    groups = -(-n // 8)
-    padded = jnp.pad(codes.astype(jnp.uint16), [(0, 0)] * len(rows) + [(0, groups * 8 - n)])
+    groups, word = -(-n // 8), _word(bits)
+    padded = jnp.pad(codes.astype(word), [(0, 0)] * len(rows) + [(0, groups * 8 - n)])
     padded = padded.reshape(*rows, groups, 8)
     # One plane at a time: no array of a byte per bit is made.
-    planes = [_sum_bits((padded >> jnp.uint16(j)) & jnp.uint16(1), 8) for j in range(bits)]
+    planes = [_sum_bits((padded >> word(j)) & word(1), 8) for j in range(bits)]
     return jnp.stack(planes, axis=-2).astype(jnp.uint8).reshape(*rows, bits * groups)
 
 
@@ -51,7 +53,7 @@ def unpack_bits(
     Array([1, 0, 3, 2], dtype=uint8)
     """
     _check_bits(bits)
-    groups = -(-length // 8)
+    groups, word = -(-length // 8), _word(bits)
     if packed.dtype != jnp.uint8 or packed.ndim == 0 or packed.shape[-1] != bits * groups:
         raise ValueError(
             f"{length} codes of {bits} bits are {bits * groups} bytes of uint8 in a row; "
@@ -60,20 +62,24 @@ def unpack_bits(
     rows = packed.shape[:-1]
     planes = packed.reshape(*rows, bits, groups, 1)
     place = jnp.arange(8, dtype=jnp.uint8).reshape((1,) * (len(rows) + 2) + (8,))
-    spread = ((planes >> place) & jnp.uint8(1)).astype(jnp.uint16)
-    weights = jnp.uint16(1) << jnp.arange(bits, dtype=jnp.uint16)
+    spread = ((planes >> place) & jnp.uint8(1)).astype(word)
+    weights = word(1) << jnp.arange(bits, dtype=word)
     weights = weights.reshape((1,) * len(rows) + (bits, 1, 1))
-    codes = jnp.sum(spread * weights, axis=-3, dtype=jnp.uint16)
+    codes = jnp.sum(spread * weights, axis=-3, dtype=word)
     return codes.reshape(*rows, groups * 8)[..., :length].astype(code_dtype(bits))
 
 
 def _sum_bits(bits: jax.Array, count: int) -> jax.Array:
-    weights = (jnp.uint16(1) << jnp.arange(count, dtype=jnp.uint16)).reshape(
-        (1,) * (bits.ndim - 1) + (count,)
-    )
-    return jnp.sum(bits * weights, axis=-1, dtype=jnp.uint16)
+    weights = jnp.asarray(1, bits.dtype) << jnp.arange(count, dtype=bits.dtype)
+    weights = weights.reshape((1,) * (bits.ndim - 1) + (count,))
+    return jnp.sum(bits * weights, axis=-1, dtype=bits.dtype)
+
+
+def _word(bits: int) -> Any:
+    """The smallest unsigned type that is worth computing codes of so many bits in."""
+    return jnp.uint16 if bits <= 16 else jnp.uint32
 
 
 def _check_bits(bits: int) -> None:
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 16:
-        raise ValueError(f"codes are packed at 1 to 16 bits; got {bits!r}")
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 32:
+        raise ValueError(f"codes are packed at 1 to 32 bits; got {bits!r}")

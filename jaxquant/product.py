@@ -25,7 +25,7 @@ def is_integer(format: Format) -> bool:
     """Whether the format's values are, up to an offset, 8-bit integers."""
     if not isinstance(format, Int) or not is_static(format.bits):
         return False
-    return format.bits <= (7 if format.levels == "midrise" else 8)
+    return int(format.bits) <= (7 if format.levels == "midrise" else 8)
 
 
 def is_float8(format: Format) -> bool:
@@ -34,7 +34,7 @@ def is_float8(format: Format) -> bool:
         map(is_static, (format.exponent_bits, format.mantissa_bits))
     ):
         return False
-    return format.bits == 8 and format.convention != "fnu" and format.dtype != np.uint8
+    return bool(format.bits == 8) and format.convention != "fnu" and format.dtype != np.uint8
 
 
 def product(
@@ -86,8 +86,13 @@ def _one_sided(
 ) -> jax.Array:
     """A float operand with a quantized one: its values go through in the float operand's type."""
     quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
-    other = rhs if isinstance(lhs, QArray) else lhs
+    other: Any = rhs if isinstance(lhs, QArray) else lhs
     assert isinstance(quantized, QArray)
+
+    def multiply(values: jax.Array, **options: Any) -> jax.Array:
+        left, right = (values, other) if isinstance(lhs, QArray) else (other, values)
+        return jax.lax.dot_general(left, right, dims, **options)
+
     factors = (
         quantized.zero_point is None
         and quantized.hadamard is None
@@ -98,14 +103,12 @@ def _one_sided(
     )
     if not factors:
         values = dequantize(dataclasses.replace(quantized, dtype=np.dtype(other.dtype)))
-        pair = (values, other) if isinstance(lhs, QArray) else (other, values)
-        return jax.lax.dot_general(*pair, dims, **options)
-    values = quantized.element.load(quantized.qvalue).astype(other.dtype)
-    pair = (values, other) if isinstance(lhs, QArray) else (other, values)
+        return multiply(values, **options)
     dtype = options["preferred_element_type"] or jnp.result_type(quantized.dtype, other.dtype)
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
-    result = jax.lax.dot_general(*pair, dims, **options)
+    values = quantized.element.load(quantized.qvalue).astype(other.dtype)
     scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+    result = multiply(values, **options)
     return (result * scale.astype(result.dtype)).astype(dtype)
 
 
@@ -268,14 +271,14 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array
     blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
     if lhs.shape[lhs_axes[0]] % blocks:
         raise ValueError(
-            f"operands with {_blocks(lhs, lhs_axes)} and {_blocks(rhs, rhs_axes)} blocks along the contracting "
-            f"axis of {lhs.shape[lhs_axes[0]]} do not split it into blocks of one size"
+            f"operands with {_blocks(lhs, lhs_axes)} and {_blocks(rhs, rhs_axes)} blocks along the "
+            f"contracting axis of {lhs.shape[lhs_axes[0]]} do not split it into blocks of one size"
         )
     # Each block is a product like any other; the scan's axis comes first and is gone within.
     parts = (_split(lhs, lhs_axes[0], blocks), _split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled(*pair, dims, options), None
+        return total + _scaled(pair[0], pair[1], dims, options), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, options), *first)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxquant import calibration as calibrations
 from jaxquant import estimators
 from jaxquant import rounding as roundings
-from jaxquant.formats import Block, Codebook, Format, Int, is_format
+from jaxquant.formats import Block, Codebook, Format, Int, divide, is_format
 from jaxquant.hadamard import check_block, hadamard
 from jaxquant.packing import pack_bits, unpack_bits
 
@@ -121,14 +121,14 @@ def _granularity(size: Any, format: Format | Block) -> Granularity:
         return "tensor"
     if isinstance(size, str) and size in ("tensor", "channel"):
         return size  # pyright: ignore[reportReturnType]
-    sizes = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    sizes: tuple[Any, ...] = size if isinstance(size, tuple) and len(size) == 2 else (size,)
     for n in sizes:
         if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
             raise ValueError(
                 "granularity is 'tensor', 'channel', a block size of at least 1 or a tile (m, n) of such; "
                 f"got {size!r}"
             )
-    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(size)
+    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(sizes[0])
 
 
 @jax.tree_util.register_dataclass
@@ -347,10 +347,12 @@ class _Scales:
 def _scales(found: Any, quantizer: Quantizer) -> _Scales:
     """From a calibrated range to scales."""
     if isinstance(found, tuple):
-        return _asymmetric(*found, quantizer)
-    # Behind the barrier the divisor is no constant, which XLA would replace by an inexact reciprocal
-    # in some programs and not in others: the same tensor has the same scale everywhere.
-    scale = found / jax.lax.optimization_barrier(jnp.float32(quantizer.element.max_value))
+        low, high = found
+        return _asymmetric(low, high, quantizer)
+    if isinstance(found, calibrations.Scale):
+        scale = found.value
+    else:
+        scale = divide(found, quantizer.element.max_value)
     scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
     if isinstance(quantizer.format, Block):
         return _Scales(*quantizer.format.scales(scale))
@@ -367,11 +369,10 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scale
             f"got format {element}"
         )
     levels = jnp.float32(element.max_value) - jnp.float32(element.min_value)
-    levels = jax.lax.optimization_barrier(levels)
     # Zero is always within the range, so that it has a value of its own; the difference of the ends
-    # might not be a float32.
+    # might not be a float32, half of it is.
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scale = high / levels - low / levels
+    scale = 2 * divide(high / 2 - low / 2, levels)
     scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
     scale = jnp.where(scale < _TINY, 1, scale)
     zero = jnp.round(element.min_value - low / scale)
@@ -382,7 +383,8 @@ def _divide(view: jax.Array, scale: jax.Array) -> jax.Array:
     """view / scale without an intermediate that is no float32, whatever the scale."""
     scale = jnp.where(scale < _TINY, 1, scale)  # two levels' product may be less than either
     shrink = jnp.where(scale > _HUGE, 2.0**-64, 1)
-    return (view * shrink) / (scale * shrink)
+    # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
+    return (view * shrink) * (1 / (scale * shrink))
 
 
 def _check(x: Any, quantizer: Any) -> None:
@@ -416,12 +418,19 @@ def _to_grid(
     view, axes = _grouped(x, groups), _within(x.shape, groups)
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
     scales = _scales(found, quantizer)
+    if not calibrations.sees_all(quantizer.calibration):
+        finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
+        scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
     ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)))
-    if scales.zero is not None:
-        ratio = ratio + scales.zero
     if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
         key = key(scales.scale)
-    return quantizer.element.round(ratio, lambda v: quantizer.rounding(v, key)), scales, view
+
+    def rounding(values: jax.Array) -> jax.Array:
+        rounded = quantizer.rounding(values, key)
+        # Added after rounding: fused with the product above, the sum would be rounded another way.
+        return rounded if scales.zero is None else rounded + scales.zero
+
+    return quantizer.element.round(ratio, rounding), scales, view
 
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:

@@ -87,7 +87,8 @@ def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         raise ValueError(f"{name} rounding needs a PRNG key; got key=None")
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     words = data.astype(jnp.uint32).ravel()
-    return _mix(words[0] ^ jnp.uint32(0x85EBCA6B)), _mix(words[-1] ^ jnp.uint32(0xC2B2AE35))
+    low, high = _mix(words[0] ^ jnp.uint32(0x85EBCA6B)), _mix(words[-1] ^ jnp.uint32(0xC2B2AE35))
+    return _mix(low + high), _mix(low ^ high)
 
 
 def _places(shape: tuple[int, ...]) -> jax.Array:
@@ -118,8 +119,8 @@ def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
 def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """A PRNG key from the content of an array, for where no key can be passed.
 
-    The key, in JAX's raw form, is `seed` beside the wrapped sum of the values' bits.  Integer sums do not depend on
-    their order, so the key is the same under any sharding; it changes whenever a value does.
+    The key, in JAX's raw form, is `seed` beside the wrapped sum of the values' bits.  Integer sums do
+    not depend on their order, so the key is the same under any sharding; it changes with the values.
 
     >>> key_of(jnp.ones(3)), key_of(jnp.ones(4))
     (Array([         0, 3196059648], dtype=uint32), Array([         0, 4261412864], dtype=uint32))

@@ -45,7 +45,8 @@ def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
         if isinstance(leaf, QArray):
             parts, description = _flatten(leaf)
         else:
-            parts, description = {"": jnp.asarray(leaf)}, {"kind": "array"}
+            parts = {"": jnp.asarray(leaf)}
+            description: dict[str, Any] = {"kind": "array"}
         named = {f"{path}/{name}".rstrip("/"): part for name, part in parts.items()}
         arrays.update(named)
         description["arrays"] = {
@@ -101,10 +102,11 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
                 )
             found += _leaves(value, f"{path}/{key}".lstrip("/"))
         return found
-    if isinstance(tree, QArray) or isinstance(tree, jax.Array | np.ndarray | np.generic):
+    if isinstance(tree, QArray | jax.Array | np.ndarray | np.generic):
         return [(path, tree)]
     raise ValueError(
-        f"a tree to store has dictionaries, arrays and QArrays; got {type(tree).__name__} at {path or 'the root'}"
+        "a tree to store has dictionaries, arrays and QArrays; "
+        f"got {type(tree).__name__} at {path or 'the root'}"
     )
 
 

@@ -83,7 +83,7 @@ def test_the_range_for_normals_of_traced_bits_is_that_of_static_ones(levels):
         np.testing.assert_allclose(at(jnp.float32(bits), x), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("fmt", [jq.Int(1, "full"), jq.Int(1, "midrise")], ids=str)
+@pytest.mark.parametrize("fmt", [jq.Int(2, "full"), jq.Int(1, "midrise")], ids=str)
 def test_one_bit_has_a_range(fmt):
     """A format that can be made can be used: finite values stay finite."""
     assert np.isfinite(calibration.optimal_gaussian_range(fmt)).all()

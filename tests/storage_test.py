@@ -154,7 +154,7 @@ def extra():
     [
         (lambda: storage.to_arrays({"a/b": X}), "without a slash"),
         (lambda: storage.to_arrays({"a": [X]}), "got list at a"),
-        (lambda: packing.pack_bits(jnp.zeros((4,), jnp.uint8), 0), "1 to 16 bits"),
+        (lambda: packing.pack_bits(jnp.zeros((4,), jnp.uint8), 0), "1 to 32 bits"),
         (lambda: packing.pack_bits(jnp.uint8(1), 2), "at least one axis"),
         (lambda: packing.unpack_bits(jnp.zeros((4,), jnp.uint8), 2, 4), "2 bytes"),
         (lambda: jq.quantize(jnp.float32(1), jq.Quantizer(jq.INT4)).pack(), "scalar"),

@@ -117,9 +117,20 @@ def traced_message(owner: str, names: str, value: Any) -> str:
     )
 
 
-def code_dtype(bits: int) -> np.dtype:
+def code_dtype(bits: Any) -> np.dtype:
     """The unsigned integers that hold codes of so many bits."""
-    return np.dtype(np.uint8 if bits <= 8 else np.uint16)
+    return np.dtype(np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32)
+
+
+def divide(x: jax.Array, divisor: Any) -> jax.Array:
+    """x / divisor, correctly rounded in every program.
+
+    Where a divisor is broadcast, XLA multiplies by its reciprocal, and whether it is broadcast depends on
+    the program around (vmap and sharding included): the same tensor would get other scales.  So the
+    divisor takes x's own shape, behind a barrier that keeps the compiler from seeing that it is constant.
+    """
+    full = jnp.where(jnp.isnan(x), x, jnp.asarray(divisor, x.dtype))
+    return x / jax.lax.optimization_barrier(full)
 
 
 def exp2(exponent: jax.Array) -> jax.Array:

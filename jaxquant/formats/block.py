@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.formats.base import Format, is_format, known_name
+from jaxquant.formats.base import Format, divide, is_format, known_name
 from jaxquant.formats.floating import Float
 
 
@@ -43,7 +43,7 @@ class Block:
 
     element: Format
     size: int
-    scale: Format
+    scale: Float
     levels: int = 1
 
     def __post_init__(self):
@@ -62,7 +62,12 @@ class Block:
         object.__setattr__(self, "size", int(self.size))
         if self.levels not in (1, 2):
             raise ValueError(f"Block takes levels 1 or 2; got {self.levels!r}")
-        _ = self.scale.dtype  # a scale that cannot be stored is refused here
+        if not isinstance(self.scale, Float) or self.scale.convention == "finite":
+            raise ValueError(
+                "Block takes a scale that can be NaN, as a block that holds a NaN needs: a Float of another "
+                f"convention than 'finite'; got {self.scale!r}"
+            )
+        _ = self.scale.dtype  # traced ones, which cannot be stored, are refused here
 
     def scales(self, needed: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Quantizes scales: from what each block needs to (block scales, the array's scale or None).
@@ -76,14 +81,12 @@ class Block:
         tiny, tensor = jnp.finfo(jnp.float32).tiny, None
         ratio = needed
         if self.levels == 2:
-            top = jax.lax.optimization_barrier(jnp.float32(self.scale.max_value))
             # A block without a range must not take the others' scale away with it.
-            tensor = (
-                jnp.max(jnp.where(jnp.isnan(needed), 0, needed), keepdims=True, initial=0) / top
-            )
+            largest = jnp.max(jnp.where(jnp.isnan(needed), 0, needed), keepdims=True, initial=0)
+            tensor = divide(largest, self.scale.max_value)
             tensor = jnp.where(tensor < tiny, 1, tensor)
-            ratio = needed / tensor
-        is_power_of_two = isinstance(self.scale, Float) and self.scale.convention == "fnu"
+            ratio = divide(needed, tensor)
+        is_power_of_two = self.scale.convention == "fnu"
         ratio = jnp.where(ratio < tiny, 1, ratio)
         scale = self.scale.round(ratio, jnp.ceil if is_power_of_two else jnp.round)
         return jnp.where(scale <= 0, 1, scale), tensor

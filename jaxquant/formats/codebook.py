@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ class Codebook:
     Array([-1.,  0.,  2.,  2.], dtype=float32)
     """
 
-    values: Sequence[float] | jt.Float[jax.Array, "n"]
+    values: Sequence[float] | jt.Float[jax.Array, " values"]
 
     def __post_init__(self):
         if isinstance(self.values, jax.Array):
@@ -46,10 +47,11 @@ class Codebook:
             return
         try:
             # float32 is what is computed in, so that is what the values are.
-            values = tuple(float(np.float32(v)) for v in self.values)
+            with np.errstate(over="ignore"):  # an infinite value is named below
+                values = tuple(float(np.float32(v)) for v in self.values)
         except (TypeError, ValueError):
             raise ValueError(f"Codebook takes rising numbers; got {self.values!r}") from None
-        rising = all(a < b for a, b in zip(values, values[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(values))
         if not 2 <= len(values) <= 2**16 or not rising or not np.isfinite(values).all():
             raise ValueError(
                 f"Codebook takes 2 to 65536 finite, rising values; got {self.values!r}"

@@ -223,8 +223,8 @@ class Float:
 
         Finite values beyond the largest saturate.  ±Inf becomes Inf where the convention has it, else
         NaN where it has that, else the largest value.  NaN becomes the quiet NaN; "finite" has none
-        and gives −0, whatever the NaN's sign.  Where there is no −0 it becomes 0.  E8M0, which has neither sign nor zero, gives
-        NaN for what is not positive.
+        and gives −0, whatever the NaN's sign.  Where there is no −0 it becomes 0.  E8M0, which
+        has neither sign nor zero, gives NaN for what is not positive, and ties go up.
         """
         rules, mantissa, lowest = self._rules, self.mantissa_bits, self._exponents[0]
         dtype = self._code_dtype
@@ -235,7 +235,8 @@ class Float:
             field = jnp.where(
                 bits < 1 << 23, (bits >= 3 << 21).astype(jnp.int32), (bits + (1 << 22)) >> 23
             )
-            return jnp.where((bits > 0) & (field < 255), field, 255).astype(dtype)
+            positive = (bits > 0) & (bits < 255 << 23)
+            return jnp.where(positive, jnp.minimum(field, 254), 255).astype(dtype)
         grid = jnp.abs(self.round(x, jnp.round))
         exponent = jnp.maximum(exponent_of(grid), lowest)
         # Counting in steps of the binade: a normal value's implicit bit is the binade's own count.
@@ -254,7 +255,7 @@ class Float:
             ).astype(dtype)
         return (code | sign).astype(dtype)
 
-    def _specials(self, x, code, above: int):
+    def _specials(self, x, code, above):
         """The magnitude's code with Inf's and NaN's put in; `above` is the top binade's first code."""
         rules, mantissa = self._rules, self.mantissa_bits
         if rules.nan == "binade":

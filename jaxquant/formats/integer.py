@@ -34,19 +34,19 @@ class Int:
     * ``"symmetric"``: {−(2^(b−1) − 1), …, 0, …, 2^(b−1) − 1}.  The most negative two's-complement code
       is left out, so that the grid is symmetric about zero (Jacob et al. 2018, section 3; Kumar et al.
       2024).  Default; needs b ≥ 2, where b = 2 is ternary.
-    * ``"full"``: two's complement, {−2^(b−1), …, 2^(b−1) − 1}.
+    * ``"full"``: two's complement, {−2^(b−1), …, 2^(b−1) − 1}; needs b ≥ 2, for a value above zero.
     * ``"unsigned"``: {0, …, 2^b − 1}.
     * ``"midrise"``: the odd integers {±1, ±3, …, ±(2^b − 1)}: 2^b levels, symmetric, without a zero
       (Max 1960, "Quantizing for Minimum Distortion"); b = 1 is binary.
 
     Args:
-        bits: b, 1 to 16 as a Python integer, or a traced scalar (its range is then the caller's to keep;
-            between whole widths 2^(b−1) is rounded).
+        bits: b, 1 to 16 as a Python integer, or a traced scalar (its range is then the caller's to
+            keep; between whole widths 2^(b−1) is rounded).
         levels: as above.
 
     Raises:
-        ValueError: a static `bits` that is not an integer from 1 to 16 (2 to 16 where symmetric), or a
-            traced one with axes; unknown `levels`.
+        ValueError: a static `bits` that is not an integer from 1 to 16 (2 to 16 where symmetric or full),
+            or a traced one with axes; unknown `levels`.
 
     >>> Int(4).max_value, Int(4, "full").min_value, Int(4, "unsigned").max_value
     (7, -8, 15)
@@ -67,7 +67,7 @@ class Int:
         if isinstance(self.bits, jax.Array):
             check_scalar("Int", "bits", self.bits)
         else:
-            lowest = 2 if self.levels == "symmetric" else INT_BITS[0]
+            lowest = 2 if self.levels in ("symmetric", "full") else INT_BITS[0]
             owner = f"{'A' if self.levels == 'symmetric' else 'An'} {self.levels} Int"
             object.__setattr__(
                 self, "bits", check_int(owner, "bits", self.bits, lowest, INT_BITS[1])
@@ -107,11 +107,13 @@ class Int:
         return np.dtype(np.int8 if self.bits <= 8 else np.int16)
 
     def round(self, x, rounding):
-        if self.levels == "midrise":
-            x = 2 * rounding((x - 1) / 2) + 1
-        else:
-            x = rounding(x)
+        x = self._odd(x, rounding) if self.levels == "midrise" else rounding(x)
         return jnp.clip(x, self.min_value, self.max_value)
+
+    @staticmethod
+    def _odd(x, rounding):
+        """To odd integers by magnitude, so that ties and the neighbourhood of zero are symmetric."""
+        return jnp.where(x < 0, -1, 1) * (2 * rounding((jnp.abs(x) - 1) / 2) + 1)
 
     def store(self, grid):
         if self.levels == "midrise":  # q = 2k + 1 is held as k

@@ -94,7 +94,8 @@ def parse(name: str) -> Any:
         return _NAMED[name]
     if match := _INT.fullmatch(name):
         if not (match[1] and match[3]):
-            return Int(int(match[2]), "unsigned" if match[1] else match[3] or "symmetric")
+            levels: Any = "unsigned" if match[1] else match[3] or "symmetric"
+            return Int(int(match[2]), levels)
     elif match := _FLOAT.fullmatch(name):
         convention: Any = match[3] or "ieee"
         return _canonical(name, Float(int(match[1]), int(match[2]), convention))
