@@ -42,7 +42,8 @@ from jaxquant.formats import (
     parse,
 )
 from jaxquant.hadamard import hadamard
-from jaxquant.qarray import QArray, Quantizer, dequantize, fake_quant, quantize
+from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
+from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
 from jaxquant.recipes import recipe
 

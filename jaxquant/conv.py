@@ -13,7 +13,8 @@ from jaxquant import rounding
 from jaxquant.dot import DotGeneral, Operands, kept, simulate
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.product import is_float8
-from jaxquant.qarray import QArray, Quantizer, dequantize, quantize
+from jaxquant.qarray import QArray, dequantize, quantize
+from jaxquant.quantizer import Quantizer
 
 Axes = tuple[int, ...]
 Padding = str | Sequence[tuple[int, int]]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jaxquant import estimators, rounding
 from jaxquant.hadamard import hadamard
 from jaxquant.product import is_float8, is_integer, product
-from jaxquant.qarray import QArray, Quantizer, dequantize, fake_quant, quantize
+from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
+from jaxquant.quantizer import Quantizer
 
 DimensionNumbers = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as in lax
 

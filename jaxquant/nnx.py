@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant.dot import DotGeneral
-from jaxquant.qarray import Quantizer, fake_quant
+from jaxquant.qarray import fake_quant
+from jaxquant.quantizer import Quantizer
 from jaxquant.rules import Rules, assign
 
 Model = TypeVar("Model", bound=nnx.Module)

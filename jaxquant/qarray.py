@@ -10,10 +10,8 @@ x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decod
 """
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,112 +21,15 @@ import numpy as np
 from jaxquant import calibration as calibrations
 from jaxquant import estimators
 from jaxquant import rounding as roundings
-from jaxquant.formats import Block, Codebook, Format, Int, divide, is_format
-from jaxquant.hadamard import check_block, hadamard
+from jaxquant.formats import Block, Codebook, Format, Int, divide
+from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
+from jaxquant.hadamard import hadamard
 from jaxquant.packing import pack_bits, unpack_bits
-
-Granularity = Literal["tensor", "channel"] | int | tuple[int, int]
+from jaxquant.quantizer import Quantizer
 
 _TINY = jnp.finfo(jnp.float32).tiny
-# Beyond this a scale's reciprocal, which XLA may multiply by instead of dividing, is subnormal.
+# Beyond this a scale's reciprocal is subnormal, which most hardware flushes.
 _HUGE = 2.0**100
-
-
-@functools.partial(jax.tree_util.register_pytree_node_class)
-@dataclasses.dataclass(frozen=True)
-class Quantizer:
-    """How one tensor is quantized: the grid, what shares a scale, how its range is found, how it rounds.
-
-    A pytree whose leaves are the format's traced parameters and the calibration's, so a Quantizer is an
-    argument of a jitted function like any array.
-
-    Args:
-        format: the grid, or a `Block`, which brings its own granularity.
-        granularity: what shares one scale: ``"tensor"`` (default), everything; ``"channel"``, what is
-            summed over together (the contracting axes); a block size, that many neighbours along the
-            contracting axis; a tile (m, n), m along the contracting axis by n along the last other axis.
-        calibration: from (x, axes, format) to the range; see `jaxquant.calibration`.
-        rounding: from (x, key) to integers; see `jaxquant.rounding`.
-        estimator: the gradient of `fake_quant`; see `jaxquant.estimators`.
-        hadamard: None, or the block size of a Hadamard rotation along the contracting axis, in whose
-            coordinates the tensor is quantized.
-
-    Raises:
-        ValueError: an argument of the wrong kind; a granularity beside a Block's.
-
-    >>> from jaxquant.formats import MXFP4, Int
-    >>> Quantizer(Int(4), "channel").granularity, Quantizer(MXFP4).granularity
-    ('channel', 32)
-    """
-
-    format: Format | Block
-    granularity: Granularity | None = None
-    calibration: calibrations.Calibration = calibrations.absmax
-    rounding: Callable[..., jax.Array] = roundings.nearest
-    estimator: Callable[[estimators.Laid], jax.Array] = estimators.straight_through
-    hadamard: int | None = None
-
-    def __post_init__(self):
-        if not isinstance(self.format, Block) and not is_format(self.format):
-            raise ValueError(f"format is a grid such as Int(4); got {self.format!r}")
-        object.__setattr__(self, "granularity", _granularity(self.granularity, self.format))
-        for name in ("calibration", "rounding", "estimator"):
-            if not callable(getattr(self, name)):
-                raise ValueError(
-                    f"{name} is a function, as in jaxquant.{name.replace('estimator', 'estimators')}; "
-                    f"got {getattr(self, name)!r}"
-                )
-        if self.hadamard is not None:
-            object.__setattr__(self, "hadamard", check_block(self.hadamard))
-
-    @property
-    def element(self) -> Format:
-        """The grid of the elements: a Block's, or the format itself."""
-        return self.format.element if isinstance(self.format, Block) else self.format
-
-    def tree_flatten(self):
-        # A calibration that is a pytree holds data; another is a function, and static.
-        is_data = not jax.tree_util.all_leaves([self.calibration])
-        data = self.calibration if is_data else None
-        static = (self.granularity, self.rounding, self.estimator, self.hadamard)
-        return (self.format, data), (*static, None if is_data else self.calibration)
-
-    @classmethod
-    def tree_unflatten(cls, static, children):
-        granularity, rounding, estimator, rotation, function = static
-        instance = object.__new__(cls)
-        for name, value in (
-            ("format", children[0]),
-            ("granularity", granularity),
-            ("calibration", children[1] if function is None else function),
-            ("rounding", rounding),
-            ("estimator", estimator),
-            ("hadamard", rotation),
-        ):
-            object.__setattr__(instance, name, value)
-        return instance
-
-
-def _granularity(size: Any, format: Format | Block) -> Granularity:
-    """A checked granularity; a Block's own where none is given."""
-    if isinstance(format, Block):
-        if size not in (None, format.size):
-            raise ValueError(
-                f"granularity of {format} is its block size {format.size}; got {size!r}"
-            )
-        return format.size
-    if size is None:
-        return "tensor"
-    if isinstance(size, str) and size in ("tensor", "channel"):
-        return size  # pyright: ignore[reportReturnType]
-    sizes: tuple[Any, ...] = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-    for n in sizes:
-        if not isinstance(n, int | np.integer) or isinstance(n, bool) or n < 1:
-            raise ValueError(
-                "granularity is 'tensor', 'channel', a block size of at least 1 or a tile (m, n) of such; "
-                f"got {size!r}"
-            )
-    return (int(sizes[0]), int(sizes[1])) if len(sizes) == 2 else int(sizes[0])
 
 
 @jax.tree_util.register_dataclass
@@ -227,106 +128,9 @@ class QArray:
         return scale if self.tensor_scale is None else scale * self.tensor_scale
 
 
-def scale_shape(
-    shape: tuple[int, ...], granularity: Granularity, axis: int | Sequence[int]
-) -> tuple[int, ...]:
-    """The shape of an array's scales: one entry per group along each axis.
-
-    Args:
-        shape: the array's.
-        granularity: as in `Quantizer`.
-        axis: the contracting axis or axes, negative ones counted from the end.
-
-    Raises:
-        ValueError: an axis that the array lacks; a block or tile size that does not divide its axis; a
-            block without a contracting axis; a tile with several, or without another axis.
-
-    With several contracting axes a block lies along the last of them, and each place on the others has
-    its own.
-
-    >>> scale_shape((8, 64), "channel", 1), scale_shape((8, 64), 16, 1), scale_shape((8, 64), (16, 4), 1)
-    ((8, 1), (8, 4), (2, 4))
-    """
-    if not shape and isinstance(granularity, str):
-        return ()  # a scalar has no axes and one scale
-    axes = normalized_axes(shape, axis)
-    if granularity == "tensor":
-        return (1,) * len(shape)
-    if granularity == "channel":
-        return tuple(1 if a in axes else n for a, n in enumerate(shape))
-    if not axes:
-        raise ValueError(
-            f"granularity {granularity} (a block size) needs a contracting axis; got none"
-        )
-    if isinstance(granularity, int):
-        return _divided(shape, {axes[-1]: granularity}, granularity)
-    if len(axes) != 1:
-        raise ValueError(f"a tile {granularity} needs one contracting axis; got {len(axes)}")
-    (along,) = axes
-    others = [a for a in range(len(shape)) if a != along]
-    if not others:
-        raise ValueError(
-            f"a tile {granularity} needs an array of at least two axes; got shape {shape}"
-        )
-    return _divided(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
-
-
-def normalized_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the start, in the order given, each checked to be one of the array's."""
-    try:
-        axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
-    except TypeError:
-        raise ValueError(f"axis is an integer or a tuple of integers; got {axis!r}") from None
-    for a in axes:
-        if not -len(shape) <= a < len(shape):
-            raise ValueError(f"axis {a} is not an axis of an array of shape {shape}")
-    return tuple(a % len(shape) for a in axes)
-
-
-def _divided(shape: tuple[int, ...], sizes: dict[int, int], granularity: Any) -> tuple[int, ...]:
-    for a, size in sizes.items():
-        if shape[a] % size:
-            raise ValueError(
-                f"granularity {granularity} does not divide axis {a} of shape {shape}: "
-                f"{shape[a]} elements are not a whole number of blocks of {size}"
-            )
-    return tuple(n // sizes.get(a, 1) for a, n in enumerate(shape))
-
-
-def _grouped(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
-    """Views each axis n that holds several groups as (groups, n / groups), and leaves the others.
-
-    Axes of size 1 are not added: reductions over views that have them are slow.
-    """
-    shape: list[int] = []
-    for n, g in zip(x.shape, groups, strict=True):
-        shape += [n] if g in (1, n) else [g, n // g]
-    return x.reshape(shape)
-
-
-def _within(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of `_grouped`'s view that lie within a group."""
-    axes, place = [], 0
-    for n, g in zip(shape, groups, strict=True):
-        split = g not in (1, n)
-        place += split
-        if split or (g == 1 and n != 1):
-            axes.append(place)
-        place += 1
-    return tuple(axes)
-
-
-def per_group(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Views scales so that they broadcast against `_grouped`'s view of an array of such a shape."""
-    view: list[int] = []
-    for n, g in zip(shape, scale.shape, strict=True):
-        view += [g] if g in (1, n) else [g, 1]
-    return scale.reshape(view)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Scales:
-    """What stands beside the grid's values, in `_grouped`'s view.
+    """What stands beside the grid's values, in `grouped`'s view.
 
     Attributes:
         scale: float32, a Block's own before storage.
@@ -413,9 +217,9 @@ def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
 def _to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
 ) -> tuple[jax.Array, _Scales, jax.Array]:
-    """The waist of the library: float32 (grid values, scales, x), all in `_grouped`'s view of x."""
+    """The waist of the library: float32 (grid values, scales, x), all in `grouped`'s view of x."""
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
-    view, axes = _grouped(x, groups), _within(x.shape, groups)
+    view, axes = grouped(x, groups), within(x.shape, groups)
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
     scales = _scales(found, quantizer)
     if not calibrations.sees_all(quantizer.calibration):
@@ -500,7 +304,7 @@ def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
             f"dequantize takes a QArray, as quantize gives it; got {type(qarray).__name__}"
         )
     qarray = qarray.unpack()
-    view = _grouped(qarray.element.load(qarray.qvalue), qarray.scale.shape)
+    view = grouped(qarray.element.load(qarray.qvalue), qarray.scale.shape)
     if qarray.zero_point is not None:
         view = view - per_group(qarray.element.load(qarray.zero_point), qarray.shape)
     values = (view * per_group(qarray.float_scale(), qarray.shape)).reshape(qarray.shape)

@@ -46,7 +46,7 @@ class RaggedDot:
     1712.05877, for its quantization.
 
     >>> from jaxquant.formats import INT8
-    >>> from jaxquant.qarray import Quantizer
+    >>> from jaxquant.quantizer import Quantizer
     >>> int8 = Quantizer(INT8, "channel")
     >>> dot = RaggedDot(Operands(int8, int8, "native"))
     >>> rows, experts = jnp.full((3, 1), 127.0), jnp.array([[[1.0]], [[10.0]]])

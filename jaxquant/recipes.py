@@ -6,7 +6,7 @@ from types import MappingProxyType
 from jaxquant import calibration, estimators, rounding
 from jaxquant.dot import DotGeneral, Operands
 from jaxquant.formats import E4M3, E5M2, INT8, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Block, Int
-from jaxquant.qarray import Quantizer
+from jaxquant.quantizer import Quantizer
 
 _NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?")
 _FLOAT_BITS = 16

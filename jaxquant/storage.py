@@ -34,7 +34,8 @@ def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
         ValueError: another node than a dictionary, an array or a QArray; a key with a slash.
 
     >>> from jaxquant.formats import INT4
-    >>> from jaxquant.qarray import Quantizer, quantize
+    >>> from jaxquant.qarray import quantize
+    >>> from jaxquant.quantizer import Quantizer
     >>> arrays, _ = to_arrays({"w": quantize(jnp.ones((2, 16)), Quantizer(INT4))})
     >>> {name: array.nbytes for name, array in arrays.items()}
     {'w/qvalue': 16, 'w/scale': 4}
@@ -64,7 +65,8 @@ def from_arrays(arrays: Mapping[str, Any], descriptions: Mapping[str, str]) -> A
             described, or of another type or shape than described.
 
     >>> from jaxquant.formats import NF4
-    >>> from jaxquant.qarray import Quantizer, dequantize, quantize
+    >>> from jaxquant.qarray import dequantize, quantize
+    >>> from jaxquant.quantizer import Quantizer
     >>> tree = {"w": quantize(jnp.array([0.1, -0.9, 0.4]), Quantizer(NF4))}
     >>> dequantize(from_arrays(*to_arrays(tree))["w"])
     Array([ 0.07162227, -0.9       ,  0.39663884], dtype=float32)

@@ -19,7 +19,7 @@ LIBRARY = [
         "packing",
         "hadamard",
     ],
-    ["calibration", "estimators", "qarray", "storage"],
+    ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     ["product", "dot", "native", "einsum", "ragged", "conv", "recipes"],
     ["rules", "nnx"],
 ]

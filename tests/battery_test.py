@@ -20,7 +20,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, formats, rounding
-from jaxquant.qarray import scale_shape
+from jaxquant.groups import scale_shape
 
 _COMMON: dict[str, Any] = {
     "deadline": None,

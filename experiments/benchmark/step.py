@@ -114,8 +114,20 @@ def count_products(jaxpr: Any) -> dict[str, int]:
     >>> count_products(jax.make_jaxpr(jnp.dot)(int8, int8).jaxpr)
     {'int8': 1, 'int8_multiply_adds': 64, 'roundings': 0}
     """
-    found = collections.Counter(int8=0, int8_multiply_adds=0, roundings=0)
-    for equation in _equations(jaxpr):
+    none = collections.Counter(int8=0, int8_multiply_adds=0, roundings=0)
+    return dict(_count(jaxpr, none))
+
+
+def _count(jaxpr: Any, none: collections.Counter) -> collections.Counter:
+    """Adds up the equations, those of inner programs (jit, custom_vjp, …) included."""
+    found = none.copy()
+    for equation in jaxpr.eqns:
+        inner = [_count(program, none) for program in _inner_programs(equation)]
+        if equation.primitive.name == "cond":
+            # One branch for each platform: the same product in the layout that suits it.
+            inner = [min(inner, key=lambda counts: counts["int8"])]
+        for counts in inner:
+            found.update(counts)
         if equation.primitive.name == "round":
             found["roundings"] += 1
         elif equation.primitive.name == "dot_general":
@@ -125,18 +137,15 @@ def count_products(jaxpr: Any) -> dict[str, int]:
                 terms = math.prod(lhs.shape[a] for a in contracting)
                 found["int8"] += 1
                 found["int8_multiply_adds"] += terms * equation.outvars[0].aval.size
-    return dict(found)
+    return found
 
 
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of inner programs (jit, custom_vjp, …) included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, list | tuple) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _equations(inner)
+def _inner_programs(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for inner in value if isinstance(value, list | tuple) else [value]:
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
 def deviation(contestant: Contestant, shape: Shape, tokens: int) -> str:

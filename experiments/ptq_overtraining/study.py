@@ -16,7 +16,7 @@ import jaxquant as jq
 from experiments.harness import cli, data, models, train, trials
 from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
-from jaxquant.qarray import Granularity
+from jaxquant.groups import Granularity
 
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
