@@ -84,9 +84,12 @@ NEEDS_KEY = (stochastic, dithered)
 def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Two random 32-bit words from a key, the seeds of all elements' draws."""
     if key is None:
-        raise ValueError(f"{name} rounding needs a PRNG key; got key=None")
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    words = data.astype(jnp.uint32).ravel()
+        raise ValueError(f"{name} rounding needs a PRNG key, as jax.random.key(0); got key=None")
+    dtype = getattr(key, "dtype", None)
+    is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not (is_typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
+        raise ValueError(f"{name} rounding takes one PRNG key, as jax.random.key(0); got {key!r}")
+    words = (jax.random.key_data(key) if is_typed else key).ravel()
     low, high = _mix(words[0] ^ jnp.uint32(0x85EBCA6B)), _mix(words[-1] ^ jnp.uint32(0xC2B2AE35))
     return _mix(low + high), _mix(low ^ high)
 
