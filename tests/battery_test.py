@@ -22,6 +22,8 @@ import jaxquant as jq
 from jaxquant import calibration, formats, rounding
 from jaxquant.groups import scale_shape
 
+pytestmark = pytest.mark.exhaustive
+
 _COMMON: dict[str, Any] = {
     "deadline": None,
     "derandomize": True,

@@ -16,6 +16,8 @@ from scipy import stats
 from experiments.benchmark import step, study, timing, variants
 from experiments.benchmark.lm import LinenLM, NnxLM, Shape
 
+pytestmark = pytest.mark.exhaustive
+
 SHAPE = Shape(layers=1, width=16, heads=2)
 
 

@@ -14,6 +14,8 @@ from gfloat.round_ndarray import round_ndarray
 import jaxquant as jq
 from jaxquant import formats
 
+pytestmark = pytest.mark.exhaustive
+
 FLOATS = {
     jq.E4M3: ml_dtypes.float8_e4m3fn,
     jq.Float(4, 3): ml_dtypes.float8_e4m3,

@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from qwix._src.core import qarray as qwix  # the public quantize takes no blocks
 
 import jaxquant as jq
 from jaxquant.calibration import Step
 
-qwix = pytest.importorskip("qwix._src.core.qarray")
+pytestmark = pytest.mark.exhaustive
+
 
 SHAPES = [(4, 64), (2, 3, 32)]
 

@@ -59,6 +59,7 @@ def grid_of(fmt) -> np.ndarray:
     return grid[np.isfinite(grid) & (grid >= low) & (grid <= high)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("round_", RANDOM)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_random_rounding_is_unbiased_between_any_two_neighbours(fmt, round_):

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -25,6 +28,36 @@ QUANTIZERS = {
     "nvfp4": jq.Quantizer(jq.NVFP4),
     "rotated": jq.Quantizer(jq.INT4, "channel", hadamard=32),
 }
+
+
+_SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
+mesh = jax.make_mesh((8,), ("rows",))
+rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+x = jnp.array(np.random.default_rng(0).normal(size=(16, 64)), jnp.float32)
+for name in ("int5", "nf4", "mxfp4", "e4m3fn"):
+    quantizer = jq.Quantizer(jq.parse(name), None if name == "mxfp4" else "channel")
+    whole = jq.quantize(x, quantizer).pack()
+    parts = jax.device_put(whole, rows)
+    assert parts.qvalue.addressable_shards[0].data.nbytes * 8 == whole.qvalue.nbytes
+    found = jax.jit(jq.dequantize, out_shardings=rows)(parts)
+    np.testing.assert_array_equal(found, jq.dequantize(whole))
+    made = jax.jit(lambda x: jq.quantize(x, quantizer).pack())(jax.device_put(x, rows))
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(made), jax.tree.leaves(whole)))
+print("same")
+"""
+
+
+def test_packed_arrays_are_sharded_by_rows():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARDED],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
 
 
 def quantized(name: str) -> jq.QArray:
