@@ -176,8 +176,9 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scale
     # Zero is always within the range, so that it has a value of its own; the difference of the ends
     # might not be a float32, half of it is.
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    scale = 2 * divide(high / 2 - low / 2, levels)
-    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    half = divide(high / 2 - low / 2, levels)
+    half = jnp.where(jnp.isinf(half), jnp.nan, half)
+    scale = 2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2)
     scale = jnp.where(scale < _TINY, 1, scale)
     zero = jnp.round(element.min_value - low / scale)
     return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
