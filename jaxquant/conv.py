@@ -10,7 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import rounding
-from jaxquant.dot import DotGeneral, Operands, kept, simulate
+from jaxquant.dot import (
+    DotGeneral,
+    Operands,
+    as_values,
+    check_stored,
+    differentiable,
+    first_order,
+    kept,
+    laid,
+    likes,
+    simulate,
+)
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.product import is_float8
 from jaxquant.qarray import QArray, dequantize, quantize
@@ -99,41 +110,29 @@ class ConvGeneralDilated:
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         if out_sharding is not None:
             options["out_sharding"] = out_sharding
-        if isinstance(lhs, QArray) or isinstance(rhs, QArray):
-            return self._stored(window, lhs, rhs, options)
+        for name, x, spec in (("lhs", lhs, window.lhs_spec), ("rhs", rhs, window.rhs_spec)):
+            _check_stored(name, x, getattr(self.forward, name), spec[0])
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
             lhs = simulate(lhs, forward.lhs, _all_but(window.lhs_spec[0], lhs.ndim))
             rhs = simulate(rhs, forward.rhs, _all_but(window.rhs_spec[0], rhs.ndim))
             if self.dlhs is None and self.drhs is None:
                 return window.convolve(lhs, rhs, **options)
-            forward = Operands()
-        return _conv(
-            window, tuple(options.items()), (forward, self.dlhs, self.drhs, originals), lhs, rhs
-        )
+            forward, originals = Operands(), as_values(originals)
+        operands = (forward, self.dlhs, self.drhs, originals)
+        return _conv(window, tuple(options.items()), operands, *differentiable(lhs, rhs))
 
-    def _stored(self, window: "Window", lhs: Any, rhs: Any, options: dict) -> jax.Array:
-        """A convolution with an operand that is stored already."""
-        operands = []
-        for name, x, spec in (("lhs", lhs, window.lhs_spec), ("rhs", rhs, window.rhs_spec)):
-            quantizer, summed = getattr(self.forward, name), _all_but(spec[0], x.ndim)
-            if not isinstance(x, QArray):
-                x = x if quantizer is None else quantize(x, quantizer, summed)
-            elif quantizer is not None and quantizer.format != x.format:
-                raise ValueError(
-                    f"{name} is stored as {x.format} already, and its quantizer here has {quantizer.format}"
-                )
-            elif any(x.scale.shape[a] != 1 for a in summed) or x.hadamard is not None:
-                raise ValueError(
-                    f"a stored {name} has scales along axis {spec[0]} alone and no rotation, as granularity "
-                    f"'channel' gives; got scales of shape {x.scale.shape} and hadamard {x.hadamard}"
-                )
-            operands.append(x)
-        if self.forward.arithmetic == "simulated":
-            left, right = (dequantize(x) if isinstance(x, QArray) else x for x in operands)
-            return window.convolve(left, right, **options)
-        left, right = operands
-        return _product(window, left, right, options)
+
+def _check_stored(name: str, x: Any, quantizer: Quantizer | None, axis: int) -> None:
+    """Raises a ValueError where a stored operand's scales are not what a convolution applies."""
+    check_stored(name, x, quantizer)
+    if not isinstance(x, QArray):
+        return
+    if any(x.scale.shape[a] != 1 for a in _all_but(axis, x.ndim)) or x.hadamard is not None:
+        raise ValueError(
+            f"a stored {name} has scales along axis {axis} alone and no rotation, as granularity "
+            f"'channel' gives; got scales of shape {x.scale.shape} and hadamard {x.hadamard}"
+        )
 
 
 def _check_types(name: str, operands: Operands | None, kept: Quantizer | None) -> None:
@@ -291,28 +290,41 @@ def _conv(window: Window, options: Any, operands: Any, lhs: jax.Array, rhs: jax.
 def _conv_forward(window, options, operands, lhs, rhs):
     forward, dlhs, drhs, originals = operands
     (batch, lhs_in), (features, rhs_in) = window.lhs_spec[:2], window.rhs_spec[:2]
-    left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, _all_but(batch, lhs.ndim))
-    right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, _all_but(features, rhs.ndim))
+    ndim = len(window.lhs_spec)
+    left = laid(lhs, originals[0], forward.lhs, _all_but(batch, ndim))
+    right = laid(rhs, originals[1], forward.rhs, _all_but(features, ndim))
     out = _product(window, left, right, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (
-        kept(originals[0], left, drhs, _all_but(lhs_in, lhs.ndim)),
-        kept(originals[1], right, dlhs, _all_but(rhs_in, rhs.ndim)),
+        kept(originals[0], left, drhs, _all_but(lhs_in, ndim)),
+        kept(originals[1], right, dlhs, _all_but(rhs_in, ndim)),
     )
-    return out, (residuals, (dlhs, drhs), jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype))
+    return out, (residuals, (dlhs, drhs), likes(lhs, rhs, originals))
 
 
 def _conv_backward(window, options, residuals, gradient):
-    (lhs, rhs), (dlhs, drhs), lhs_like, rhs_like = residuals
+    (lhs, rhs), (dlhs, drhs), (lhs_like, rhs_like) = residuals
     options = {"precision": dict(options)["precision"]}
-    if gradient.size == 0:  # XLA has no convolution with an empty window
-        return None, jnp.zeros(lhs.shape, lhs_like.dtype), jnp.zeros(rhs.shape, rhs_like.dtype)
-    left = _lhs_gradient(window, options, dlhs, gradient, lhs.shape, rhs)
-    right = _rhs_gradient(window, options, drhs, gradient, lhs, rhs.shape)
-    return None, left.astype(lhs_like.dtype), right.astype(rhs_like.dtype)
+    left = right = jnp.zeros(0)
+    if lhs_like is not None:
+        left = jnp.zeros(lhs.shape, lhs_like.dtype)
+        if gradient.size:  # XLA has no convolution with an empty window
+            left = _lhs_gradient(window, options, dlhs, gradient, lhs.shape, rhs)
+        left = left.astype(lhs_like.dtype)
+    if rhs_like is not None:
+        right = jnp.zeros(rhs.shape, rhs_like.dtype)
+        if gradient.size:
+            right = _rhs_gradient(window, options, drhs, gradient, lhs, rhs.shape)
+        right = right.astype(rhs_like.dtype)
+    witnesses = (lhs_like, rhs_like)
+    return None, first_order(left, witnesses), first_order(right, witnesses)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
+
+
+# The two gradients draw for themselves, were their scales equal.
+_DRHS_KEY = functools.partial(rounding.key_of, seed=1)
 
 
 def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Array:
@@ -347,7 +359,7 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
         gradient = gradient.astype(jnp.float32) * window.lhs_scale(lhs.float_scale(), features)
         lhs = _without_scale(lhs)
     if operands.lhs is not None:
-        gradient = quantize(gradient, operands.lhs, summed, rounding.key_of)
+        gradient = quantize(gradient, operands.lhs, summed, _DRHS_KEY)
     transposed = _towards_rhs(window, lhs.shape, rhs_shape, gradient.shape)
     options = {**options, "preferred_element_type": wide(gradient.dtype)}
     return _product(transposed, lhs, gradient, options)

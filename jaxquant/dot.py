@@ -104,7 +104,9 @@ class DotGeneral:
     operands: ∂lhs = g · Q_r(rhs)ᵀ and ∂rhs = Q_l(lhs)ᵀ · g, in floating point or, by `dlhs` and `drhs`,
     quantized too.  What the backward pass needs is kept as the forward pass quantized it.
 
-    An operand may be a `QArray` already, whose quantizer is then None here.
+    An operand may be a `QArray` already, whose quantizer here is None or has the same format; it gets
+    no gradient, the other operand does.  Second derivatives pass through simulated products alone; through
+    the others they are a ValueError.
 
     Args:
         forward: the forward product's operands.
@@ -157,41 +159,82 @@ class DotGeneral:
         if out_sharding is not None:
             options["out_sharding"] = out_sharding
         dims = as_tuples(dimension_numbers)
-        if isinstance(lhs, QArray) or isinstance(rhs, QArray):
-            return self._stored(lhs, rhs, dims, options)
+        for name, x in (("lhs", lhs), ("rhs", rhs)):
+            check_stored(name, x, getattr(self.forward, name))
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
             lhs = simulate(lhs, forward.lhs, dims[0][0])
             rhs = simulate(rhs, forward.rhs, dims[0][1])
             if self.dlhs is None and self.drhs is None:
                 return jax.lax.dot_general(lhs, rhs, dims, **options)
-            forward = Operands()
-        return _dot(
-            dims, tuple(options.items()), (forward, self.dlhs, self.drhs, originals), lhs, rhs
+            forward, originals = Operands(), as_values(originals)
+        operands = (forward, self.dlhs, self.drhs, originals)
+        return _dot(dims, tuple(options.items()), operands, *differentiable(lhs, rhs))
+
+
+def _varying_axes(x: jax.Array) -> frozenset:
+    """The axes of a surrounding shard_map along which an array differs from device to device."""
+    kind = jax.typeof(x)
+    manual = getattr(kind, "manual_axis_type", None)  # what newer versions call it
+    return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+
+def as_values(operands: Any) -> list[jax.Array]:
+    """Operands with the values of those that are stored."""
+    return [dequantize(x) if isinstance(x, QArray) else x for x in operands]
+
+
+def check_stored(name: str, x: Any, quantizer: Quantizer | None) -> None:
+    """Raises a ValueError where an operand is stored in another format than its quantizer's."""
+    if not isinstance(x, QArray) or quantizer is None:
+        return
+    if jax.tree.leaves(quantizer.format) or quantizer.format != x.format:
+        raise ValueError(
+            f"{name} is stored as {x.format} already, and its quantizer here has {quantizer.format}; "
+            "give None, or the same format"
         )
 
-    def _stored(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
-        """A product with an operand that is stored already."""
-        quantizers = (self.forward.lhs, self.forward.rhs)
-        operands = []
-        for name, x, quantizer, axes in zip(
-            ("lhs", "rhs"), (lhs, rhs), quantizers, dims[0], strict=True
-        ):
-            if isinstance(x, QArray) and quantizer is not None and quantizer.format != x.format:
-                raise ValueError(
-                    f"{name} is stored as {x.format} already, and its quantizer here has {quantizer.format}"
-                )
-            if isinstance(x, QArray) or quantizer is None:
-                operands.append(x)
-            elif self.forward.arithmetic == "native":
-                operands.append(quantize(x, quantizer, axes))
-            else:
-                operands.append(fake_quant(x, quantizer, axes))
-        if self.forward.arithmetic == "simulated":
-            left, right = (dequantize(x) if isinstance(x, QArray) else x for x in operands)
-            return jax.lax.dot_general(left, right, dims, **options)
-        left, right = operands
-        return product(left, right, dims, **options)
+
+def differentiable(*operands: jax.Array | QArray) -> list[jax.Array]:
+    """What a product is differentiated by: its operands, with nothing in the place of stored ones.
+
+    Within shard_map an operand that is the same on all devices is marked as varying like the others, so
+    that its gradient is summed over them.
+    """
+    arrays = [jnp.zeros(0) if isinstance(x, QArray) else jnp.asarray(x) for x in operands]
+    varying = [_varying_axes(x) for x in arrays]
+    everywhere = frozenset().union(*varying)
+
+    def vary(x: jax.Array, axes: frozenset) -> jax.Array:
+        missing = tuple(sorted(everywhere - axes))
+        if not missing:
+            return x
+        if hasattr(jax.lax, "pcast"):
+            return jax.lax.pcast(x, missing, to="varying")
+        return jax.lax.pvary(x, missing)
+
+    return [vary(x, axes) for x, axes in zip(arrays, varying, strict=True)]
+
+
+@jax.custom_vjp
+def first_order(value: jax.Array, witnesses: Any) -> jax.Array:
+    """A value whose derivative, by itself or by the witnesses, is an error.
+
+    What a product keeps for its gradients is rounded and has no derivative, so that a second one would
+    come out as zero.
+    """
+    del witnesses
+    return value
+
+
+def _refuse(_, gradient):
+    raise ValueError(
+        "second derivatives do not pass through native products or quantized gradients, which keep rounded "
+        "numbers alone; use arithmetic='simulated' with dlhs and drhs None"
+    )
+
+
+first_order.defvjp(lambda value, witnesses: (value, None), _refuse)
 
 
 def _check_rounding(product_name: str, side: str, quantizer: Any) -> None:
@@ -224,13 +267,18 @@ def _check_reuse(name: str, operands: Operands, kept: Quantizer | None) -> None:
 
 def as_tuples(dimension_numbers: DimensionNumbers) -> Any:
     """Dimension numbers as tuples of Python ints, hashable whatever sequences they came in."""
-    return tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
+    dims = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
+    if any(a < 0 for pair in dims for axes in pair for a in axes):
+        raise ValueError(f"dimension numbers count axes from the start; got {dimension_numbers}")
+    return dims
 
 
 def simulate(
-    x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None
+    x: jax.Array | QArray, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None
 ) -> jax.Array:
-    """x as its quantizer leaves it, in x's own type; x where there is none."""
+    """x as its quantizer leaves it, in x's own type; x where there is none; a stored one's values."""
+    if isinstance(x, QArray):
+        return dequantize(x)
     return x if quantizer is None else fake_quant(x, quantizer, axes, key)
 
 
@@ -242,18 +290,35 @@ def _dot(dims: Any, options: Any, operands: Any, lhs: jax.Array, rhs: jax.Array)
 def _dot_forward(dims, options, operands, lhs, rhs):
     forward, dlhs, drhs, originals = operands
     (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
-    left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, lhs_axes)
-    right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, rhs_axes)
+    left = laid(lhs, originals[0], forward.lhs, lhs_axes)
+    right = laid(rhs, originals[1], forward.rhs, rhs_axes)
     if isinstance(left, QArray) or isinstance(right, QArray):
         out = product(left, right, dims, **dict(options))
     else:
         out = jax.lax.dot_general(left, right, dims, **dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (
-        kept(originals[0], left, drhs, _free(lhs.ndim, lhs_axes, lhs_batch)),
-        kept(originals[1], right, dlhs, _free(rhs.ndim, rhs_axes, rhs_batch)),
+        kept(originals[0], left, drhs, _free(left.ndim, lhs_axes, lhs_batch)),
+        kept(originals[1], right, dlhs, _free(right.ndim, rhs_axes, rhs_batch)),
     )
-    return out, (residuals, (dlhs, drhs), jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype))
+    return out, (residuals, (dlhs, drhs), likes(lhs, rhs, originals))
+
+
+def laid(x: jax.Array, original: Any, quantizer: Quantizer | None, axes: tuple[int, ...]) -> Any:
+    """An operand as it is multiplied: stored already, or quantized now, or as it is."""
+    if isinstance(original, QArray):
+        return original
+    return x if quantizer is None else quantize(x, quantizer, axes)
+
+
+def likes(lhs: jax.Array, rhs: jax.Array, originals: Any) -> list[jax.Array | None]:
+    """Empty parts of the operands, for their gradients' types; None for one that is stored."""
+
+    def empty(x: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(x if x.ndim else x[None], 0, 0)
+
+    pairs = zip((lhs, rhs), originals, strict=True)
+    return [None if isinstance(o, QArray) else empty(x) for x, o in pairs]
 
 
 def kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[int, ...]) -> Any:
@@ -267,6 +332,8 @@ def kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[in
     """
     if operands is None or operands.rhs is None:
         return quantized
+    if isinstance(x, QArray):
+        x = dequantize(x)
     if operands.arithmetic == "native":
         return quantize(x, operands.rhs, axes)
     return fake_quant(x, operands.rhs, axes)
@@ -277,11 +344,15 @@ def _free(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tu
 
 
 def _dot_backward(dims, options, residuals, gradient):
-    (lhs, rhs), (dlhs, drhs), lhs_like, rhs_like = residuals
+    (lhs, rhs), (dlhs, drhs), (lhs_like, rhs_like) = residuals
     options = {"precision": dict(options)["precision"]}
-    left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
-    right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
-    return None, left, right
+    left = right = jnp.zeros(0)
+    if lhs_like is not None:
+        left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
+    if rhs_like is not None:
+        right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
+    witnesses = (lhs_like, rhs_like)
+    return None, first_order(left, witnesses), first_order(right, witnesses)
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
@@ -335,6 +406,8 @@ def _gradient_product(
     """The product of the gradient with what was kept, either of them first; `numbers` say which."""
     side = 0 if gradient_first else 1
     axes = numbers[0][side]
+    # Each of the two products draws for itself, were the scales equal.
+    key = functools.partial(rounding.key_of, seed=side)
 
     def multiply(gradient, kept, dot=product):
         pair = (gradient, kept) if gradient_first else (kept, gradient)
@@ -342,14 +415,13 @@ def _gradient_product(
 
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
-        key = rounding.key_of if quantizer is not None else None
         values = _unrotated(kept)
         gradient = simulate(gradient, quantizer, axes, key)
         return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
     if isinstance(kept, QArray) and operands.rhs is None:
         gradient, kept = _carry_scale(gradient, kept, numbers, side)
     if operands.lhs is not None:
-        gradient = quantize(gradient, operands.lhs, axes, rounding.key_of)
+        gradient = quantize(gradient, operands.lhs, axes, key)
         if isinstance(kept, QArray):  # rotations of the forward's sum are no part of this one
             kept = dataclasses.replace(kept, hadamard=gradient.hadamard)
     if isinstance(gradient, QArray) or isinstance(kept, QArray):
@@ -380,6 +452,11 @@ def _carry_scale(
     kept_axes, kept_batch = numbers[0][1 - side], numbers[1][1 - side]
     axes, batch = numbers[0][side], numbers[1][side]
     scale = kept.float_scale()
+    if any(scale.shape[a] != 1 for a in _free(kept.ndim, kept_axes, kept_batch)):
+        raise ValueError(
+            "a native gradient product cannot multiply stored numbers again whose scales vary along what it "
+            f"leaves, as scales in blocks do; got scales of shape {scale.shape}. Give it an rhs quantizer"
+        )
     if scale.size == 1:  # does not vary, and is applied to the result
         return gradient, kept
     order = dict(zip((*axes, *batch), (*kept_axes, *kept_batch), strict=True))

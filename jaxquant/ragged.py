@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 
 from jaxquant import rounding
-from jaxquant.dot import DotGeneral, Operands, kept, simulate
+from jaxquant.dot import DotGeneral, Operands, differentiable, first_order, kept, likes, simulate
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.qarray import QArray, dequantize, quantize
 
@@ -84,6 +84,7 @@ class RaggedDot:
                 return jax.lax.ragged_dot(lhs, rhs, group_sizes, **options)
             forward = Operands()
         operands = (forward, self.dlhs, self.drhs, originals)
+        lhs, rhs = differentiable(lhs, rhs)
         return _ragged(tuple(options.items()), operands, lhs, rhs, group_sizes)
 
 
@@ -198,8 +199,7 @@ def _ragged_forward(options, operands, lhs, rhs, group_sizes):
     out = _row_product(left, right, group_sizes, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (kept(originals[0], left, drhs, (0,)), kept(originals[1], right, dlhs, (2,)))
-    likes = jnp.zeros(0, lhs.dtype), jnp.zeros(0, rhs.dtype)
-    return out, (residuals, group_sizes, (dlhs, drhs), likes)
+    return out, (residuals, group_sizes, (dlhs, drhs), likes(lhs, rhs, originals))
 
 
 def _ragged_backward(options, residuals, gradient):
@@ -211,7 +211,8 @@ def _ragged_backward(options, residuals, gradient):
     gradient = _in_groups(gradient, group_sizes)
     left = _lhs_gradient(options, dlhs, gradient, rhs, group_sizes).astype(lhs_like.dtype)
     right = _rhs_gradient(options, drhs, gradient, lhs, group_sizes).astype(rhs_like.dtype)
-    return None, left, right, None
+    witnesses = (lhs_like, rhs_like)
+    return None, first_order(left, witnesses), first_order(right, witnesses), None
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)
@@ -242,16 +243,18 @@ def _operands(operands, gradient, kept, axis, carried) -> tuple[Any, Any]:
     Σ_n g_n (s_n q_n) = Σ_n (g_n s_n) q_n, so that they are carried over to the gradient, and the stored
     numbers are multiplied as they are.
     """
+    # The two gradients draw for themselves, were their scales equal.
+    key = functools.partial(rounding.key_of, seed=axis)
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
-        gradient = simulate(gradient, quantizer, (axis,), rounding.key_of)
+        gradient = simulate(gradient, quantizer, (axis,), key)
         values = dequantize(kept) if isinstance(kept, QArray) else kept
         return gradient, values.astype(gradient.dtype)
     if isinstance(kept, QArray) and operands.rhs is None:
         gradient = gradient.astype(jnp.float32) * carried(kept.float_scale())
         kept = dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))
     if operands.lhs is not None:
-        gradient = quantize(gradient, operands.lhs, axis, rounding.key_of)
+        gradient = quantize(gradient, operands.lhs, axis, key)
     return gradient, kept
 
 

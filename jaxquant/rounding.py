@@ -114,22 +114,24 @@ def _mix(word: jax.Array) -> jax.Array:
 def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
     """⌊x⌋, plus one where the fraction exceeds the word's uppermost 24 bits taken as a number in [0, 1)."""
     low = jnp.floor(x)
-    threshold = (word >> 8).astype(x.dtype) * x.dtype.type(2.0**-24)
+    threshold = (word >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     # Comparing keeps integers fixed: floor(x + u) would lose them where x + u rounds up.
-    return low + (threshold < x - low).astype(x.dtype)
+    return low + (threshold < (x - low).astype(jnp.float32)).astype(x.dtype)
 
 
 def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """A PRNG key from the content of an array, for where no key can be passed.
 
-    The key, in JAX's raw form, is `seed` beside the wrapped sum of the values' bits.  Integer sums do
+    The key, in JAX's raw form, is `seed` beside the wrapped sum of hashes of the values and their places.
     not depend on their order, so the key is the same under any sharding; it changes with the values.
 
     >>> key_of(jnp.ones(3)), key_of(jnp.ones(4))
     (Array([         0, 3196059648], dtype=uint32), Array([         0, 4261412864], dtype=uint32))
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    return jnp.stack([jnp.uint32(seed), jnp.sum(bits, dtype=jnp.uint32)])
+    # Mixed with their places, or powers of two, whose bits are few, would have few sums.
+    mixed = _mix(bits ^ _mix(_places(x.shape)))
+    return jnp.stack([jnp.uint32(seed), jnp.sum(mixed, dtype=jnp.uint32)])
 
 
 @jax.custom_vjp
