@@ -42,7 +42,7 @@ from jaxquant.formats import (
     parse,
 )
 from jaxquant.hadamard import hadamard
-from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
+from jaxquant.qarray import QArray, calibrate, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
 from jaxquant.recipes import recipe
@@ -82,6 +82,7 @@ __all__ = [
     "QArray",
     "Quantizer",
     "RaggedDot",
+    "calibrate",
     "calibration",
     "dequantize",
     "einsum",

@@ -95,7 +95,7 @@ def _gaussian_range(format: Format) -> Any:
                 f"gaussian calibration takes a static format or an Int; got {format!r}"
             )
         lowest = 2 if format.levels in ("symmetric", "full") else 1
-        widths = range(lowest, 13)
+        widths = range(lowest, 17)
         table = jnp.array(
             [optimal_gaussian_range(Int(b, format.levels))[0] for b in widths], jnp.float32
         )
@@ -118,9 +118,7 @@ def optimal_gaussian_range(format: Format) -> tuple[float, float]:
     >>> round(optimal_gaussian_range(Int(2, "midrise"))[1], 5)
     0.11885
     """
-    with jax.ensure_compile_time_eval():
-        codes = jnp.arange(2**format.bits)
-        grid = np.unique(np.asarray(format.decode(codes), np.float64))
+    grid = _grid(format)
     top = float(format.max_value)
     grid = grid[np.isfinite(grid) & (grid >= float(format.min_value)) & (grid <= top)] / top
 
@@ -135,6 +133,17 @@ def optimal_gaussian_range(format: Format) -> tuple[float, float]:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         low, high = (low, right) if error(left) < error(right) else (left, high)
     return math.exp((low + high) / 2), error((low + high) / 2)
+
+
+def _grid(format: Format) -> np.ndarray:
+    """A static format's values in rising order."""
+    if isinstance(
+        format, Int
+    ):  # without JAX, so that it works while a program is traced by shard_map
+        low, high = int(format.min_value), int(format.max_value)
+        return np.arange(low, high + 1, format.step).astype(np.float64)
+    with jax.ensure_compile_time_eval():
+        return np.unique(np.asarray(format.decode(jnp.arange(2**format.bits)), np.float64))
 
 
 def _gaussian_error(grid: np.ndarray) -> float:
@@ -211,7 +220,7 @@ class mse:
                 for new, old in zip((error, share), best, strict=True)
             )
 
-        start = (jnp.full(largest.shape, jnp.inf), jnp.ones(largest.shape))
+        start = tuple(jnp.full(largest.shape, v, jnp.float32) for v in (jnp.inf, 1))
         return largest * jax.lax.fori_loop(0, self.candidates, search, start)[1]
 
 
@@ -221,7 +230,8 @@ class Range:
     """A range that is data: found before, by running statistics, or learned.
 
     Args:
-        value: the magnitude r, or the pair (low, high); broadcasts against one value per group.
+        value: the magnitude r, or the pair (low, high): one number, or one for each group in the shape of
+            the scales, as `jaxquant.calibrate` gives them.  A negative one makes its group NaN.
 
     >>> from jaxquant.formats import Int
     >>> Range(jnp.float32(3.0))(jnp.ones((2, 4)), (1,), Int(4)).shape
@@ -246,7 +256,7 @@ class Scale:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step size that is data, as LSQ learns it: the scale itself.
+    """A step size that is data, as LSQ learns it: the scale itself, positive; a negative one makes NaN.
 
     >>> from jaxquant.formats import Int
     >>> Step(jnp.float32(0.5))(jnp.ones((1, 4)), (0, 1), Int(4)).value
@@ -268,10 +278,11 @@ def _over_groups(value: jax.Array, groups: tuple[int, ...]) -> jax.Array:
     """One range for all groups, or one for each, in the view's shape."""
     if value.size == 1:
         return jnp.broadcast_to(value.reshape((1,) * len(groups)), groups)
-    if value.size != math.prod(groups):
+    # The view adds and leaves out axes of size 1 only.
+    if [n for n in value.shape if n != 1] != [n for n in groups if n != 1]:
         raise ValueError(
-            f"a range is one number or one for each group; got shape {value.shape} for groups "
-            f"{tuple(g for g in groups if g != 1) or (1,)}"
+            "a range is one number, or one for each group in the scales' shape; got shape "
+            f"{value.shape} for groups {tuple(g for g in groups if g != 1) or (1,)}"
         )
     return value.reshape(groups)
 
@@ -298,47 +309,43 @@ class Running(NamedTuple):
     """A pair of pure functions, as in optax.
 
     Attributes:
-        init: from (x, axes, format) to a `RunningRange` that has seen nothing.
-        update: from (state, x, axes, format) to the next.
+        init: from values to a `RunningRange` that has seen nothing.
+        update: from (state, values) to the next.
     """
 
-    init: Callable[..., RunningRange]
-    update: Callable[..., RunningRange]
+    init: Callable[[jax.Array], RunningRange]
+    update: Callable[[RunningRange, jax.Array], RunningRange]
 
 
-def running(calibration: Calibration = absmax, decay: float = 0.99) -> Running:
-    """Running statistics of a calibration's ranges: an exponential average without initial bias.
+def running(find: Callable[[jax.Array], Any], decay: float = 0.99) -> Running:
+    """Running statistics of ranges: an exponential average without initial bias.
 
-    r_t = Σ_i decay^(t−i) · calibration(x_i) / Σ_i decay^(t−i).
+    r_t = Σ_i decay^(t−i) · find(x_i) / Σ_i decay^(t−i).
 
     Args:
-        calibration: what is averaged, in one update's batch.
+        find: from values to their range, as `jaxquant.calibrate` with a quantizer is.
         decay: from 0, the last batch alone, to 1, the plain mean of all.
 
     Raises:
         ValueError: a decay outside [0, 1].
 
-    >>> from jaxquant.formats import Int
-    >>> init, update = running(absmax, decay=0.5)
-    >>> state = init(jnp.zeros((1, 4)), (0, 1), Int(8))
+    >>> init, update = running(lambda x: absmax(x, (0, 1)), decay=0.5)
+    >>> state = init(jnp.zeros((1, 4)))
     >>> for largest in (1.0, 4.0):
-    ...     state = update(state, jnp.full((1, 4), largest), (0, 1), Int(8))
-    >>> state.range().value
-    Array([[3.]], dtype=float32)
+    ...     state = update(state, jnp.full((1, 4), largest))
+    >>> state.range()  # a calibration
+    Range(value=Array([[3.]], dtype=float32))
     """
     if not isinstance(decay, int | float) or not 0 <= decay <= 1:
         raise ValueError(f"decay is from 0 to 1; got {decay!r}")
 
-    def init(x: jax.Array, axes: tuple[int, ...], format: Format) -> RunningRange:
-        shapes = jax.eval_shape(lambda x: calibration(x.astype(jnp.float32), axes, format), x)
+    def init(x: jax.Array) -> RunningRange:
+        shapes = jax.eval_shape(find, x)
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return RunningRange(zeros, jnp.zeros((), jnp.float32))
 
-    def update(
-        state: RunningRange, x: jax.Array, axes: tuple[int, ...], format: Format
-    ) -> RunningRange:
-        found = calibration(x.astype(jnp.float32), axes, format)
-        total = jax.tree.map(lambda old, new: decay * old + new, state.total, found)
+    def update(state: RunningRange, x: jax.Array) -> RunningRange:
+        total = jax.tree.map(lambda old, new: decay * old + new, state.total, find(x))
         return RunningRange(total, decay * state.weight + 1)
 
     return Running(init, update)

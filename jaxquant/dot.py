@@ -211,7 +211,7 @@ def differentiable(*operands: jax.Array | QArray) -> list[jax.Array]:
             return x
         if hasattr(jax.lax, "pcast"):
             return jax.lax.pcast(x, missing, to="varying")
-        return jax.lax.pvary(x, missing)
+        return jax.lax.pvary(x, missing)  # pyright: ignore[reportAttributeAccessIssue]
 
     return [vary(x, axes) for x, axes in zip(arrays, varying, strict=True)]
 

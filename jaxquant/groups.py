@@ -59,6 +59,10 @@ def normalized_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[
         axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
     except TypeError:
         raise ValueError(f"axis is an integer or a tuple of integers; got {axis!r}") from None
+    if isinstance(axis, bool) or len({a % max(1, len(shape)) for a in axes}) != len(axes):
+        raise ValueError(
+            f"axes are integers that differ; got {axis!r} for an array of shape {shape}"
+        )
     for a in axes:
         if not -len(shape) <= a < len(shape):
             raise ValueError(f"axis {a} is not an axis of an array of shape {shape}")

@@ -44,6 +44,8 @@ def hadamard(
     Array([ 1.4142135,  0.       ,  1.4142135, -1.4142135], dtype=float32)
     """
     size = check_block(block)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"only floating-point arrays can be rotated; got {x.dtype}")
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} is not an axis of an array of shape {x.shape}")
     axis %= x.ndim

@@ -87,7 +87,9 @@ def _install(module: nnx.Module, path: str, dot_general: DotGeneral) -> None:
                 f"{path} has a dot_general of its own, {module.dot_general!r}, which a rule would replace; "
                 f"a rule ('{path}', None) before the others keeps it"
             )
-        module.dot_general = dot_general
+        # A recipe with traced widths is a pytree with arrays, which the module is told to hold as such.
+        has_arrays = bool(jax.tree.leaves(dot_general))
+        module.dot_general = nnx.data(dot_general) if has_arrays else dot_general
     elif isinstance(module, nnx.Embed):
         if dot_general.forward.rhs is None:
             raise ValueError(

@@ -2,11 +2,12 @@
 
 For each group of elements that share a scale s (a tensor, a channel, a block, a tile):
 
-    s = r / format.max_value,    q = format.round(x / s),    x̂ = s · q
+    s = r / format.max_value,    q = format.round(x · (1/s)),    x̂ = s · q
 
 with the range r by calibration, computed in float32.  With an asymmetric range [l, h] there is a zero
 point too:  s = (h − l) / (max − min),  z = round(min − l / s),  q = format.round(x / s + z),
-x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole.
+x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole, and so
+does one whose given range is negative.
 """
 
 import dataclasses
@@ -153,16 +154,22 @@ def _scales(found: Any, quantizer: Quantizer) -> _Scales:
     if isinstance(found, tuple):
         low, high = found
         return _asymmetric(low, high, quantizer)
-    if isinstance(found, calibrations.Scale):
-        scale = found.value
-    else:
-        scale = divide(found, quantizer.element.max_value)
-    scale = jnp.where(jnp.isinf(scale), jnp.nan, scale)
+    is_scale = isinstance(found, calibrations.Scale)
+    scale = found.value if is_scale else divide(found, quantizer.element.max_value)
+    scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
     if isinstance(quantizer.format, Block):
         return _Scales(*quantizer.format.scales(scale))
-    # A group of zeros, or of values whose scale would be subnormal (flushed on most hardware), gets
-    # scale 1: its elements round to zero instead of dividing by it.  A scale of NaN stays.
-    return _Scales(jnp.where(scale < _TINY, 1, scale))
+    return _Scales(_no_smaller(scale, quantizer))
+
+
+def _no_smaller(scale: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Scales that can be divided by: none is zero or subnormal, which most hardware flushes.  NaN stays.
+
+    A range that was taken of the values themselves is so small only where they are: they get scale 1 and
+    round to zero.  A range that was given, or leaves values out, clips what lies beyond it, however small.
+    """
+    least = 1 if calibrations.sees_all(quantizer.calibration) else _TINY
+    return jnp.where(scale < _TINY, least, scale)
 
 
 def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scales:
@@ -175,11 +182,12 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scale
     levels = jnp.float32(element.max_value) - jnp.float32(element.min_value)
     # Zero is always within the range, so that it has a value of its own; the difference of the ends
     # might not be a float32, half of it is.
+    ends_in_order = low <= high
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     half = divide(high / 2 - low / 2, levels)
     half = jnp.where(jnp.isinf(half), jnp.nan, half)
-    scale = 2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2)
-    scale = jnp.where(scale < _TINY, 1, scale)
+    scale = _no_smaller(2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2), quantizer)
+    scale = jnp.where(ends_in_order, scale, jnp.nan)
     zero = jnp.round(element.min_value - low / scale)
     return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
 
@@ -242,6 +250,33 @@ def _finite(x: jax.Array, dtype: Any) -> jax.Array:
     """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
     top = float(jnp.finfo(dtype).max)
     return jnp.clip(x, -top, top).astype(dtype)
+
+
+def calibrate(
+    x: jt.Float[jax.Array, "*shape"], quantizer: Quantizer, axis: int | Sequence[int] = -1
+) -> Any:
+    """The range that a quantizer's calibration finds, one for each group.
+
+    Args:
+        x: values, floating point.
+        quantizer: whose calibration and granularity.
+        axis: as of `quantize`.
+
+    Returns:
+        What the calibration returns, in the shape of the scales: a magnitude, or (low, high); a
+        `calibration.Range` of it gives the same scales again.
+
+    >>> from jaxquant.formats import INT8
+    >>> calibrate(jnp.array([[0.5, -1.0], [20.0, 10.0]]), Quantizer(INT8, "channel"))
+    Array([[ 1.],
+           [20.]], dtype=float32)
+    """
+    _check(x, quantizer)
+    x = _rotated(x.astype(jnp.float32), quantizer, axis)
+    groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
+    found = quantizer.calibration(grouped(x, groups), within(x.shape, groups), quantizer.element)
+    found = found.value if isinstance(found, calibrations.Scale) else found
+    return jax.tree.map(lambda range_: range_.reshape(groups), found)
 
 
 def quantize(

@@ -122,11 +122,12 @@ def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
 def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """A PRNG key from the content of an array, for where no key can be passed.
 
-    The key, in JAX's raw form, is `seed` beside the wrapped sum of hashes of the values and their places.
-    not depend on their order, so the key is the same under any sharding; it changes with the values.
+    The key, in JAX's raw form, is `seed` beside the wrapped sum of hashes of the values and their
+    places.  Integer sums do not depend on their order, so the key is the same under any sharding; it
+    changes with the values, and values that are the same get the same draws.
 
     >>> key_of(jnp.ones(3)), key_of(jnp.ones(4))
-    (Array([         0, 3196059648], dtype=uint32), Array([         0, 4261412864], dtype=uint32))
+    (Array([         0, 1122135831], dtype=uint32), Array([        0, 511603173], dtype=uint32))
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     # Mixed with their places, or powers of two, whose bits are few, would have few sums.

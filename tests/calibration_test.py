@@ -1,3 +1,6 @@
+import dataclasses
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,7 +156,7 @@ def test_mse_takes_the_best_of_its_candidates(fmt):
         (lambda: calibration.percentile(101), "percentile"),
         (lambda: calibration.percentile("99"), "percentile"),
         (lambda: calibration.mse(0), "candidates"),
-        (lambda: calibration.running(decay=1.5), "decay"),
+        (lambda: calibration.running(jnp.max, decay=1.5), "decay"),
         (lambda: calibration.gaussian(jnp.ones(2), (0,), jq.Float(jnp.int32(4), 3)), "static"),
         (lambda: calibration.Range(jnp.ones(3))(jnp.ones((2, 4)), (1,), jq.INT4), "each group"),
     ],
@@ -167,12 +170,48 @@ def test_running_ranges_are_the_weighted_mean_from_the_first_on():
     rng = np.random.default_rng(0)
     batches = [jnp.array(rng.normal(size=(2, 8)), jnp.float32) for _ in range(5)]
     for decay in (0.0, 0.9, 1.0):
-        init, update = calibration.running(calibration.minmax, decay)
-        state = init(batches[0], (1,), jq.INT8)
+        quantizer = jq.Quantizer(jq.INT8, "channel", calibration=calibration.minmax)
+        init, update = calibration.running(lambda x, q=quantizer: jq.calibrate(x, q), decay)
+        state = init(batches[0])
         for batch in batches:
-            state = update(state, batch, (1,), jq.INT8)
+            state = jax.jit(update)(state, batch)
         weights = decay ** np.arange(len(batches))[::-1]
         for found, ends in zip(state.range().value, (np.minimum, np.maximum), strict=True):
             seen = np.stack([ends(ends.reduce(np.asarray(b), axis=1), 0) for b in batches])
             expected = weights @ seen / weights.sum()
             np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", 4, (4, 2)])
+def test_a_found_range_given_back_gives_the_same_scales(granularity):
+    x = jnp.array(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
+    for find in (calibration.absmax, calibration.percentile(90), calibration.minmax):
+        quantizer = jq.Quantizer(jq.INT8, granularity, calibration=find)
+        found = jq.quantize(x, quantizer)
+        given = calibration.Range(jq.calibrate(x, quantizer))
+        again = jq.quantize(x, dataclasses.replace(quantizer, calibration=given))
+        chex.assert_trees_all_equal(again, found)
+
+
+def test_what_lies_beyond_a_range_is_clipped_however_small_it_is():
+    """The result follows the units: no range is taken for one."""
+    sparse = jnp.array([0.0, 0.0, 0.0, 1.0])
+    for unit in (0.4, 5.0, 1000.0):
+        for find in (calibration.percentile(50), calibration.Range(0.0), calibration.Step(0.0)):
+            quantizer = jq.Quantizer(jq.INT8, calibration=find)
+            assert abs(float(jq.fake_quant(sparse * unit, quantizer)[3])) < 1e-30
+
+
+@pytest.mark.parametrize("value", [-0.5, (2.0, -1.0)])
+def test_a_range_that_is_none_is_loud(value):
+    quantizer = jq.Quantizer(jq.INT8, calibration=calibration.Range(value))
+    assert jnp.isnan(jq.fake_quant(jnp.ones(3), quantizer)).all()
+    if value == -0.5:
+        quantizer = jq.Quantizer(jq.INT8, calibration=calibration.Step(value))
+        assert jnp.isnan(jq.fake_quant(jnp.ones(3), quantizer)).all()
+
+
+def test_a_range_of_another_shape_than_the_scales_is_refused():
+    quantizer = jq.Quantizer(jq.INT8, (2, 2), calibration=calibration.Range(jnp.ones((3, 2))))
+    with pytest.raises(ValueError, match="one for each group"):
+        jq.quantize(jnp.ones((4, 6)), quantizer, axis=0)

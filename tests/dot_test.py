@@ -1,6 +1,9 @@
 import dataclasses
 import functools
+import os
 import re
+import subprocess
+import sys
 
 import chex
 import hypothesis
@@ -322,6 +325,67 @@ def test_stored_operands_are_multiplied_as_they_are():
     np.testing.assert_allclose(gradient[0], jq.dequantize(weights).sum(1), rtol=1e-4)
     with pytest.raises(ValueError, match="stored as int4"):
         jq.recipe("w8a8")(LHS, weights, MATMUL)
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a16", "int8_train", "nf4", "w4a8g32", "mxfp8_train"])
+def test_a_stored_operand_gives_the_other_its_gradient(name):
+    dot = jq.recipe(name)
+
+    def loss(x, w):
+        return jnp.sum(dot(x, w, DIMS3) ** 2)
+
+    rhs = RHS3[:, :32]
+    stored = jq.quantize(rhs, dot.forward.rhs, 0)
+    if name == "mxfp8_train":  # whose gradient quantizes the weights anew, from what is there
+        assert jnp.isfinite(jax.grad(loss)(LHS3, stored)).all()
+        return
+    np.testing.assert_array_equal(jax.grad(loss)(LHS3, stored), jax.grad(loss)(LHS3, rhs))
+
+
+@pytest.mark.parametrize("name", ["w8a8", "int8_train", "w4a16"])
+def test_second_derivatives_are_refused_and_never_zero(name):
+    dot = jq.recipe(name)
+    for power in (1, 2):
+
+        def slope(w, power=power):
+            return jnp.sum(jax.grad(lambda x: jnp.sum(dot(x, w, MATMUL) ** power))(LHS))
+
+        with pytest.raises(ValueError, match="second derivatives"):
+            jax.grad(slope)(RHS)
+    # What computes first derivatives twice over is none.
+    remat = jax.checkpoint(lambda x: jnp.sum(dot(x, RHS, MATMUL) ** 2))
+    plain = jax.grad(lambda x: jnp.sum(dot(x, RHS, MATMUL) ** 2))(LHS)
+    np.testing.assert_allclose(jax.jit(jax.grad(remat))(LHS), plain, rtol=1e-5, atol=1e-5)
+
+
+_SHARD_MAP = """
+import jax, jax.numpy as jnp, numpy as np, jaxquant as jq
+from jax.sharding import Mesh, PartitionSpec as P
+mesh = Mesh(np.array(jax.devices()), ("d",))
+rng = np.random.default_rng(0)
+x, w = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((64, 64), (64, 32)))
+for name in ("w4a16", "nf4", "mxfp8_train"):
+    dot = lambda x, w: jq.recipe(name)(x, w, (((1,), (0,)), ((), ())))
+    parts = jax.shard_map(dot, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
+    found, expected = (
+        jax.jit(jax.grad(lambda x, w: jnp.mean(f(x, w) ** 2), (0, 1)))(x, w) for f in (parts, dot)
+    )
+    for a, b in zip(found, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7)
+print("same")
+"""
+
+
+def test_shard_map_sums_the_gradient_of_a_replicated_operand():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARD_MAP],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
 
 
 def readers(compiled: str, argument: str) -> list[str]:

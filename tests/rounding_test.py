@@ -187,3 +187,33 @@ def test_second_derivatives_are_straight_through_too():
         return jnp.sum(jq.fake_quant(x, jq.Quantizer(jq.INT4)) ** 2)
 
     np.testing.assert_array_equal(jax.jacrev(jax.grad(energy))(jnp.ones(3)), 2 * np.eye(3))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("round_", RANDOM)
+def test_random_rounding_of_short_floats_is_unbiased_too(round_, dtype):
+    draws = round_(jnp.full(100_000, 0.25, dtype), jax.random.key(0))
+    assert draws.dtype == dtype
+    assert abs(np.asarray(draws, np.float32).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 100_000)
+
+
+def test_keys_of_powers_of_two_are_as_many_as_the_arrays():
+    """The scales of MX blocks have few bits each; their keys must not collide for that."""
+    rng = np.random.default_rng(0)
+    arrays = (2.0 ** rng.integers(-12, -6, (300, 64))).astype(np.float32)
+    keys = {tuple(np.asarray(rounding.key_of(jnp.array(a)))) for a in arrays}
+    assert len(keys) == 300
+    one = jnp.array(arrays[0])
+    assert (rounding.key_of(one) != rounding.key_of(one[::-1])).any()
+    assert (rounding.key_of(one) != rounding.key_of(one, seed=1)).any()
+
+
+@pytest.mark.parametrize("key", [0, np.arange(2.0), jnp.arange(2.0)])
+def test_what_is_no_key_is_named(key):
+    with pytest.raises(ValueError, match="one PRNG key"):
+        rounding.stochastic(jnp.ones(3), key)
+
+
+def test_several_keys_at_once_are_refused():
+    with pytest.raises(ValueError, match="one PRNG key"):
+        rounding.stochastic(jnp.ones(3), jax.random.split(jax.random.key(0), 3))

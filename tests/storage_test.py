@@ -112,6 +112,13 @@ def test_arrays_and_back(name, packed):
     assert back["layer"]["kernel"].format == q.format
 
 
+def test_a_models_pure_dictionary_comes_back_with_its_integer_keys():
+    tree = {"layers": {0: {"kernel": quantized("nf4")}, 2: {}}, "count": jnp.int32(1)}
+    back = storage.from_arrays(*storage.to_arrays(tree))
+    chex.assert_trees_all_equal(back, tree)
+    assert list(back["layers"]) == [0, 2]
+
+
 def test_scalars_are_stored_too():
     q = jq.quantize(jnp.float32(0.3), jq.Quantizer(jq.INT8))
     chex.assert_trees_all_equal(storage.from_arrays(*storage.to_arrays({"a": q}))["a"], q)
@@ -165,6 +172,18 @@ def replaced(name, change):
         (lambda: edited(format="int99"), "bits"),
         (lambda: edited(shape=[8, 65]), "65 codes"),
         (lambda: edited(format="int6"), "bytes of uint8|values are stored"),
+        (lambda: edited(format="mxfp4"), "scales of mxfp4 are uint8"),
+        (lambda: edited(dtype="float7"), "a float type"),
+        (lambda: edited(dtype=None), "a float type"),
+        (lambda: edited(packed="no"), "true or false"),
+        (lambda: edited(version=True), "version True"),
+        (lambda: edited(shape=[8, 60.5]), "list of sizes"),
+        (lambda: edited(hadamard=[32, 5]), "block, axis"),
+        (lambda: edited(arrays={"qvalue": "x"}), "type and shape"),
+        (lambda: stripped("nvfp4", "tensor_scale"), "has parts"),
+        (lambda: stripped("int5", "scale"), "has parts"),
+        (lambda: ({"a": X}, ["a"]), "texts by path"),
+        (lambda: nested(), "holds a/b"),
         (lambda: (storage.to_arrays({"w": X})[0], {"w": "{}"}), "not one of"),
         (lambda: without("w/scale"), "w/scale is described"),
         (lambda: replaced("w/scale", lambda a: a.astype(jnp.bfloat16)), "got bfloat16"),
@@ -177,6 +196,20 @@ def test_what_is_not_as_it_was_written_is_an_error(stored, message):
         storage.from_arrays(*stored())
 
 
+def stripped(name, part):
+    """An array without a part, and a description that says so."""
+    arrays, descriptions = storage.to_arrays({"w": quantized(name)})
+    description = json.loads(descriptions["w"])
+    del arrays[f"w/{part}"], description["arrays"][part]
+    return arrays, {"w": json.dumps(description)}
+
+
+def nested():
+    arrays, descriptions = storage.to_arrays({"a": X})
+    more, below = storage.to_arrays({"a": {"b": X}})
+    return {**arrays, **more}, {**descriptions, **below}
+
+
 def extra():
     arrays, descriptions = storage.to_arrays({"w": X})
     return {**arrays, "b": X}, descriptions
@@ -187,6 +220,9 @@ def extra():
     [
         (lambda: storage.to_arrays({"a/b": X}), "without a slash"),
         (lambda: storage.to_arrays({"a": [X]}), "got list at a"),
+        (lambda: storage.to_arrays({"[0]": X}), "no integer in brackets"),
+        (lambda: storage.to_arrays({"a": np.zeros(3)}), "float64"),
+        (lambda: storage.to_arrays({"a": jax.random.key(0)}), "key_data"),
         (lambda: packing.pack_bits(jnp.zeros((4,), jnp.uint8), 0), "1 to 32 bits"),
         (lambda: packing.pack_bits(jnp.uint8(1), 2), "at least one axis"),
         (lambda: packing.unpack_bits(jnp.zeros((4,), jnp.uint8), 2, 4), "2 bytes"),

@@ -52,9 +52,12 @@ class Codebook:
         except (TypeError, ValueError):
             raise ValueError(f"Codebook takes rising numbers; got {self.values!r}") from None
         rising = all(a < b for a, b in itertools.pairwise(values))
-        if not 2 <= len(values) <= 2**16 or not rising or not np.isfinite(values).all():
+        gaps = np.diff(values) if rising else np.zeros(1)
+        apart = (gaps >= np.finfo(np.float32).tiny) & (gaps <= np.finfo(np.float32).max)
+        if not 2 <= len(values) <= 2**16 or not apart.all():
             raise ValueError(
-                f"Codebook takes 2 to 65536 finite, rising values; got {self.values!r}"
+                "Codebook takes 2 to 65536 finite, rising values whose differences are normal float32 "
+                f"numbers; got {self.values!r}"
             )
         object.__setattr__(self, "values", values)
 
@@ -101,6 +104,7 @@ class Codebook:
         else:
             low = jnp.searchsorted(table, x, side="right") - 1
         low = jnp.clip(jnp.asarray(low, jnp.int32), 0, last)
+        x = jnp.clip(x, table[0], table[-1])  # or the fraction below might be Inf over Inf
         left, right = _looked_up(table, low), _looked_up(table, low + 1)
         fraction = jnp.clip((x - left) / (right - left), 0, 1)
         return low + rounding(fraction).astype(jnp.int32)
