@@ -396,14 +396,13 @@ def readers(compiled: str, argument: str) -> list[str]:
 
 
 def passes(compiled: str, argument: str, size: int) -> float:
-    """How often an argument of so many elements is read: a half of it counts as such."""
+    """How often an argument of so many elements is read: where half of it is stored, half a time."""
     total = 0.0
     for line in readers(compiled, argument):
-        result = re.search(r"= \w+\[([\d,]*)\]", line)
+        result = re.search(r"= (\w+)\[([\d,]*)\]", line)
         assert result is not None
-        elements = np.prod([int(n) for n in result[1].split(",") if n])
-        # Half of the elements are a slice; far fewer are a reduction over all of them.
-        total += 0.5 if elements == size // 2 else 1
+        elements = np.prod([int(n) for n in result[2].split(",") if n])
+        total += 0.5 if result[1] == "s8" and elements == size // 2 else 1
     return total
 
 
