@@ -396,13 +396,13 @@ def readers(compiled: str, argument: str) -> list[str]:
 
 
 def passes(compiled: str, argument: str, size: int) -> float:
-    """How often an argument of so many elements is read: where half of it is stored, half a time."""
+    """How often an argument of so many elements is read: where half of it is made integers, half a time."""
     total = 0.0
     for line in readers(compiled, argument):
         result = re.search(r"= (\w+)\[([\d,]*)\]", line)
         assert result is not None
         elements = np.prod([int(n) for n in result[2].split(",") if n])
-        total += 0.5 if result[1] == "s8" and elements == size // 2 else 1
+        total += 0.5 if result[1] in ("s8", "s32") and elements == size // 2 else 1
     return total
 
 
