@@ -30,7 +30,7 @@ from experiments.harness import files
 
 _log = logging.getLogger(__name__)
 
-SCHEMA = 1  # raised when the form of a record changes
+SCHEMA = 2  # raised when the form of a record changes, or the arithmetic behind its numbers
 
 
 def trial_id(trial: Any) -> str:
