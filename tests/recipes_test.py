@@ -24,8 +24,8 @@ def test_recipes_run(name):
     assert jnp.allclose(found, 32.0)
 
 
-# How far each recipe's output and gradients may lie from float's, as a share of their norm: what its
-# coarsest grid costs on normal numbers, measured against no tighter than twice that.
+# How far each recipe's output and gradients may lie from float's, as a share of their norm: a little
+# more than what its coarsest grid costs on normal numbers.
 SHARES = {
     "int8_train": 0.02,
     "fp8_train": 0.12,
