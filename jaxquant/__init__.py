@@ -8,7 +8,8 @@ one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGenera
 `jq.nnx.quantize` puts them into a Flax model.
 """
 
-from jaxquant import calibration, estimators, formats, nnx, rounding, storage
+from jaxquant import calibration, estimators, formats, nnx, ptq, quality, rounding, storage
+from jaxquant.attention import Attention, KVCache
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
 from jaxquant.einsum import einsum
@@ -71,6 +72,7 @@ __all__ = [
     "NF4",
     "NVFP4",
     "TERNARY",
+    "Attention",
     "Block",
     "Codebook",
     "ConvGeneralDilated",
@@ -78,6 +80,7 @@ __all__ = [
     "Float",
     "Format",
     "Int",
+    "KVCache",
     "Operands",
     "QArray",
     "Quantizer",
@@ -92,6 +95,8 @@ __all__ = [
     "hadamard",
     "nnx",
     "parse",
+    "ptq",
+    "quality",
     "quantize",
     "recipe",
     "rounding",

@@ -269,6 +269,19 @@ class Step:
         return Scale(Range(self.value)(x, axes, format))
 
 
+def learned(x: jax.Array, axes: tuple[int, ...], format: Format) -> Any:
+    """Marks a step size that training learns: a model's parameter, which `jq.nnx.quantize` makes.
+
+    Raises:
+        ValueError: wherever it is called, for then no parameter has taken its place.
+    """
+    del x, axes, format
+    raise ValueError(
+        "a learned step is a model's parameter: put the recipe into an NNX model with jq.nnx.quantize, or give "
+        "the step yourself with calibration.Step"
+    )
+
+
 def sees_all(calibration: Calibration) -> bool:
     """Whether a NaN or an Inf anywhere in a group is certain to show in what the calibration returns."""
     return calibration in (absmax, minmax, gaussian) or isinstance(calibration, mse)

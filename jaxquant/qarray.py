@@ -98,6 +98,36 @@ class QArray:
         """
         return 8 * self.nbytes / max(1, self.size)
 
+    def __getitem__(self, rows: Any) -> "QArray":
+        """Rows, taken along the first axis by integers, with their scales; all of it for ``...``.
+
+        Raises:
+            ValueError: another index, or an array without a row to take.
+
+        >>> from jaxquant.formats import INT8
+        >>> dequantize(quantize(jnp.eye(3), Quantizer(INT8, "channel"))[jnp.array([2])])
+        Array([[0., 0., 1.]], dtype=float32)
+        """
+        if rows is Ellipsis:
+            return self
+        if self.ndim < 2 or not jnp.issubdtype(getattr(rows, "dtype", type(None)), jnp.integer):
+            raise ValueError(
+                f"a QArray is indexed by ... or by an array of integers, with 2 axes or more; got {rows!r}"
+            )
+        n = self.shape[0]
+
+        def take(part: jax.Array | None) -> jax.Array | None:
+            if part is None or part.shape[0] == n:
+                return None if part is None else part[rows]
+            return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
+
+        parts = map(take, (self.qvalue, self.scale, self.zero_point, self.tensor_scale))
+        qvalue, scale, zero_point, tensor_scale = parts
+        assert qvalue is not None and scale is not None
+        return dataclasses.replace(
+            self, qvalue=qvalue, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale
+        )
+
     def pack(self) -> "QArray":
         """The same array with its values in exactly `format.bits` bits each, rounded up to whole bytes a row.
 

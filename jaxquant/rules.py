@@ -1,31 +1,51 @@
 """Rules: which module gets which recipe.
 
 Rules are ordered pairs of a regular expression and a recipe.  A module takes the first rule whose
-expression matches its whole path, written with slashes (``blocks/0/attention/query``).
+expression matches its whole path, written with slashes (``blocks/0/attention/query``), and whose recipe is
+for modules of its kind: a product's recipe for layers with weights, an `Attention` for attention, None for
+any.
 """
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from jaxquant.attention import Attention
 from jaxquant.dot import DotGeneral
-from jaxquant.recipes import recipe
+from jaxquant.recipes import describe, recipe
 
 Rules = Mapping[str, Any] | Sequence[tuple[str, Any]]
 
+ATTENTION = "attention"  # the kind of module that takes an Attention; all others take a DotGeneral
 
-def parse_rules(rules: Rules) -> list[tuple[re.Pattern[str], DotGeneral | None]]:
-    """Compiled rules: names looked up, expressions compiled.
+
+class Rule(NamedTuple):
+    """A rule as it was read: the compiled expression, what it gives, and that in words."""
+
+    pattern: re.Pattern[str]
+    value: DotGeneral | Attention | None
+    label: str
+
+    def takes(self, path: str, kind: str) -> bool:
+        return self.pattern.fullmatch(path) is not None and self.suits(kind)
+
+    def suits(self, kind: str) -> bool:
+        return self.value is None or isinstance(self.value, Attention) == (kind == ATTENTION)
+
+
+def parse_rules(rules: Rules) -> list[Rule]:
+    """Rules with names looked up and expressions compiled.
 
     Args:
-        rules: a mapping or pairs from a regular expression to a recipe's name, a `DotGeneral`, or
-            None, which leaves the module as it is.
+        rules: a mapping or pairs from a regular expression to a recipe's name, a `DotGeneral`, an
+            `Attention`, or None, which leaves the module as it is.
 
     Raises:
         ValueError: no rules, an expression that does not compile, or a value that is no recipe.
 
-    >>> parse_rules({"head": None, ".*": "w8a8"})[0]
-    (re.compile('head'), None)
+    >>> [rule.label for rule in parse_rules({"head": None, ".*": "w8a8"})]
+    ['float', 'w8a8']
     """
     try:
         items = rules.items() if isinstance(rules, Mapping) else rules
@@ -36,47 +56,80 @@ def parse_rules(rules: Rules) -> list[tuple[re.Pattern[str], DotGeneral | None]]
         ) from None
     if not pairs:
         raise ValueError("rules are empty; give at least one, such as {'.*': 'w8a8'}")
-    parsed = []
-    for pattern, value in pairs:
-        try:
-            compiled = re.compile(pattern)
-            compiled.fullmatch("")  # a bytes pattern compiles and matches no path
-        except (re.error, TypeError) as error:
-            raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
-        if isinstance(value, str):
-            value = recipe(value)
-        elif value is not None and not isinstance(value, DotGeneral):
-            raise ValueError(
-                f"rule {pattern!r} maps to a recipe, a DotGeneral or None; got {value!r}"
-            )
-        parsed.append((compiled, value))
-    return parsed
+    return [_parse(pattern, value) for pattern, value in pairs]
 
 
-def assign(paths: Iterable[str], rules: Rules) -> dict[str, DotGeneral | None]:
-    """What each path gets: the value of the first rule that matches it in full; absent where none does.
+def _parse(pattern: Any, value: Any) -> Rule:
+    try:
+        compiled = re.compile(pattern)
+        compiled.fullmatch("")  # a bytes pattern compiles and matches no path
+    except (re.error, TypeError) as error:
+        raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None
+    if isinstance(value, str):
+        return Rule(compiled, recipe(value), value)
+    if value is not None and not isinstance(value, DotGeneral | Attention):
+        raise ValueError(
+            f"rule {pattern!r} maps to a recipe, a DotGeneral, an Attention or None; got {value!r}"
+        )
+    return Rule(compiled, value, describe(value))
+
+
+def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
+    """What each path gets: the first rule that takes it; absent where none does.
+
+    Args:
+        kinds: each path's kind of module, such as ``"linear"`` or ``"attention"``.
+        rules: as of `parse_rules`.
 
     Raises:
-        ValueError: a rule that no path took, with the paths that there are.
+        ValueError: a rule that no path took, with the reason and the nearest paths.
 
-    >>> assign(["up", "head"], {"head": None, ".*": "w4a16"})["head"] is None
-    True
+    >>> assign({"up": "linear", "head": "linear"}, {"head": None, ".*": "w4a16"})["up"].label
+    'w4a16'
     """
-    paths, parsed = list(paths), parse_rules(rules)
-    assigned, used = {}, set()
-    for path in paths:
-        for index, (pattern, value) in enumerate(parsed):
-            if pattern.fullmatch(path):
-                assigned[path] = value
+    parsed, assigned, used = parse_rules(rules), {}, set()
+    for path, kind in kinds.items():
+        for index, rule in enumerate(parsed):
+            if rule.takes(path, kind):
+                assigned[path] = rule
                 used.add(index)
                 break
-    for index, (pattern, _) in enumerate(parsed):
+    for index, rule in enumerate(parsed):
         if index not in used:
-            earlier = [p for p in paths if pattern.fullmatch(p)]
-            reason = (
-                f"earlier rules took {', '.join(earlier)}" if earlier else "nothing has such a path"
-            )
             raise ValueError(
-                f"rule {pattern.pattern!r} is unused: {reason}; the paths are {', '.join(paths) or 'none'}"
+                f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, kinds)}"
             )
     return assigned
+
+
+def _reason(rule: Rule, kinds: Mapping[str, str]) -> str:
+    matched = [path for path in kinds if rule.pattern.fullmatch(path)]
+    if not matched:
+        return f"nothing has such a path; {_nearest(rule.pattern.pattern, kinds)}"
+    suited = [path for path in matched if rule.suits(kinds[path])]
+    if suited:
+        return f"earlier rules took {_listed(suited)}"
+    if isinstance(rule.value, Attention):
+        return (
+            f"it matches {_listed(matched)}, which has weights, and {rule.label} is for attention; a recipe "
+            "such as 'w8a8' is for weights"
+        )
+    return (
+        f"it matches {_listed(matched)}, whose products are of two activations, and {rule.label} is for "
+        "weights; recipes such as 'a8' and 'kv8' are for attention"
+    )
+
+
+def _nearest(pattern: str, paths: Iterable[str]) -> str:
+    """The paths that look most like an expression, or all where they are few."""
+    paths = list(paths)
+    if len(paths) <= 8:
+        return f"the paths are {_listed(paths)}"
+    plain = re.sub(r"\\d\+?|\[0-9\]\+?|\.\*", "0", pattern)
+    near = difflib.get_close_matches(plain, paths, n=5, cutoff=0.0)
+    return f"the nearest of {len(paths)} paths are {_listed(near)}"
+
+
+def _listed(paths: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(paths) - most} more" if len(paths) > most else ""
+    return (", ".join(paths[:most]) or "none") + more

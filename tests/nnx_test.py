@@ -133,8 +133,13 @@ def test_misuse_is_named(model):
         jq.nnx.quantize(nnx.Sequential(own), {".*": "w8a8"})
     with pytest.raises(ValueError, match=r"'encoder' is unused.*embed, up"):
         jq.nnx.quantize(model, {"encoder": "w8a8"})
-    with pytest.raises(ValueError, match="conv is a Conv"):
-        jq.nnx.quantize(Convolutional(nnx.Rngs(0)), {".*": "w8a8"})
+    up = nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"layers/0 is a ConvTranspose.*\('layers/0', None\)"):
+        jq.nnx.quantize(nnx.Sequential(up), {".*": "w8a8"})
+    with pytest.raises(ValueError, match=r"conv cannot take w4a16g8: .*granularity 8"):
+        jq.nnx.quantize(Convolutional(nnx.Rngs(0)), {".*": "w4a16g8"})
+    with pytest.raises(ValueError, match=r"up cannot take w4a16g32: granularity 32 does not divide"):
+        jq.nnx.quantize(model, {"up": "w4a16g32"})
     with pytest.raises(ValueError, match="leaves weights in float"):
         jq.nnx.quantize(model, {"embed": "w16a8"})
     with pytest.raises(ValueError, match="no Linear"):
@@ -144,3 +149,83 @@ def test_misuse_is_named(model):
 def test_none_leaves_a_layer_in_float():
     quantized = jq.nnx.quantize(Convolutional(nnx.Rngs(0)), [("conv", None), (".*", "w8a8")])
     assert isinstance(quantized.head.dot_general, jq.DotGeneral)
+
+
+def test_quantizing_copies_no_parameters(model):
+    """What is alive afterwards is what was alive before, but for learned steps."""
+    jq.nnx.quantize(model, {".*": "w8a8"})
+    before = sum(x.nbytes for x in jax.live_arrays())
+    quantized = jq.nnx.quantize(model, {".*": "w8a8"})
+    assert sum(x.nbytes for x in jax.live_arrays()) == before
+    del quantized
+
+
+def test_learned_steps_are_parameters_that_train(model):
+    quantized = jq.nnx.quantize(model, {"up|down": "w4a4-lsq"})
+    with pytest.raises(ValueError, match=r"no start yet.*calibrate"):
+        quantized(TOKENS)
+    jq.nnx.calibrate(quantized, [TOKENS])
+    graphdef, params = nnx.split(quantized)
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda p: jnp.mean((nnx.merge(graphdef, p)(TOKENS) - 1) ** 2))(params)
+
+    steps = nnx.to_pure_dict(gradient(params))["up"]["dot_general"]
+    assert steps["rhs_step"].shape == (1, 32)
+    assert steps["lhs_step"].shape == ()
+    assert steps["rhs_step"].any() and steps["lhs_step"] != 0
+    start = nnx.to_pure_dict(params)["up"]["dot_general"]
+    kernel = np.asarray(model.up.kernel[...])
+    expected = 2 * np.abs(kernel).mean(0, keepdims=True) / 7**0.5
+    np.testing.assert_allclose(start["rhs_step"], expected, rtol=1e-5)
+
+
+def test_calibration_fixes_ranges_to_the_largest_seen_or_their_mean(model):
+    batches = [TOKENS[:5], TOKENS[5:]]
+    largest = [float(jnp.abs(model.embed(t)).max()) for t in batches]
+    rules = {"up": "w8a8"}
+    fixed = jq.nnx.calibrate(jq.nnx.quantize(model, rules), batches)
+    found = fixed.up.dot_general.forward.lhs.calibration.value
+    np.testing.assert_allclose(found, max(largest), rtol=1e-6)
+    mean = jq.nnx.calibrate(jq.nnx.quantize(model, rules), batches, decay=1)
+    found = mean.up.dot_general.forward.lhs.calibration.value
+    np.testing.assert_allclose(found, np.mean(largest), rtol=1e-6)
+    with pytest.raises(ValueError, match="no activations have a range to calibrate"):
+        jq.nnx.calibrate(fixed, batches)
+    with pytest.raises(ValueError, match="at least one batch"):
+        jq.nnx.calibrate(jq.nnx.quantize(model, rules), [])
+    linear = jq.nnx.quantize(nnx.Sequential(model.up), {".*": "w8a8"})
+    with pytest.raises(ValueError, match="batch 1 of the calibration data holds a NaN"):
+        jq.nnx.calibrate(linear, [jnp.ones((2, 16)), jnp.full((2, 16), jnp.nan)])
+    with pytest.raises(ValueError, match="decay is from 0 to 1"):
+        jq.nnx.calibrate(linear, [jnp.ones((2, 16))], decay=2)
+
+
+def test_coverage_lists_every_product_of_the_model(model):
+    def own(model, tokens):
+        return model(tokens) @ jnp.ones((4, 4))
+
+    rules = [("up", "w4a16"), ("down", None), (".*", "w8a16")]
+    table = jq.nnx.coverage(model, rules, TOKENS)
+    assert {row.path: (row.recipe, row.macs) for row in table} == {
+        "embed": ("w8a16", 0),  # rows are looked up, and nothing is multiplied
+        "up": ("w4a16", 10 * 16 * 32),
+        "down": ("float", 10 * 32 * 8),
+    }
+    assert table.others == ()
+    # ½ byte a weight, and a scale for each of 32 outputs
+    assert (table["up"].bytes_before, table["up"].bytes_after) == (2048, 256 + 128)
+    assert "up" in str(table) and "w4a16" in str(table)
+    frozen = jq.nnx.coverage(jq.nnx.freeze(jq.nnx.quantize(model, rules)), None, TOKENS)
+    assert frozen["up"].bytes_after == frozen["up"].bytes_before == 256 + 128
+
+    class Outside(nnx.Module):
+        def __init__(self):
+            self.inner = model
+
+        def __call__(self, tokens):
+            return own(self.inner, tokens)
+
+    (other,) = jq.nnx.coverage(Outside(), {".*": "w8a8"}, TOKENS).others
+    assert (other.primitive, other.macs) == ("dot_general", 10 * 2 * 4 * 4)

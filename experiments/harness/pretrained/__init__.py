@@ -1,0 +1,1 @@
+"""Pretrained models in Flax NNX, read from local files, and figures that they must reproduce."""

@@ -1,0 +1,303 @@
+"""What quantization puts into a model's modules: operations with state of their own, and hooks."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxquant import calibration as calibrations
+from jaxquant.conv import ConvGeneralDilated
+from jaxquant.dot import DotGeneral
+from jaxquant.einsum import einsum
+from jaxquant.groups import scale_shape
+from jaxquant.qarray import QArray, dequantize, fake_quant
+from jaxquant.quantizer import Quantizer
+
+
+class Stored(nnx.Variable):
+    """A weight that is stored as a `QArray`, which no optimizer touches."""
+
+
+class StepSize(nnx.Param):
+    """A step size that learns with the weights (LSQ)."""
+
+
+class Observation(nnx.Variable):
+    """What an `Observer` has seen."""
+
+
+def read(variable: nnx.Variable) -> Any:
+    """A variable's value, whatever tree it is."""
+    # Flax before 0.12.1 has no get_value, and later versions have no value.
+    return variable.get_value() if hasattr(type(variable), "get_value") else variable.value
+
+
+def write(variable: nnx.Variable, value: Any) -> None:
+    """Sets a variable's value."""
+    if hasattr(type(variable), "set_value"):
+        variable.set_value(value)
+    else:
+        variable.value = value
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Einsum:
+    """`jaxquant.einsum` in the form that `nnx.Einsum` calls its einsum_op."""
+
+    dot_general: Any
+
+    def __call__(
+        self,
+        subscripts: str,
+        lhs: jax.Array,
+        rhs: Any,
+        precision: jax.lax.PrecisionLike = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        if out_sharding is not None:
+            raise ValueError(f"a quantized Einsum takes no out_sharding; got {out_sharding}")
+        return einsum(subscripts, lhs, rhs, self.dot_general, precision, preferred_element_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class KeepStored:
+    """A layer's promote_dtype that passes stored weights on, in the type they would be promoted to."""
+
+    promote_dtype: Callable[..., Any]
+
+    def __call__(self, operands: Sequence[Any], /, **options: Any) -> tuple[Any, ...]:
+        # In the place of a stored weight its type alone takes part.
+        arrays = [jnp.zeros((), x.dtype) if isinstance(x, QArray) else x for x in operands]
+        promoted = self.promote_dtype(tuple(arrays), **options)
+        return tuple(
+            dataclasses.replace(x, dtype=p.dtype) if isinstance(x, QArray) else p
+            for x, p in zip(operands, promoted, strict=True)
+        )
+
+
+class QuantizedEmbed(nnx.Embed):
+    """`nnx.Embed` whose table is quantized, and whose `attend` is a quantized product.
+
+    An Embed becomes one by its class alone: its variables and settings stay.  Rows are summed over their
+    features, so those share a scale.
+    """
+
+    dot_general: Any
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Rows of the table as it is stored, as `nnx.Embed`."""
+        if not jnp.issubdtype(inputs.dtype, jnp.integer):
+            raise ValueError(f"an Embed takes integers; got {inputs.dtype}")
+        if out_sharding is not None:
+            raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
+        (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        if isinstance(table, QArray):
+            return dequantize(table[inputs])
+        operation = operation_of(self.dot_general)
+        if operation is not None and operation.forward.rhs is not None:
+            table = fake_quant(table, operation.forward.rhs, axis=-1)
+        return jnp.take(table, inputs, axis=0)
+
+    def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """query · tableᵀ, as `nnx.Embed`."""
+        if out_sharding is not None:
+            raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
+        query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
+        return self.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+
+
+def as_attribute(operation: Any) -> Any:
+    """An operation in the form that a module's attribute holds it: marked as data or not."""
+    if isinstance(operation, nnx.Module):
+        return nnx.data(operation)
+    kinds = (jax.Array, np.ndarray, jax.ShapeDtypeStruct)
+    has_arrays = any(isinstance(leaf, kinds) for leaf in jax.tree.leaves(operation))
+    return nnx.data(operation) if has_arrays else nnx.static(operation)
+
+
+class Learned(nnx.Module):
+    """An operation whose step sizes are parameters.
+
+    The weights' step starts at 2 · mean|w| / √Q_P, as LSQ does; the activations' starts so at the first
+    call of `jaxquant.nnx.calibrate`, and a call before that is an error.
+    """
+
+    def __init__(self, operation: Any, weight: jax.Array, axes: tuple[int, ...], stacked: int):
+        self.operation = operation
+        forward = operation_of(operation).forward
+        self.rhs_step = self.lhs_step = nnx.data(None)
+        if is_learned(forward.rhs):
+            first = _first_weight_step
+            for _ in range(stacked):
+                first = jax.vmap(first, in_axes=(0, None, None))
+            self.rhs_step = StepSize(first(weight, forward.rhs, axes))
+        self.calibrated = not is_learned(forward.lhs)
+        if is_learned(forward.lhs):
+            self.lhs_step = StepSize(jnp.ones(weight.shape[:stacked], jnp.float32))
+
+    def resolved(self) -> Any:
+        """The operation with the steps as they are now."""
+        if not self.calibrated:
+            raise ValueError(
+                "the activations' learned steps have no start yet; call "
+                "jaxquant.nnx.calibrate(model, batches) once before training"
+            )
+        return self.with_steps(self.lhs_step, self.rhs_step)
+
+    def with_steps(self, lhs: Any, rhs: Any) -> Any:
+        """The operation with given steps, each a variable or None."""
+        forward = operation_of(self.operation).forward
+        changes = {}
+        for name, step in (("lhs", lhs), ("rhs", rhs)):
+            if step is not None:
+                # A step that training carries below zero keeps its size.
+                given = calibrations.Step(jnp.abs(read(step)))
+                quantizer = getattr(forward, name)
+                changes[name] = dataclasses.replace(quantizer, calibration=given)
+        return with_forward(self.operation, dataclasses.replace(forward, **changes))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        return self.resolved()(*args, **kwargs)
+
+
+def is_learned(quantizer: Quantizer | None) -> bool:
+    return quantizer is not None and quantizer.calibration is calibrations.learned
+
+
+def first_step(x: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Where LSQ starts a step for a whole tensor: 2 · mean|x| / √Q_P.
+
+    Source: Esser et al. 2020, arXiv 1902.08153, section 2.1.
+    """
+    mean = jnp.mean(jnp.abs(x.astype(jnp.float32)))
+    return 2 * jnp.maximum(mean, 1e-12) / jnp.sqrt(1.0 * quantizer.element.max_value)
+
+
+def _first_weight_step(weight: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
+    groups = scale_shape(weight.shape, quantizer.granularity, axes)  # pyright: ignore
+    summed = tuple(a for a in range(weight.ndim) if groups[a] == 1)
+    mean = jnp.mean(jnp.abs(weight.astype(jnp.float32)), axis=summed, keepdims=True)
+    return 2 * jnp.maximum(mean, 1e-12) / jnp.sqrt(1.0 * quantizer.element.max_value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The left operand of a product, as an `Observer` saw it.
+
+    Attributes:
+        lhs: the operand.
+        axes: what the product sums over, in lhs.
+        columns: gives it as rows [..., n] that are each multiplied by the weight as a matrix [n, m].
+    """
+
+    lhs: jax.Array
+    axes: tuple[int, ...]
+    columns: Callable[[], jax.Array]
+
+
+class Observer(nnx.Module):
+    """An operation that gathers statistics of its left operand, the activations.
+
+    Args:
+        kind: of the module.
+        operation: what it does besides.
+        state: where the statistics start, stacked where the module is.
+        update: from (state, `Activations`) to the next state.
+    """
+
+    def __init__(self, kind: str, operation: Any, state: Any, update: Callable[..., Any]):
+        self.kind = kind
+        self.operation = as_attribute(operation)
+        self.observed = Observation(state)
+        self.update = update
+
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        seen = _activations(self.kind, args, kwargs)
+        write(self.observed, self.update(read(self.observed), seen))
+        return self.operation(*args, **kwargs)
+
+
+def _activations(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:
+    if kind == "conv":
+        lhs, kernel, strides, padding = args[:4]
+        columns = functools.partial(_patches, lhs, kernel.shape, strides, padding, kwargs)
+        return Activations(lhs, tuple(range(1, lhs.ndim)), columns)
+    if kind == "einsum":
+        subscripts, lhs = args[:2]
+        axes = einsum_axes(subscripts, lhs.ndim)[0]
+    else:
+        lhs, _, numbers = args[:3]
+        axes = tuple(numbers[0][0])
+
+    def columns() -> jax.Array:
+        last = tuple(range(lhs.ndim - len(axes), lhs.ndim))
+        moved = jnp.moveaxis(lhs, axes, last)
+        return moved.reshape(*moved.shape[: last[0]], -1)
+
+    return Activations(lhs, axes, columns)
+
+
+def einsum_axes(subscripts: str, lhs_ndim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What an einsum sums over: axes of lhs and of rhs, in the order of rhs's.
+
+    >>> einsum_axes("...tnh,nhd->...td", 4)
+    ((2, 3), (0, 1))
+    """
+    operands, out = subscripts.replace(" ", "").split("->")
+    left, right = operands.split(",")
+    left = left.replace("...", "." * (lhs_ndim - len(left.replace("...", ""))))
+    summed = [x for x in right if x in left and x not in out]
+    return tuple(map(left.index, summed)), tuple(map(right.index, summed))
+
+
+def _patches(lhs: jax.Array, shape: Any, strides: Any, padding: Any, options: dict) -> jax.Array:
+    """What a convolution multiplies at each place, [..., n] in the order of its kernel [*window, c, m]."""
+    if options.get("feature_group_count", 1) != 1:
+        raise ValueError(
+            "these statistics are of dense convolutions; this one has feature_group_count "
+            f"{options['feature_group_count']}"
+        )
+    patches = jax.lax.conv_general_dilated_patches(
+        lhs,
+        shape[:-2],
+        strides,
+        padding,
+        options.get("lhs_dilation"),
+        options.get("rhs_dilation"),
+        jax.lax.conv_dimension_numbers(lhs.shape, shape, options["dimension_numbers"]),
+    )
+    # The patches have features first, and kernels last.
+    split = patches.reshape(*patches.shape[:-1], shape[-2], -1)
+    return jnp.moveaxis(split, -2, -1).reshape(patches.shape)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The DotGeneral within an operation
+
+
+def operation_of(installed: Any) -> Any:
+    """The `DotGeneral` or `ConvGeneralDilated` within what a module holds; None where there is none."""
+    if isinstance(installed, DotGeneral | ConvGeneralDilated):
+        return installed
+    if isinstance(installed, Learned):
+        unresolved = installed.operation
+        steps = (installed.lhs_step, installed.rhs_step)
+        return operation_of(installed.with_steps(*steps) if any(s is not None for s in steps) else unresolved)
+    for name in ("dot_general", "operation"):
+        if hasattr(installed, name):
+            return operation_of(getattr(installed, name))
+    return None
+
+
+def with_forward(installed: Any, forward: Any) -> Any:
+    """The same operation with other forward operands."""
+    if isinstance(installed, Einsum):
+        return Einsum(with_forward(installed.dot_general, forward))
+    return dataclasses.replace(installed, forward=forward)

@@ -1,0 +1,458 @@
+"""Post-training quantization of a whole model, layer after layer, from a few batches of its inputs."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from jaxquant import storage
+from jaxquant.dot import DotGeneral
+from jaxquant.nnx.freezing import packed, quantize_weight, shared_copy, store
+from jaxquant.nnx.modules import Activations, is_learned, operation_of, read, with_forward
+from jaxquant.nnx.observing import observe
+from jaxquant.nnx.quantizing import find_uses
+from jaxquant.nnx.quantizing import quantize as apply_rules
+from jaxquant.nnx.sites import Site, as_kind, put, sites
+from jaxquant.ptq.smooth import Smoothed, awq_scale, multiplied, rescaled, smoothquant_scale
+from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
+from jaxquant.qarray import QArray
+from jaxquant.quantizer import Quantizer
+from jaxquant.rules import ATTENTION, Rules
+
+Model = TypeVar("Model", bound=nnx.Module)
+Batches = Sequence[Any] | Callable[[], Iterable[Any]]
+
+METHODS = ("rtn", "gptq", "awq", "smoothquant", "hadamard")
+_LARGEST_ROTATION = 512
+
+
+def quantize(
+    model: Model,
+    rules: Rules,
+    batches: Batches,
+    method: str = "gptq",
+    *,
+    memory: int = 2**28,
+    call: Callable[..., Any] | None = None,
+    workdir: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> Model:
+    """The model frozen, its weights rounded with regard to the inputs that each layer gets.
+
+    Layers are taken in the order in which they are called, as many at once as their statistics fit into
+    `memory`; each sees its inputs as the layers quantized before it leave them.  A batch's activations are
+    gone with the batch.
+
+    The method is one of these, or several joined by ``+``, as in ``"hadamard+gptq"``:
+
+    - ``"rtn"``: round to nearest; inputs are not looked at.
+    - ``"gptq"``: rounding that makes up for its errors (`solvers.gptq`).
+    - ``"awq"``: channels scaled by what they carry (`smooth.awq_scale`).
+    - ``"smoothquant"``: channels scaled so that weights and activations are alike hard
+      (`smooth.smoothquant_scale`).
+    - ``"hadamard"``: weights, and activations where they are quantized, in rotated coordinates.
+
+    Scales of channels and rotations are for Linear, LinearGeneral and Einsum; convolutions have neither, and
+    an Embed is rounded to nearest whatever the method, since a row is both looked up and multiplied.
+
+    Args:
+        model: an NNX model in floating point, which stays as it is.
+        rules: as of `jaxquant.nnx.quantize`.
+        batches: a list of inputs, each an array or a tuple of arguments; or a function that starts such a
+            series from its beginning, since it is gone through several times.
+        method: as above.
+        memory: bytes of statistics held at once; n² · 4 for a layer of n inputs.  Fewer means more passes.
+        call: from (model, *batch); the model's own call where not given.
+        workdir: a folder in which finished layers are kept, so that the same call goes on where it stopped.
+        progress: whether a bar is shown.
+
+    Returns:
+        A frozen model, as of `jaxquant.nnx.freeze`.
+
+    Raises:
+        ValueError: whatever `jaxquant.nnx.quantize` refuses; an unknown method, or two that scale channels;
+            no batches, or one with a NaN; recipes with learned steps or traced widths; a workdir of
+            another model, method, data or other rules.
+
+    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    >>> batches = [jax.random.normal(jax.random.key(i), (32, 64)) for i in range(2)]
+    >>> frozen = quantize(model, {".*": "w3a16"}, batches, progress=False)
+    >>> read(frozen.kernel).bits_per_element
+    7.0
+    """
+    chosen = _parse(method)
+    check_batches(batches)
+    target = {
+        path: site
+        for path, site in sites(apply_rules(model, rules)).items()
+        if site.kind == ATTENTION or operation_of(site.operation) is not None
+    }
+    working = shared_copy(model)
+    found = sites(working)
+    solvable = [path for path, site in target.items() if _quantizer(site) is not None]
+    if not solvable:
+        raise ValueError("the rules quantize no weights")
+    for path in solvable:
+        _check_recipe(target[path])
+        if "hadamard" in chosen:
+            _rotate(target[path])
+    store_ = _Store(workdir, _fingerprint(model, target, batches, method, call) if workdir else "")
+    order = _call_order(model, batches, call, solvable)
+    with tqdm(total=len(order), disable=not progress, desc=f"quantizing by {method}") as bar:
+        for stage in _stages([target[p] for p in order], memory, chosen):
+            paths = [site.path for site in stage]
+            solved = store_.read(paths)
+            if solved is None:
+                seen = _statistics(working, stage, batches, chosen, call)
+                solved = {p: _solve(target[p], seen.get(p), chosen) for p in paths}
+                store_.write(paths, solved)
+            for path in paths:
+                _finish(found[path], target[path], solved[path])
+                bar.update(1)
+    for path, site in target.items():
+        if path not in solvable:
+            put(found[path], site.operation)
+    return working
+
+
+# ---------------------------------------------------------------------------------------------------
+# What was asked for
+
+
+def _parse(method: Any) -> frozenset[str]:
+    parts = method.split("+") if isinstance(method, str) else [method]
+    for part in parts:
+        if part not in METHODS:
+            raise ValueError(
+                f"method is one of {', '.join(METHODS)}, or several joined by +; got {method!r}"
+            )
+    if {"awq", "smoothquant"} <= set(parts):
+        raise ValueError(f"awq and smoothquant both scale channels; choose one; got {method!r}")
+    if {"rtn", "gptq"} <= set(parts):
+        raise ValueError(f"rtn and gptq both round; choose one; got {method!r}")
+    return frozenset(parts)
+
+
+def check_batches(batches: Any) -> None:
+    if not callable(batches) and not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+        raise ValueError(
+            "batches are gone through several times: give a list, or a function that starts them anew; "
+            f"got {type(batches).__name__}"
+        )
+
+
+def series(batches: Any) -> Iterable[Any]:
+    return batches() if callable(batches) else batches
+
+
+def _quantizer(site: Site) -> Quantizer | None:
+    return None if site.kind == ATTENTION else operation_of(site.operation).forward.rhs
+
+
+def _check_recipe(site: Site) -> None:
+    forward = operation_of(site.operation).forward
+    for quantizer in (forward.lhs, forward.rhs):
+        if is_learned(quantizer):
+            raise ValueError(f"{site.path} has a recipe with learned steps, which only training finds")
+    if jax.tree.leaves(forward.rhs.format):
+        raise ValueError(f"{site.path} has a traced width, which cannot be stored")
+
+
+def _rotate(site: Site) -> None:
+    """Puts a layer's product into Hadamard coordinates, in the largest blocks that divide its inputs."""
+    if site.kind not in ("linear", "einsum"):
+        return
+    size = read(site.variable).shape[site.stacked + site.axes[-1]]
+    forward = operation_of(site.operation).forward
+    if not isinstance(forward.rhs.granularity, str):
+        size = math.gcd(size, forward.rhs.granularity if isinstance(forward.rhs.granularity, int) else 1)
+    block = math.gcd(size, _LARGEST_ROTATION)
+    if block == 1:
+        raise ValueError(
+            f"{site.path} cannot be rotated: its {size} inputs are not divided by any power of two"
+        )
+
+    def rotated(quantizer: Quantizer | None) -> Quantizer | None:
+        return None if quantizer is None else dataclasses.replace(quantizer, hadamard=block)
+
+    changed = dataclasses.replace(forward, lhs=rotated(forward.lhs), rhs=rotated(forward.rhs))
+    put(site, with_forward(site.operation, changed))
+
+
+def _call_order(model: Any, batches: Any, call: Any, paths: Sequence[str]) -> list[str]:
+    """The layers as they are called; those that are not, last."""
+    for batch in series(batches):
+        arguments = batch if isinstance(batch, tuple) else (batch,)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+        called = list(find_uses(model, *shapes, call=call)[0])
+        return sorted(paths, key=lambda p: called.index(p) if p in called else len(called))
+    raise ValueError("calibration needs at least one batch; got none")
+
+
+def _stages(ordered: Sequence[Site], memory: int, chosen: frozenset[str]) -> list[list[Site]]:
+    """Neighbours whose statistics fit into memory together."""
+    stages: list[list[Site]] = [[]]
+    held = 0
+    for site in ordered:
+        size = _statistics_bytes(site) if _needs_statistics(site, chosen) else 0
+        if stages[-1] and held + size > memory:
+            stages.append([])
+            held = 0
+        stages[-1].append(site)
+        held += size
+    return stages
+
+
+def _needs_statistics(site: Site, chosen: frozenset[str]) -> bool:
+    return site.kind != "embed" and bool(chosen - {"rtn", "hadamard"})
+
+
+def _statistics_bytes(site: Site) -> int:
+    shape = read(site.variable).shape
+    n = math.prod(shape[site.stacked + a] for a in site.axes)
+    return 4 * n * (n + 2) * math.prod(shape[: site.stacked])
+
+
+def _statistics(
+    model: nnx.Module, stage: Sequence[Site], batches: Any, chosen: frozenset[str], call: Any
+) -> dict[str, Statistics]:
+    wanted = {site.path for site in stage if _needs_statistics(site, chosen)}
+    if not wanted:
+        return {}
+    hessian = bool(chosen & {"gptq", "awq"})
+
+    def statistic(site: Site) -> Any:
+        if site.path not in wanted:
+            return None
+        shape = read(site.variable).shape
+        n = math.prod(shape[site.stacked + a] for a in site.axes)
+        return statistics(n, hessian), lambda state, seen: update(state, seen.columns())
+
+    found = observe(model, series(batches), statistic, call)
+    for path, state in found.items():
+        if int(jnp.sum(state.nonfinite)):
+            raise ValueError(f"the inputs of {path} hold a NaN or an Inf on the calibration data")
+        if int(jnp.min(state.count)) == 0:
+            raise ValueError(
+                f"{path} is not called on the calibration data; a rule ('{path}', None) leaves it in float"
+            )
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Solving a layer
+
+
+def _solve(site: Site, state: Statistics | None, chosen: frozenset[str]) -> dict[str, Any]:
+    """A layer's stored weight, and the scales of its channels where it has such."""
+    quantizer = _quantizer(site)
+    assert quantizer is not None
+    if state is None:
+        return {"weight": quantize_weight(site, quantizer)}
+    matrix = _Matrix.of(site)
+    weight = matrix.flat(read(site.variable), site.module.dtype)
+    scales = {}
+    is_linear = site.kind in ("linear", "einsum")
+
+    def each(f: Callable[..., Any], *arguments: Any) -> Any:
+        for _ in range(matrix.stacked):
+            f = jax.vmap(f)
+        return f(*arguments)
+
+    if is_linear and chosen & {"awq", "smoothquant"}:
+        scale = each(
+            (lambda w, s: awq_scale(w, s, quantizer)) if "awq" in chosen else smoothquant_scale,
+            weight,
+            state,
+        )
+        scales = {"scale": scale}
+        weight = each(lambda w, s: multiplied(w, s, (0,)), weight, scale)
+        state = each(rescaled, state, scale)
+    if "gptq" in chosen:
+        stored = each(lambda w, s: gptq(w, s.hessian, quantizer), weight, state)
+    else:
+        stored = each(lambda w: rtn(w, quantizer), weight)
+    return {"weight": matrix.whole(stored), **scales}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """How a layer's weight becomes a matrix, inputs by outputs, and a stored one becomes a weight again.
+
+    Attributes:
+        shape: of the weight.
+        stacked: how many leading axes are of layers side by side.
+        axes: what the product sums over, after those.
+    """
+
+    shape: tuple[int, ...]
+    stacked: int
+    axes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, site: Site) -> "_Matrix":
+        module = site.module
+        if isinstance(module, nnx.LinearGeneral) and len(module.batch_axis):
+            raise ValueError(f"{site.path} has batch axes, which only method 'rtn' takes")
+        if getattr(module, "mask", None) is not None:
+            raise ValueError(f"{site.path} has a mask, which only method 'rtn' takes")
+        if getattr(module, "feature_group_count", 1) != 1:
+            raise ValueError(f"{site.path} is a grouped convolution, which only method 'rtn' takes")
+        return cls(tuple(read(site.variable).shape), site.stacked, site.axes)
+
+    @property
+    def order(self) -> list[int]:
+        """Axes of one layer's weight: those that are summed over first."""
+        rest = [a for a in range(len(self.shape) - self.stacked) if a not in self.axes]
+        return [*self.axes, *rest]
+
+    def flat(self, weight: jax.Array, dtype: Any) -> jax.Array:
+        weight = weight if dtype is None else weight.astype(dtype)
+        own = self.shape[self.stacked :]
+        n = math.prod(own[a] for a in self.axes)
+        lead = range(self.stacked)
+        moved = jnp.transpose(weight, (*lead, *(self.stacked + a for a in self.order)))
+        return moved.reshape(*self.shape[: self.stacked], n, -1)
+
+    def whole(self, x: QArray) -> QArray:
+        """A stored matrix with the weight's own axes, packed."""
+        own = self.shape[self.stacked :]
+        sizes = [own[a] for a in self.order]
+        count = len(self.axes)
+        back = [self.order.index(a) for a in range(len(own))]
+
+        def unflatten(part: jax.Array | None) -> jax.Array | None:
+            if part is None:
+                return None
+            rows, columns = part.shape[self.stacked :]
+            shape = [*_split(rows, sizes[:count]), *_split(columns, sizes[count:])]
+            lead = part.shape[: self.stacked]
+            view = part.reshape(*lead, *shape)
+            return jnp.transpose(view, (*range(len(lead)), *(len(lead) + a for a in back)))
+
+        rotation = x.hadamard
+        if rotation is not None:
+            rotation = (rotation[0], self.axes[-1] - len(own))
+        parts = map(unflatten, (x.qvalue, x.scale, x.zero_point, x.tensor_scale))
+        qvalue, scale, zero_point, tensor_scale = parts
+        assert qvalue is not None and scale is not None
+        unpacked = QArray(
+            qvalue, scale, zero_point, tensor_scale, x.format, x.dtype, hadamard=rotation
+        )
+        repack = packed
+        for _ in range(self.stacked):
+            repack = jax.vmap(repack)
+        return repack(unpacked)
+
+
+def _split(groups: int, sizes: Sequence[int]) -> list[int]:
+    """How groups of flattened axes lie over these axes: one for all, or blocks along the last."""
+    if groups == 1:
+        return [1] * len(sizes)
+    first = math.prod(sizes[:-1])
+    return [*sizes[:-1], groups // first]
+
+
+def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
+    """Puts a solved layer into the model."""
+    operation = target.operation
+    if "scale" in solved:
+        # Stacked scales go with the layers that they belong to.
+        smoothed: Any = Smoothed(operation_of(operation), solved["scale"])
+        operation = as_kind(site.kind, smoothed)
+    put(site, operation)
+    store(site, solved["weight"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# Going on where it stopped
+
+
+def _fingerprint(model: Any, target: Mapping[str, Site], batches: Any, method: str, call: Any) -> str:
+    """A hash of all that decides the result."""
+    digest = hashlib.sha256()
+    digest.update(f"{method} {getattr(call, '__qualname__', call)}".encode())
+    for path, site in target.items():
+        digest.update(f"{path} {site.operation!r}".encode())
+    for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
+        digest.update(np.asarray(leaf).tobytes())
+    for batch in series(batches):
+        for leaf in jax.tree.leaves(batch):
+            digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+class _Store:
+    """Finished stages in a folder, or nowhere."""
+
+    def __init__(self, workdir: Any, fingerprint: str):
+        self.folder = None if workdir is None else Path(workdir)
+        self._fingerprint = fingerprint
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        marker = self.folder / "quantization.json"
+        if not marker.exists():
+            _write(marker, json.dumps({"fingerprint": fingerprint}).encode())
+        try:
+            known = json.loads(marker.read_text())["fingerprint"]
+        except (ValueError, KeyError, TypeError):
+            known = None
+        if known != fingerprint:
+            raise ValueError(
+                f"workdir '{self.folder}' holds the layers of another model, method, data or rules; choose "
+                "another"
+            )
+
+    def _path(self, paths: Sequence[str]) -> Path:
+        assert self.folder is not None
+        name = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
+        return self.folder / f"{name}.npz"
+
+    def read(self, paths: Sequence[str]) -> dict[str, Any] | None:
+        if self.folder is None or not self._path(paths).exists():
+            return None
+        try:
+            with np.load(self._path(paths)) as file:
+                arrays = {name: file[name] for name in file.files}
+            descriptions = json.loads(str(arrays.pop("descriptions")))
+            found = storage.from_arrays({k: _typed(k, v) for k, v in arrays.items()}, descriptions)
+        except (ValueError, OSError, KeyError, EOFError) as error:
+            raise ValueError(
+                f"'{self._path(paths)}' is damaged ({error}); delete it, and it is made anew"
+            ) from None
+        return {path: found[_key(path)] for path in paths}
+
+    def write(self, paths: Sequence[str], solved: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
+        temporary = self._path(paths).with_suffix(".partial.npz")
+        named = {f"{k}": np.asarray(v) for k, v in arrays.items()}
+        np.savez(temporary, descriptions=json.dumps(dict(descriptions)), **named)
+        os.replace(temporary, self._path(paths))
+
+
+def _key(path: str) -> str:
+    return path.replace("/", ".") or "model"
+
+
+def _typed(name: str, array: np.ndarray) -> np.ndarray:
+    del name
+    return array
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

@@ -1,0 +1,461 @@
+"""A model beside its quantized twin on the same labelled examples: the paired report.
+
+Accuracy hides what quantization does: as many answers may turn right as turn wrong.  So both directions
+are counted, the distributions are compared apart from the labels, and every figure that a decision may
+rest on has an interval that respects the pairing and the correlation within a window of text.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jaxtyping as jt
+import numpy as np
+
+from jaxquant.quality.examples import Examples, per_example
+from jaxquant.quality.intervals import (
+    Interval,
+    holm,
+    mcnemar,
+    mean_interval,
+    paired_difference,
+    paired_ratio,
+    plain,
+    proportion,
+    quantile_interval,
+    ratio_interval,
+    sign_tail,
+    student_tail,
+)
+
+ECE_BINS = 15
+# With more classes than this the labels are tokens, and are no groups unless asked for.
+MOST_CLASSES_AS_GROUPS = 1000
+# Shares of the examples by rising margin: fine where quantization decides, coarse where it cannot.
+MARGIN_EDGES = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """One model's own figures.
+
+    Attributes:
+        accuracy: the share of right predictions.
+        nll: the mean of −log p(label), nats; its exponential is the perplexity.
+        brier: the mean of Σ_k (p_k − [k = label])², from 0 to 2.
+        ece: expected calibration error, Σ_b n_b/n·|accuracy_b − confidence_b| over 15 bins of equal
+            width of the confidence (Guo et al. 2017).
+    """
+
+    accuracy: float
+    nll: float
+    brier: float
+    ece: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Flips:
+    """Examples whose correctness changed, and McNemar's test that both directions are as likely.
+
+    Attributes:
+        lost: correct → incorrect.
+        gained: incorrect → correct.
+        rate: (lost + gained)/n.
+        chi2: (|lost − gained| − 1)²/(lost + gained).
+        p_value: two-sided; takes examples as independent, whatever the clusters.
+        exact: whether the p-value is the exact binomial one (under 25 flips) or that of χ².
+    """
+
+    lost: int
+    gained: int
+    rate: float
+    chi2: float
+    p_value: float
+    exact: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """KL(reference ‖ quantized) over examples, in nats: its mean and its tail."""
+
+    mean: Interval
+    median: float
+    p99: Interval
+    p999: float
+    maximum: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Accuracy of both models within a group.
+
+    Attributes:
+        change: the quantized model's accuracy less the reference's, with an interval that holds for all
+            groups at once (Bonferroni).
+        p_value: one-sided, of a loss, adjusted for looking at all groups (Holm); the exact sign test of
+            the flips, or Student's where examples are clustered.
+    """
+
+    name: str
+    n: int
+    reference_accuracy: float
+    accuracy: float
+    change: Interval
+    p_value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MarginBin:
+    """Flips among examples whose reference margin (first logit less second) is in (low, high]."""
+
+    low: float
+    high: float
+    n: int
+    changed: int
+    lost: int
+    gained: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `summarize` found; print it, or take `to_dict()`.
+
+    Attributes:
+        level: of the intervals, two-sided.
+        n, n_classes: examples and logits.
+        n_clusters: how many clusters standard errors rest on, or None where examples are independent.
+        reference, quantized: each model's own figures.
+        accuracy_difference: quantized less reference.
+        retained_accuracy: quantized over reference; None where the reference is never right.
+        flips: both directions.
+        agreement: how often both predict the same class, right or wrong.
+        kl: KL(reference ‖ quantized).
+        log_perplexity_ratio: ln(PPL_quantized/PPL_reference), the mean of paired differences of NLL.
+        logit_gain: the slope of the quantized logits on the reference's, weighted by the reference's
+            probabilities.  Rounding leaves it at 1, a wrong scale moves it.  None where the reference's
+            logits do not vary.
+        groups: by loss, the worst first; `groups_given` says whether they were asked for.
+        margins: bins of rising margin.
+    """
+
+    level: float
+    n: int
+    n_classes: int
+    n_clusters: int | None
+    reference: Scores
+    quantized: Scores
+    accuracy_difference: Interval
+    retained_accuracy: Interval | None
+    flips: Flips
+    agreement: Interval
+    kl: Divergence
+    log_perplexity_ratio: Interval
+    logit_gain: Interval | None
+    groups: tuple[Group, ...]
+    groups_given: bool
+    margins: tuple[MarginBin, ...]
+
+    @property
+    def relative_perplexity(self) -> float:
+        """PPL_quantized/PPL_reference."""
+        return math.exp(min(self.log_perplexity_ratio.estimate, 700.0))
+
+    @property
+    def worst_group(self) -> Group | None:
+        """The group that lost most accuracy."""
+        return self.groups[0] if self.groups else None
+
+    @property
+    def regressions(self) -> tuple[Group, ...]:
+        """Groups that lost significantly: adjusted one-sided p below (1 − level)/2."""
+        return tuple(g for g in self.groups if g.p_value < (1 - self.level) / 2)
+
+    @property
+    def silent_regressions(self) -> tuple[Group, ...]:
+        """Regressions that the overall accuracy does not show: its interval reaches zero or more."""
+        return self.regressions if self.accuracy_difference.high >= 0 else ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, None where a figure is not finite."""
+        return plain(self) | {
+            "relative_perplexity": plain(self.relative_perplexity),
+            "silent_regressions": [group.name for group in self.silent_regressions],
+        }
+
+    def __str__(self) -> str:
+        return _table(self)
+
+
+def compare(
+    reference_logits: jt.Float[jax.Array | np.ndarray, "*batch classes"],
+    logits: jt.Float[jax.Array | np.ndarray, "*batch classes"],
+    labels: jt.Integer[jax.Array | np.ndarray, "*batch"],
+    groups: jt.Shaped[Any, "*batch"] | None = None,
+    *,
+    mask: jt.Bool[jax.Array | np.ndarray, "*batch"] | None = None,
+    clusters: jt.Integer[jax.Array | np.ndarray, "*batch"] | None = None,
+    level: float = 0.9,
+) -> Report:
+    """Compares a quantized model with its reference on the same labelled examples.
+
+    For more batches than fit at once, `per_example` on each, `Examples.concatenate`, and `summarize`.
+
+    Args:
+        reference_logits: float[..., n_classes] of the reference.
+        logits: of the quantized model, on the same examples.
+        labels: the right classes, or next tokens.
+        groups: names by example; by default the labels, up to 1000 classes.
+        mask: False where an example does not count, such as padding.
+        clusters: integers that correlated examples share; by default the first of several leading axes.
+        level: of the intervals, two-sided.
+
+    Returns:
+        A `Report`.
+
+    Raises:
+        ValueError: as `per_example` and `summarize`.
+
+    Sources: flips, Dutta et al. 2024, "Accuracy is Not All You Need"; McNemar 1947; intervals, see
+    `jaxquant.quality.intervals`.
+
+    >>> import jax.numpy as jnp
+    >>> reference = jax.random.normal(jax.random.key(0), (4000, 3))
+    >>> report = compare(reference, reference.round(1), jnp.argmax(reference, axis=-1))
+    >>> report.flips.gained, report.agreement.estimate > 0.95
+    (0, True)
+    """
+    examples = per_example(reference_logits, logits, labels, groups, mask=mask, clusters=clusters)
+    return summarize(examples, level=level)
+
+
+def summarize(examples: Examples, groups: Any = None, *, level: float = 0.9) -> Report:
+    """The report of examples' figures.
+
+    Args:
+        examples: from `per_example`, perhaps concatenated.
+        groups: [n] names that replace those in `examples`.
+        level: of the intervals, two-sided; between 0 and 1.
+
+    Raises:
+        ValueError: no examples, groups of another length, or a level outside (0, 1).
+
+    >>> logits = np.eye(3, dtype=np.float32)
+    >>> summarize(per_example(logits, logits, np.arange(3))).kl.maximum
+    0.0
+    """
+    if not len(examples):
+        raise ValueError("there are no examples to summarize")
+    if not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
+    if groups is not None:
+        groups = np.asarray(groups)
+        if groups.shape != (len(examples),):
+            raise ValueError(f"groups have shape {(len(examples),)}; got {groups.shape}")
+        examples = dataclasses.replace(examples, groups=groups)
+    clusters = None
+    if examples.clusters is not None:
+        clusters = np.unique(examples.clusters, return_inverse=True)[1].reshape(-1)
+    return _summarize(examples, clusters, level)
+
+
+def _summarize(examples: Examples, clusters: np.ndarray | None, level: float) -> Report:
+    after = (examples.prediction == examples.label).astype(np.float64)
+    before = (examples.reference_prediction == examples.label).astype(np.float64)
+    variance = examples.variance.astype(np.float64)
+    lost, gained = int(np.sum(before > after)), int(np.sum(after > before))
+    same = (examples.prediction == examples.reference_prediction).astype(np.float64)
+    nll_change = examples.nll.astype(np.float64) - examples.reference_nll
+    return Report(
+        level=level,
+        n=len(examples),
+        n_classes=examples.n_classes,
+        n_clusters=None if clusters is None else int(clusters.max()) + 1,
+        reference=_scores(
+            before, examples.reference_nll, examples.reference_brier, examples.reference_confidence
+        ),
+        quantized=_scores(after, examples.nll, examples.brier, examples.confidence),
+        accuracy_difference=paired_difference(after, before, clusters, level),
+        retained_accuracy=paired_ratio(after, before, clusters, level),
+        flips=Flips(lost, gained, (lost + gained) / len(examples), *mcnemar(lost, gained)),
+        agreement=proportion(same, clusters, level),
+        kl=_divergence(examples.kl.astype(np.float64), clusters, level),
+        log_perplexity_ratio=mean_interval(nll_change, clusters, level),
+        logit_gain=ratio_interval(examples.covariance.astype(np.float64), variance, clusters, level)
+        if variance.sum() > 0
+        else None,
+        groups=_groups(examples, after, before, clusters, level),
+        groups_given=examples.groups is not None,
+        margins=_margins(examples.margin, same, after, before),
+    )
+
+
+def _scores(
+    correct: np.ndarray, nll: np.ndarray, brier: np.ndarray, confidence: np.ndarray
+) -> Scores:
+    return Scores(
+        accuracy=float(correct.mean()),
+        nll=float(nll.mean(dtype=np.float64)),
+        brier=float(brier.mean(dtype=np.float64)),
+        ece=calibration_error(confidence, correct),
+    )
+
+
+def calibration_error(
+    confidence: jt.Float[np.ndarray, " n"], correct: jt.Float[np.ndarray, " n"]
+) -> float:
+    """Expected calibration error over 15 bins of equal width, each open below and closed above.
+
+    ECE = Σ_b n_b/n · |accuracy_b − confidence_b|.  Source: Guo et al. 2017, section 2.
+
+    >>> calibration_error(np.array([0.75, 0.75, 0.75, 0.75]), np.array([1.0, 1.0, 1.0, 0.0]))
+    0.0
+    """
+    bins = np.clip(np.ceil(confidence * ECE_BINS).astype(int) - 1, 0, ECE_BINS - 1)
+    gaps = np.bincount(bins, correct - confidence.astype(np.float64), ECE_BINS)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def _divergence(kl: np.ndarray, clusters: np.ndarray | None, level: float) -> Divergence:
+    return Divergence(
+        mean=mean_interval(kl, clusters, level),
+        median=float(np.median(kl)),
+        p99=quantile_interval(kl, 0.99, clusters, level),
+        p999=float(np.quantile(kl, 0.999)),
+        maximum=float(kl.max()),
+    )
+
+
+def _groups(
+    examples: Examples,
+    after: np.ndarray,
+    before: np.ndarray,
+    clusters: np.ndarray | None,
+    level: float,
+) -> tuple[Group, ...]:
+    names = examples.groups
+    if names is None:
+        if examples.n_classes > MOST_CLASSES_AS_GROUPS:
+            return ()
+        names = examples.label
+    unique, index = np.unique(names, return_inverse=True)
+    order = np.argsort(index.reshape(-1), kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(index.reshape(-1)))[:-1])
+    simultaneous = 1 - (1 - level) / len(unique)
+    groups, p_values = [], []
+    for name, rows in zip(unique, members, strict=True):
+        a, b = after[rows], before[rows]
+        ids = None if clusters is None else np.unique(clusters[rows], return_inverse=True)[1]
+        change = paired_difference(a, b, ids, simultaneous)
+        p_values.append(_loss_p_value(a, b, ids, change))
+        groups.append(Group(str(name), len(rows), float(b.mean()), float(a.mean()), change, 1.0))
+    groups = [
+        dataclasses.replace(group, p_value=p)
+        for group, p in zip(groups, holm(p_values), strict=True)
+    ]
+    return tuple(sorted(groups, key=lambda group: (group.change.estimate, group.p_value)))
+
+
+def _loss_p_value(
+    after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, change: Interval
+) -> float:
+    """One-sided p of accuracy lost: exact for independent examples."""
+    lost, gained = int(np.sum(before > after)), int(np.sum(after > before))
+    if clusters is None:
+        return sign_tail(lost, lost + gained)
+    if math.isinf(change.se):
+        return 1.0
+    middle = (change.low + change.high) / 2
+    return student_tail(-middle / change.se, int(clusters.max()) + 2)
+
+
+def _margins(
+    margin: np.ndarray, same: np.ndarray, after: np.ndarray, before: np.ndarray
+) -> tuple[MarginBin, ...]:
+    """Bins between quantiles of the margin; equal margins share a bin, so one may hold more or nothing."""
+    edges = np.quantile(margin, MARGIN_EDGES)
+    place = np.searchsorted(edges[1:-1], margin, side="left")
+    bins = []
+    for i in range(len(edges) - 1):
+        rows = place == i
+        if rows.any():
+            bins.append(
+                MarginBin(
+                    low=float(edges[i]),
+                    high=float(edges[i + 1]),
+                    n=int(rows.sum()),
+                    changed=int(np.sum(rows & (same == 0))),
+                    lost=int(np.sum(rows & (before > after))),
+                    gained=int(np.sum(rows & (after > before))),
+                )
+            )
+    return tuple(bins)
+
+
+def _table(report: Report) -> str:
+    clustered = "" if report.n_clusters is None else f" in {report.n_clusters:,} clusters"
+    reference, quantized = report.reference, report.quantized
+    rows = [
+        ("accuracy", f"{reference.accuracy:.4f}", f"{quantized.accuracy:.4f}"),
+        ("NLL, nats", f"{reference.nll:.4f}", f"{quantized.nll:.4f}"),
+        ("Brier score", f"{reference.brier:.4f}", f"{quantized.brier:.4f}"),
+        (f"ECE, {ECE_BINS} bins", f"{reference.ece:.4f}", f"{quantized.ece:.4f}"),
+    ]
+    lines = [
+        f"{report.n:,} examples{clustered}, {report.n_classes:,} classes;"
+        f" intervals at {100 * report.level:g} %",
+        "",
+        f"{'':24}{'reference':>12}{'quantized':>12}",
+        *(f"{name:24}{a:>12}{b:>12}" for name, a, b in rows),
+        "",
+        *_paired_lines(report),
+        *_group_lines(report),
+        "",
+        "margin of the reference      examples   changed      lost    gained",
+        *(
+            f"{f'{b.low:.3g} to {b.high:.3g}':27}{b.n:10,}{b.changed:10,}{b.lost:10,}{b.gained:10,}"
+            for b in report.margins
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _paired_lines(report: Report) -> list[str]:
+    flips, kl = report.flips, report.kl
+    test = "exact test" if flips.exact else f"χ² {flips.chi2:.2f}"
+    retained, gain = report.retained_accuracy, report.logit_gain
+    rows = [
+        ("accuracy difference", f"{report.accuracy_difference:+.4f}"),
+        ("retained accuracy", "–" if retained is None else f"{retained:.4f}"),
+        (
+            "flips",
+            f"{flips.lost:,} lost, {flips.gained:,} gained, {100 * flips.rate:.2f} % of examples",
+        ),
+        ("McNemar", f"{test}, p = {flips.p_value:.3g}"),
+        ("same top class", f"{report.agreement:.4f}"),
+        ("ln(PPL/PPL reference)", f"{report.log_perplexity_ratio:+.2e}"),
+        ("KL mean, nats", f"{kl.mean:.2e}"),
+        ("KL 99 %", f"{kl.p99:.2e}"),
+        ("KL median, 99.9 %, max", f"{kl.median:.2e}, {kl.p999:.2e}, {kl.maximum:.2e}"),
+        ("logit gain", "–" if gain is None else f"{gain:.4f}"),
+    ]
+    return [f"{name:24}{value}" for name, value in rows]
+
+
+def _group_lines(report: Report, most: int = 5) -> list[str]:
+    if not report.groups:
+        return []
+    silent = report.silent_regressions
+    width = max(8, *(len(group.name) for group in report.groups[:most]))
+    lines = [
+        "",
+        f"worst of {len(report.groups):,} groups; intervals hold for all at once, p adjusted (Holm)",
+        *(
+            f"{g.name:{width}}  n {g.n:<7,} {g.reference_accuracy:.4f} → {g.accuracy:.4f}"
+            f"  {g.change:+.4f}  p = {g.p_value:.2g}"
+            for g in report.groups[:most]
+        ),
+    ]
+    if silent:
+        lines.append(f"silent regressions, not seen overall: {', '.join(g.name for g in silent)}")
+    return lines

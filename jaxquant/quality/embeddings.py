@@ -1,0 +1,272 @@
+"""An encoder beside its quantized twin: embeddings have no labels, but angles, and people's judgments."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping as jt
+import numpy as np
+
+from jaxquant.quality.intervals import (
+    Interval,
+    mean_interval,
+    plain,
+    quantile_interval,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PairReport:
+    """Similarities of pairs of embeddings under both models.
+
+    Attributes:
+        n: pairs.
+        difference: mean of the quantized cosine similarity less the reference's.
+        absolute_mean, absolute_max: of the difference's magnitude.
+    """
+
+    n: int
+    difference: Interval
+    absolute_mean: float
+    absolute_max: float
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgmentReport:
+    """Correlation of the similarities with people's scores, and its paired change (bootstrap over pairs)."""
+
+    reference_pearson: float
+    pearson: float
+    pearson_difference: Interval
+    reference_spearman: float
+    spearman: float
+    spearman_difference: Interval
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingReport:
+    """What `compare_embeddings` found; print it, or take `to_dict()`.
+
+    Attributes:
+        level: of the intervals, two-sided.
+        n, dimensions: embeddings and their length.
+        distance: mean of 1 − cos between an embedding and its twin.
+        distance_median, distance_p99, distance_max: its distribution.
+        norm_ratio: mean of ‖quantized‖/‖reference‖.
+        pairs: None without pairs.
+        judgments: None without scores.
+    """
+
+    level: float
+    n: int
+    dimensions: int
+    distance: Interval
+    distance_median: float
+    distance_p99: Interval
+    distance_max: float
+    norm_ratio: Interval
+    pairs: PairReport | None
+    judgments: JudgmentReport | None
+
+    @property
+    def cosine(self) -> float:
+        """Mean cosine similarity between twins."""
+        return 1 - self.distance.estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them, None where a figure is not finite."""
+        return plain(self) | {"cosine": self.cosine}
+
+    def __str__(self) -> str:
+        rows = [
+            ("cosine of twins, mean", f"{self.cosine:.5f}"),
+            ("1 − cosine, mean", f"{self.distance:.2e}"),
+            ("1 − cosine, 99 %", f"{self.distance_p99:.2e}"),
+            ("1 − cosine, median, max", f"{self.distance_median:.2e}, {self.distance_max:.2e}"),
+            ("norm ratio", f"{self.norm_ratio:.4f}"),
+        ]
+        if self.pairs:
+            rows += [
+                ("pairs", f"{self.pairs.n:,}"),
+                ("similarity difference", f"{self.pairs.difference:+.2e}"),
+                (
+                    "its magnitude, mean, max",
+                    f"{self.pairs.absolute_mean:.2e}, {self.pairs.absolute_max:.2e}",
+                ),
+            ]
+        if self.judgments:
+            j = self.judgments
+            rows += [
+                ("Pearson with scores", f"{j.reference_pearson:.4f} → {j.pearson:.4f}"),
+                ("  difference", f"{j.pearson_difference:+.4f}"),
+                ("Spearman with scores", f"{j.reference_spearman:.4f} → {j.spearman:.4f}"),
+                ("  difference", f"{j.spearman_difference:+.4f}"),
+            ]
+        header = (
+            f"{self.n:,} embeddings of {self.dimensions:,}; intervals at {100 * self.level:g} %"
+        )
+        return "\n".join([header, "", *(f"{name:26}{value}" for name, value in rows)])
+
+
+def compare_embeddings(
+    reference: jt.Float[jax.Array | np.ndarray, "n dimensions"],
+    embeddings: jt.Float[jax.Array | np.ndarray, "n dimensions"],
+    pairs: jt.Integer[jax.Array | np.ndarray, "pairs 2"] | None = None,
+    scores: jt.Shaped[Any, " pairs"] | None = None,
+    *,
+    level: float = 0.9,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> EmbeddingReport:
+    """Compares an encoder's embeddings with its quantized twin's.
+
+    Twins are compared by 1 − cos = ½‖a/‖a‖ − b/‖b‖‖², pairs by the change of their cosine similarity,
+    and scores by the change of its correlation with them, whose interval is the percentile bootstrap's
+    over pairs.
+
+    Args:
+        reference: of the reference.
+        embeddings: of the quantized model, row by row of the same texts.
+        pairs: rows whose similarity counts.
+        scores: people's judgments of the pairs' similarity, in any units.
+        level: of the intervals, two-sided.
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: shapes that differ, embeddings that are zero or not finite, pairs out of range,
+            scores without pairs, of another length, or all alike.
+
+    Source: correlation with judgments, Cer et al. 2017 (STS-B); bootstrap, Efron & Tibshirani 1993.
+
+    >>> a = jax.random.normal(jax.random.key(0), (500, 16))
+    >>> round(compare_embeddings(a, a + 0.01).cosine, 4)
+    0.9999
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
+    _check_embeddings(reference, embeddings)
+    a, b = np.asarray(reference, np.float64), np.asarray(embeddings, np.float64)
+    a_norm, b_norm = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    for name, norm in (("reference", a_norm), ("embeddings", b_norm)):
+        bad = np.flatnonzero(~np.isfinite(norm) | (norm == 0))
+        if len(bad):
+            raise ValueError(
+                f"{name} are finite and not zero; {len(bad)} are, the first row {bad[0]}"
+            )
+    a, b = a / a_norm[:, None], b / b_norm[:, None]
+    distance = np.sum((a - b) ** 2, axis=1) / 2
+    pair_report, judgments = None, None
+    if scores is not None and pairs is None:
+        raise ValueError("scores are judgments of pairs; give pairs too")
+    if pairs is not None:
+        rows = _checked_pairs(pairs, len(a))
+        before, after = (np.sum(e[rows[:, 0]] * e[rows[:, 1]], axis=1) for e in (a, b))
+        change = after - before
+        pair_report = PairReport(
+            len(rows),
+            mean_interval(change, None, level),
+            float(np.abs(change).mean()),
+            float(np.abs(change).max()),
+        )
+        if scores is not None:
+            judgments = _judgments(before, after, scores, level, resamples, seed)
+    return EmbeddingReport(
+        level=level,
+        n=len(a),
+        dimensions=a.shape[1],
+        distance=mean_interval(distance, None, level),
+        distance_median=float(np.median(distance)),
+        distance_p99=quantile_interval(distance, 0.99, None, level),
+        distance_max=float(distance.max()),
+        norm_ratio=mean_interval(b_norm / a_norm, None, level),
+        pairs=pair_report,
+        judgments=judgments,
+    )
+
+
+def _check_embeddings(reference: Any, embeddings: Any) -> None:
+    for name, array in (("reference", reference), ("embeddings", embeddings)):
+        if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} are a floating array; got {getattr(array, 'dtype', type(array))}"
+            )
+    if reference.shape != embeddings.shape or reference.ndim != 2 or not reference.size:
+        raise ValueError(
+            "embeddings of both models have one shape [n, dimensions], not empty; got"
+            f" {reference.shape} and {embeddings.shape}"
+        )
+
+
+def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
+    rows = np.asarray(pairs)
+    if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows):
+        raise ValueError(f"pairs have shape [pairs, 2], at least one; got {rows.shape}")
+    if not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0 or rows.max() >= n:
+        raise ValueError(
+            f"pairs are integer rows from 0 to {n - 1}; got {rows.dtype} from {rows.min()} to {rows.max()}"
+        )
+    return rows
+
+
+def _judgments(
+    before: np.ndarray, after: np.ndarray, scores: Any, level: float, resamples: int, seed: int
+) -> JudgmentReport:
+    scores = np.asarray(scores, np.float64)
+    if scores.shape != before.shape or not np.all(np.isfinite(scores)):
+        raise ValueError(
+            f"scores are finite, one for each of {len(before)} pairs; got shape {scores.shape}"
+        )
+    if len(scores) < 3 or scores.min() == scores.max():
+        raise ValueError(
+            "a correlation needs three pairs or more, and scores that are not all alike"
+        )
+    if resamples < 100:
+        raise ValueError(f"the bootstrap takes 100 resamples or more; got {resamples}")
+    columns = np.stack([scores, before, after])
+    found = _correlations(columns)
+    rng = np.random.default_rng(seed)
+    draws = (rng.integers(0, len(scores), len(scores)) for _ in range(resamples))
+    sampled = np.stack([_correlations(columns[:, rows]) for rows in draws])
+    pearson, spearman = (
+        _bootstrap_interval(found[:, i], sampled[:, :, i], level) for i in range(2)
+    )
+    return JudgmentReport(
+        float(found[0, 0]), float(found[1, 0]), pearson,
+        float(found[0, 1]), float(found[1, 1]), spearman,
+    )  # fmt: skip
+
+
+def _correlations(columns: np.ndarray) -> np.ndarray:
+    """[reference, quantized] × [Pearson, Spearman] with the first row; NaN where a row is constant."""
+    ranked = np.stack([ranks(column) for column in columns])
+    return np.stack([_pearson(columns), _pearson(ranked)], axis=-1)
+
+
+def _pearson(columns: np.ndarray) -> np.ndarray:
+    centered = columns - columns.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.sum(centered**2, axis=1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return centered[1:] @ centered[0] / (norms[1:] * norms[0])
+
+
+def ranks(values: jt.Float[np.ndarray, " n"]) -> jt.Float[np.ndarray, " n"]:
+    """Ranks from 1, equal values sharing the mean of theirs.
+
+    >>> ranks(np.array([10.0, 20.0, 20.0]))
+    array([1. , 2.5, 2.5])
+    """
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[index.reshape(-1)]
+
+
+def _bootstrap_interval(found: np.ndarray, sampled: np.ndarray, level: float) -> Interval:
+    """The percentile interval of quantized less reference."""
+    differences = sampled[:, 1] - sampled[:, 0]
+    differences = differences[np.isfinite(differences)]
+    if not len(differences):
+        return Interval(float(found[1] - found[0]), np.inf, -np.inf, np.inf)
+    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    estimate = float(found[1] - found[0])
+    return Interval(estimate, float(np.std(differences, ddof=1)), float(low), float(high))
