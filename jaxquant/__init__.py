@@ -8,7 +8,21 @@ one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGenera
 `jq.nnx.quantize` puts them into a Flax model.
 """
 
-from jaxquant import calibration, estimators, formats, nnx, ptq, quality, rounding, storage
+from jaxquant import (
+    artifacts,
+    calibration,
+    estimators,
+    formats,
+    linen,
+    nnx,
+    ptq,
+    quality,
+    rounding,
+    serving,
+    specification,
+    storage,
+    versions,
+)
 from jaxquant.attention import Attention, KVCache
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
@@ -85,6 +99,7 @@ __all__ = [
     "QArray",
     "Quantizer",
     "RaggedDot",
+    "artifacts",
     "calibrate",
     "calibration",
     "dequantize",
@@ -93,6 +108,7 @@ __all__ = [
     "fake_quant",
     "formats",
     "hadamard",
+    "linen",
     "nnx",
     "parse",
     "ptq",
@@ -100,5 +116,8 @@ __all__ = [
     "quantize",
     "recipe",
     "rounding",
+    "serving",
+    "specification",
     "storage",
+    "versions",
 ]

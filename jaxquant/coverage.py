@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from jaxquant.hadamard import ROTATION
+
 _PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 _OPEN, _CLOSE = "jaxquant<", ">"
 
@@ -148,6 +150,8 @@ def find_products(
 ) -> tuple[dict[str, int], tuple[Product, ...]]:
     """The matrix products of a function: MACs of those that are tagged, by path, and the others.
 
+    Those within Hadamard rotations are a part of quantizing, and are left out.
+
     Args:
         function: traced with the inputs, not run.
         inputs: arrays or `jax.ShapeDtypeStruct`s.
@@ -162,6 +166,8 @@ def find_products(
     macs: dict[str, int] = {}
     others = []
     for equation, stack, times in _equations(jax.make_jaxpr(function)(*inputs).jaxpr, "", 1):
+        if ROTATION in stack:
+            continue
         count = times * _macs(equation)
         if _OPEN in stack:
             path = stack.rsplit(_OPEN, 1)[1].split(_CLOSE, 1)[0]

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
+# What its products are named in a program, so that they can be told from a model's own.
+ROTATION = "hadamard_rotation"
 # Factors of at most this size are multiplied as matrices, which suits matrix units and vector lanes.
 _RADIX = 16
 
@@ -59,9 +61,10 @@ def hadamard(
         radix = min(_RADIX, size // inner)
         view = x.reshape(*before, length // (radix * inner), radix, inner, *after)
         matrix = jnp.asarray(_matrix(radix), x.dtype)
-        mixed = jax.lax.dot_general(
-            matrix, view, (((1,), (axis + 1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-        )
+        with jax.named_scope(ROTATION):
+            mixed = jax.lax.dot_general(
+                matrix, view, (((1,), (axis + 1,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+            )
         x = jnp.moveaxis(mixed, 0, axis + 1).reshape(*before, length, *after)
         inner *= radix
     return x

@@ -123,7 +123,8 @@ class QArray:
 
         parts = map(take, (self.qvalue, self.scale, self.zero_point, self.tensor_scale))
         qvalue, scale, zero_point, tensor_scale = parts
-        assert qvalue is not None and scale is not None
+        assert qvalue is not None
+        assert scale is not None
         return dataclasses.replace(
             self, qvalue=qvalue, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale
         )

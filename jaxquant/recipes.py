@@ -12,7 +12,7 @@ from jaxquant.dot import DotGeneral, Operands
 from jaxquant.formats import E4M3, E5M2, INT8, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Block, Int
 from jaxquant.quantizer import Quantizer
 
-_NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?(?:-(lsq|quest))?")
+_NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?(?:-(lsq|quest|token))?")
 _ATTENTION = re.compile(r"(?=.)(?:a([1-9][0-9]*))?(?:kv([1-9][0-9]*))?")
 _FLOAT_BITS = 16
 
@@ -35,13 +35,16 @@ _INT8_GRADIENT = Quantizer(INT8, "channel", rounding=rounding.stochastic)
 
 def _quest(bits: int) -> Quantizer:
     return Quantizer(
-        Int(bits, "midrise"), "channel", calibration.gaussian, estimator=estimators.trust, hadamard=32
+        Int(bits, "midrise"),
+        "channel",
+        calibration.gaussian,
+        estimator=estimators.trust,
+        hadamard=32,
     )
 
 
 def _lsq(bits: int, granularity: str) -> Quantizer:
     return Quantizer(Int(bits), granularity, calibration.learned, estimator=estimators.lsq)
-
 
 
 # Values, each documented; `recipe` looks here first.
@@ -94,6 +97,7 @@ def recipe(name: str) -> Any:
       them); simulated.
     - the same with ``-quest``: both operands in Hadamard coordinates of 32 with QuEST's grid and trust mask;
       simulated.
+    - the same with ``-token``: activations with a scale for each token instead of one for the tensor.
     - ``a{bits}``, ``kv{bits}``, ``a{bits}kv{bits}``: for attention.  ``a``: both of its products, a scale for
       each token's and head's vector and for each row of probabilities, on integers.  ``kv``: keys and values
       as a cache of so many bits holds them.
@@ -123,10 +127,13 @@ def recipe(name: str) -> Any:
     weight_bits, activation_bits = _width(name, match[1]), _width(name, match[2])
     if match[3] and weight_bits == _FLOAT_BITS:
         raise ValueError(f"recipe {name!r}: a block size needs quantized weights")
-    if match[4]:
+    if match[4] in ("lsq", "quest"):
         return _trained(name, weight_bits, activation_bits, match[3], match[4])
     granularity = int(match[3]) if match[3] else "channel"
-    lhs = None if activation_bits == _FLOAT_BITS else Quantizer(Int(activation_bits), "tensor")
+    if match[4] and activation_bits == _FLOAT_BITS:
+        raise ValueError(f"recipe {name!r}: -token is about activations, which a16 leaves in float")
+    whose = "channel" if match[4] else "tensor"
+    lhs = None if activation_bits == _FLOAT_BITS else Quantizer(Int(activation_bits), whose)
     rhs = None if weight_bits == _FLOAT_BITS else Quantizer(Int(weight_bits), granularity)
     native = rhs is not None and (lhs is None or granularity == "channel")
     return DotGeneral(Operands(lhs, rhs, "native" if native else "simulated"))

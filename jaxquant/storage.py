@@ -234,8 +234,12 @@ def _check_parts(path: str, parts: dict, format: Any, shape: tuple[int, ...]) ->
         raise ValueError(
             f"{path}: zero points of shape {parts['zero_point'].shape}, scales of {scale.shape}"
         )
-    if two_levels and parts["tensor_scale"].shape != (1,) * len(shape):
-        raise ValueError(f"{path}: a tensor's scale of shape {parts['tensor_scale'].shape}")
+    if not two_levels:
+        return
+    tensor = parts["tensor_scale"].shape
+    # One for the tensor, or for each of several that are stacked.
+    if len(tensor) != len(shape) or any(t not in (1, n) for t, n in zip(tensor, shape, strict=True)):
+        raise ValueError(f"{path}: a tensor's scale of shape {tensor}")
 
 
 def _shape(path: str, shape: Any) -> tuple[int, ...]:

@@ -20,9 +20,11 @@ LIBRARY = [
         "hadamard",
     ],
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
-    ["product", "dot", "native", "einsum", "ragged", "conv", "attention", "recipes"],
+    ["product", "dot", "native", "einsum", "ragged", "conv", "smoothed", "attention", "recipes"],
     ["rules", "coverage"],
+    ["specification", "artifacts"],
     ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
+    ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.quantizing", "ptq.searching"],
     [
         "quality.intervals",
@@ -33,6 +35,7 @@ LIBRARY = [
         "quality.gates",
         "quality.monitor",
     ],
+    ["nnx.saving", "versions", "serving"],
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],
@@ -45,6 +48,13 @@ EXPERIMENTS = [
         "harness.pretrained.references",
     ],
     ["harness.train", "harness.trials"],
+    [
+        "pretrained_quantization.arms",
+        "pretrained_quantization.subjects",
+        "pretrained_quantization.report",
+        "pretrained_quantization.study",
+        "pretrained_quantization.__main__",
+    ],
     ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
     ["ptq_overtraining.study", "ptq_overtraining.__main__", "train"],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],

@@ -130,11 +130,13 @@ def test_train_freeze_serve(name, rules):
     frozen = jq.nnx.freeze(quantized)
     np.testing.assert_array_equal(RUN(frozen, x), RUN(quantized, x))
     stored = nnx.state(frozen, jq.nnx.Stored)
-    assert stored and not nnx.state(quantized, jq.nnx.Stored)
+    assert stored
+    assert not nnx.state(quantized, jq.nnx.Stored)
     floats = nnx.state(frozen, nnx.Param)
     assert all(jnp.issubdtype(p.dtype, jnp.floating) for p in jax.tree.leaves(floats))
     table = jq.nnx.coverage(frozen, None, x)
-    assert all(row.macs for row in table) and table.others == ()
+    assert all(row.macs for row in table)
+    assert table.others == ()
 
 
 def test_calibrated_ranges_are_kept():
@@ -187,7 +189,7 @@ def test_freezing_holds_one_layer_at_a_time(donate, monkeypatch):
 
 
 def test_misuse_is_named():
-    model, x = make("transformer")
+    model, _x = make("transformer")
     with pytest.raises(ValueError, match="no quantized weights to freeze"):
         jq.nnx.freeze(model)
     frozen = jq.nnx.freeze(jq.nnx.quantize(model, {".*": "w8a8"}))

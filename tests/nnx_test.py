@@ -138,7 +138,9 @@ def test_misuse_is_named(model):
         jq.nnx.quantize(nnx.Sequential(up), {".*": "w8a8"})
     with pytest.raises(ValueError, match=r"conv cannot take w4a16g8: .*granularity 8"):
         jq.nnx.quantize(Convolutional(nnx.Rngs(0)), {".*": "w4a16g8"})
-    with pytest.raises(ValueError, match=r"up cannot take w4a16g32: granularity 32 does not divide"):
+    with pytest.raises(
+        ValueError, match=r"up cannot take w4a16g32: granularity 32 does not divide"
+    ):
         jq.nnx.quantize(model, {"up": "w4a16g32"})
     with pytest.raises(ValueError, match="leaves weights in float"):
         jq.nnx.quantize(model, {"embed": "w16a8"})
@@ -174,7 +176,8 @@ def test_learned_steps_are_parameters_that_train(model):
     steps = nnx.to_pure_dict(gradient(params))["up"]["dot_general"]
     assert steps["rhs_step"].shape == (1, 32)
     assert steps["lhs_step"].shape == ()
-    assert steps["rhs_step"].any() and steps["lhs_step"] != 0
+    assert steps["rhs_step"].any()
+    assert steps["lhs_step"] != 0
     start = nnx.to_pure_dict(params)["up"]["dot_general"]
     kernel = np.asarray(model.up.kernel[...])
     expected = 2 * np.abs(kernel).mean(0, keepdims=True) / 7**0.5
@@ -216,7 +219,8 @@ def test_coverage_lists_every_product_of_the_model(model):
     assert table.others == ()
     # ½ byte a weight, and a scale for each of 32 outputs
     assert (table["up"].bytes_before, table["up"].bytes_after) == (2048, 256 + 128)
-    assert "up" in str(table) and "w4a16" in str(table)
+    assert "up" in str(table)
+    assert "w4a16" in str(table)
     frozen = jq.nnx.coverage(jq.nnx.freeze(jq.nnx.quantize(model, rules)), None, TOKENS)
     assert frozen["up"].bytes_after == frozen["up"].bytes_before == 256 + 128
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.linalg
 
 import jaxquant as jq
-from jaxquant import calibration
+from jaxquant import calibration, smoothed
 from jaxquant.ptq import smooth, solvers
 
 N, M = 128, 24
@@ -403,7 +403,7 @@ def test_a_smoothed_product_in_floating_point_is_the_product():
     x, w, scale = product_of()
     expected = np.einsum("bij,ijm->bm", np.asarray(x, np.float64), np.asarray(w, np.float64))
     for inner in (jax.lax.dot_general, jq.DotGeneral()):
-        found = apply(smooth.Smoothed(inner, scale), x, w)
+        found = apply(smoothed.Smoothed(inner, scale), x, w)
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
@@ -413,8 +413,8 @@ def test_a_smoothed_product_of_a_stored_weight_is_that_of_the_weight(inner):
     quantizer = inner.forward.rhs
     for seed in range(5):
         x, w, scale = product_of(seed)
-        dot = smooth.Smoothed(inner, scale)
-        stored = jq.quantize(smooth.multiplied(w, scale, (0, 1)), quantizer, NUMBERS[0][1])
+        dot = smoothed.Smoothed(inner, scale)
+        stored = jq.quantize(smoothed.multiplied(w, scale, (0, 1)), quantizer, NUMBERS[0][1])
         expected = apply(dot, x, stored)
         np.testing.assert_array_equal(apply(dot, x, w), expected)
     constant = jax.jit(lambda x, w: dot(x, w, NUMBERS))
@@ -428,10 +428,10 @@ def test_a_smoothed_product_with_ranges_that_are_constants_is_that_of_the_stored
         x, w = (jnp.array(rng.normal(size=s), jnp.float32) for s in ((4, 256), (256, 64)))
         scale = jnp.array(np.exp(rng.normal(size=256)), jnp.float32)
         quantizer = jq.Quantizer(jq.Int(8), "channel")
-        found = calibration.Range(jq.calibrate(smooth.multiplied(w, scale, (0,)), quantizer, 0))
+        found = calibration.Range(jq.calibrate(smoothed.multiplied(w, scale, (0,)), quantizer, 0))
         quantizer = dataclasses.replace(quantizer, calibration=found)
-        dot = smooth.Smoothed(jq.DotGeneral(jq.Operands(None, quantizer)), scale)
-        stored = jq.quantize(smooth.multiplied(w, scale, (0,)), quantizer, 0)
+        dot = smoothed.Smoothed(jq.DotGeneral(jq.Operands(None, quantizer)), scale)
+        stored = jq.quantize(smoothed.multiplied(w, scale, (0,)), quantizer, 0)
         eye = jnp.eye(256)
         of_stored = jax.jit(lambda v, dot=dot, s=stored: dot(v, s, MATMUL))
         of_weight = jax.jit(lambda v, w, dot=dot: dot(v, w, MATMUL))
@@ -447,7 +447,7 @@ def gradients(dot, x, w, g):
 def test_a_smoothed_product_has_the_straight_through_gradients():
     x, w, scale = product_of()
     for inner in WEIGHT_AND_INPUTS.values():
-        dot = smooth.Smoothed(inner, scale)
+        dot = smoothed.Smoothed(inner, scale)
         g = jnp.array(np.random.default_rng(9).normal(size=(16, 5)), jnp.float32)
         s = np.asarray(scale).reshape(4, 8)
         rhs = fake_quant(w * s[:, :, None], inner.forward.rhs, (1, 0))
@@ -473,7 +473,7 @@ def test_smoothing_helps_where_few_inputs_are_large():
         float(jnp.mean((jax.jit(lambda dot: dot(x, weight, MATMUL))(dot) - exact) ** 2))
         for dot in (
             jq.recipe("w8a8"),
-            smooth.Smoothed(jq.recipe("w8a8"), smooth.smoothquant_scale(weight, state)),
+            smoothed.Smoothed(jq.recipe("w8a8"), smooth.smoothquant_scale(weight, state)),
         )
     ]
     assert errors[1] < 0.5 * errors[0]
@@ -482,12 +482,12 @@ def test_smoothing_helps_where_few_inputs_are_large():
 def test_a_smoothed_product_is_a_pytree_that_says_its_bytes():
     scale = jnp.ones(8)
     for inner in (jax.lax.dot_general, jq.recipe("w8a8")):
-        dot = smooth.Smoothed(inner, scale)
+        dot = smoothed.Smoothed(inner, scale)
         assert dot.nbytes == 32
         leaves, tree = jax.tree.flatten(dot)
         assert len(leaves) == 1
         assert jax.tree.unflatten(tree, leaves).dot_general == inner
-    stacked = smooth.Smoothed(jax.lax.dot_general, jnp.ones((3, 8)))
+    stacked = smoothed.Smoothed(jax.lax.dot_general, jnp.ones((3, 8)))
     out = jax.vmap(lambda dot, x, w: dot(x, w, MATMUL))(
         stacked, jnp.ones((3, 2, 8)), jnp.ones((3, 8, 4))
     )
@@ -502,7 +502,7 @@ def _gptq(**options):
 
 
 def _smoothed(x, w):
-    dot = smooth.Smoothed(jax.lax.dot_general, jnp.ones(4))
+    dot = smoothed.Smoothed(jax.lax.dot_general, jnp.ones(4))
     return dot(x, w, MATMUL)
 
 
@@ -555,8 +555,8 @@ def _smoothed(x, w):
         ),
         (lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), solvers.statistics(4), 1.5), "alpha"),
         (lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), solvers.statistics(3)), "3 channels"),
-        (lambda: smooth.Smoothed("dot", jnp.ones(4)), "dot_general is a function"),
-        (lambda: smooth.Smoothed(jax.lax.dot_general, 2.0), "scale is a floating"),
+        (lambda: smoothed.Smoothed("dot", jnp.ones(4)), "dot_general is a function"),
+        (lambda: smoothed.Smoothed(jax.lax.dot_general, 2.0), "scale is a floating"),
         (lambda: _smoothed(jnp.ones((2, 3)), jnp.ones((3, 2))), "3 channels"),
         (
             lambda: _smoothed(

@@ -1,10 +1,10 @@
 """Quantization of Flax Linen modules, their code unchanged: rules, training, ranges, freezing.
 
-    quantized = jq.linen.quantize(module, {".*": "w8a8"})    # the same parameters, quantized products
-    variables = quantized.init(key, x)                        # or those that the module was trained with
-    variables = jq.linen.calibrate(quantized, variables, batches)    # fixed ranges of activations
-    frozen = jq.linen.freeze(quantized, variables, x)         # stored integers
-    quantized.apply(frozen, x)                                # the same logits bit for bit
+quantized = jq.linen.quantize(module, {".*": "w8a8"})    # the same parameters, quantized products
+variables = quantized.init(key, x)                        # or those that the module was trained with
+variables = jq.linen.calibrate(quantized, variables, batches)    # fixed ranges of activations
+frozen = jq.linen.freeze(quantized, variables, x)         # stored integers
+quantized.apply(frozen, x)                                # the same logits bit for bit
 """
 
 from jaxquant.linen.freezing import freeze

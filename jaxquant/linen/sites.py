@@ -13,15 +13,15 @@ from flax import linen as nn
 
 from jaxquant.attention import Attention
 from jaxquant.conv import ConvGeneralDilated
-from jaxquant.dot import DotGeneral
+from jaxquant.dot import DotGeneral, simulate
 from jaxquant.einsum import einsum
-from jaxquant.qarray import QArray, dequantize, fake_quant
+from jaxquant.qarray import QArray, dequantize
 from jaxquant.rules import ATTENTION
 
 Operation = DotGeneral | ConvGeneralDilated
 
-# The methods as interceptors see them.  A class that a lifted transform has made has methods of its own, within
-# which these are called, so that a call is found once and where its variables are a single layer's.
+# The methods as interceptors see them.  A class that a lifted transform has made has methods of its own,
+# within which these are called, so that a call is found once and where its variables are a single layer's.
 _KINDS = {
     inspect.unwrap(method): kind
     for method, kind in (
@@ -161,22 +161,25 @@ class Product:
     watch: Callable[[Use], None]
 
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **options: Any) -> jax.Array:
+        with self.named():
+            return self.compute(lhs, rhs, *args, **options)
+
+    def compute(self, lhs: Any, rhs: Any, *args: Any, **options: Any) -> jax.Array:
+        """The product, in the signature of its lax's own."""
         if self.site.kind == "conv":
             axes = tuple(range(1, lhs.ndim)), tuple(range(rhs.ndim - 1))
         else:
-            lhs_axes, rhs_axes = args[0][0]
-            axes = tuple(lhs_axes), tuple(rhs_axes)
-        with self.used(lhs, rhs, axes):
-            return self.operation(lhs, rhs, *args, **options)
+            axes = tuple(args[0][0][0]), tuple(args[0][0][1])
+        self.watch(Use(self.site, self.operation, lhs, rhs, axes))
+        return self.operation(lhs, rhs, *args, **options)
 
     @contextlib.contextmanager
-    def used(self, lhs: Any, rhs: Any, axes: Any) -> Iterator[None]:
-        """Within it the product is computed."""
-        self.watch(Use(self.site, self.operation, lhs, rhs, axes))
+    def named(self) -> Iterator[None]:
+        """Within it a refusal becomes one that names the site."""
+        path = self.site.path
         try:
             yield
         except ValueError as error:
-            path = self.site.path
             raise ValueError(
                 f"{path} cannot take {self.label}: {error}; a rule ('{path}', None) before the others "
                 "leaves it in float"
@@ -200,7 +203,7 @@ def call_with(
         return _attend(product, *args, **options)
     if site.kind == "embed" and site.method != "setup":
         return _look_up(product, *args, **options)
-    changes = {_SLOTS[site.kind]: product} if site.kind in _SLOTS else {}
+    changes: dict[str, Any] = {_SLOTS[site.kind]: product} if site.kind in _SLOTS else {}
     if site.stored():
         changes["param"] = functools.partial(_stored_param, site)
         changes["promote_dtype"] = _keep_stored(site.module.promote_dtype)
@@ -263,9 +266,9 @@ def _einsum(
     inputs, kernel, bias = _keep_stored(module.promote_dtype)(
         inputs, site.value("kernel"), bias, dtype=module.dtype
     )
-    y = einsum(
-        subscripts, inputs, kernel, product, module.precision, module.preferred_element_type
-    )
+    options = (module.precision, module.preferred_element_type)
+    with product.named():
+        y = einsum(subscripts, inputs, kernel, product.compute, *options)
     if bias is None:
         return y
     operands, out = subscripts.split("->")
@@ -285,9 +288,11 @@ def _look_up(product: Product, inputs: jax.Array) -> jax.Array:
     )
     if module.num_embeddings == 1:
         inputs = jnp.zeros_like(inputs)  # as there, one row is everyone's
-    with product.used(None, table, ((), (1,))):
-        if not isinstance(table, QArray):
-            return jnp.take(fake_quant(table, product.operation.forward.rhs, 1), inputs, axis=0)
+    product.watch(Use(product.site, product.operation, None, table, ((), (1,))))
+    if not isinstance(table, QArray):
+        with product.named():
+            table = simulate(table, product.operation.forward.rhs, (1,))
+        return jnp.take(table, inputs, axis=0)
     rows, n = dequantize(table[inputs]), table.shape[0]
     place = inputs.astype(jnp.int32)
     is_there = (place >= -n) & (place < n)  # jnp.take gives NaN elsewhere

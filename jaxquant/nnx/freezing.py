@@ -105,11 +105,11 @@ def quantize_weight(site: Site, quantizer: Quantizer) -> QArray:
     static = (site.axes, site.stacked, None if dtype is None else np.dtype(dtype))
     if isinstance(weight, jax.ShapeDtypeStruct):
         weight = jnp.zeros(weight.shape, weight.dtype)  # within eval_shape, where nothing is made
-    return _quantized(*static, weight, mask, quantizer)
+    return quantize_stacked(*static, weight, mask, quantizer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _quantized(axes, stacked, dtype, weight, mask, quantizer) -> QArray:
+def quantize_stacked(axes, stacked, dtype, weight, mask, quantizer) -> QArray:
     def one(weight: jax.Array, quantizer: Quantizer) -> QArray:
         weight = weight if mask is None else weight * mask
         return packed(quantize(weight, quantizer, axes))

@@ -289,7 +289,9 @@ def operation_of(installed: Any) -> Any:
     if isinstance(installed, Learned):
         unresolved = installed.operation
         steps = (installed.lhs_step, installed.rhs_step)
-        return operation_of(installed.with_steps(*steps) if any(s is not None for s in steps) else unresolved)
+        return operation_of(
+            installed.with_steps(*steps) if any(s is not None for s in steps) else unresolved
+        )
     for name in ("dot_general", "operation"):
         if hasattr(installed, name):
             return operation_of(getattr(installed, name))

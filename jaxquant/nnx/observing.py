@@ -1,7 +1,7 @@
 """What a model's activations are like: statistics over batches, and the ranges or steps that follow."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -72,7 +72,7 @@ def observe(
     count = 0
     for batch in batches:
         arguments = batch if isinstance(batch, tuple) else (batch,)
-        _check_finite(arguments, count)
+        check_finite(arguments, count)
         run(call, model, *arguments)
         count += 1
     if not count:
@@ -84,7 +84,7 @@ def _run(call: Any, model: nnx.Module, *arguments: Any) -> None:
     (model if call is None else lambda *a: call(model, *a))(*arguments)  # pyright: ignore
 
 
-def _check_finite(arguments: Any, index: int) -> None:
+def check_finite(arguments: Any, index: int) -> None:
     for leaf in jax.tree.leaves(arguments):
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not bool(
             jnp.isfinite(leaf).all()
@@ -193,6 +193,8 @@ def _range_statistic(site: Site, decay: float | None) -> Statistic | None:
 
 def _fix(site: Site, state: Any) -> None:
     total, weight = state
+    if not bool(jnp.all(weight > 0)):
+        return  # never multiplied, as an Embed's rows are not, so nothing is there to fix
     value = jax.tree.map(lambda x: x / weight, total)
     operation = site.operation
     if isinstance(operation, Learned):

@@ -106,7 +106,9 @@ class Site:
             return 0
         extra = len(read(self.variable).shape) - self.rank
         if extra < 0:
-            raise ValueError(f"{self.path} has a weight of {self.rank + extra} axes, not {self.rank}")
+            raise ValueError(
+                f"{self.path} has a weight of {self.rank + extra} axes, not {self.rank}"
+            )
         return extra
 
 

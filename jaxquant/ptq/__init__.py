@@ -8,6 +8,6 @@
 
 from jaxquant.ptq.quantizing import METHODS, quantize
 from jaxquant.ptq.searching import Search, search
-from jaxquant.ptq.smooth import Smoothed
+from jaxquant.smoothed import Smoothed
 
 __all__ = ["METHODS", "Search", "Smoothed", "quantize", "search"]

@@ -16,18 +16,18 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import storage
-from jaxquant.dot import DotGeneral
 from jaxquant.nnx.freezing import packed, quantize_weight, shared_copy, store
-from jaxquant.nnx.modules import Activations, is_learned, operation_of, read, with_forward
+from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import observe
 from jaxquant.nnx.quantizing import find_uses
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import Site, as_kind, put, sites
-from jaxquant.ptq.smooth import Smoothed, awq_scale, multiplied, rescaled, smoothquant_scale
+from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
 from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
 from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
 from jaxquant.rules import ATTENTION, Rules
+from jaxquant.smoothed import Smoothed, multiplied
 
 Model = TypeVar("Model", bound=nnx.Module)
 Batches = Sequence[Any] | Callable[[], Iterable[Any]]
@@ -163,7 +163,9 @@ def _check_recipe(site: Site) -> None:
     forward = operation_of(site.operation).forward
     for quantizer in (forward.lhs, forward.rhs):
         if is_learned(quantizer):
-            raise ValueError(f"{site.path} has a recipe with learned steps, which only training finds")
+            raise ValueError(
+                f"{site.path} has a recipe with learned steps, which only training finds"
+            )
     if jax.tree.leaves(forward.rhs.format):
         raise ValueError(f"{site.path} has a traced width, which cannot be stored")
 
@@ -175,7 +177,9 @@ def _rotate(site: Site) -> None:
     size = read(site.variable).shape[site.stacked + site.axes[-1]]
     forward = operation_of(site.operation).forward
     if not isinstance(forward.rhs.granularity, str):
-        size = math.gcd(size, forward.rhs.granularity if isinstance(forward.rhs.granularity, int) else 1)
+        size = math.gcd(
+            size, forward.rhs.granularity if isinstance(forward.rhs.granularity, int) else 1
+        )
     block = math.gcd(size, _LARGEST_ROTATION)
     if block == 1:
         raise ValueError(
@@ -345,7 +349,8 @@ class _Matrix:
             rotation = (rotation[0], self.axes[-1] - len(own))
         parts = map(unflatten, (x.qvalue, x.scale, x.zero_point, x.tensor_scale))
         qvalue, scale, zero_point, tensor_scale = parts
-        assert qvalue is not None and scale is not None
+        assert qvalue is not None
+        assert scale is not None
         unpacked = QArray(
             qvalue, scale, zero_point, tensor_scale, x.format, x.dtype, hadamard=rotation
         )
@@ -378,7 +383,9 @@ def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
 # Going on where it stopped
 
 
-def _fingerprint(model: Any, target: Mapping[str, Site], batches: Any, method: str, call: Any) -> str:
+def _fingerprint(
+    model: Any, target: Mapping[str, Site], batches: Any, method: str, call: Any
+) -> str:
     """A hash of all that decides the result."""
     digest = hashlib.sha256()
     digest.update(f"{method} {getattr(call, '__qualname__', call)}".encode())

@@ -1,11 +1,11 @@
-"""The search for mixed precision: what each layer loses in each recipe is measured, then a budget is spent."""
+"""The search for mixed precision: each layer's loss in each recipe is measured, then a budget is spent."""
 
 import dataclasses
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,13 @@ class Search:
     allocation: Allocation
 
     def __str__(self) -> str:
-        lines = [f"{self.allocation.bytes:,} bytes, loss {self.allocation.loss:.4g} if losses add up"]
+        lines = [
+            f"{self.allocation.bytes:,} bytes, loss {self.allocation.loss:.4g} if losses add up"
+        ]
         for name, choice, losses in zip(
             self.groups, self.allocation.choices, self.losses, strict=True
         ):
-            measured = "  ".join(
-                f"{c} {v:.3g}" for c, v in zip(self.choices, losses, strict=True)
-            )
+            measured = "  ".join(f"{c} {v:.3g}" for c, v in zip(self.choices, losses, strict=True))
             lines.append(f"{name}: {self.choices[choice]}  ({measured})")
         return "\n".join(lines)
 
@@ -104,11 +104,17 @@ def search(
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
     paths, costs = _costs(model, choices, modules)
     named = {p: p if group is None else group(p) for p in paths}
-    groups = {name: tuple(p for p in paths if named[p] == name) for name in dict.fromkeys(named.values())}
-    total = np.array([[sum(costs[p][i] for p in g) for i in range(len(choices))] for g in groups.values()])
+    groups = {
+        name: tuple(p for p in paths if named[p] == name) for name in dict.fromkeys(named.values())
+    }
+    total = np.array(
+        [[sum(costs[p][i] for p in g) for i in range(len(choices))] for g in groups.values()]
+    )
     smallest = int(total.min(axis=1).sum())
     if budget < smallest:
-        raise ValueError(f"a budget of {budget} bytes is less than the smallest of these, {smallest}")
+        raise ValueError(
+            f"a budget of {budget} bytes is less than the smallest of these, {smallest}"
+        )
     measure = _Measure(model, batches, loss)
     known = _Known(workdir, measure.fingerprint(choices, modules) if workdir else "")
     losses = np.zeros(total.shape)
@@ -128,7 +134,9 @@ def search(
     return Search(rules, groups, tuple(choices), total, losses, allocation)
 
 
-def _costs(model: Any, choices: Sequence[str], modules: str) -> tuple[list[str], dict[str, list[int]]]:
+def _costs(
+    model: Any, choices: Sequence[str], modules: str
+) -> tuple[list[str], dict[str, list[int]]]:
     """Bytes of each layer in each recipe."""
     costs: dict[str, list[int]] = {}
     for choice in choices:
@@ -137,7 +145,9 @@ def _costs(model: Any, choices: Sequence[str], modules: str) -> tuple[list[str],
                 costs.setdefault(path, []).append(frozen_nbytes(site))
     short = [path for path, found in costs.items() if len(found) != len(choices)]
     if short:
-        raise ValueError(f"{short[0]} has quantized weights in some of the choices and not in others")
+        raise ValueError(
+            f"{short[0]} has quantized weights in some of the choices and not in others"
+        )
     return list(costs), costs
 
 
@@ -151,7 +161,9 @@ class _Measure:
             self._reference = [_logits(model, b) for b in series(batches)]
             if not self._reference:
                 raise ValueError("the search needs at least one batch; got none")
-            self._run = nnx.jit(lambda model, reference, *batch: _divergence(model(*batch), reference))
+            self._run = nnx.jit(
+                lambda model, reference, *batch: _divergence(model(*batch), reference)
+            )
         else:
             self._reference = None
             self._run = nnx.jit(loss)
@@ -181,7 +193,9 @@ class _Measure:
 
     def fingerprint(self, choices: Sequence[str], modules: str) -> str:
         digest = hashlib.sha256(f"{list(choices)} {modules}".encode())
-        for leaf in jax.tree.leaves((nnx.state(self._model, nnx.Param), list(series(self._batches)))):
+        for leaf in jax.tree.leaves(
+            (nnx.state(self._model, nnx.Param), list(series(self._batches)))
+        ):
             digest.update(np.asarray(leaf).tobytes())
         return digest.hexdigest()
 
@@ -228,7 +242,9 @@ class _Known:
                 content = json.loads(self._path.read_text())
                 known, self._values = content["fingerprint"], content["losses"]
             except (ValueError, KeyError, TypeError):
-                raise ValueError(f"'{self._path}' is damaged; delete it, and it is made anew") from None
+                raise ValueError(
+                    f"'{self._path}' is damaged; delete it, and it is made anew"
+                ) from None
             if known != fingerprint:
                 raise ValueError(
                     f"workdir '{workdir}' holds measurements of another model, other data or recipes"

@@ -193,6 +193,23 @@ def encode(
     return np.stack([vectors[index] for index in range(len(ids))])
 
 
+def padded(
+    tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Texts as the model takes them: tokens int32[texts, length], cut or padded, and where there are any.
+
+    Raises:
+        ValueError: no texts, or a length beyond `LONGEST`.
+    """
+    if not texts or not 1 <= length <= LONGEST:
+        raise ValueError(f"needs texts and a length of 1 to {LONGEST}; got {len(texts)}, {length}")
+    tokens, mask = np.zeros((2, len(texts), length), np.int32)
+    for row, encoding in enumerate(tokenizer.encode_batch(list(texts))):
+        ids = encoding.ids[:length]
+        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
+    return tokens, mask.astype(bool)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def _embed(graphdef, state, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state)(tokens_BxT, mask_BxT)

@@ -1,0 +1,176 @@
+"""The study: configs, trials, and what a trial runs."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+import jaxquant as jq
+from experiments.harness import cli, images, trials
+from experiments.pretrained_quantization import report, subjects
+from experiments.pretrained_quantization.arms import ARMS
+
+STUDY = "pretrained_quantization"
+
+
+@dataclasses.dataclass
+class Config:
+    """What the study does.
+
+    Attributes:
+        models: of ``"smollm2"``, ``"minilm"``, ``"vit"``.
+        arms: names of arms to run, where a model has them; all where empty.
+        windows: windows of text that the language model is measured on.
+        calibration_windows: windows of older text that methods look at.
+        length: tokens of a window.
+        memory_mb: of calibration statistics held at once; fewer means that layers see more of what the layers
+            before them became.
+        search_windows: windows that the search measures on.
+        images: the image set that the vision transformer is trained on, ``"fashion_mnist"`` or ``"digits"``.
+        images_path: where it lies; the package's own place where empty.
+        steps: training steps of the vision transformer.
+        seeds: vision transformers.
+        workers: processes; models are large, so one by one.
+    """
+
+    models: tuple[str, ...] = ("smollm2", "minilm", "vit")
+    arms: tuple[str, ...] = ()
+    windows: int = 20
+    calibration_windows: int = 16
+    length: int = 512
+    memory_mb: int = 20
+    search_windows: int = 1
+    images: str = "fashion_mnist"
+    images_path: str = ""
+    steps: int = 1500
+    seeds: int = 3
+    workers: int = 1
+
+
+PRESETS = {
+    "smoke": Config(models=("vit",), images="digits", steps=60, seeds=1),
+    "laptop": Config(),
+    "full": Config(windows=100, calibration_windows=64, search_windows=4, steps=10_000, seeds=5),
+    "tpu": Config(windows=400, calibration_windows=128, search_windows=8, steps=20_000, seeds=5),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One model in one arm; what of the config does not concern the model is zero or empty."""
+
+    model: str
+    arm: str
+    seed: int = 0
+    windows: int = 0
+    calibration_windows: int = 0
+    length: int = 0
+    memory_mb: int = 0
+    search_windows: int = 0
+    images: str = ""
+    images_path: str = ""
+    steps: int = 0
+    fingerprint: str = ""
+
+
+def make_trials(config: Config) -> list[Trial]:
+    """The config's trials.
+
+    Raises:
+        ValueError: a field out of range; an unknown model or arm; a package of weights that is not there.
+    """
+    cli.check_positive(
+        config, "windows", "calibration_windows", "length", "memory_mb", "search_windows", "steps"
+    )
+    cli.check_positive(config, "seeds")
+    if not config.models or len(set(config.models)) != len(config.models):
+        raise ValueError(f"config.models needs at least one, each once; got {config.models}")
+    for model in config.models:
+        if model not in ARMS:
+            raise ValueError(f"config.models are of {', '.join(ARMS)}; got {model!r}")
+    known = {arm for model in config.models for arm in ARMS[model]}
+    for arm in config.arms:
+        if arm not in known:
+            raise ValueError(f"config.arms are of {'; '.join(sorted(known))}; got {arm!r}")
+    return [
+        trial
+        for model in config.models
+        for arm in ARMS[model]
+        if not config.arms or arm in config.arms
+        for trial in _trials(config, model, arm)
+    ]
+
+
+def _trials(config: Config, model: str, arm: str) -> list[Trial]:
+    if model == "vit":
+        dataset = images.load(config.images, config.images_path)
+        own = {"images": config.images, "images_path": config.images_path, "steps": config.steps}
+        seeds = range(config.seeds)
+        return [
+            Trial(
+                model, arm, seed, fingerprint=dataset.fingerprint, memory_mb=config.memory_mb, **own
+            )
+            for seed in seeds
+        ]
+    fields = ("calibration_windows", "length", "memory_mb")
+    fields += ("windows", "search_windows") if model == "smollm2" else ()
+    own = {name: getattr(config, name) for name in fields}
+    return [Trial(model, arm, fingerprint=subjects.fingerprint(model), **own)]
+
+
+def run_trial(trial: Trial, context: trials.Context) -> dict:
+    """Quantizes, compares, judges."""
+    arm = ARMS[trial.model][trial.arm]
+    subject = subjects.make(trial)
+    context.progress(0, f"{trial.model}: {trial.arm}")
+    model, size = subjects.quantized(subject, arm, context.scratch, trial.memory_mb * 2**20)
+    versions = {"jaxquant": jq.__version__, "jax": jax.__version__}
+    head = {"versions": versions, "bytes": size, "arm": dataclasses.asdict(arm)}
+    head["device"] = jax.devices()[0].device_kind
+    return head | subject.compare(model, arm)
+
+
+def cost(trial: Trial) -> float:
+    """Work of a trial: about minutes."""
+    base = {"smollm2": 2.0, "minilm": 0.5, "vit": 0.001 * trial.steps}[trial.model]
+    arm = ARMS[trial.model][trial.arm]
+    return base * (5 if arm.searched or arm.method == "gptq" else 1)
+
+
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    keep_checkpoints: bool = False,
+) -> dict:
+    """Runs what has no record yet, writes the report, and returns the summary.
+
+    Args:
+        config: one of `PRESETS`, or any.
+        workdir: where records, ``summary.json`` and ``report.html`` go.
+        workers: processes; the config's number where not given.
+        shard: (i, n): one of n jobs; the report covers what is finished.
+        keep_checkpoints: keep finished layers in ``workdir/scratch``.
+
+    Raises:
+        ValueError: bad input.
+        RuntimeError: a trial failed.
+    """
+    grid = make_trials(config)
+    ledger = trials.Ledger(workdir, STUDY)
+    count = config.workers if workers is None else workers
+    if count < 1:
+        raise ValueError(f"workers is at least 1; got {count}")
+    trials.run(
+        grid,
+        run_trial,
+        ledger,
+        cost=cost,
+        workers=count,
+        shard=shard,
+        keep_checkpoints=keep_checkpoints,
+    )
+    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
+    return report.write(ledger.workdir, records, expected=len(grid))

@@ -1,0 +1,544 @@
+"""Frozen models on disk: a folder with arrays, what they mean, and a card that says where they come from.
+
+    card.json            the card, the format's version, and SHA-256 of every other file
+    card.md              the card for people; not read
+    tree.json            what each array is (`jaxquant.storage`), and each operation's description
+    arrays.safetensors   or arrays/, an Orbax checkpoint
+
+A folder appears whole or not at all, and what is read is what was written, or a ValueError says which file
+is not.  Types that a file format lacks (int4, float8 …) are held as their bytes.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from orbax import checkpoint
+
+from jaxquant.recipes import describe
+from jaxquant.specification import describe_operation, is_operation, operation_from
+from jaxquant.storage import from_arrays, to_arrays
+
+VERSION = 1
+CARD, CARD_TEXT, TREE = "card.json", "card.md", "tree.json"
+_KIND = "jaxquant artifact"
+_ARRAYS = {"safetensors": "arrays.safetensors", "orbax": "arrays"}
+_NATIVE = {"bool", "bfloat16", "float16", "float32", "float64"} | {
+    f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)
+}
+_NOT_STATED = "not stated"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a frozen model is: how it was made, from what, and how it was judged.
+
+    Every field is given; None says that it is not stated, and is shown so.
+
+    Attributes:
+        coverage: what each module got; a `jaxquant.coverage.Coverage`, or its dictionary.
+        rules: what it was quantized by, as in `jaxquant.rules`; kept as pairs of texts.
+        data: name of the data that it was calibrated and judged on.
+        licence: of the weights.
+        seeds: of whatever was random: a number, or several by name.
+        quality: the report of `jaxquant.quality.compare`, or its dictionary.
+        verdict: of `jaxquant.quality.gate`, or its dictionary.
+        calibration: ranges by module.
+        notes: anything else, in words.
+        versions: of jaxquant, jax, flax and python; filled in when it is saved.
+
+    Raises:
+        ValueError: a field that JSON does not hold.
+
+    >>> nothing = dict.fromkeys(("coverage", "rules", "quality", "verdict", "calibration", "notes"))
+    >>> card = Card(data="CIFAR-10", licence=None, seeds=0, **nothing)
+    >>> Card.from_dict(card.to_dict()) == card
+    True
+    """
+
+    coverage: Any
+    rules: Any
+    data: str | None
+    licence: str | None
+    seeds: Any
+    quality: Any
+    verdict: Any
+    calibration: Any
+    notes: str | None
+    versions: dict[str, str] | None = None
+
+    def __post_init__(self):
+        for name in ("data", "licence", "notes"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"a card's {name} is a text or None; got {value!r}")
+        object.__setattr__(self, "rules", _rule_texts(self.rules))
+        for field in dataclasses.fields(self):
+            value = _plain(getattr(self, field.name), field.name)
+            object.__setattr__(self, field.name, value)
+        for name in ("coverage", "quality", "verdict", "calibration", "versions"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"a card's {name} is a dictionary or None; got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Card":
+        """The card of `to_dict`.
+
+        Raises:
+            ValueError: fields that are missing, or that a card does not have.
+        """
+        wanted = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, Mapping) or set(fields) != wanted:
+            found = sorted(map(str, fields)) if isinstance(fields, Mapping) else fields
+            raise ValueError(f"a card has the fields {sorted(wanted)}; got {found!r}")
+        return cls(**fields)
+
+    def to_markdown(self) -> str:
+        """The card for people."""
+        rows = [
+            ("data", self.data),
+            ("licence", self.licence),
+            ("seeds", self.seeds),
+            ("rules", self.rules and ", ".join(f"{p} → {label}" for p, label in self.rules)),
+            ("versions", self.versions and ", ".join(f"{k} {v}" for k, v in self.versions.items())),
+            ("notes", self.notes),
+        ]
+        parts = [
+            "# Model card",
+            _table(("", ""), rows),
+            "## Verdict",
+            _verdict_text(self.verdict),
+            "## Quality",
+            _NOT_STATED
+            if self.quality is None
+            else _table(("figure", "value"), _flat(self.quality)),
+            "## Coverage",
+            _coverage_text(self.coverage),
+            "## Calibrated ranges",
+            _NOT_STATED
+            if self.calibration is None
+            else _table(("module", "range"), list(self.calibration.items())),
+        ]
+        return "\n\n".join(parts) + "\n"
+
+
+def versions_now() -> dict[str, str]:
+    """Versions of what runs."""
+    packages = {name: importlib.metadata.version(name) for name in ("jaxquant", "jax", "flax")}
+    return packages | {"python": platform.python_version()}
+
+
+def save(
+    folder: str | os.PathLike,
+    tree: Any,
+    card: Card,
+    *,
+    format: Literal["safetensors", "orbax"] = "safetensors",
+) -> None:
+    """Writes a tree and its card as a new folder, which appears when it is whole.
+
+    Args:
+        folder: where; nothing is there yet.
+        tree: nested dictionaries, keyed as in `jaxquant.storage.to_arrays`, of arrays, `QArray`s and
+            operations (`jaxquant.specification`).
+        card: what it is; its versions are filled in.
+        format: of the arrays: a safetensors file, or an Orbax checkpoint.
+
+    Raises:
+        ValueError: a folder that exists; a tree without arrays, or with something else; another format.
+
+    >>> import tempfile
+    >>> nothing = dict.fromkeys(field.name for field in dataclasses.fields(Card))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     save(f"{root}/model", {"layer": {"bias": jnp.ones(3)}}, Card(**nothing))
+    ...     load(f"{root}/model")[0]
+    {'layer': {'bias': Array([1., 1., 1.], dtype=float32)}}
+    """
+    folder = Path(folder)
+    if format not in _ARRAYS:
+        raise ValueError(f"format is one of {', '.join(map(repr, _ARRAYS))}; got {format!r}")
+    if not isinstance(card, Card):
+        raise ValueError(f"card is a Card; got {card!r}")
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder} exists already; give a new folder")
+    card = dataclasses.replace(card, versions=versions_now())
+    operations: list[dict[str, Any]] = []
+    arrays, descriptions = to_arrays(_without_operations(tree, (), operations))
+    if not arrays:
+        raise ValueError("a tree to save has at least one array; this one has none")
+    _check_readable(arrays, descriptions)
+    index = {"descriptions": descriptions, "operations": operations}
+    with temporary_folder(folder.parent) as temporary:
+        _write_arrays(temporary / _ARRAYS[format], arrays, format)
+        write(temporary / TREE, json.dumps(index, indent=1, allow_nan=False))
+        body = {"format": format, "files": digests(temporary), "card": card.to_dict()}
+        write(temporary / CARD, sealed(_KIND, VERSION, body))
+        write(temporary / CARD_TEXT, card.to_markdown())
+        if not placed(temporary, folder):
+            raise ValueError(f"{folder} exists already; give a new folder")
+
+
+def load(folder: str | os.PathLike) -> tuple[Any, Card]:
+    """The tree and the card of a folder, both exactly as they were saved.
+
+    Raises:
+        ValueError: a folder that `save` did not write, of another version, or of which a file is missing,
+            truncated or changed; it says which.
+    """
+    folder = Path(folder)
+    body = unsealed(folder / CARD, _KIND, VERSION)
+    card = _card(folder / CARD, body)
+    if body.get("format") not in _ARRAYS:
+        raise ValueError(f"{folder / CARD} names the format {body.get('format')!r}, not known here")
+    name = _ARRAYS[body["format"]]
+    check_digests(folder, body.get("files"), (TREE, name))
+    index = read_json(folder / TREE)
+    try:
+        arrays = _read_arrays(folder / name, _described_types(index["descriptions"]))
+        tree = from_arrays(arrays, index["descriptions"])
+        for operation in index["operations"]:
+            tree = _with_operation(tree, operation["path"], operation["description"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} does not hold what its tree describes: {error}") from error
+    return tree, card
+
+
+def load_card(folder: str | os.PathLike) -> Card:
+    """The card of a folder alone, of which no array is read.
+
+    Raises:
+        ValueError: as `load`, as far as the card tells.
+    """
+    path = Path(folder) / CARD
+    return _card(path, unsealed(path, _KIND, VERSION))
+
+
+def _card(path: Path, body: Mapping[str, Any]) -> Card:
+    try:
+        return Card.from_dict(body.get("card", {}))
+    except ValueError as error:
+        raise ValueError(f"{path} holds no card: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# Operations within a tree
+
+
+def _without_operations(tree: Any, path: tuple, found: list[dict[str, Any]]) -> Any:
+    """The tree with each operation's arrays in its place, by number."""
+    if isinstance(tree, Mapping):
+        return {key: _without_operations(v, (*path, key), found) for key, v in tree.items()}
+    if not is_operation(tree):
+        return tree
+    description, arrays = describe_operation(tree)
+    found.append({"path": list(path), "description": description})
+    return dict(enumerate(arrays))
+
+
+def _with_operation(tree: Any, path: list, description: Any) -> Any:
+    if not path:
+        return operation_from(description, [tree[i] for i in range(len(tree))])
+    below = _with_operation(tree[path[0]], path[1:], description)
+    return {**tree, path[0]: below}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def as_stored(array: Any) -> np.ndarray:
+    """An array in a type that every file format has: its own, or its bytes."""
+    array = np.ascontiguousarray(array).reshape(np.shape(array))
+    return array if array.dtype.name in _NATIVE else array.reshape(-1).view(np.uint8)
+
+
+def from_stored(stored: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """The array that `as_stored` wrote; its type and shape are checked by who asks for them."""
+    dtype = jnp.dtype(dtype)
+    return stored if dtype.name in _NATIVE else stored.view(dtype).reshape(shape)
+
+
+def _check_readable(arrays: Mapping[str, jax.Array], descriptions: Mapping[str, str]) -> None:
+    """Raises a ValueError for a tree that `load` would refuse, of which only the shapes are computed."""
+
+    def read(arrays: Mapping[str, jax.Array]) -> None:
+        from_arrays(arrays, descriptions)
+
+    try:
+        jax.eval_shape(read, arrays)
+    except ValueError as error:
+        raise ValueError(
+            f"the tree could not be read back, so it is not written: {error}"
+        ) from None
+
+
+def _described_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Each array's type and shape, by name."""
+    return {
+        f"{path}/{part}".rstrip("/"): (dtype, tuple(shape))
+        for path, text in descriptions.items()
+        for part, (dtype, shape) in json.loads(text)["arrays"].items()
+    }
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, jax.Array], format: str) -> None:
+    stored = {name: as_stored(array) for name, array in arrays.items()}
+    if format == "safetensors":
+        safetensors.numpy.save_file(stored, path)
+        return
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        # Orbax takes no empty arrays, whose shape says all there is.
+        checkpointer.save(path.absolute(), {n: array for n, array in stored.items() if array.size})
+        checkpointer.wait_until_finished()
+
+
+def _read_arrays(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    if path.suffix == ".safetensors":
+        stored = read_safetensors(path)
+        unknown = [name for name in stored if name not in types]
+        if unknown:
+            raise ValueError(f"arrays without a description: {', '.join(unknown)}")
+    else:
+        stored = _read_orbax(path, types)
+    return {name: from_stored(array, *types[name]) for name, array in stored.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a safetensors file.
+
+    Raises:
+        ValueError: a file that is none.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}") from None
+
+
+def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    like = {name: as_stored(np.zeros(shape, jnp.dtype(d))) for name, (d, shape) in types.items()}
+    filled = {name: array for name, array in like.items() if array.size}
+    with checkpoint.StandardCheckpointer() as checkpointer:
+        return like | checkpointer.restore(path.absolute(), filled)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Files that are whole or not there
+
+
+def write(path: Path, content: str) -> None:
+    """Writes a new file."""
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """A new folder to write in, gone afterwards unless it was `placed`."""
+    parent.mkdir(parents=True, exist_ok=True)
+    path = parent / f".{uuid.uuid4().hex}.tmp"
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def placed(temporary: Path, folder: Path) -> bool:
+    """Gives a written folder its name, at once; False where something has that name."""
+    for path in (temporary, *temporary.rglob("*")):
+        _sync(path)
+    try:
+        # A folder is never put in the place of one with files in it, also not by two at a time.
+        os.rename(temporary, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            return False
+        raise
+    _sync(folder.parent)
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digests(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": _sha256(path),
+        }
+        for path in files
+    }
+
+
+def check_digests(folder: Path, files: Any, needed: tuple[str, ...] = ()) -> None:
+    """Raises a ValueError where a file is not as it was when `digests` was taken.
+
+    Args:
+        folder: where the files are.
+        files: what `digests` gave.
+        needed: files, or folders with files, that must be among them.
+    """
+    entries = files.values() if isinstance(files, Mapping) else [None]
+    if not all(isinstance(e, dict) and set(e) == {"bytes", "sha256"} for e in entries):
+        raise ValueError(f"{folder} does not say which files it has; got {files!r}")
+    for name in needed:
+        if not any(file == name or file.startswith(f"{name}/") for file in files):
+            raise ValueError(f"{folder} does not list its file {name}")
+    for name, wanted in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        size = path.stat().st_size
+        if size != wanted["bytes"]:
+            raise ValueError(f"{path} has {size:,} bytes; {wanted['bytes']:,} were written")
+        if _sha256(path) != wanted["sha256"]:
+            raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sealed(kind: str, version: int, body: Mapping[str, Any]) -> str:
+    """JSON that says what it is, with its own SHA-256."""
+    content = {"kind": kind, "version": version, **body}
+    return json.dumps({**content, "sha256": _seal(content)}, indent=1, allow_nan=False) + "\n"
+
+
+def unsealed(path: Path, kind: str, version: int) -> dict[str, Any]:
+    """What `sealed` wrote to a file.
+
+    Raises:
+        ValueError: no such file, or one of another kind or version, or one that was changed.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ValueError(f"{path} is not of a {kind}")
+    if content.get("version") != version:
+        raise ValueError(
+            f"{path} is of version {content.get('version')}; this is version {version}"
+        )
+    seal = content.pop("sha256", None)
+    if seal != _seal(content):
+        raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")
+    return content
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        ValueError: no file, or one that is not whole JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not whole JSON: {error}") from None
+
+
+# ---------------------------------------------------------------------------------------------------
+# A card's fields
+
+
+def _rule_texts(rules: Any) -> Any:
+    """Rules as pairs of texts."""
+    if rules is None:
+        return None
+    pairs = rules.items() if isinstance(rules, Mapping) else rules
+    try:
+        return [[str(p), v if isinstance(v, str) else describe(v)] for p, v in pairs]
+    except (TypeError, ValueError, AttributeError):
+        raise ValueError(f"a card's rules are as in jaxquant.rules; got {rules!r}") from None
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A value as JSON has it."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, np.generic | np.ndarray | jax.Array):
+        value = np.asarray(value).tolist()
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    raise ValueError(f"a card's {where} is {value!r}, which JSON does not hold")
+
+
+def _table(head: tuple[str, ...], rows: list[Any]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = ", ".join(f"{key} {_cell(item)}" for key, item in value.items())
+    text = _NOT_STATED if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _verdict_text(verdict: dict[str, Any] | None) -> str:
+    if verdict is None:
+        return _NOT_STATED
+    head = f"{verdict.get('status', _NOT_STATED)} at tier {verdict.get('tier', _NOT_STATED)}"
+    reasons = [f"- {reason}" for reason in verdict.get("reasons", ())]
+    return "\n".join([head, "", *reasons]).rstrip()
+
+
+def _coverage_text(coverage: dict[str, Any] | None) -> str:
+    if coverage is None:
+        return _NOT_STATED
+    names = ("path", "kind", "shape", "recipe", "bytes_before", "bytes_after")
+    rows = [tuple(row.get(name) for name in names) for row in coverage.get("rows", ())]
+    return _table(tuple(name.replace("_", " ") for name in names), rows)
+
+
+def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
+    """Figures by path; intervals in one line."""
+    if isinstance(value, dict) and {"estimate", "low", "high"} <= set(value):
+        return [(path, f"{value['estimate']} ({value['low']} to {value['high']})")]
+    if isinstance(value, dict):
+        items = value.items()
+        return [row for key, item in items for row in _flat(item, f"{path}.{key}".lstrip("."))]
+    return [(path, value)]

@@ -1,0 +1,100 @@
+"""Ranges of a Linen model's activations, found over batches and held among its variables."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import core
+
+from jaxquant.linen.quantizing import RANGES, Quantized, finds_one_range
+from jaxquant.linen.sites import Use
+from jaxquant.nnx.observing import check_finite
+from jaxquant.qarray import calibrate as range_of
+
+
+def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **options: Any) -> Any:
+    """Variables with fixed ranges of activations, in place of those found anew at each call.
+
+    An activation's range is its quantizer's own calibration, the largest over all batches.  Quantizers whose
+    scales belong to single rows or blocks of activations stay as they are, since a fixed range would not fit
+    other rows.  Layers under one `nn.scan` or `nn.vmap` share a range.
+
+    Args:
+        quantized: as `jaxquant.linen.quantize` made it.
+        variables: the module's, not frozen or frozen; ranges that are among them are found anew.
+        batches: inputs like those that it will serve, each an array or a tuple of arguments.
+        options: further arguments of `quantized.apply`, the same for all batches.
+
+    Returns:
+        The variables and, in the collection ``"quantization"``, ``range`` by module path: the magnitude, or
+        of an asymmetric range (low, high).
+
+    Raises:
+        ValueError: nothing to calibrate; no batches, or one with a NaN or an Inf.
+
+    >>> from flax import linen as nn
+    >>> from jaxquant.linen import quantize
+    >>> quantized, x = quantize(nn.Dense(8), {".*": "w8a8"}), jnp.array([[1.0, -3.0]])
+    >>> variables = quantized.init(jax.random.key(0), x)
+    >>> float(calibrate(quantized, variables, [x, x / 2])["quantization"]["range"])
+    3.0
+    """
+    found: dict[str, tuple[Any, ...]] = {}
+
+    def add(path: str, *bounds: Any) -> None:
+        high = [np.asarray(bound) for bound in bounds]
+        before = found.get(path, high)
+        ends = (np.minimum, np.maximum) if len(high) == 2 else (np.maximum,)
+        found[path] = tuple(end(a, b) for end, a, b in zip(ends, before, high, strict=True))
+
+    def watch(use: Use) -> None:
+        quantizer = use.operation.forward.lhs
+        if use.lhs is not None and quantizer is not None and finds_one_range(quantizer):
+            bounds = jax.tree.leaves(range_of(use.lhs, quantizer, use.axes[0]))
+            # The layer may be within a scan, out of which nothing else can be brought.
+            jax.debug.callback(
+                functools.partial(add, use.site.path), *(b.reshape(()) for b in bounds)
+            )
+
+    kept = {name: tree for name, tree in variables.items() if name != RANGES}
+
+    @jax.jit
+    def run(variables: Any, arguments: Any) -> None:
+        apply = quantized.module.apply
+        quantized.call(apply, variables, variables, *arguments, watch=watch, **options)
+
+    _run(run, kept, batches)
+    if not found:
+        raise ValueError(
+            "no activations have a range to calibrate: none is quantized per tensor under "
+            f"{quantized.rules}"
+        )
+    ranges = _nested(found)
+    calibrated = {**core.unfreeze(kept), RANGES: ranges}
+    return core.freeze(calibrated) if isinstance(variables, core.FrozenDict) else calibrated
+
+
+def _run(run: Any, variables: Any, batches: Iterable[Any]) -> None:
+    count = 0
+    for batch in batches:
+        arguments = batch if isinstance(batch, tuple) else (batch,)
+        check_finite(arguments, count)
+        run(variables, arguments)
+        count += 1
+    if not count:
+        raise ValueError("calibration needs at least one batch; got none")
+    jax.effects_barrier()
+
+
+def _nested(found: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """Ranges by path as a collection has them."""
+    tree: dict[str, Any] = {}
+    for path, bounds in found.items():
+        node = tree
+        for name in path.split("/") if path else ():
+            node = node.setdefault(name, {})
+        node["range"] = jnp.asarray(bounds[0] if len(bounds) == 1 else np.stack(bounds))
+    return tree

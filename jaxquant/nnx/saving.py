@@ -1,0 +1,260 @@
+"""Frozen NNX models on disk: their variables and operations, put into the plain architecture again."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxquant import artifacts
+from jaxquant.attention import Attention
+from jaxquant.calibration import Range, Step
+from jaxquant.conv import ConvGeneralDilated
+from jaxquant.nnx.freezing import shared_copy, store
+from jaxquant.nnx.modules import Einsum, Learned, operation_of, read
+from jaxquant.nnx.quantizing import coverage
+from jaxquant.nnx.sites import Site, put, sites
+from jaxquant.qarray import QArray
+from jaxquant.quality.intervals import plain
+from jaxquant.rules import ATTENTION
+from jaxquant.smoothed import Smoothed
+from jaxquant.specification import is_operation
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+# What belongs to a call or a run: streams of random numbers, caches, what was sown.
+_OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+
+
+def save(
+    folder: str | os.PathLike,
+    model: nnx.Module,
+    card: artifacts.Card | None = None,
+    *,
+    format: Literal["safetensors", "orbax"] = "safetensors",
+) -> None:
+    """Writes a frozen model, or a quantized one, as a new folder (`jaxquant.artifacts`).
+
+    Saved are all variables, stored weights as their integers, and the operation of each module: recipe,
+    calibrated ranges, steps, scales.  Streams of random numbers, caches of keys and values and
+    intermediates are not.
+
+    Args:
+        folder: where; nothing is there yet.
+        model: as `freeze` or `quantize` made it.
+        card: what it is.  Its coverage and calibrated ranges are filled in where it states none.
+        format: of the arrays: a safetensors file, or an Orbax checkpoint.
+
+    Raises:
+        ValueError: nothing is quantized; an operation with a function that a file has no name for; a
+            folder that exists.
+    """
+    model = shared_copy(model)
+    operations = {}
+    for site in sites(model).values():
+        if isinstance(site.operation, Learned):
+            put(site, site.operation.resolved())
+        if _is_quantized(site):
+            operations[_slot_path(site)] = _to_save(site)
+    if not operations:
+        raise ValueError(
+            f"nothing in this {type(model).__name__} is quantized; call jaxquant.nnx.quantize first"
+        )
+    values = {path: _value(leaf) for path, leaf in _variables(model)}
+    values = {path: value for path, value in values.items() if value is not None}
+    tree = {"variables": _nested(values), "operations": _nested(operations)}
+    artifacts.save(folder, tree, _filled_card(card, model, operations), format=format)
+
+
+def load(folder: str | os.PathLike, model: Model) -> Model:
+    """The model that was saved, made of the plain architecture.
+
+    Its outputs equal the saved model's bit for bit.  Streams of random numbers, caches and intermediates
+    are those of `model`; where it is abstract they start at zero.
+
+    Args:
+        folder: what `save` wrote.
+        model: the architecture in floating point, as it was before `quantize`, with arrays or abstract
+            (`nnx.eval_shape`); it is left as it is, and its numbers do not matter.
+
+    Returns:
+        A new module tree with the folder's arrays, in their own types, and operations.
+
+    Raises:
+        ValueError: a folder that is not whole, or not of an NNX model; a model that is quantized, or whose
+            modules, variables or shapes are not those of the saved one.
+    """
+    tree, _ = artifacts.load(folder)
+    if not isinstance(tree, Mapping) or set(tree) != {"variables", "operations"}:
+        raise ValueError(f"{folder} is not of an NNX model")
+    values = _flat(tree["variables"], lambda value: not isinstance(value, Mapping))
+    operations = _flat(tree["operations"], is_operation)
+    model = shared_copy(model)
+    by_slot = {_slot_path(site): site for site in sites(model).values()}
+    for site in by_slot.values():
+        if _is_quantized(site):
+            raise ValueError(f"{site.path} is quantized; load takes the architecture in float")
+    if unknown := sorted(set(operations) - set(by_slot)):
+        raise ValueError(f"{folder} has operations where the model has no place: {_few(unknown)}")
+    for path, operation in operations.items():
+        _install(by_slot[path], operation)
+    for site in by_slot.values():
+        _store(site, values)
+    return _filled(model, values, str(folder))
+
+
+def _is_quantized(site: Site) -> bool:
+    operation = site.operation
+    is_ours = isinstance(operation, Attention | Einsum | Smoothed)
+    return is_ours or operation_of(operation) is not None
+
+
+def _slot_path(site: Site) -> str:
+    return f"{site.path}/{site.slot if site.kind != 'conv_transpose' else ''}".strip("/")
+
+
+def _weight_path(site: Site) -> str:
+    return f"{site.path}/{'embedding' if site.kind == 'embed' else 'kernel'}".strip("/")
+
+
+def _to_save(site: Site) -> Any:
+    """A module's operation, an Einsum's without what makes it one, which its module tells."""
+    operation = site.operation
+    return operation.dot_general if isinstance(operation, Einsum) else operation
+
+
+def _install(site: Site, operation: Any) -> None:
+    wanted = {"conv": ConvGeneralDilated, ATTENTION: Attention}.get(site.kind)
+    others = (ConvGeneralDilated, Attention)
+    if not isinstance(operation, wanted) if wanted else isinstance(operation, others):
+        raise ValueError(
+            f"{site.path} is of kind {site.kind}, which takes no {type(operation).__name__}"
+        )
+    put(site, Einsum(operation) if site.kind == "einsum" else operation)
+
+
+def _store(site: Site, values: Mapping[str, Any]) -> None:
+    """Puts a stored weight into its module, where the saved one has one."""
+    variable, path = site.variable, _weight_path(site)
+    weight = values.get(path)
+    if variable is None or not isinstance(weight, QArray):
+        return
+    if operation_of(site.operation) is None:
+        raise ValueError(f"{site.path} has a stored weight and no operation that multiplies it")
+    _check_shape(path, weight.shape, read(variable).shape)
+    store(site, weight)
+
+
+def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
+    """Variables by path, without those of a run and of operations, which are saved by themselves."""
+    slots = [_slot_path(site) for site in sites(model).values()]
+    found = []
+    for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
+        name = "/".join(map(str, path))
+        if not isinstance(leaf, _OF_A_RUN) and not _is_within(name, slots):
+            found.append((name, leaf))
+    return found
+
+
+def _is_within(name: str, slots: list[str]) -> bool:
+    return any(name == slot or name.startswith(f"{slot}/") for slot in slots)
+
+
+def _value(leaf: Any) -> Any:
+    return read(leaf) if isinstance(leaf, nnx.Variable) else leaf
+
+
+def _filled(model: Model, values: Mapping[str, Any], folder: str) -> Model:
+    """The model with the values in its variables."""
+    wanted = {name for name, leaf in _variables(model) if _value(leaf) is not None}
+    if missing := sorted(wanted - set(values)):
+        raise ValueError(f"{folder} lacks the model's {_few(missing)}")
+    if extra := sorted(set(values) - wanted):
+        raise ValueError(f"{folder} has what the model does not: {_few(extra)}")
+    graphdef, state = nnx.split(model)
+    filled = []
+    for path, leaf in nnx.to_flat_state(state):
+        name = "/".join(map(str, path))
+        if name in values:
+            leaf = _with_value(name, leaf, values[name])
+        elif isinstance(leaf, _OF_A_RUN):
+            leaf = jax.tree.map(_started, leaf)
+        filled.append((path, leaf))
+    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+
+
+def _with_value(name: str, leaf: Any, value: Any) -> Any:
+    if not isinstance(value, QArray):
+        _check_shape(name, value.shape, _value(leaf).shape)
+    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+
+
+def _started(value: Any) -> Any:
+    """What is of a run as it starts, where the model is abstract."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jnp.zeros(value.shape, value.dtype)  # of a key, jax.random.key(0)
+    return value
+
+
+def _check_shape(name: str, saved: Any, wanted: Any) -> None:
+    if tuple(saved) != tuple(wanted):
+        raise ValueError(
+            f"{name} has shape {tuple(wanted)} here, and was saved with {tuple(saved)}"
+        )
+
+
+def _few(paths: list[str], most: int = 5) -> str:
+    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if paths[most:] else "")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *above, last = path.split("/")
+        node = tree
+        for key in above:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def _flat(tree: Any, is_leaf: Callable[[Any], bool], path: str = "") -> dict[str, Any]:
+    if is_leaf(tree):
+        return {path: tree}
+    found = {}
+    for key, value in tree.items():
+        found |= _flat(value, is_leaf, f"{path}/{key}".strip("/"))
+    return found
+
+
+def _filled_card(
+    card: artifacts.Card | None, model: nnx.Module, operations: Mapping[str, Any]
+) -> artifacts.Card:
+    if card is None:
+        fields = dataclasses.fields(artifacts.Card)
+        card = artifacts.Card(**dict.fromkeys(field.name for field in fields))
+    if card.coverage is None:
+        card = dataclasses.replace(card, coverage=coverage(model))
+    if card.calibration is None and (ranges := _ranges(operations)):
+        card = dataclasses.replace(card, calibration=ranges)
+    return card
+
+
+def _ranges(operations: Mapping[str, Any]) -> dict[str, Any]:
+    """Calibrated ranges and steps of activations, by module."""
+    found = {}
+    for path, operation in operations.items():
+        inner = operation_of(operation)
+        calibration = (
+            None if inner is None or inner.forward.lhs is None else inner.forward.lhs.calibration
+        )
+        if isinstance(calibration, Range | Step):
+            name = path.rpartition("/")[0] or "(the model)"
+            value = jax.tree.map(lambda v: np.asarray(v).tolist(), calibration.value)
+            # None where a module's activations were never seen.
+            found[name] = {type(calibration).__name__.lower(): plain(value)}
+    return found

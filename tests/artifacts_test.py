@@ -1,0 +1,437 @@
+import dataclasses
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxquant as jq
+from jaxquant import artifacts, calibration
+from jaxquant.artifacts import Card
+from jaxquant.nnx.modules import read
+from jaxquant.quality import Verdict
+from jaxquant.quality.gates import Check
+
+FIELDS = (
+    "coverage",
+    "rules",
+    "data",
+    "licence",
+    "seeds",
+    "quality",
+    "verdict",
+    "calibration",
+    "notes",
+)
+NOTHING = dict.fromkeys(FIELDS)
+FORMATS = ("safetensors", "orbax")
+X = jnp.array(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
+VERDICT = Verdict("fail", "99", (Check("mean KL", "fail", "Mean KL is 0.5 | too much."),))
+OPERATION = jq.DotGeneral(
+    jq.Operands(jq.Quantizer(jq.INT8, calibration=calibration.Range(jnp.float32(2))))
+)
+
+
+@functools.cache
+def tree():
+    dtypes = (
+        "bfloat16",
+        "float16",
+        "int4",
+        "uint4",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "int8",
+        "bool",
+    )
+    return {
+        "types": {name: X[0].astype(name) for name in dtypes},
+        "shapes": {0: jnp.ones(()), 1: jnp.ones((0, 3)), 2: jnp.bfloat16(1.5), 3: {}},
+        "not numbers": jnp.array([jnp.nan, -jnp.inf, -0.0]),
+        "quantized": {
+            name: jq.quantize(X, jq.Quantizer(jq.parse(name))).pack()
+            for name in ("int5", "mxfp4", "nvfp4")
+        },
+        "unpacked": jq.quantize(X, jq.Quantizer(jq.INT4)),
+        "operations": {"up": {"dot_general": OPERATION}, "7": {7: jq.recipe("w4a16")}},
+    }
+
+
+def bits(value) -> list[bytes]:
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(value)]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_tree_comes_back_bit_for_bit(tmp_path, format):
+    card = Card(**{**NOTHING, "data": "digits", "seeds": {"data": 3}})
+    artifacts.save(tmp_path / "a" / "model", tree(), card, format=format)
+    found, read_card = artifacts.load(tmp_path / "a" / "model")
+    assert jax.tree.structure(found) == jax.tree.structure(tree())
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, tree())
+    assert bits(found) == bits(tree())
+    assert read_card == artifacts.load_card(tmp_path / "a" / "model")
+    assert dataclasses.replace(read_card, versions=None) == card
+    assert read_card.versions["jax"] == jax.__version__
+    assert list((tmp_path / "a").iterdir()) == [tmp_path / "a" / "model"]
+
+
+def test_every_file_is_listed_with_its_hash(tmp_path):
+    artifacts.save(tmp_path / "model", tree(), Card(**NOTHING), format="orbax")
+    listed = json.loads((tmp_path / "model" / "card.json").read_text())["files"]
+    there = {
+        path.relative_to(tmp_path / "model").as_posix(): hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()
+        for path in (tmp_path / "model").rglob("*")
+        if path.is_file() and path.name not in ("card.json", "card.md")
+    }
+    assert {name: entry["sha256"] for name, entry in listed.items()} == there
+
+
+def small(path, format="safetensors") -> Path:
+    artifacts.save(path / "model", {"w": X, "b": X[0]}, Card(**NOTHING), format=format)
+    return path / "model"
+
+
+def flipped(path: Path, place: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def resealed(path: Path, **changes) -> None:
+    """A card whose own hash is right, as another version of this library would write it."""
+    content = json.loads(path.read_text()) | changes
+    kind, version = content.pop("kind"), content.pop("version")
+    del content["sha256"]
+    path.write_text(artifacts.sealed(kind, version, content))
+
+
+ARRAYS, CARD, TREE = "arrays.safetensors", "card.json", "tree.json"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: flipped(f / ARRAYS, -5), "arrays.safetensors is damaged"),
+        (
+            lambda f: (f / ARRAYS).write_bytes((f / ARRAYS).read_bytes()[:-9]),
+            "bytes; .* were written",
+        ),
+        (lambda f: (f / ARRAYS).unlink(), "arrays.safetensors is missing"),
+        (lambda f: flipped(f / TREE, 30), "tree.json is damaged"),
+        (lambda f: (f / CARD).unlink(), "card.json is missing"),
+        (lambda f: (f / CARD).write_text("{"), "card.json is not whole JSON"),
+        (lambda f: (f / CARD).write_text("[1]"), "card.json is not of a jaxquant artifact"),
+        (lambda f: (f / CARD).write_text('{"kind": "x"}'), "card.json is not of a jaxquant"),
+        (
+            lambda f: (f / CARD).write_text((f / CARD).read_text().replace("null", '"mit"', 1)),
+            "card.json is damaged",
+        ),
+        (lambda f: resealed(f / CARD, version=2), "card.json is of version 2; this is version 1"),
+        (lambda f: resealed(f / CARD, format="npz"), "the format 'npz'"),
+        (lambda f: resealed(f / CARD, files={}), "does not list its file tree.json"),
+        (lambda f: resealed(f / CARD, files={TREE: 3}), "does not say which files it has"),
+        (lambda f: resealed(f / CARD, card={"data": ""}), "card.json holds no card"),
+    ],
+)
+def test_a_folder_that_is_not_as_it_was_written_is_an_error(tmp_path, damage, message):
+    folder = small(tmp_path)
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        artifacts.load(folder)
+
+
+def test_a_damaged_orbax_checkpoint_is_an_error(tmp_path):
+    folder = small(tmp_path, "orbax")
+    largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    flipped(largest, -1)
+    with pytest.raises(ValueError, match=f"{largest.name} is damaged"):
+        artifacts.load(folder)
+
+
+def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
+    small(tmp_path)
+    before = artifacts.digests(tmp_path)
+    with pytest.raises(ValueError, match="exists already"):
+        small(tmp_path)
+    broken = dataclasses.replace(jq.quantize(X, jq.Quantizer(jq.INT8)), scale=jnp.ones((3, 1)))
+    with pytest.raises(ValueError, match=r"could not be read back.*do not divide"):
+        artifacts.save(tmp_path / "other", {"w": broken}, Card(**NOTHING))
+
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(artifacts, "sealed", fails)
+    with pytest.raises(OSError, match="no space"):
+        artifacts.save(tmp_path / "other", {"w": X}, Card(**NOTHING))
+    assert artifacts.digests(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda p: artifacts.save(p, {"w": X}, Card(**NOTHING), format="npz"),
+            "'safetensors', 'orb",
+        ),
+        (lambda p: artifacts.save(p, {"w": X}, None), "card is a Card"),
+        (lambda p: artifacts.save(p, {}, Card(**NOTHING)), "at least one array"),
+        (lambda p: artifacts.save(p, {"w": "text"}, Card(**NOTHING)), "got str at w"),
+        (lambda p: Card(**{**NOTHING, "data": 3}), "data is a text"),
+        (lambda p: Card(**{**NOTHING, "notes": b""}), "notes is a text"),
+        (lambda p: Card(**{**NOTHING, "quality": [1]}), "quality is a dictionary"),
+        (lambda p: Card(**{**NOTHING, "quality": {"kl": float("nan")}}), "quality.kl is nan"),
+        (lambda p: Card(**{**NOTHING, "seeds": {1: 2}}), "seeds is"),
+        (lambda p: Card(**{**NOTHING, "rules": 3}), "rules are as in"),
+        (lambda p: Card.from_dict(NOTHING), "has the fields"),
+        (lambda p: artifacts.load(p / "nothing"), "card.json is missing"),
+    ],
+)
+def test_misuse_is_named(tmp_path, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_card_says_what_is_known_and_what_is_not():
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    rules = {"head|body": None, ".*": "w4a16", "x": OPERATION}
+    card = Card(
+        coverage=jq.nnx.coverage(model, {".*": "w4a16"}),
+        rules=rules,
+        data="CIFAR-10",
+        licence=None,
+        seeds=np.int32(3),
+        quality={"kl": {"mean": {"estimate": 0.5, "se": 0.1, "low": 0.25, "high": 0.75}}, "n": 9},
+        verdict=VERDICT,
+        calibration={"up": {"range": jnp.float32(2)}},
+        notes=None,
+    )
+    assert Card.from_dict(json.loads(json.dumps(card.to_dict()))) == card
+    text = card.to_markdown()
+    for line in (
+        "| data | CIFAR-10 |",
+        "| licence | not stated |",
+        "| seeds | 3 |",
+        r"| rules | head\|body → float, .* → w4a16, x → int8/tensor × float simulated |",
+        "fail at tier 99",
+        "- Mean KL is 0.5 | too much.",
+        "| kl.mean | 0.5 (0.25 to 0.75) |",
+        "| n | 9 |",
+        f"|  | linear | [64, 8] | w4a16 | {64 * 8 * 4} | {64 * 8 // 2 + 8 * 4} |",
+        "| up | range 2.0 |",
+    ):
+        assert line in text.splitlines(), line
+    assert Card(**NOTHING).to_markdown().count("not stated") == 6 + 4
+
+
+# ---------------------------------------------------------------------------------------------------
+# NNX models
+
+
+class Perceptron(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 32, rngs=rngs)
+        self.norm = nnx.BatchNorm(32, use_running_average=True, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+        self.layers = nnx.List(
+            [nnx.Linear(32, 64, rngs=rngs), nnx.Einsum("nh,hm->nm", (64, 16), rngs=rngs)]
+        )
+        self.head = nnx.Linear(16, 4, use_bias=False, rngs=rngs)
+
+    def __call__(self, tokens):
+        x = self.drop(self.norm(self.embed(tokens)))
+        return self.head(self.layers[1](nnx.relu(self.layers[0](x))))
+
+
+class Convolutional(nnx.Module):
+    def __init__(self, rngs):
+        mask = jnp.ones((3, 3, 3, 8)).at[0].set(0)
+        self.conv = nnx.Conv(3, 8, (3, 3), mask=mask, rngs=rngs)
+        self.head = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.conv(x)).mean((1, 2)))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs)
+        self.up = nnx.Linear(32, 32, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.up(self.attention(x))
+
+
+class Stacked(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(8, 32, rngs=rngs)
+        make = nnx.split_rngs(splits=2)(nnx.vmap(Block, in_axes=0, out_axes=0))
+        self.blocks = make(rngs)
+
+    def __call__(self, tokens):
+        run = nnx.scan(lambda x, block: block(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        return self.embed.attend(run(self.embed(tokens), self.blocks))
+
+
+TOKENS = jnp.arange(6).reshape(2, 3)
+IMAGES = jnp.array(np.random.default_rng(0).normal(size=(2, 5, 5, 3)), jnp.float32)
+ATTENTION = {".*attention": "a8kv8"}
+CASES = {
+    "calibrated": (Perceptron, {"head": None, ".*": "w4a8"}, TOKENS[0], True),
+    "learned": (Perceptron, {"head": "w16a4-lsq", ".*": "w4a4-lsq"}, TOKENS[0], True),
+    "convolution": (Convolutional, {".*": "w8a8"}, IMAGES, True),
+    "stacked": (Stacked, {**ATTENTION, ".*": "w4a8"}, TOKENS, True),
+    "stacked blocks": (Stacked, {**ATTENTION, ".*": "w4a16g16"}, TOKENS, False),
+}
+
+
+def made(case: str):
+    """A frozen model, the class that it is of, and an input."""
+    cls, rules, x, calibrated = CASES[case]
+    model = cls(nnx.Rngs(0))
+    if cls is Perceptron:
+        model.norm.var[...] = jnp.linspace(0.5, 2, 32)
+        model.drop.rngs = model.drop.rngs  # its key and count are variables of the model
+    quantized = jq.nnx.quantize(model, rules)
+    if calibrated:
+        jq.nnx.calibrate(quantized, [x])
+    return jq.nnx.freeze(quantized), cls, x
+
+
+@nnx.jit
+def run(model, x):
+    return model(x)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_loaded_models_outputs_are_the_saved_ones_bit_for_bit(tmp_path, case):
+    frozen, cls, x = made(case)
+    jq.nnx.save(tmp_path / "model", frozen)
+    expected = np.asarray(run(frozen, x))
+    abstract = nnx.eval_shape(lambda: cls(nnx.Rngs(1)))
+    architecture = cls(nnx.Rngs(1))
+    before = bits(nnx.state(architecture, nnx.Param))
+    for model in (abstract, architecture):
+        found = run(jq.nnx.load(tmp_path / "model", model), x)
+        np.testing.assert_array_equal(found, expected)
+    assert bits(nnx.state(architecture, nnx.Param)) == before
+    assert bits(nnx.state(cls(nnx.Rngs(0)), nnx.Param)) != before  # so the numbers were the file's
+
+
+def test_orbax_holds_the_same_model(tmp_path):
+    frozen, cls, x = made("stacked")
+    jq.nnx.save(tmp_path / "model", frozen, format="orbax")
+    loaded = jq.nnx.load(tmp_path / "model", nnx.eval_shape(lambda: cls(nnx.Rngs(1))))
+    np.testing.assert_array_equal(run(loaded, x), run(frozen, x))
+    assert read(loaded.blocks.up.kernel).nbytes == read(frozen.blocks.up.kernel).nbytes
+
+
+def test_a_quantized_model_is_saved_too(tmp_path):
+    quantized = jq.nnx.quantize(Perceptron(nnx.Rngs(0)), {".*": "w8a8"})
+    jq.nnx.save(tmp_path / "model", quantized)
+    loaded = jq.nnx.load(tmp_path / "model", Perceptron(nnx.Rngs(1)))
+    np.testing.assert_array_equal(loaded(TOKENS[0]), quantized(TOKENS[0]))
+    frozen = jq.nnx.freeze(loaded)
+    np.testing.assert_array_equal(frozen(TOKENS[0]), quantized(TOKENS[0]))
+
+
+def test_smoothed_products_are_saved_with_their_scales(tmp_path):
+    batches = [X[:, :32], X[:, 32:]]
+    model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    frozen = jq.ptq.quantize(model, {".*": "w4a16"}, batches, method="awq")
+    jq.nnx.save(tmp_path / "model", frozen)
+    loaded = jq.nnx.load(tmp_path / "model", nnx.Linear(32, 8, rngs=nnx.Rngs(1)))
+    assert isinstance(loaded.dot_general, jq.ptq.Smoothed)
+    np.testing.assert_array_equal(loaded(batches[0]), frozen(batches[0]))
+
+
+def test_the_card_is_filled_in_and_streams_are_not_saved(tmp_path):
+    frozen, cls, _ = made("calibrated")
+    jq.nnx.save(tmp_path / "model", frozen, Card(**{**NOTHING, "licence": "MIT"}))
+    found, card = artifacts.load(tmp_path / "model")
+    assert card.licence == "MIT"
+    assert {row["path"] for row in card.coverage["rows"]} == {
+        "embed",
+        "layers/0",
+        "layers/1",
+        "head",
+    }
+    step = frozen.layers[0].dot_general.forward.lhs.calibration.value
+    assert card.calibration["layers/0"] == {"range": float(step)}
+    assert set(found["variables"]) == {"embed", "norm", "layers", "head"}
+    concrete = cls(nnx.Rngs(5))
+    loaded = jq.nnx.load(tmp_path / "model", concrete)
+    assert loaded.drop.rngs.key[...] == concrete.drop.rngs.key[...]
+    started = jq.nnx.load(tmp_path / "model", nnx.eval_shape(lambda: cls(nnx.Rngs(5))))
+    assert started.drop.rngs.key[...] == jax.random.key(0)
+    assert started.drop.rngs.count[...] == 0
+
+
+class Wider(Perceptron):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.head = nnx.Linear(16, 5, use_bias=False, rngs=rngs)
+
+
+class Deeper(Perceptron):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.last = nnx.Linear(4, 4, rngs=rngs)
+
+
+class Shallower(Perceptron):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        del self.norm
+
+
+class WiderInside(Perceptron):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.layers[0] = nnx.Linear(32, 65, rngs=rngs)
+
+
+class Other(Perceptron):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.layers[1] = nnx.Conv(64, 16, (1,), rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Wider, r"head/kernel has shape \(16, 5\) here, and was saved with \(16, 4\)"),
+        (Deeper, "lacks the model's last/bias, last/kernel"),
+        (Shallower, "what the model does not: norm/"),
+        (WiderInside, r"layers/0/kernel has shape \(32, 65\)"),
+        (Other, "where the model has no place: layers/1/einsum_op"),
+        (
+            lambda rngs: jq.nnx.quantize(Perceptron(rngs), {".*": "w8a8"}),
+            "is quantized; load takes",
+        ),
+    ],
+)
+def test_another_architecture_is_an_error(tmp_path, make, message):
+    jq.nnx.save(tmp_path / "model", made("calibrated")[0])
+    with pytest.raises(ValueError, match=message):
+        jq.nnx.load(tmp_path / "model", make(nnx.Rngs(0)))
+
+
+def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
+    model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="nothing in this Linear is quantized"):
+        jq.nnx.save(tmp_path / "model", model)
+    own = jq.Quantizer(jq.INT8, calibration=lambda x, axes, format: jnp.float32(1))
+    quantized = jq.nnx.quantize(model, {".*": jq.DotGeneral(jq.Operands(own))})
+    with pytest.raises(ValueError, match=r"forward.lhs.calibration is .*<lambda>"):
+        jq.nnx.save(tmp_path / "model", quantized)
+    with pytest.raises(ValueError, match="is not of an NNX model"):
+        jq.nnx.load(small(tmp_path), model)

@@ -1,0 +1,510 @@
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+import jaxquant as jq
+from jaxquant import linen
+
+KEY = jax.random.key(0)
+TOKENS = jnp.arange(12).reshape(2, 6) % 16
+
+
+def normal(*shape, seed=1, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+class MLP(nn.Module):
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(64, dtype=self.dtype, name="up")(x))
+        x = nn.DenseGeneral((2, 32), dtype=self.dtype, name="heads")(x)
+        return nn.DenseGeneral(8, axis=(-2, -1), dtype=self.dtype, name="down")(x)
+
+
+class Contraction(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Einsum((32, 2, 32), "...d,dhk->...hk", name="split")(x)
+        return nn.Einsum((2, 32, 16), "...hk,hkd->...d", name="join")(nn.relu(x))
+
+
+class CNN(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(32, (3, 3), name="first")(x))
+        x = nn.Conv(32, (3, 3), 2, "VALID", feature_group_count=2, name="second")(x)
+        return nn.Dense(4, name="head")(x.mean((1, 2)))
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        y = nn.relu(nn.BatchNorm(not train)(nn.Conv(32, (3, 3), use_bias=False)(x)))
+        y = nn.BatchNorm(not train)(nn.Conv(32, (3, 3), use_bias=False)(y))
+        return nn.relu(nn.Conv(32, (1, 1), name="project")(x) + y)
+
+
+class ResNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return nn.Dense(4, name="head")(Residual(name="block")(x, train).mean((1, 2)))
+
+
+class Block(nn.Module):
+    decode: bool = False
+
+    @nn.compact
+    def __call__(self, x, mask=None):
+        attention = nn.MultiHeadDotProductAttention(4, decode=self.decode, name="attention")
+        x = x + attention(nn.LayerNorm()(x), mask=mask)
+        return x + nn.Dense(32, name="down")(nn.gelu(nn.Dense(64, name="up")(nn.LayerNorm()(x))))
+
+
+class Transformer(nn.Module):
+    """In setup style, with a tied head."""
+
+    def setup(self):
+        self.embed = nn.Embed(16, 32)
+        self.blocks = [Block() for _ in range(2)]
+
+    def __call__(self, tokens):
+        return self.embed.attend(self.encode(tokens))
+
+    def encode(self, tokens):
+        x, mask = self.embed(tokens), nn.make_causal_mask(tokens)
+        for block in self.blocks:
+            x = block(x, mask)
+        return x
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Block(name="block")(x), None
+
+
+class Scanned(nn.Module):
+    remat: bool = False
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        axes = {"params": self.axis}
+        x, _ = nn.scan(layer, axes, split_rngs={"params": True}, length=3)(name="layers")(x, None)
+        return x
+
+
+class Ensemble(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        members = nn.vmap(MLP, {"params": 0}, {"params": True}, in_axes=None, axis_size=3)
+        return members(name="members")(x).mean(0)
+
+
+MODELS = {
+    "mlp": (MLP(), normal(5, 32)),
+    "einsum": (Contraction(), normal(2, 3, 32)),
+    "cnn": (CNN(), normal(2, 8, 8, 32)),
+    "resnet": (ResNet(), normal(2, 8, 8, 32)),
+    "transformer": (Transformer(), TOKENS),
+    "scan": (Scanned(), normal(2, 6, 32)),
+    "remat": (Scanned(remat=True), normal(2, 6, 32)),
+    "vmap": (Ensemble(), normal(5, 32)),
+}
+# Each model and each recipe at least once; convolutions take no rotation, and a head's 8 features no block of 32.
+PAIRS = [
+    ("w8a8", "mlp"),
+    ("w8a8", "resnet"),
+    ("w8a8", "scan"),
+    ("w4a16", "einsum"),
+    ("w4a16", "cnn"),
+    ("w4a16", "transformer"),
+    ("w4a16", "remat"),
+    ("w4a8", "cnn"),
+    ("w4a8", "transformer"),
+    ("w4a8", "vmap"),
+    ("w4a4-quest", "einsum"),
+    ("w4a4-quest", "vmap"),
+]
+# Fused, s · q + b is rounded once in one program and twice in another, as the compiler happens to see s.
+UNFUSED = {"xla_disable_hlo_passes": "fusion"}
+
+
+def leaves(params):
+    is_stored = lambda x: isinstance(x, jq.QArray)  # noqa: E731
+    return {
+        "/".join(k.key for k in path): leaf
+        for path, leaf in jax.tree.leaves_with_path(params, is_leaf=is_stored)
+    }
+
+
+def weights(params):
+    return {k: v for k, v in leaves(params).items() if k.endswith(("kernel", "embedding"))}
+
+
+@pytest.mark.parametrize(("recipe", "name"), PAIRS)
+def test_models_train_quantized_and_serve_frozen_with_the_same_bits(recipe, name):
+    module, x = MODELS[name]
+    quantized = linen.quantize(module, {".*": recipe})
+    variables = jax.jit(quantized.init)(KEY, x)
+    mutable = [c for c in variables if c != "params"]
+    flags = {"train": True} if name == "resnet" else {}
+    tx = optax.sgd(0.005)
+
+    @jax.jit
+    def step(variables):
+        def loss(params):
+            y, state = quantized.apply({**variables, "params": params}, x, mutable=mutable, **flags)
+            return jnp.mean((y - 1) ** 2), state
+
+        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        updates, _ = tx.update(gradients, tx.init(gradients))
+        params = optax.apply_updates(variables["params"], updates)
+        return {**variables, **state, "params": params}, value, gradients
+
+    losses = []
+    for _ in range(3):
+        variables, value, gradients = step(variables)
+        losses.append(float(value))
+    assert losses[2] < losses[0]
+    assert all(np.any(g) for g in weights(gradients).values())
+
+    frozen = linen.freeze(quantized, variables, x)
+    assert all(isinstance(w, jq.QArray) for w in weights(frozen["params"]).values())
+    # A root of a mean of squares is found by sums, which are of one order in like programs alone.
+    options = None if recipe == "w4a4-quest" else UNFUSED
+    serve = jax.jit(quantized.apply, compiler_options=options)
+    expected = serve(variables, x)
+    np.testing.assert_array_equal(serve(frozen, x), expected)
+    assert not np.array_equal(jax.jit(module.apply)(variables, x), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_are_those_of_the_module(name):
+    module, x = MODELS[name]
+    quantized = linen.quantize(module, {".*": "w8a8"})
+    found, expected = (leaves(jax.eval_shape(m.init, KEY, x)) for m in (quantized, module))
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_coverage_lists_every_product(name):
+    module, x = MODELS[name]
+    table = linen.coverage(module, [(".*", "w8a8")], x)
+    variables = jax.eval_shape(module.init, KEY, x)
+    rows = {row.path: row for row in table if row.kind != "attention"}
+    names = {path.rsplit("/", 1)[0]: w for path, w in weights(variables["params"]).items()}
+    assert rows.keys() == names.keys()
+    assert {path: row.shape for path, row in rows.items()} == {p: w.shape for p, w in names.items()}
+    assert all(row.recipe == "w8a8" and row.macs for row in rows.values())
+    assert table.others == ()
+    frozen = linen.freeze(linen.quantize(module, {".*": "w8a8"}), module.init(KEY, x), x)
+    assert table.bytes_after == sum(w.nbytes for w in weights(frozen["params"]).values())
+
+
+def test_coverage_counts_by_hand():
+    rules = {"embed": "w8a8", ".*/attention": "a8kv8", ".*": "w4a16"}
+    table = linen.coverage(Transformer(), rules, TOKENS)
+    assert table["embed"].macs == 12 * 32 * 16
+    assert table["embed"].bytes_after == 16 * 32 + 16 * 4
+    assert table["blocks_0/attention"].macs == 2 * (2 * 4 * 6 * 6 * 8)
+    assert table["blocks_0/attention"].recipe == "a8kv8"
+    assert table["blocks_1/attention/query"].macs == 12 * 32 * 32
+    assert linen.coverage(Scanned(), {".*": "w8a8"}, normal(2, 6, 32))["layers/block/up"].macs == (
+        3 * 12 * 32 * 64
+    )
+
+
+def test_coverage_of_frozen_variables_and_of_products_of_ones_own():
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(x) @ jnp.ones((8, 2))
+
+    x = normal(3, 32)
+    quantized = linen.quantize(Own(), {".*": "w4a16"})
+    frozen = linen.freeze(quantized, quantized.init(KEY, x), x)
+    table = linen.coverage(Own(), {".*": "w4a16"}, x, variables=frozen)
+    assert table["Dense_0"].bytes_before == table["Dense_0"].bytes_after == 32 * 4 + 8 * 4
+    assert [(other.shapes, other.macs) for other in table.others] == [(((3, 8), (8, 2)), 48)]
+
+
+def test_layers_compute_with_the_quantized_weights():
+    """Against the float module with weights that were quantized beforehand."""
+    quantizer = jq.Quantizer(jq.INT4, "channel")
+    for module, x, axes in (
+        (MLP(), normal(5, 32), {"up/kernel": 0, "heads/kernel": 0, "down/kernel": (0, 1)}),
+        (Contraction(), normal(2, 3, 32), {"split/kernel": 0, "join/kernel": (0, 1)}),
+        (CNN(), normal(2, 8, 8, 32), {"first/kernel": (0, 1, 2), "second/kernel": (0, 1, 2)}),
+    ):
+        variables = module.init(KEY, x)
+        names = "|".join(path.split("/")[0] for path in axes)
+        found = linen.quantize(module, {names: "w4a16"}).apply(variables, x)
+        rounded = flax.traverse_util.flatten_dict(variables, sep="/")
+        for path, axis in axes.items():
+            path = f"params/{path}"
+            rounded[path] = jq.fake_quant(rounded[path], quantizer, axis)
+        expected = module.apply(flax.traverse_util.unflatten_dict(rounded, sep="/"), x)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bits_are_equal_without_jit_and_in_bfloat16():
+    module, x = MLP(dtype=jnp.bfloat16), normal(5, 32)
+    quantized = linen.quantize(module, {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    frozen = linen.freeze(quantized, variables, x, donate=False)
+    assert frozen["params"]["up"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(quantized.apply(frozen, x), quantized.apply(variables, x))
+
+
+def test_init_gives_the_quantized_output_and_apply_takes_all_of_linens_arguments():
+    quantized = linen.quantize(Transformer(), {".*": "w4a16"})
+    y, variables = quantized.init_with_output(KEY, TOKENS)
+    np.testing.assert_array_equal(quantized.apply(variables, TOKENS), y)
+    encoded = quantized.apply(variables, TOKENS, method="encode")
+    np.testing.assert_array_equal(
+        quantized.apply(variables, TOKENS, method=Transformer.encode), encoded
+    )
+    _, state = quantized.apply(variables, TOKENS, capture_intermediates=True, mutable=True)
+    assert encoded.shape == (2, 6, 32)
+    assert "intermediates" in state
+    assert "embed" in quantized.tabulate(KEY, TOKENS)
+    assert hash(quantized) == hash(linen.quantize(Transformer(), {".*": "w4a16"}))
+
+
+def test_attention_is_quantized_in_full_and_step_by_step():
+    x = normal(2, 6, 32)
+    rules = {"attention": "kv4", ".*": "w8a16"}
+    quantized = linen.quantize(Block(decode=True), rules)
+    variables = quantized.init(KEY, x)
+    params = {"params": variables["params"]}
+    mask = nn.make_causal_mask(jnp.ones((2, 6)))
+    expected = linen.quantize(Block(), rules).apply(params, x, mask)
+    without = linen.quantize(Block(), {"attention": None, ".*": "w8a16"}).apply(params, x, mask)
+    assert not np.allclose(expected, without, atol=1e-3)
+    frozen = linen.freeze(linen.quantize(Block(), rules), params, x, mask)
+    cache = variables["cache"]
+    for t in range(6):
+        y, state = quantized.apply({**frozen, "cache": cache}, x[:, t : t + 1], mutable=["cache"])
+        cache = state["cache"]
+        np.testing.assert_allclose(y[:, 0], expected[:, t], rtol=1e-4, atol=1e-4)
+
+
+def test_ranges_are_held_among_the_variables():
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    calibrated = linen.calibrate(quantized, variables, [x, 2 * x, x])
+    ranges = calibrated["quantization"]
+    assert ranges.keys() == {"up", "heads", "down"}
+    assert ranges["up"]["range"] == jnp.max(jnp.abs(2 * x))
+    apply = jax.jit(quantized.apply)
+    np.testing.assert_array_equal(apply(calibrated, 2 * x), apply(variables, 2 * x))
+    # What lies beyond the ranges is clipped, and ranges that are found anew do not clip.
+    assert not np.allclose(apply(calibrated, 8 * x), apply(variables, 8 * x), rtol=1e-2)
+    frozen = linen.freeze(quantized, calibrated, x)
+    np.testing.assert_array_equal(apply(frozen, x), apply(calibrated, x))
+    restored = flax.serialization.from_bytes(calibrated, flax.serialization.to_bytes(calibrated))
+    np.testing.assert_array_equal(apply(restored, x), apply(calibrated, x))
+
+
+def test_asymmetric_ranges_and_those_of_stacked_layers():
+    low_high = jq.Quantizer(jq.Int(8, "unsigned"), "tensor", jq.calibration.minmax)
+    dot = jq.DotGeneral(jq.Operands(low_high, jq.Quantizer(jq.INT8, "channel")))
+    x = normal(2, 6, 32)
+    for remat in (False, True):
+        quantized = linen.quantize(Scanned(remat=remat), {".*up": dot, ".*": "w8a16"})
+        variables = quantized.init(KEY, x)
+        calibrated = linen.calibrate(quantized, variables, [x])
+        low, high = calibrated["quantization"]["layers"]["block"]["up"]["range"]
+        assert low < 0 < high
+        y = jax.jit(quantized.apply)(calibrated, x)
+        np.testing.assert_allclose(y, quantized.apply(variables, x), atol=0.2)
+
+
+def test_an_ensemble_is_quantized_member_by_member():
+    module, x = MODELS["vmap"]
+    variables = module.init(KEY, x)
+    expected = linen.quantize(module, {".*": "w4a8"}).apply(variables, x)
+    one = linen.quantize(MLP(), {".*": "w4a8"})
+    members = [
+        one.apply({"params": jax.tree.map(lambda p, i=i: p[i], variables["params"]["members"])}, x)
+        for i in range(3)
+    ]
+    np.testing.assert_allclose(sum(members) / 3, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nn_jit_does_not_keep_the_float_program():
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.jit(MLP)(name="mlp")(x)
+
+    x = normal(5, 32)
+    variables = Jitted().init(KEY, x)
+    expected = Jitted().apply(variables, x)
+    quantized = linen.quantize(Jitted(), {".*": "w2a16"})
+    assert not np.allclose(quantized.apply(variables, x), expected, atol=1e-2)
+    np.testing.assert_array_equal(Jitted().apply(variables, x), expected)
+    frozen = linen.freeze(quantized, variables, x)
+    np.testing.assert_allclose(quantized.apply(frozen, x), quantized.apply(variables, x))
+
+
+def test_transformed_layers_are_quantized_once():
+    class Rematerialized(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.remat(nn.Dense)(8, name="dense")(x)
+
+    x = normal(5, 32)
+    variables = Rematerialized().init(KEY, x)
+    expected = linen.quantize(nn.Dense(8), {"": "w4a16"}).apply(
+        {"params": variables["params"]["dense"]}, x
+    )
+    found = linen.quantize(Rematerialized(), {"dense": "w4a16"}).apply(variables, x)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_boxed_parameters_train_and_freeze():
+    class Boxed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+            return nn.Dense(8, kernel_init=init)(x)
+
+    x = normal(5, 32)
+    quantized = linen.quantize(Boxed(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    assert isinstance(variables["params"]["Dense_0"]["kernel"], nn.Partitioned)
+    frozen = linen.freeze(quantized, variables, x)
+    np.testing.assert_array_equal(quantized.apply(frozen, x), quantized.apply(variables, x))
+
+
+def test_masks_and_frozen_dicts_are_kept():
+    mask = (normal(3, 3, 32, 8) > 0).astype(jnp.float32)
+    module, x = nn.Conv(8, (3, 3), mask=mask), normal(2, 6, 6, 32)
+    quantized = linen.quantize(module, {".*": "w4a8"})
+    variables = flax.core.freeze(quantized.init(KEY, x))
+    frozen = linen.freeze(quantized, variables, x)
+    assert isinstance(frozen, flax.core.FrozenDict)
+    assert not np.any(jq.dequantize(frozen["params"]["kernel"])[mask == 0])
+    apply = jax.jit(quantized.apply)
+    np.testing.assert_array_equal(apply(frozen, x), apply(variables, x))
+
+
+def test_rows_that_a_table_does_not_have_are_nan():
+    quantized = linen.quantize(nn.Embed(4, 32), {".*": "w4a16"})
+    places = jnp.array([0, 3, -1, -4, 4, -5])
+    variables = quantized.init(KEY, places)
+    frozen = linen.freeze(quantized, variables, places)
+    found = quantized.apply(variables, places)
+    assert np.isnan(found).all(1).tolist() == [False] * 4 + [True] * 2
+    np.testing.assert_array_equal(quantized.apply(frozen, places), found)
+
+
+def test_traced_formats_train_in_one_program():
+    module, x = MODELS["mlp"]
+    variables = module.init(KEY, x)
+
+    @jax.jit
+    def apply(bits):
+        dot = jq.DotGeneral(jq.Operands(rhs=jq.Quantizer(jq.Int(bits), "channel")))
+        return linen.quantize(module, {".*": dot}).apply(variables, x)
+
+    found = [apply(jnp.float32(bits)) for bits in (4, 8)]
+    for y, recipe in zip(found, ("w4a16", "w8a16"), strict=True):
+        expected = linen.quantize(module, {".*": recipe}).apply(variables, x)
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_unused_rules_are_named():
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {"upp": "w8a8", ".*": "w8a8"})
+    with pytest.raises(ValueError, match=r"'upp' is unused.*up, heads, down"):
+        quantized.init(KEY, x)
+    with pytest.raises(ValueError, match=r"'upp' is unused.*up, heads, down"):
+        quantized.apply(MLP().init(KEY, x), x)
+    with pytest.raises(ValueError, match="'upp' is unused"):
+        linen.coverage(MLP(), {"upp": "w8a8", ".*": "w8a8"}, x)
+    with pytest.raises(ValueError, match="is for attention"):
+        linen.quantize(MLP(), {"up": "kv8"}).init(KEY, x)
+    # A rule for what this call does not reach is no mistake.
+    both = linen.quantize(Transformer(), {"blocks.*": "w8a8", "embed": "w8a8"})
+    variables = Transformer().init(KEY, TOKENS)
+    both.apply(variables, TOKENS, method=lambda module, tokens: module.embed(tokens))
+
+
+def test_misuse_is_named():
+    x, image = normal(5, 32), normal(2, 8, 8, 32)
+
+    def init(module, recipe="w8a8", x=x):
+        return linen.quantize(nn.Sequential([module]), {".*": recipe}).init(KEY, x)
+
+    with pytest.raises(ValueError, match="layers_0 is a ConvTranspose"):
+        init(nn.ConvTranspose(4, (3, 3)), x=image)
+    with pytest.raises(ValueError, match="layers_0 is a ConvLocal"):
+        init(nn.ConvLocal(4, (3, 3)), x=image)
+    with pytest.raises(ValueError, match=r"layers_0 cannot take w4a4-quest.*hadamard"):
+        init(nn.Conv(4, (3, 3)), "w4a4-quest", image)
+    with pytest.raises(ValueError, match="layers_0 cannot take w4a16g24"):
+        init(nn.Dense(4), "w4a16g24")
+    with pytest.raises(ValueError, match="layers_0 has a dot_general of its own"):
+        init(nn.Dense(4, dot_general=jq.recipe("w4a16")))
+    with pytest.raises(ValueError, match="layers_0 has a dot_general_cls of its own"):
+        init(nn.Dense(4, dot_general_cls=lambda: jax.lax.dot_general))
+    attention = nn.MultiHeadAttention(2, attention_fn=lambda q, k, v: v)
+    with pytest.raises(ValueError, match="layers_0 has a attention_fn of its own"):
+        init(attention, "kv8", normal(2, 3, 32))
+    with pytest.raises(ValueError, match="leaves weights in float"):
+        init(nn.Embed(4, 8), "w16a8", TOKENS)
+    with pytest.raises(ValueError, match=r"w4a4-lsq.*parameters of an NNX model"):
+        linen.quantize(MLP(), {".*": "w4a4-lsq"})
+    with pytest.raises(ValueError, match="module is a flax"):
+        linen.quantize(MLP, {".*": "w8a8"})  # pyright: ignore
+
+
+def test_freezing_and_calibrating_refuse_what_they_cannot_do():
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    frozen = linen.freeze(quantized, variables, x)
+    with pytest.raises(ValueError, match="up is frozen already"):
+        linen.freeze(quantized, frozen, x)
+    with pytest.raises(ValueError, match="up is frozen, and no rule"):
+        linen.quantize(MLP(), {"up": None, ".*": "w8a8"}).apply(frozen, x)
+    with pytest.raises(ValueError, match="no quantized weights"):
+        linen.freeze(linen.quantize(MLP(), {".*": "w16a8"}), variables, x)
+    sideways, tokens = linen.quantize(Scanned(axis=1), {".*": "w8a8"}), normal(2, 6, 32)
+    stacked = jax.eval_shape(sideways.init, KEY, tokens)
+    with pytest.raises(ValueError, match="stacks along leading axes"):
+        linen.freeze(sideways, stacked, tokens)
+    # The shape of eight square layers does not say which axis they are stacked along.
+    members = nn.vmap(nn.Dense, {"params": 1}, {"params": True}, in_axes=None, axis_size=8)
+    square, x8 = linen.quantize(members(8), {".*": "w8a8"}), normal(5, 8)
+    with pytest.raises(ValueError, match="stacked along another axis"):
+        linen.freeze(square, square.init(KEY, x8), x8)
+    with pytest.raises(ValueError, match="at least one batch"):
+        linen.calibrate(quantized, variables, [])
+    with pytest.raises(ValueError, match="NaN"):
+        linen.calibrate(quantized, variables, [x.at[0].set(jnp.nan)])
+    with pytest.raises(ValueError, match="no activations have a range"):
+        linen.calibrate(linen.quantize(MLP(), {".*": "w8a16"}), variables, [x])
+
+
+def test_donated_weights_are_freed():
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    expected = quantized.apply(variables, x)
+    frozen = linen.freeze(quantized, variables, x, donate=True)
+    assert variables["params"]["up"]["kernel"].is_deleted()
+    np.testing.assert_array_equal(quantized.apply(frozen, x), expected)

@@ -1,0 +1,210 @@
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxquant as jq
+from jaxquant.artifacts import Card
+from jaxquant.quality import Verdict
+from jaxquant.quality.gates import Check
+from jaxquant.versions import Versions
+
+FIELDS = (
+    "coverage",
+    "rules",
+    "data",
+    "licence",
+    "seeds",
+    "quality",
+    "verdict",
+    "calibration",
+    "notes",
+)
+CARD = Card(**dict.fromkeys(FIELDS))
+
+
+def verdict(status) -> Verdict:
+    return Verdict(status, "99", (Check("mean KL", status, f"Mean KL says {status}."),))
+
+
+def writes(text):
+    return lambda path: path.write_text(text)
+
+
+@pytest.fixture
+def versions(tmp_path) -> Versions:
+    return Versions(tmp_path / "versions")
+
+
+def publish(versions, *statuses):
+    return [
+        versions.publish(writes(f"{i}"), CARD, None if status is None else verdict(status))
+        for i, status in enumerate(statuses)
+    ]
+
+
+def test_a_frozen_model_is_published_with_its_card_and_verdict(versions):
+    model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
+    frozen = jq.nnx.freeze(jq.nnx.quantize(model, {".*": "w8a8"}))
+    assert versions.names() == ()
+    assert versions.publish(frozen, CARD, verdict("pass")) == "0001"
+    x = jnp.array(np.random.default_rng(0).normal(size=(2, 32)), jnp.float32)
+    np.testing.assert_array_equal(jq.nnx.load(versions.path("0001"), model)(x), frozen(x))
+    assert versions.verdict("0001") == verdict("pass")
+    card = versions.card("0001")
+    assert card.verdict == verdict("pass").to_dict()
+    assert [row["path"] for row in card.coverage["rows"]] == [""]
+    assert card.versions["flax"]
+
+
+def test_the_latest_that_passed_serves(versions):
+    assert publish(versions, "pass", "pass", "fail", "inconclusive", None) == [
+        "0001", "0002", "0003", "0004", "0005",
+    ]  # fmt: skip
+    assert versions.latest_passing() == "0002"
+    assert versions.path("0002").read_text() == "1"
+    assert versions.verdict("0005") is None
+    versions.withdraw("0002", "too slow")
+    assert versions.latest_passing() == "0001"
+    assert versions.withdrawn("0002") == "too slow"
+    assert versions.withdrawn("0001") is None
+
+
+def test_a_damaged_version_does_not_serve(versions):
+    publish(versions, "pass", "pass", "pass", "pass")
+    versions.path("0004").write_text("other")
+    record = versions.root / "0003" / "version.json"
+    record.write_text(record.read_text().replace('"pass"', '"fail"', 1))
+    versions.path("0002").unlink()
+    assert versions.latest_passing() == "0001"
+    assert "0004/model has 5 bytes; 1 were written" in versions.problem("0004")
+    assert "version.json is damaged" in versions.problem("0003")
+    assert "model is missing" in versions.problem("0002")
+
+
+def test_where_none_serves_the_reasons_are_named(versions):
+    with pytest.raises(ValueError, match="nothing is published"):
+        versions.latest_passing()
+    publish(versions, "fail", "pass", None)
+    versions.withdraw("0002", "wrong data")
+    with pytest.raises(
+        ValueError, match="0003 is not judged; 0002 is withdrawn: wrong data; 0001 is judged 'fail'"
+    ):
+        versions.latest_passing()
+
+
+def test_going_back_is_one_call(versions):
+    publish(versions, "pass", "fail", "pass", "pass")
+    assert versions.roll_back("slow") == "0003"
+    assert versions.roll_back("slower") == "0001"
+    with pytest.raises(ValueError, match="0001 serves on"):
+        versions.roll_back("slowest")
+    assert versions.latest_passing() == "0001"
+    assert publish(versions, "pass") == ["0005"]
+    assert versions.latest_passing() == "0005"
+
+
+def test_a_version_is_withdrawn_once(versions):
+    publish(versions, "pass")
+    versions.withdraw("0001", "first")
+    with pytest.raises(ValueError, match="withdrawn already: first"):
+        versions.withdraw("0001", "second")
+    (versions.root / "0001" / "withdrawn.json").write_text("{")
+    assert "withdrawn" in versions.problem("0001")
+
+
+def test_a_publication_that_fails_leaves_nothing(versions):
+    def fails(path):
+        path.write_text("half")
+        raise RuntimeError("no space")
+
+    with pytest.raises(RuntimeError, match="no space"):
+        versions.publish(fails, CARD, verdict("pass"))
+    assert list(versions.root.iterdir()) == []
+    assert publish(versions, "pass") == ["0001"]
+
+
+_PUBLISH = """
+import sys
+from jaxquant.artifacts import Card
+from jaxquant.versions import Versions
+fields = ("coverage", "rules", "data", "licence", "seeds", "quality", "verdict", "calibration", "notes")
+card, versions = Card(**dict.fromkeys(fields)), Versions(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+for i in range(25):
+    print(versions.publish(lambda path: path.write_text(f"{sys.argv[2]} {i}"), card, None))
+"""
+
+
+def test_two_processes_publish_at_once(versions):
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", _PUBLISH, str(versions.root), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    names = [process.communicate(timeout=120)[0].split() for process in started]
+    for name, published in zip("ab", names, strict=True):
+        texts = [versions.path(version).read_text() for version in published]
+        assert texts == [f"{name} {i}" for i in range(25)]
+    assert sorted(names[0] + names[1]) == list(versions.names())
+    assert len(versions.names()) == 50
+
+
+def test_one_of_many_withdraws(versions):
+    publish(versions, "pass")
+
+    def withdraw(i):
+        try:
+            versions.withdraw("0001", str(i))
+        except ValueError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(withdraw, range(8))) == 1
+    assert json.loads((versions.root / "0001" / "withdrawn.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda v: v.path("0001"), "no version '0001'; it has none"),
+        (lambda v: v.publish(lambda path: None, CARD, None), "wrote nothing"),
+        (lambda v: v.publish(writes(""), CARD, True), "verdict is a Verdict"),
+        (lambda v: v.withdraw("0001", ""), "reason in words"),
+        (lambda v: v.roll_back("why"), "nothing is published"),
+        (
+            lambda v: v.publish(
+                writes(""), Card(**{**CARD.to_dict(), "verdict": verdict("pass")}), verdict("fail")
+            ),
+            "another verdict",
+        ),
+    ],
+)
+def test_misuse_is_named(versions, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(versions)
+    assert not versions.names()
+
+
+def test_other_files_in_the_folder_are_no_versions(versions):
+    publish(versions, "pass")
+    (versions.root / "README").write_text("")
+    Path(versions.root / ".abc.tmp").mkdir()
+    assert versions.names() == ("0001",)
