@@ -8,6 +8,8 @@ import scipy.stats
 from experiments.harness import corruptions
 from experiments.harness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 RANDOM = sorted(set(CORRUPTIONS) - {"gaussian_blur", "pixelate", "contrast", "brightness"})
 
 

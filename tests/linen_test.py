@@ -120,7 +120,7 @@ MODELS = {
     "remat": (Scanned(remat=True), normal(2, 6, 32)),
     "vmap": (Ensemble(), normal(5, 32)),
 }
-# Each model and each recipe at least once; convolutions take no rotation, and a head's 8 features no block of 32.
+# Each model and each recipe at least once.  Convolutions take no rotation, and a head of 8 no block of 32.
 PAIRS = [
     ("w8a8", "mlp"),
     ("w8a8", "resnet"),

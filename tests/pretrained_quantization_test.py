@@ -11,6 +11,8 @@ from experiments.pretrained_quantization.arms import ARMS
 from experiments.pretrained_quantization.report import findings, rows_of, write
 from experiments.pretrained_quantization.study import Config, Trial, make_trials
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 
 def record(model, arm, seed=0, **figures):
     common = {

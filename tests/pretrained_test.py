@@ -16,6 +16,8 @@ import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.pretrained import files, minilm, references, smollm2
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 # Compiled whole: eagerly, every operation of a new shape would be compiled by itself.
 compute_logits = nnx.jit(lambda model, tokens: model(tokens))
 

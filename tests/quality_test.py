@@ -12,6 +12,8 @@ from jaxquant import quality
 from jaxquant.quality import comparison, embeddings, intervals
 from jaxquant.quality import examples as examples_module
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 RUNS = 400
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from jaxquant.ptq.search import allocate
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 
 def enumerated(costs, losses, budget) -> float:
     """The least loss of all choices within a budget."""

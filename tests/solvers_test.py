@@ -14,6 +14,8 @@ import jaxquant as jq
 from jaxquant import calibration, smoothed
 from jaxquant.ptq import smooth, solvers
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 N, M = 128, 24
 
 QUANTIZERS = {

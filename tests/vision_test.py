@@ -7,6 +7,8 @@ from flax import nnx
 
 from experiments.harness import images, train, vision
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 
 @pytest.fixture(scope="module")
 def pixels():

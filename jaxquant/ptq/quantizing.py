@@ -42,7 +42,7 @@ def quantize(
     batches: Batches,
     method: str = "gptq",
     *,
-    memory: int = 2**28,
+    memory: int = 2**24,
     call: Callable[..., Any] | None = None,
     workdir: str | os.PathLike | None = None,
     progress: bool = True,
@@ -71,7 +71,8 @@ def quantize(
         batches: a list of inputs, each an array or a tuple of arguments; or a function that starts such a
             series from its beginning, since it is gone through several times.
         method: as above.
-        memory: bytes of statistics held at once; n² · 4 for a layer of n inputs.  Fewer means more passes.
+        memory: bytes of statistics held at once; n² · 4 for a layer of n inputs.  Fewer means more passes,
+            and layers that see more of what those before them became, which at few bits is worth it.
         call: from (model, *batch); the model's own call where not given.
         workdir: a folder in which finished layers are kept, so that the same call goes on where it stopped.
         progress: whether a bar is shown.
