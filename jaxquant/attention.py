@@ -112,9 +112,7 @@ def _logits(query, key, dot_general: Any, scale: float | None, precision: Any) -
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
     grouped = query.reshape(*query.shape[:-2], kv_heads, heads // kv_heads, query.shape[-1])
-    logits = einsum(
-        "...tkgd,...skd->...kgts", grouped, key, dot_general, precision, jnp.float32
-    )
+    logits = einsum("...tkgd,...skd->...kgts", grouped, key, dot_general, precision, jnp.float32)
     return logits * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
 
 
@@ -148,7 +146,9 @@ def _dropout(weights, rng: Any, rate: float, broadcast: bool) -> jax.Array:
         raise ValueError("dropout needs dropout_rng; got None")
     *batch, kv_heads, group, queries, keys = weights.shape
     heads = kv_heads * group
-    shape = (*[1] * (len(batch) + 1), queries, keys) if broadcast else (*batch, heads, queries, keys)
+    shape = (
+        (*[1] * (len(batch) + 1), queries, keys) if broadcast else (*batch, heads, queries, keys)
+    )
     kept = jax.random.bernoulli(rng, 1 - rate, shape)
     kept = jnp.broadcast_to(kept, (*batch, heads, queries, keys)).reshape(weights.shape)
     return jnp.where(kept, weights / (1 - rate), 0)
@@ -253,9 +253,7 @@ class KVCache:
             position: the first query's.
             scale: of the logits; 1/√d where not given.
         """
-        key, value = (
-            dequantize(x) if isinstance(x, QArray) else x for x in (self.key, self.value)
-        )
+        key, value = (dequantize(x) if isinstance(x, QArray) else x for x in (self.key, self.value))
         queries = query.shape[1]
         seen = jnp.arange(self.length)[None, :] <= position + jnp.arange(queries)[:, None]
         logits = _logits(query, key, jax.lax.dot_general, scale, None)

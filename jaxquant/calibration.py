@@ -63,7 +63,25 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     largest = absmax(x, axes)
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
     count = max(1, math.prod(x.shape[a] for a in axes))
-    return unit * jnp.sqrt(jnp.sum((x * (1 / unit)) ** 2, axis=axes, keepdims=True) / count)
+    squares = (x * (1 / unit)) ** 2
+    # A choice after each product, or it may become one multiply-add with the sum that follows.
+    squares = jnp.where(squares < jnp.finfo(jnp.float32).tiny, 0, squares)
+    return unit * jnp.sqrt(_sum_by_halves(squares, axes) / count)
+
+
+def _sum_by_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    """The sum over `axes`, which stay with size 1: the same to the bit in every program.
+
+    A reduction adds up in an order that depends on what it is compiled with; here each addition is written
+    out, of one half of the axis to the other.
+    """
+    for axis in axes:
+        while x.shape[axis] > 1:
+            half = x.shape[axis] // 2
+            first, second, rest = jnp.split(x, (half, 2 * half), axis=axis)
+            both = first + second
+            x = both if not rest.shape[axis] else jnp.concatenate([both, rest], axis=axis)
+    return x if x.size or not axes else jnp.sum(x, axis=axes, keepdims=True)
 
 
 def gaussian(

@@ -23,7 +23,7 @@ from jaxquant.dot import (
     simulate,
 )
 from jaxquant.native import check_operands, parts, wide
-from jaxquant.product import is_float8
+from jaxquant.product import is_float8, scaled
 from jaxquant.qarray import QArray, dequantize, quantize
 from jaxquant.quantizer import Quantizer
 
@@ -276,9 +276,9 @@ def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
     out = window.convolve(left.values, right.values, preferred_element_type=accumulator, **options)
     out = out.astype(wide(dtype))
     if left.scale is not None:
-        out = out * window.lhs_scale(left.scale, features)
+        out = scaled(out, window.lhs_scale(left.scale, features))
     if right.scale is not None:
-        out = out * window.rhs_scale(right.scale)
+        out = scaled(out, window.rhs_scale(right.scale))
     return out.astype(dtype)
 
 

@@ -1,5 +1,7 @@
 """Bits side by side: codes of b bits in exactly b bits each."""
 
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -7,6 +9,8 @@ import jax.numpy as jnp
 import jaxtyping as jt
 
 from jaxquant.formats import code_dtype
+
+NIBBLE_BITS = 4
 
 
 def pack_bits(
@@ -67,6 +71,43 @@ def unpack_bits(
     weights = weights.reshape((1,) * len(rows) + (bits, 1, 1))
     codes = jnp.sum(spread * weights, axis=-3, dtype=word)
     return codes.reshape(*rows, groups * 8)[..., :length].astype(code_dtype(bits))
+
+
+def nibble_words(
+    packed: jt.UInt8[jax.Array, "*rows bytes"], bits: int, length: int
+) -> jt.Int32[jax.Array, "*rows groups"]:
+    """Two's complement codes of at most 4 bits, eight to a 32-bit word, for `nibbles` to take out.
+
+    A few operations on whole words, where `unpack_bits` takes several for each code.
+
+    Args:
+        packed: bit planes, as `pack_bits` makes them.
+        bits: b, 2 to 4.
+        length: n, the codes in a row.
+
+    >>> packed = pack_bits(jnp.array([1, 0, 3, 2], jnp.uint8), 2)
+    >>> nibbles(nibble_words(packed, 2, 4)[..., None])
+    Array([[ 1,  0, -1, -2,  0,  0,  0,  0]], dtype=int32)
+    """
+    planes = packed.reshape(*packed.shape[:-1], bits, -(-length // 8)).astype(jnp.uint32)
+    # Plane j's byte goes to bits 8j … 8j + 7; the last plane is the sign, and fills the rest.
+    bytes_ = (planes[..., min(j, bits - 1), :] << jnp.uint32(8 * j) for j in range(NIBBLE_BITS))
+    word = functools.reduce(operator.or_, bytes_)
+    # Bit j of code p lies at 8j + p.  Two exchanges bring a code's bits together.
+    for shift, mask in ((14, 0x0000CCCC), (7, 0x00AA00AA)):
+        moved = (word ^ (word >> jnp.uint32(shift))) & jnp.uint32(mask)
+        word = word ^ moved ^ (moved << jnp.uint32(shift))
+    return jax.lax.bitcast_convert_type(word, jnp.int32)
+
+
+def nibbles(words: jt.Int32[jax.Array, "*words one"]) -> jt.Int32[jax.Array, "*words codes"]:
+    """The eight codes of each of `nibble_words`' words, in their order, along the last axis."""
+    # The exchanges left code 4c + 2b + a in nibble 4b + 2a + c.
+    places = [4 * (p >> 1 & 1) + 2 * (p & 1) + (p >> 2) for p in range(8)]
+    left = jnp.array([28 - 4 * place for place in places], jnp.int32)
+    shape = (*words.shape[:-1], 8)
+    codes = jnp.broadcast_to(words, shape) << jnp.broadcast_to(left, shape)
+    return codes >> jnp.int32(28)  # with its sign
 
 
 def _sum_bits(bits: jax.Array, count: int) -> jax.Array:

@@ -8,7 +8,9 @@ blocks along k are applied block by block.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any
 
 import jax
@@ -16,9 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.formats import Float, Format, Int, is_static
+from jaxquant.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.qarray import QArray, dequantize
 
 Dims = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), tuples of tuples of ints
+
+_FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
+_TERMS = 16  # products that one pass adds up
 
 
 def is_integer(format: Format) -> bool:
@@ -52,11 +58,11 @@ def product(
         ValueError: formats that no product takes together; a sum that could leave int32; blocks of two
             sizes that have no common division of the contracting axis.
     """
-    lhs, rhs = (x.unpack() if isinstance(x, QArray) else x for x in (lhs, rhs))
     preferred = options.pop("preferred_element_type", None)
     dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
     if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
         return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
+    lhs, rhs = lhs.unpack(), rhs.unpack()
     if lhs.hadamard or rhs.hadamard:
         _check_rotations(lhs, rhs, dims)
     options.pop(
@@ -89,7 +95,7 @@ def _one_sided(
     other: Any = rhs if isinstance(lhs, QArray) else lhs
     assert isinstance(quantized, QArray)
 
-    def multiply(values: jax.Array, **options: Any) -> jax.Array:
+    def multiply(values: jax.Array, other: jax.Array, **options: Any) -> jax.Array:
         left, right = (values, other) if isinstance(lhs, QArray) else (other, values)
         return jax.lax.dot_general(left, right, dims, **options)
 
@@ -103,13 +109,109 @@ def _one_sided(
     )
     if not factors:
         values = dequantize(dataclasses.replace(quantized, dtype=np.dtype(other.dtype)))
-        return multiply(values, **options)
+        return multiply(values, other, **options)
     dtype = options["preferred_element_type"] or jnp.result_type(quantized.dtype, other.dtype)
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
-    values = quantized.element.load(quantized.qvalue).astype(other.dtype)
     scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
-    result = multiply(values, **options)
-    return (result * scale.astype(result.dtype)).astype(dtype)
+
+    def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
+        stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
+        values = stored.element.load(stored.qvalue).astype(other.dtype)
+        return multiply(values, other, **options)
+
+    def few(other: jax.Array, qvalue: jax.Array) -> jax.Array:
+        stored = dataclasses.replace(quantized, qvalue=qvalue)
+        return _few_rows(other, stored, dims, options["preferred_element_type"])
+
+    if (
+        isinstance(rhs, QArray)
+        and "out_sharding" not in options
+        and _has_few_rows(other, rhs, dims)
+    ):
+        result = jax.lax.platform_dependent(other, rhs.qvalue, cpu=few, default=plain)
+    else:
+        result = plain(other, quantized.qvalue)
+    return scaled(result, scale.astype(result.dtype)).astype(dtype)
+
+
+def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
+    """Whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
+    (lhs_axes, rhs_axes), (lhs_batch, _) = dims
+    rows = math.prod(n for a, n in enumerate(lhs.shape) if a not in lhs_axes)
+    terms = math.prod(rhs.shape[a] for a in rhs_axes)
+    return (
+        not lhs_batch
+        and 0 < rows <= _FEW_ROWS
+        and rhs.size > 0
+        and sorted(rhs_axes) == list(range(len(rhs_axes)))  # what is summed over comes first
+        and len(rhs_axes) < rhs.ndim
+        and terms % 4 == 0
+        and is_integer(rhs.element)
+    )
+
+
+def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """A few rows times stored weights without their scales, reading each stored byte once.
+
+    A library's product would have the weights written out in floating point first, which takes several
+    times as long as multiplying them.  Elementwise arithmetic that adds up a few rows of weights at a
+    time reads them as they are stored.
+    """
+    lhs_axes, rhs_axes = dims[0]
+    ordered = [a for _, a in sorted(zip(rhs_axes, lhs_axes, strict=True))]
+    free = [a for a in range(lhs.ndim) if a not in lhs_axes]
+    terms, shape = math.prod(lhs.shape[a] for a in ordered), rhs.shape[len(rhs_axes) :]
+    rows = jnp.transpose(lhs, (*ordered, *free)).reshape(terms, -1).astype(dtype)
+    if _holds_nibbles(rhs.element):
+        # Packed or not, the same words are multiplied, so that the sums are the same to the bit.
+        words = nibble_words(rhs.pack().qvalue, int(rhs.element.bits), rhs.shape[-1])
+        sums = _sum_products(rows, words.reshape(terms, -1, 1), lambda w: nibbles(w).astype(dtype))
+        sums = sums.reshape(rows.shape[1], *shape[:-1], -1)[..., : shape[-1]]
+    else:
+        stored = rhs.unpack().qvalue
+        stored = stored.astype(jnp.int8) if stored.dtype == jnp.int4 else stored
+        load = rhs.element.load
+        sums = _sum_products(rows, stored.reshape(terms, -1), lambda q: load(q).astype(dtype))
+    return sums.reshape(*(lhs.shape[a] for a in free), *shape)
+
+
+def _holds_nibbles(format: Format) -> bool:
+    """Whether codes are two's complement of at most four bits."""
+    assert isinstance(format, Int)
+    return bool(format.bits <= NIBBLE_BITS) and format.levels in ("symmetric", "full")
+
+
+def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
+    """Σ_k rows[k, r] · load(stored)[k, …], [r, …].
+
+    Args:
+        rows: [k, r].
+        stored: weights as they lie in memory, [k, …].
+        load: from stored weights to numbers of rows' type.
+    """
+    terms = math.gcd(stored.shape[0], _TERMS)
+    # Kept apart from what made them: else the rows would be computed anew for every column, and a
+    # quantization within the same program could change the order of the sum.
+    rows, stored = jax.lax.optimization_barrier((rows, stored))
+    rows = rows.reshape(-1, terms, rows.shape[1], *[1] * (stored.ndim - 1))
+    stored = stored.reshape(-1, terms, 1, *stored.shape[1:])
+    # Each addition may become one multiply-add with its product.  Of the first two products that could be
+    # either; with one of them rounded by itself, it is the same in every program.
+    total = scaled(rows[:, 0], load(stored[:, 0]))
+    for i in range(1, terms):
+        total = total + rows[:, i] * load(stored[:, i])
+    return _sum_first(jax.lax.optimization_barrier(total))
+
+
+def _sum_first(x: jax.Array) -> jax.Array:
+    """The sum over the first axis, by additions of slices, which are vectorized where a sum is not."""
+    rows = x.shape[0]
+    count = min(rows, _TERMS)
+    step = rows // count
+    parts = (x[i * step : (i + 1) * step] for i in range(count))
+    total = functools.reduce(operator.add, parts)
+    total = total[0] if step == 1 else _sum_first(total)
+    return total if count * step == rows else total + _sum_first(x[count * step :])
 
 
 def _at_least_float32(dtype: Any) -> Any:
@@ -134,7 +236,19 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
     left = laid_out(_full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
-    return result * left * laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+    right = laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+    return scaled(result * left, right)
+
+
+def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
+    """result · scale, subnormal numbers flushed to zero.
+
+    A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
+    instructions that round twice, as the rest of the program has it.  With a choice between them it is two
+    in every program, so that a frozen model's numbers are the quantized one's.
+    """
+    product = result * scale
+    return jnp.where(jnp.abs(product) < jnp.finfo(product.dtype).tiny, 0, product)
 
 
 def _full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -96,9 +96,7 @@ def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
                 break
     for index, rule in enumerate(parsed):
         if index not in used:
-            raise ValueError(
-                f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, kinds)}"
-            )
+            raise ValueError(f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, kinds)}")
     return assigned
 
 

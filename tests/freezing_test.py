@@ -16,13 +16,14 @@ from jaxquant.nnx.modules import read
 
 class Block(nnx.Module):
     def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(64, rngs=rngs)
         self.attention = nnx.MultiHeadAttention(2, 64, rngs=rngs, decode=False)
         self.up = nnx.Linear(64, 64, rngs=rngs)
         self.down = nnx.Einsum("btd,dk->btk", (64, 64), bias_shape=(64,), rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.attention(x)
-        return x + self.down(nnx.relu(self.up(x)))
+        x = x + self.attention(self.norm(x))
+        return x + self.down(nnx.gelu(self.up(x)))
 
 
 class Transformer(nnx.Module):
@@ -78,14 +79,21 @@ RUN = nnx.jit(lambda model, x: model(x))
 
 
 def make(name):
+    """A model none of whose parameters is zero, as biases are at first, or one, as norms' scales are."""
     cls, x = MODELS[name]
-    return cls(nnx.Rngs(0)), x
+    graphdef, params, rest = nnx.split(cls(nnx.Rngs(0)), nnx.Param, ...)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [
+        p + 0.1 * jax.random.normal(k, p.shape, p.dtype) for p, k in zip(leaves, keys, strict=True)
+    ]
+    return nnx.merge(graphdef, jax.tree.unflatten(tree, moved), rest), x
 
 
 def trained(model, x, steps=20):
     """A few steps of quantization-aware training, all in one program."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    tx = optax.sgd(0.02, momentum=0.9)
+    tx = optax.sgd(5e-4, momentum=0.9)
 
     @jax.jit
     def run(params):
@@ -203,6 +211,16 @@ def test_misuse_is_named():
     traced = jq.DotGeneral(jq.Operands(rhs=jq.Quantizer(jq.Int(jnp.float32(4)))))
     with pytest.raises(ValueError, match=r"blocks/up cannot be frozen.*traced"):
         jq.nnx.freeze(jq.nnx.quantize(model, {"blocks/up": traced}))
+
+
+def test_tokens_beyond_the_table_are_nan_frozen_or_not():
+    model, _ = make("transformer")
+    quantized = jq.nnx.quantize(model, {"embed": "w8a16"}).embed
+    frozen = jq.nnx.freeze(quantized)
+    tokens = jnp.array([0, 49, 50, -1, -51])
+    found = frozen(tokens)
+    np.testing.assert_array_equal(found, quantized(tokens))
+    assert jnp.isnan(found).all(1).tolist() == [False, False, True, False, True]
 
 
 def test_rows_of_a_stored_table():

@@ -7,6 +7,7 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant.linen.quantizing import Quantized, used_weights
+from jaxquant.linen.sites import Use
 from jaxquant.linen.weights import Weight, abstractly, at
 
 
@@ -50,9 +51,11 @@ def freeze(
     arrays = [
         nn.meta.unbox(place[weight.name]) for place, weight in zip(places, weights, strict=True)
     ]
+    scales = {}  # of one layer's weight
     for place, weight, array in zip(places, weights, arrays, strict=True):
-        place[weight.name] = jax.eval_shape(weight.stored, array)
-    _check(quantized, frozen, *inputs, **options)
+        stored = place[weight.name] = jax.eval_shape(weight.stored, array)
+        scales[weight.path] = stored.scale.shape[weight.stacked(array) :]
+    _check(quantized, scales, frozen, *inputs, **options)
     for place, weight, array in zip(places, weights, arrays, strict=True):
         place[weight.name] = weight.stored(array)
         if donate:
@@ -68,11 +71,17 @@ def _place(variables: Any, weight: Weight) -> Any:
     return found
 
 
-def _check(quantized: Quantized, frozen: Any, *inputs: Any, **options: Any) -> None:
+def _check(quantized: Quantized, scales: Any, frozen: Any, *inputs: Any, **options: Any) -> None:
     """Raises a ValueError where stored weights do not take the way that arrays took through the model."""
 
-    def run(*args: Any, **options: Any) -> None:
-        quantized.apply(*args, **options)
+    def watch(use: Use) -> None:
+        path, expected = use.site.path, scales.get(use.site.path)
+        if expected is not None and use.rhs.scale.shape != expected:
+            raise ValueError(f"{path} gets scales {use.rhs.scale.shape}, not {expected}")
+
+    def run(variables: Any, *inputs: Any, **options: Any) -> None:
+        apply = quantized.module.apply
+        quantized.call(apply, variables, variables, *inputs, watch=watch, **options)
 
     try:
         abstractly(run, frozen, *inputs, **options)

@@ -99,7 +99,10 @@ class QuantizedEmbed(nnx.Embed):
             raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if isinstance(table, QArray):
-            return dequantize(table[inputs])
+            rows = dequantize(table[inputs])
+            # As jnp.take has it: what lies outside of the table is NaN.
+            inside = (inputs >= -self.num_embeddings) & (inputs < self.num_embeddings)
+            return jnp.where(inside[..., None], rows, jnp.nan)
         operation = operation_of(self.dot_general)
         if operation is not None and operation.forward.rhs is not None:
             table = fake_quant(table, operation.forward.rhs, axis=-1)
