@@ -238,7 +238,9 @@ def _check_parts(path: str, parts: dict, format: Any, shape: tuple[int, ...]) ->
         return
     tensor = parts["tensor_scale"].shape
     # One for the tensor, or for each of several that are stacked.
-    if len(tensor) != len(shape) or any(t not in (1, n) for t, n in zip(tensor, shape, strict=True)):
+    if len(tensor) != len(shape) or any(
+        t not in (1, n) for t, n in zip(tensor, shape, strict=True)
+    ):
         raise ValueError(f"{path}: a tensor's scale of shape {tensor}")
 
 

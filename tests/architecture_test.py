@@ -58,7 +58,24 @@ EXPERIMENTS = [
     ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
     ["ptq_overtraining.study", "ptq_overtraining.__main__", "train"],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
-    ["benchmark.timing", "benchmark.report", "benchmark.study", "benchmark.__main__"],
+    [
+        "benchmark.timing",
+        "benchmark.serving",
+        "benchmark.report",
+        "benchmark.study",
+        "benchmark.__main__",
+    ],
+    [
+        "qat_efficiency.tasks",
+        "qat_efficiency.measuring",
+        "qat_efficiency.lineage",
+        "qat_efficiency.latency",
+        "qat_efficiency.analysis",
+        "qat_efficiency.figures",
+        "qat_efficiency.report",
+        "qat_efficiency.study",
+        "qat_efficiency.__main__",
+    ],
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.
 LIBRARY_MAY_USE = {"flax", "jax", "jaxtyping", "numpy", "orbax", "safetensors", "tqdm"}

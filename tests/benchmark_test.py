@@ -13,7 +13,7 @@ from conftest import ROOT, study_command
 from flax import nnx
 from scipy import stats
 
-from experiments.benchmark import step, study, timing, variants
+from experiments.benchmark import serving, step, study, timing, variants
 from experiments.benchmark.lm import LinenLM, NnxLM, Shape
 
 pytestmark = pytest.mark.exhaustive
@@ -79,6 +79,33 @@ def test_all_variants_quantize_the_same_products(result):
             assert products[api, rival["ours"]] == products[api, rival["peer"]] > 0
 
 
+def test_every_server_has_a_ratio_and_logits_near_the_baselines(result):
+    rows = {(row["part"], row["variant"]): row for row in result["serving"]}
+    assert len(rows) == len(result["serving"]) == 5 + 4
+    for (part, name), row in rows.items():
+        assert row["deviation"] == "", name
+        assert 0 < row["median"] < math.inf
+        assert len(row["seconds"]) == result["config"]["serve_rounds"]
+        # Four bits of an untrained model's weights leave a good part of the logits, and of no other.
+        assert row["error"] < (0.5 if "w4" in name else 0.1), name
+        assert (row["error"] == 0) == (name == variants.BASELINE)
+        # Weights are arguments, in as few bytes as they are stored in.
+        share = row["arguments"] / rows[part, variants.BASELINE]["arguments"]
+        quantized = {"bfloat16": 0.5, "jaxquant w4a8": 0.4, "jaxquant w4a16": 0.4}
+        assert share <= (1 if name == variants.BASELINE else quantized.get(name, 0.6)), name
+
+
+def test_serving_pairs_can_be_made_again_from_the_raw_seconds(result):
+    seconds = {(row["part"], row["variant"]): row["seconds"] for row in result["serving"]}
+    assert [(p["part"], p["ours"], p["other"]) for p in result["serving_pairs"]] == list(
+        serving.PAIRS
+    )
+    for pair in result["serving_pairs"]:
+        ours, other = (seconds[pair["part"], pair[side]] for side in ("ours", "other"))
+        again = timing.paired_ratio(ours, other)
+        assert again == {k: pair[k] for k in again}
+
+
 def test_ratios_can_be_made_again_from_the_raw_seconds(result):
     seconds = {(row["api"], row["variant"]): row["seconds"] for row in result["steps"]}
     for row in result["steps"]:
@@ -105,7 +132,7 @@ def test_the_machine_the_versions_and_the_config_are_recorded(result):
 def test_the_report_and_the_printed_table_name_every_variant(finished, result):
     workdir, done = finished
     page = (workdir / "report.html").read_text()
-    for row in result["steps"]:
+    for row in result["steps"] + result["serving"]:
         assert row["variant"] in page
         assert row["variant"] in done.stdout
     assert "2 rounds are too few for an interval at 90 %" in done.stdout
@@ -132,6 +159,49 @@ def test_peers_switched_off_are_said_to_be(monkeypatch, tmp_path):
     assert "The peers were switched off" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("_lenient")
+def test_serving_alone_without_peers(monkeypatch, tmp_path):
+    config = dataclasses.replace(
+        study.PRESETS["smoke"],
+        peers=False,
+        parts="serve",
+        width=16,
+        decode_width=16,
+        serve_rounds=5,
+    )
+    make = serving.make_servers
+    monkeypatch.setattr(study, "make_servers", lambda part, peers: make(part, peers)[::2])
+    result = study.run(config, tmp_path)
+    assert result["steps"] == result["rivals"] == result["passes"] == []
+    names = [(row["part"], row["variant"]) for row in result["serving"]]
+    assert names == [
+        (serving.FORWARD, "float32"),
+        (serving.FORWARD, "jaxquant w8a8"),
+        (serving.DECODE, "float32"),
+        (serving.DECODE, "jaxquant w8a16"),
+    ]
+    for row in result["serving"]:
+        assert row["low"] <= row["median"] <= row["high"]
+    text = study.report.to_text(result)
+    assert "jaxquant w8a16 over float32 (one token)" in text
+    assert "The peers were switched off" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("_lenient")
+def test_a_model_that_serves_in_floating_point_is_named():
+    tokens = jnp.zeros((2, 8), jnp.int32)
+    plain, _, w8a8 = serving.make_servers(serving.FORWARD, peers=False)[:3]
+    service = serving.open_service(w8a8, SHAPE, tokens, seed=0)
+    assert serving.service_deviation(service, SHAPE, 16) == ""
+    wider = dataclasses.replace(SHAPE, width=32)
+    assert "are not the linears'" in serving.service_deviation(service, wider, 16)
+    claimed = dataclasses.replace(plain, is_integer=True)
+    floating = serving.open_service(claimed, SHAPE, tokens, seed=0)
+    assert "0 int8 products where the linears have 7" in serving.service_deviation(
+        floating, SHAPE, 16
+    )
+
+
 @pytest.mark.parametrize("package", variants.PEERS)
 def test_a_missing_peer_is_an_error_that_names_the_extra(monkeypatch, tmp_path, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -150,6 +220,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
         "--preset is one of smoke, laptop, full; got 'tpu'": "--preset=tpu",
         "config.rounds is a number above 0; got 0": "--config.rounds=0",
         "width 64 must be 5 heads": "--config.heads=5",
+        "config.parts is one or more of train, serve; got 'decode'": "--config.parts=decode",
         "is not --config.FIELD=VALUE": "--config.warmup=1",
         "cannot be written": f"--workdir={tmp_path / 'file' / 'work'}",
     }

@@ -20,20 +20,16 @@ def normal(*shape, seed=0):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def quantized(weight, dot, axes=0) -> jq.QArray:
+def quantized(weight, dot, axes: int | tuple[int, ...] = 0) -> jq.QArray:
     """A weight as a product stores it."""
     assert dot.forward.rhs is not None
     return jq.quantize(weight, dot.forward.rhs, axes)
 
 
-def compiled(function, *args) -> str:
-    return jax.jit(function).lower(*args).compile().as_text()
-
-
 # ---- numbers
 
 
-@pytest.mark.parametrize(("rows", "bits"), [(1, 2), (4, 3), (1, 4), (1, 5), (1, 8), (5, 4)])
+@pytest.mark.parametrize(("rows", "bits"), [(1, 2), (4, 4), (1, 8), (5, 4)])
 def test_sums_and_equal_bits(rows, bits):
     """Against NumPy's sums; stored, packed and quantized within the program are the same to the bit."""
     dot = jq.recipe(f"w{bits}a16")
@@ -50,9 +46,7 @@ def test_sums_and_equal_bits(rows, bits):
         assert np.all(np.abs(out - exact) <= terms * 2.0**-24 * sizes)
 
 
-@pytest.mark.parametrize(
-    "fmt", [jq.Int(8, "unsigned"), jq.Int(4, "unsigned"), jq.Int(4, "midrise"), jq.Int(3, "full")]
-)
+@pytest.mark.parametrize("fmt", [jq.Int(8, "unsigned"), jq.Int(4, "midrise"), jq.Int(3, "full")])
 def test_every_kind_of_integer(fmt):
     dot = jq.DotGeneral(jq.Operands(None, jq.Quantizer(fmt, "channel"), "native"))
     x, weight = normal(2, 32), normal(32, 24, seed=1)
@@ -148,10 +142,8 @@ class Decoder(nnx.Module):
     ("tokens", "dtype", "recipe"),
     [
         (1, jnp.float32, "w8a16"),
-        (1, jnp.float32, "w4a16"),
         (4, jnp.float32, "w3a16"),
         (1, jnp.bfloat16, "w4a16"),
-        (7, jnp.float32, "w4a16"),
     ],
 )
 def test_frozen_logits_are_the_quantized_ones(tokens, dtype, recipe):
@@ -170,16 +162,15 @@ def test_few_rows_write_no_weights_in_floating_point():
     for recipe in ("w8a16", "w4a16"):
         stored = quantized(weight, jq.recipe(recipe))
         stored = stored.pack() if recipe == "w4a16" else stored
-        few, many = (
-            compiled(lambda x, w: product(x, w, DIMS), normal(n, 256), stored) for n in (4, 5)
-        )
-        # The largest float32 array that a program's kernels write.
-        sizes = [_largest_written(text) for text in (few, many)]
+        run = jax.jit(lambda x, w: product(x, w, DIMS))
+        texts = (run.lower(normal(n, 256), stored).compile().as_text() for n in (4, 5))
+        sizes = [_largest_written(text or "") for text in texts]
         assert sizes[0] <= 4 * 256 * 512 // 16, recipe
         assert sizes[1] >= 256 * 512, recipe  # five rows take the library's product
 
 
 def _largest_written(text: str) -> int:
+    """Elements of the largest float32 array that a program's kernels write."""
     entry = text[text.index("ENTRY") :]
     written = re.findall(r"= f32\[([\d,]+)\]\S* (?:fusion|convert|multiply)\(", entry)
     return max((int(np.prod([int(n) for n in shape.split(",")])) for shape in written), default=0)

@@ -256,7 +256,7 @@ def _notes(model: str) -> list[str]:
         return [
             "The shipped Q4_1 reference: its linear layers already lie on a 4-bit grid in groups of 32, "
             "so rows on weights are about fewer bits or coarser groups than those. Windows are of text from "
-            "2000 on; methods are calibrated on earlier ones. The embedding, tied to the head, stays in float."
+            "2000 on; methods are calibrated on earlier ones. The embedding, tied to the head, is float."
         ]
     if model == "minilm":
         return [

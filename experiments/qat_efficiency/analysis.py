@@ -1,0 +1,337 @@
+"""What the records say: tables, paired differences with intervals, answers, the summary."""
+
+# pandas' selections and groups are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.qat_efficiency.lineage import Arm
+from experiments.qat_efficiency.tasks import parse_width
+
+CONFIDENCE = 0.9
+FEWEST_SEEDS = 3  # for an interval over seeds; below, intervals are over examples
+LOW_BITS = 4
+# What a model is judged by, and whether more of it is better.
+PRIMARY = {"vision": ("accuracy", 1.0), "language": ("nll", -1.0)}
+METRIC_NAMES = {"accuracy": "accuracy", "nll": "NLL (nats)"}
+MAIN_TEXT = "valid"
+KEYS = ["model", "family", "method", "width", "arm"]
+
+
+def arms(records: list[dict]) -> pd.DataFrame:
+    """One row for each arm of each trial, on the model's main split.
+
+    Differences are to the reference of the same seed; ``d_*_se`` are standard errors over examples.
+    """
+    rows = []
+    for record in records:
+        task = record["trial"]["task"]
+        for arm in record["arms"]:
+            row = _identity(record, arm) | {"status": arm["status"]}
+            row["bytes"] = arm["bytes"]["total"] if "bytes" in arm else None
+            row["bit_operations"] = record["derived"][arm["width"]]["bit_operations"]
+            if arm["status"] == "done":
+                row |= _figures(arm, next(iter(arm["splits"].values())), task["model"])
+            rows.append(row)
+    return pd.DataFrame(rows, columns=_COLUMNS).astype(dict.fromkeys(_NUMBERS, float))
+
+
+_NUMBERS = [
+    *("bytes", "bit_operations", "accuracy", "nll", "ece", "brier", "d_accuracy", "d_accuracy_se"),
+    *("d_nll", "d_nll_se", "lost", "gained", "flip_rate", "mcnemar_p", "agreement", "kl", "kl_p99"),
+    *("worst_change", "chosen_by", "mce"),
+]
+_COLUMNS = [*KEYS, "seed", "status", *_NUMBERS, "worst_group", "gate", "silent"]
+
+
+def _identity(record: dict, arm: dict) -> dict:
+    named = Arm(arm["family"], arm["method"], arm["width"])
+    return {
+        "model": record["trial"]["task"]["model"],
+        "seed": record["trial"]["seed"],
+        "family": named.family,
+        "method": named.method,
+        "width": named.width,
+        "arm": named.name,
+    }
+
+
+def _figures(arm: dict, main: dict, model: str) -> dict:
+    accuracy, nll, flips = (
+        main[k] for k in ("accuracy_difference", "log_perplexity_ratio", "flips")
+    )
+    worst = main["worst_group"] or {"name": None, "change": None}
+    return {
+        **main["quantized"],
+        "d_accuracy": accuracy["estimate"],
+        "d_accuracy_se": accuracy["se"],
+        "d_nll": nll["estimate"],
+        "d_nll_se": nll["se"],
+        "lost": flips["lost"],
+        "gained": flips["gained"],
+        "flip_rate": flips["rate"],
+        "mcnemar_p": flips["p_value"],
+        "agreement": main["agreement"],
+        "kl": main["kl"]["mean"],
+        "kl_p99": main["kl"]["p99"],
+        "worst_group": worst["name"],
+        "worst_change": worst["change"],
+        "gate": main["gate"],
+        "silent": tuple(main["silent_regressions"]),
+        "chosen_by": arm["selection"][PRIMARY[model][0]],
+        "mce": (arm["corruption"] or {"mean": None})["mean"],
+    }
+
+
+def elsewhere(records: list[dict]) -> pd.DataFrame:
+    """Away from the main split: columns where, kind, value and se.
+
+    Kind "corruption": the errors over the reference's, for each corruption.  Kind "text": the NLL less
+    the reference's, for each split.
+    """
+    rows = []
+    for record in records:
+        for arm in record["arms"]:
+            if arm["status"] != "done":
+                continue
+            row = _identity(record, arm)
+            for name, ratio in (arm["corruption"] or {"by_corruption": {}})[
+                "by_corruption"
+            ].items():
+                rows.append(row | {"where": name, "kind": "corruption", "value": ratio, "se": None})
+            for name, split in arm["splits"].items() if row["model"] == "language" else ():
+                change = split["log_perplexity_ratio"]
+                change = {"value": change["estimate"], "se": change["se"]}
+                rows.append(row | {"where": name, "kind": "text"} | change)
+    columns = [*KEYS, "seed", "where", "kind", "value", "se"]
+    return pd.DataFrame(rows, columns=columns).astype({"value": float, "se": float})
+
+
+def interval(values: Sequence[float], errors: Sequence[float | None]) -> dict:
+    """The mean of one value for each seed with a 90 % interval.
+
+    Three seeds or more: Student's t over seeds.  Fewer: normal, from the values' standard errors over
+    examples, which says nothing of other seeds; None where one is not known.
+
+    >>> interval([1.0, 2.0, 3.0], [None] * 3)["how"], interval([1.0], [0.5])["low"].__round__(2)
+    ('seeds', 0.18)
+    """
+    n = len(values)
+    mean = float(np.mean(values)) if n else None
+    result: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": n, "how": "none"}
+    if n >= FEWEST_SEEDS:
+        scale = float(np.std(values, ddof=1)) / math.sqrt(n)
+        half, how = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * scale, "seeds"
+    elif n and all(e is not None and math.isfinite(e) for e in errors):
+        scale = math.sqrt(sum(e**2 for e in errors if e is not None)) / n
+        half, how = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * scale, "examples"
+    else:
+        return result
+    assert mean is not None
+    return result | {"low": mean - half, "high": mean + half, "how": how}
+
+
+def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """A row for each arm: means over its seeds, and intervals of its differences to the reference."""
+    rows = []
+    for keys, group in table.groupby(KEYS, sort=False):
+        done = group[group["status"] == "done"]
+        row = dict(zip(KEYS, keys, strict=True)) | {"seeds": len(done), "runs": len(group)}
+        row |= {name: _mean(group[name]) for name in ("bytes", "bit_operations")}
+        for name in ("accuracy", "nll", "ece", "brier", "flip_rate", "kl", "mce", "worst_change"):
+            row[name] = _mean(done[name])
+        for name in ("d_accuracy", "d_nll"):
+            found = interval(list(done[name]), list(done[f"{name}_se"]))
+            row |= {name: found["mean"], f"{name}_low": found["low"], f"{name}_high": found["high"]}
+            row["how"] = found["how"]
+        row["mcnemar"] = int((done["mcnemar_p"] < 1 - CONFIDENCE).sum())
+        row |= {f"gate_{s}": int((done["gate"] == s).sum()) for s in GATE}
+        row["silent"] = _named(done["silent"])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+GATE = ("pass", "inconclusive", "fail")
+
+
+def _mean(values: pd.Series) -> float | None:
+    known = values.dropna()
+    return float(known.mean()) if len(known) else None
+
+
+def _named(silent: pd.Series) -> dict[str, int]:
+    """Groups that regressed silently, and in how many seeds."""
+    counts: dict[str, int] = {}
+    for groups in silent:
+        for name in groups:
+            counts[name] = counts.get(name, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def hidden(means: pd.DataFrame, away: pd.DataFrame) -> list[dict]:
+    """Losses elsewhere that the main split does not show.
+
+    Arms whose change on the main split has an interval that reaches zero or better, while elsewhere the
+    interval lies wholly on the losing side.  Many are looked at, and none is adjusted for the others.
+
+    Args:
+        means: of `over_seeds`.
+        away: of `elsewhere`.
+    """
+    rows = []
+    for row in means.to_dict("records"):
+        metric, sign = PRIMARY[row["model"]]
+        edges = [row[f"d_{metric}_{end}"] for end in ("low", "high")]
+        if any(e is None or pd.isna(e) for e in edges) or max(sign * e for e in edges) < 0:
+            continue
+        found = select(away, model=row["model"], arm=row["arm"])
+        for (where, kind), runs in found.groupby(["where", "kind"], sort=False):
+            here = interval(list(runs["value"]), [None if pd.isna(e) else e for e in runs["se"]])
+            # Errors are a ratio to the reference's, NLL is a difference; the main split is looked at above.
+            kept = {"corruption": 1.0, "text": 0.0}[kind]
+            if where != MAIN_TEXT and here["low"] is not None and here["low"] > kept:
+                rows.append({k: row[k] for k in KEYS} | {"where": where, "kind": kind} | here)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training against quantizing after training
+
+
+def choose(table: pd.DataFrame, model: str, family: str, width: str) -> str | None:
+    """The method of a family that is best on the selection examples, on average over seeds.
+
+    Only methods that came to an end in every seed are chosen from.
+    """
+    sign = PRIMARY[model][1]
+    group = select(table, model=model, family=family, width=width)
+    best = None
+    for method, runs in group.groupby("method", sort=False):
+        if (runs["status"] == "done").all():
+            score = sign * float(runs["chosen_by"].mean())
+            best = max(best, (score, method), key=lambda x: x[0]) if best else (score, method)
+    return best[1] if best else None
+
+
+def gain(table: pd.DataFrame, model: str, width: str, estimator: str, method: str) -> dict:
+    """What training by an estimator gains over a method after training, paired by seed.
+
+    Positive is better, in the model's own metric.  With few seeds the standard errors of both are taken
+    as independent, which is on the careful side where both err on the same examples.
+    """
+    metric, sign = PRIMARY[model]
+    runs = [
+        select(
+            table, model=model, width=width, family=family, method=name, status="done"
+        ).set_index("seed")
+        for family, name in (("qat", estimator), ("ptq", method))
+    ]
+    seeds = [seed for seed in runs[0].index if seed in runs[1].index]
+    values = [sign * float(runs[0].loc[s, metric] - runs[1].loc[s, metric]) for s in seeds]
+    errors = [math.hypot(*(float(r.loc[s, f"d_{metric}_se"]) for r in runs)) for s in seeds]
+    return interval(values, errors)
+
+
+def comparisons(table: pd.DataFrame) -> list[dict]:
+    """Each model and width: the chosen method of each family, the gain, and what it answers.
+
+    ``answer`` is "qat" where the gain's interval lies above zero, "ptq" where it lies below, and
+    "unresolved" otherwise.
+    """
+    rows = []
+    for (model, width), _ in table[table["family"] == "qat"].groupby(
+        ["model", "width"], sort=False
+    ):
+        ptq, qat = (choose(table, model, family, width) for family in ("ptq", "qat"))
+        row = {
+            "model": model,
+            "width": width,
+            "bits": min(parse_width(width)),
+            "ptq": ptq,
+            "qat": qat,
+        }
+        if ptq is None or qat is None:
+            rows.append(row | interval([], []) | {"answer": "unresolved"})
+            continue
+        found = gain(table, model, width, qat, ptq)
+        rows.append(row | found | {"answer": _answer(found)})
+    return rows
+
+
+def _answer(found: dict) -> str:
+    if found["low"] is None:
+        return "unresolved"
+    return "qat" if found["low"] > 0 else "ptq" if found["high"] < 0 else "unresolved"
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """Every estimator's gain over the chosen method after training, at each width."""
+    rows = []
+    for row in comparisons(table):
+        group = select(table, model=row["model"], width=row["width"], family="qat")
+        for estimator in dict.fromkeys(group["method"]):
+            if row["ptq"] is not None:
+                found = gain(table, row["model"], row["width"], estimator, row["ptq"])
+                rows.append(
+                    {k: row[k] for k in ("model", "width", "ptq")} | {"method": estimator} | found
+                )
+    columns = ["model", "width", "ptq", "method", "mean", "low", "high", "seeds", "how"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def front(means: pd.DataFrame, model: str) -> set[str]:
+    """The arms that no other arm matches with fewer bytes, or beats with as many (the Pareto front)."""
+    metric, sign = PRIMARY[model]
+    rows = select(means, model=model).dropna(subset=["bytes", metric])
+    points = [(r["arm"], r["bytes"], sign * r[metric]) for r in rows.to_dict("records")]
+
+    def beaten(size: float, good: float) -> bool:
+        return any(b <= size and g >= good and (b < size or g > good) for _, b, g in points)
+
+    return {name for name, size, good in points if not beaten(size, good)}
+
+
+def select(table: pd.DataFrame, **values: Any) -> pd.DataFrame:
+    for column, value in values.items():
+        table = table[table[column] == value]
+    return table
+
+
+def summarize(records: list[dict], expected: int) -> dict:
+    """What ``summary.json`` holds; it follows from the records alone, so that it holds no times."""
+    table = arms(records)
+    means = over_seeds(table) if len(table) else pd.DataFrame()
+    diverged = [
+        {"model": r["trial"]["task"]["model"], "seed": r["trial"]["seed"], "step": r["step"]}
+        for r in records
+        if r["status"] == "diverged"
+    ]
+    broken = table[table["status"] != "done"][["model", "seed", "arm", "status"]]
+    derived = {r["trial"]["task"]["model"]: r["derived"] for r in records if r["arms"]}
+    return {
+        "study": "qat_efficiency",
+        "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
+        "confidence": CONFIDENCE,
+        "primary": {model: metric for model, (metric, _) in PRIMARY.items()},
+        "comparisons": comparisons(table),
+        "arms": _json(means),
+        "pareto": {m: sorted(front(means, m)) for m in dict.fromkeys(table["model"])},
+        "hidden": hidden(means, elsewhere(records)) if len(table) else [],
+        "broken": _json(broken),
+        "derived": derived,
+        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+    }
+
+
+def _json(table: pd.DataFrame) -> list[dict]:
+    """Rows as JSON values: NaN becomes null."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(k): v for k, v in row.items()} for row in rows]

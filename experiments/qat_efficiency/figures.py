@@ -1,0 +1,184 @@
+"""The figures of the report, from tables."""
+
+# pandas' selections, and Altair's layers, are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+import altair as alt
+import pandas as pd
+
+from experiments.harness.report import Figure
+from experiments.qat_efficiency.analysis import METRIC_NAMES, PRIMARY, front, interval, select
+from experiments.qat_efficiency.latency import program
+from experiments.qat_efficiency.lineage import AGAIN, Arm
+
+FAMILY_NAMES = {"float": "full precision", "ptq": "after training", "qat": "with training"}
+_FAMILIES = list(FAMILY_NAMES.values())
+
+
+def _family_color() -> alt.Color:
+    scale = alt.Scale(domain=_FAMILIES, range=["#555555", "#4269d0", "#ff725c"])
+    return alt.Color("family:N", title="quantized", scale=scale, sort=_FAMILIES)
+
+
+def _named(table: pd.DataFrame) -> pd.DataFrame:
+    return table.assign(family=table["family"].map(FAMILY_NAMES))
+
+
+def _shape() -> alt.Shape:
+    return alt.Shape("width:N", title="width", sort=None)
+
+
+def _metric_axis(metric: str) -> alt.Y:
+    title = METRIC_NAMES[metric]
+    return alt.Y(f"{metric}:Q", title=title, scale=alt.Scale(zero=False))
+
+
+def _points(rows: pd.DataFrame, x: alt.X, metric: str) -> alt.Chart:
+    rows = _named(rows).assign(width=rows["width"].replace("", "float"))
+    columns = ["arm", "family", "width", "bytes", "ratio", metric]
+    rows = rows[[c for c in columns if c in rows]]
+    return (
+        alt.Chart(rows)
+        .mark_point(size=70, filled=True, opacity=0.85)
+        .encode(
+            x=x, y=_metric_axis(metric), color=_family_color(), shape=_shape(), tooltip=list(rows)
+        )
+    )
+
+
+def against_bytes(means: pd.DataFrame) -> Figure:
+    panels = []
+    for model in dict.fromkeys(means["model"]):
+        metric = PRIMARY[model][0]
+        rows = select(means, model=model).dropna(subset=["bytes", metric])
+        x = alt.X(
+            "bytes:Q",
+            title="bytes",
+            scale=alt.Scale(type="log", nice=False, padding=12),
+            axis=alt.Axis(format="~s", tickCount=5, labelOverlap=True),
+        )
+        ahead = rows[rows["arm"].isin(front(means, model))].sort_values("bytes")
+        line = (
+            alt.Chart(ahead[["bytes", metric]])
+            .mark_line(strokeDash=[5, 4], color="#222", strokeWidth=1.2, interpolate="step-after")
+            .encode(x=x, y=_metric_axis(metric))
+        )
+        panels.append(alt.layer(line, _points(rows, x, metric)).properties(title=model))
+    return Figure(
+        "bytes",
+        "Quality against bytes",
+        "Each point is an arm, the mean over seeds; bytes are those of the frozen model: packed weights, "
+        "their scales, and what stays in float32. Dashed: the Pareto front, the arms that none of as few "
+        "bytes surpasses.",
+        panels,
+    )
+
+
+def with_ratios(means: pd.DataFrame, latencies: list[dict]) -> pd.DataFrame:
+    """Arms with their measured latency over the float model's; those without one are left out."""
+    measured = {(r["model"], r["width"], r["program"]): r["median"] for r in latencies}
+    ratios = [
+        1.0
+        if r["family"] == "float" and not r["method"]
+        else measured.get(
+            (r["model"], r["width"], program(Arm(r["family"], r["method"], r["width"])))
+        )
+        for r in means.to_dict("records")
+    ]
+    return means.assign(ratio=pd.Series(ratios, dtype=float, index=means.index)).dropna(
+        subset=["ratio"]
+    )
+
+
+def against_latency(means: pd.DataFrame, latencies: list[dict]) -> Figure | None:
+    table = with_ratios(means, latencies)
+    if not latencies or table.empty:
+        return None
+    panels = []
+    for model in dict.fromkeys(table["model"]):
+        metric = PRIMARY[model][0]
+        rows = select(table, model=model).dropna(subset=[metric])
+        x = alt.X(
+            "ratio:Q", title="measured time over float's", scale=alt.Scale(zero=False, padding=12)
+        )
+        panels.append(_points(rows, x, metric).properties(title=model))
+    return Figure(
+        "latency",
+        "Quality against measured latency",
+        "Time of a frozen model's forward pass over the float model's in the same round, median of "
+        "rounds, on this machine. Arms whose products are simulated have no latency and are not here.",
+        panels,
+    )
+
+
+def gains_by_width(table: pd.DataFrame) -> Figure | None:
+    if table.empty:
+        return None
+    panels = []
+    for model in dict.fromkeys(table["model"]):
+        rows = select(table, model=model)
+        axis = f"gain in {METRIC_NAMES[PRIMARY[model][0]]}"
+        chart = alt.Chart(rows).encode(
+            x=alt.X("width:N", title="width", sort=None, axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("method:N", sort=None),
+            color=alt.Color("method:N", title="estimator", sort=None),
+        )
+        bars = chart.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
+        bars = bars.encode(y=alt.Y("low:Q", title=axis), y2="high:Q")
+        points = chart.mark_circle(size=60, opacity=1).encode(
+            y=alt.Y("mean:Q", title=axis), tooltip=["width", "method", "ptq", "mean", "low", "high"]
+        )
+        zero = alt.Chart(pd.DataFrame({"y": [0.0]})).mark_rule(color="#999").encode(y="y:Q")
+        panels.append(alt.layer(zero, bars, points).properties(title=model))
+    return Figure(
+        "gain",
+        "What training gains over quantizing after training",
+        "Paired by seed, against the method after training that was best on the selection examples; above "
+        "zero, training is better (a lower NLL counts as a gain). Bars are 90 % intervals.",
+        panels,
+    )
+
+
+def away(table: pd.DataFrame, chosen: list[dict]) -> Figure | None:
+    """Corruptions and other texts: the chosen arms of each family, and the float model trained again."""
+    panels = []
+    for row in chosen:
+        names = {AGAIN, *(f"{f} {row[f]} {row['width']}" for f in ("ptq", "qat") if row[f])}
+        group = select(table, model=row["model"])
+        group = group[group["arm"].isin(names)]
+        if len(group):
+            panels.append(_away_panel(group, f"{row['model']}, {row['width']}"))
+    if not panels:
+        return None
+    return Figure(
+        "robustness",
+        "Under corruption, and on other text",
+        "The chosen arm of each family, and the float model trained on in another order of the data. "
+        "Vision: errors over the reference's under the same corruption, summed over severities; 1 is as "
+        "robust as the reference. Language: NLL added on text like the training text (valid), of later "
+        "years (shift) and on program code (code). Bars are 90 % intervals.",
+        panels,
+    )
+
+
+def _away_panel(group: pd.DataFrame, title: str) -> alt.LayerChart:
+    axis = {"corruption": "errors over the reference's", "text": "NLL added (nats)"}
+    axis = axis[group["kind"].iloc[0]]
+    rows = [
+        {"family": FAMILY_NAMES[family], "where": where}
+        | interval(list(runs["value"]), [None if pd.isna(e) else e for e in runs["se"]])
+        for (family, where), runs in group.groupby(["family", "where"], sort=False)
+    ]
+    chart = alt.Chart(pd.DataFrame(rows)).encode(
+        x=alt.X("where:N", title=None, sort=None, axis=alt.Axis(labelAngle=-25)),
+        xOffset=alt.XOffset("family:N", sort=_FAMILIES),
+        color=_family_color(),
+    )
+    scale = alt.Scale(zero=False)
+    bars = chart.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
+    bars = bars.encode(y=alt.Y("low:Q", title=axis, scale=scale), y2="high:Q")
+    points = chart.mark_circle(size=60, opacity=1)
+    points = points.encode(y=alt.Y("mean:Q", title=axis, scale=scale), tooltip=["where", "mean"])
+    return alt.layer(bars, points).properties(title=title)

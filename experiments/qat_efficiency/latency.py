@@ -1,0 +1,142 @@
+"""Measured latency of the arms whose products run on stored integers, in turn with the float model.
+
+Times are no part of a record: they lie in ``latency.json``, with what they were measured on.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+import jaxquant as jq
+from experiments.benchmark.timing import paired_ratio, race
+from experiments.harness import files
+from experiments.qat_efficiency import tasks
+from experiments.qat_efficiency.lineage import Arm, Trial
+
+FILE = "latency.json"
+_LAYOUT = 1
+_WARM_UP = 3
+# Arms whose frozen models run the same program share a measurement; it depends on no weight's value.
+_PROGRAMS = {
+    ("ptq", "rtn"): "rtn",
+    ("ptq", "gptq"): "rtn",
+    ("ptq", "awq"): "awq",
+    ("ptq", "smoothquant"): "smoothquant",
+    ("ptq", "hadamard+gptq"): "hadamard",
+    ("qat", "ste"): "rtn",
+}
+
+
+def program(arm: Arm) -> str | None:
+    """The method whose program an arm's frozen model runs; None where its products are simulated.
+
+    >>> program(Arm("qat", "ste", "w4a4")), program(Arm("qat", "lsq", "w4a4"))
+    ('rtn', None)
+    """
+    return _PROGRAMS.get((arm.family, arm.method))
+
+
+def measure(workdir: Path, trials: Sequence[Trial], rounds: int) -> list[dict]:
+    """The rows of ``latency.json``: read where it is of this grid and machine, else measured.
+
+    A row is a model, a width, a program, and the median of the ratios to the float model's time within a
+    round, with its interval.
+    """
+    wanted = sorted(
+        {
+            (trial.task.model, arm.width, name)
+            for trial in trials
+            for arm in trial.arms
+            if (name := program(arm)) is not None
+        }
+    )
+    head = {
+        "layout": _LAYOUT,
+        "machine": _machine(),
+        "rounds": rounds,
+        "sizes": {trial.task.model: _size(trial.task) for trial in trials},
+        "wanted": [list(row) for row in wanted],
+    }
+    path = workdir / FILE
+    known = files.read_json(path)
+    if isinstance(known, dict) and all(known.get(k) == v for k, v in head.items()):
+        return known["rows"]
+    settings = {trial.task.model: trial.task for trial in trials}
+    with tqdm(total=len(wanted) + len(settings) * (rounds + _WARM_UP), desc="latency") as bar:
+        rows = [
+            row
+            for name, chosen in settings.items()
+            for row in _race(
+                chosen, [(w, p) for m, w, p in wanted if m == name], rounds, bar.update
+            )
+        ]
+    files.write_json(path, head | {"rows": rows})
+    return rows
+
+
+def _size(settings: tasks.Settings) -> list[Any]:
+    return [settings.size, settings.data, settings.grid, settings.sequence, settings.batch]
+
+
+def _race(
+    settings: tasks.Settings,
+    programs: Iterable[tuple[str, str]],
+    rounds: int,
+    advance: Callable[[], Any],
+) -> list[dict]:
+    task = tasks.make_task(settings)
+    (batch,) = task.calibration(1, 0)
+    model = task.make(0)
+    runs = {("", "float"): _forward(model, batch)}
+    for width, method in programs:
+        chosen = tasks.rules(settings.model, width)
+        frozen = jq.ptq.quantize(model, chosen, [batch], method, progress=False)
+        runs[width, method] = _forward(frozen, batch)
+        advance()
+    names = {f"{width} {method}": run for (width, method), run in runs.items()}
+    race(names, _WARM_UP, on_round=advance)
+    seconds = race(names, rounds, on_round=advance)
+    return [
+        {"model": settings.model, "width": width, "program": method}
+        | paired_ratio(seconds[f"{width} {method}"], seconds[" float"])
+        for width, method in runs
+        if method != "float"
+    ]
+
+
+def _forward(model: nnx.Module, inputs: np.ndarray) -> Callable[[], None]:
+    graphdef, state = nnx.split(model)
+    placed = jax.device_put(inputs)
+    forward = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x)).lower(state, placed).compile()
+
+    def run() -> None:
+        jax.block_until_ready(forward(state, placed))
+
+    return run
+
+
+def _machine() -> dict[str, Any]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "jaxquant": jq.__version__,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

