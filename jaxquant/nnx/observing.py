@@ -161,7 +161,7 @@ def _started(model: Model) -> Model:
 
 def _range_statistic(site: Site, decay: float | None) -> Statistic | None:
     learned = isinstance(site.operation, Learned)
-    quantizer = getattr(site.operation, "wanted", None) if learned else _lhs(site)
+    quantizer = site.operation.wanted if learned else _lhs(site)
     if quantizer is None:
         return None
 
@@ -198,6 +198,7 @@ def _fix(site: Site, state: Any) -> None:
     value = jax.tree.map(lambda x: x / weight, total)
     operation = site.operation
     if isinstance(operation, Learned):
+        assert operation.lhs_step is not None
         write(operation.lhs_step, value)
         operation.calibrated = True
         return

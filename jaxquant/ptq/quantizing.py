@@ -153,7 +153,9 @@ def check_batches(batches: Any) -> None:
 
 
 def series(batches: Any) -> Iterable[Any]:
-    return batches() if callable(batches) else batches
+    """The batches from their beginning."""
+    started: Any = batches() if callable(batches) else batches
+    return started
 
 
 def _quantizer(site: Site) -> Quantizer | None:
@@ -434,7 +436,7 @@ class _Store:
             with np.load(self._path(paths)) as file:
                 arrays = {name: file[name] for name in file.files}
             descriptions = json.loads(str(arrays.pop("descriptions")))
-            found = storage.from_arrays({k: _typed(k, v) for k, v in arrays.items()}, descriptions)
+            found = storage.from_arrays(arrays, descriptions)
         except (ValueError, OSError, KeyError, EOFError) as error:
             raise ValueError(
                 f"'{self._path(paths)}' is damaged ({error}); delete it, and it is made anew"
@@ -446,18 +448,13 @@ class _Store:
             return
         arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
         temporary = self._path(paths).with_suffix(".partial.npz")
-        named = {f"{k}": np.asarray(v) for k, v in arrays.items()}
+        named: dict[str, Any] = {k: np.asarray(v) for k, v in arrays.items()}
         np.savez(temporary, descriptions=json.dumps(dict(descriptions)), **named)
         os.replace(temporary, self._path(paths))
 
 
 def _key(path: str) -> str:
     return path.replace("/", ".") or "model"
-
-
-def _typed(name: str, array: np.ndarray) -> np.ndarray:
-    del name
-    return array
 
 
 def _write(path: Path, content: bytes) -> None:
