@@ -37,8 +37,9 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
 
     >>> from jaxquant.nnx import quantize
     >>> model = quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w4a16"})
-    >>> freeze(model)read(.kernel).bits_per_element
-    8.0
+    >>> from jaxquant.nnx.modules import read
+    >>> read(freeze(model).kernel).bits_per_element
+    4.5
     """
     model = shared_copy(model)
     quantized = [s for s in sites(model).values() if weight_quantizer(s) is not None]

@@ -88,8 +88,8 @@ def coverage(model: nnx.Module, rules: Rules | None = None, *inputs: Any) -> Cov
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> print(coverage(model, {".*": "w4a16"}, jax.ShapeDtypeStruct((2, 64), "float32")))
     path         kind    shape  rule  recipe  bytes before  after   MACs
-    (the model)  linear  64×8   .*    w4a16          2,048    512  1,024
-    total                                            2,048    512
+    (the model)  linear  64×8   .*    w4a16          2,048    288  1,024
+    total                                            2,048    288
     """
     macs, others = find_uses(model, *inputs) if inputs else ({}, None)
     assigned: dict[str, Rule] = {}

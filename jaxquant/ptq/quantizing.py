@@ -89,7 +89,7 @@ def quantize(
     >>> batches = [jax.random.normal(jax.random.key(i), (32, 64)) for i in range(2)]
     >>> frozen = quantize(model, {".*": "w3a16"}, batches, progress=False)
     >>> read(frozen.kernel).bits_per_element
-    7.0
+    3.5
     """
     chosen = _parse(method)
     check_batches(batches)
