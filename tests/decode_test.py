@@ -169,6 +169,21 @@ def test_few_rows_write_no_weights_in_floating_point():
         assert sizes[1] >= 256 * 512, recipe  # five rows take the library's product
 
 
+def test_one_layers_words_are_held_at_a_time():
+    dot, layers = jq.recipe("w4a16"), 8
+    stored = [quantized(normal(256, 256, seed=i), dot).pack() for i in range(layers)]
+
+    @jax.jit
+    def run(x, stored):
+        for weight in stored:
+            x = jax.nn.gelu(dot(x, weight, DIMS))
+        return x
+
+    memory = run.lower(normal(1, 256), stored).compile().memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes < layers // 2 * 256 * 256 // 2
+
+
 def _largest_written(text: str) -> int:
     """Elements of the largest float32 array that a program's kernels write."""
     entry = text[text.index("ENTRY") :]

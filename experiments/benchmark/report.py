@@ -8,11 +8,13 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
+from experiments.benchmark.serving import DECODE, FORWARD
 from experiments.benchmark.timing import LEVEL
 from experiments.benchmark.variants import BASELINE
 from experiments.harness import report
 
 API_NAMES = {"linen": "Linen", "nnx": "NNX"}
+_PART_NAMES = {FORWARD: "forward pass", DECODE: "one token"}
 _PERCENT = f"{LEVEL:.0%}".replace("%", " %")
 _NO_PEERS = (
     "The peers were switched off (config.peers=False), so nothing here is held against them."
@@ -21,6 +23,12 @@ _NO_PEERS = (
 
 def verdict(result: dict) -> str:
     """The ratios that the benchmark is for, in a few sentences."""
+    said = [_steps_verdict(result) if result["steps"] else "", _serving_verdict(result)]
+    said.append("" if result["config"]["peers"] else _NO_PEERS)
+    return " ".join(text for text in said if text)
+
+
+def _steps_verdict(result: dict) -> str:
     config, pairs = result["config"], {}
     for row in result["rivals"]:
         pair = f"{row['ours']} over {row['peer']}"
@@ -38,9 +46,23 @@ def verdict(result: dict) -> str:
         f"{r['variant']} in {API_NAMES[r['api']]}" for r in result["steps"] if r["loss"] is None
     ]
     failed = f"The loss is not finite: {', '.join(broken)}." if broken else ""
-    peers = "" if config["peers"] else _NO_PEERS
-    said = [against, peers, warning, failed, _interval_note(config["rounds"])]
+    said = [against, warning, failed, _interval_note(config["rounds"])]
     return " ".join(text for text in said if text)
+
+
+def _serving_verdict(result: dict) -> str:
+    if not result["serving"]:
+        return ""
+    ratios = "; ".join(
+        f"{pair['ours']} over {pair['other']} ({_PART_NAMES[pair['part']]}): {_ratio(pair)}"
+        for pair in result["serving_pairs"]
+    )
+    deviating = [row for row in result["serving"] if row["deviation"]]
+    warning = [f"Not comparable: {row['variant']} ({row['deviation']})." for row in deviating]
+    broken = [row["variant"] for row in result["serving"] if row["error"] is None]
+    failed = [f"Logits are not finite: {', '.join(broken)}."] if broken else []
+    note = _interval_note(result["config"]["serve_rounds"])
+    return " ".join([f"Ratios of serving times: {ratios}.", *warning, *failed, note])
 
 
 def _interval_note(rounds: int) -> str:
@@ -56,6 +78,7 @@ def _ratio(row: dict) -> str:
 def to_text(result: dict) -> str:
     """The finding and the tables for a terminal."""
     tables = [_step_table(result), _rival_table(result), _pass_table(result)]
+    tables += [_serving_table(result, part) for part in _PART_NAMES]
     shown = [table.to_string(index=False) for table in tables if not table.empty]
     return "\n\n".join([verdict(result), *shown])
 
@@ -97,11 +120,28 @@ def _rival_table(result: dict) -> pd.DataFrame:
 
 
 def _pass_table(result: dict) -> pd.DataFrame:
-    baseline, *rows = result["passes"]
     return pd.DataFrame(
         [
-            {"program": row["program"], f"ratio to {baseline['program']}": _ratio(row)}
-            for row in rows
+            {"program": row["program"], f"ratio to {result['passes'][0]['program']}": _ratio(row)}
+            for row in result["passes"][1:]
+        ]
+    )
+
+
+def _serving_table(result: dict, part: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                _PART_NAMES[part]: row["variant"],
+                f"ratio to {BASELINE}": _ratio(row),
+                "scales (activations / weights)": row["scales"],
+                "int8 products": row["products"]["int8"],
+                "arguments (MB)": _megabytes(row["arguments"]),
+                "temporaries (MB)": _megabytes(row["temporaries"]),
+                "error of logits": "not finite" if row["error"] is None else f"{row['error']:.4f}",
+            }
+            for row in result["serving"]
+            if row["part"] == part
         ]
     )
 
@@ -109,12 +149,34 @@ def _pass_table(result: dict) -> pd.DataFrame:
 def write(workdir: Path, result: dict) -> None:
     """Writes summary, report and figure; the summary is the result without the raw seconds."""
     summary = dict(result)
-    for key in ("steps", "passes"):
+    for key in ("steps", "passes", "serving"):
         summary[key] = [{k: v for k, v in row.items() if k != "seconds"} for row in result[key]]
-    report.write(workdir, "Train steps side by side", verdict(result), _sections(result), summary)
+    report.write(
+        workdir, "Side by side with the peers", verdict(result), _sections(result), summary
+    )
 
 
 def _sections(result: dict) -> list[report.Section]:
+    training = _training_sections(result) if result["steps"] else []
+    serving = _serving_sections(result) if result["serving"] else []
+    return [*training, *serving, _method(result)]
+
+
+def _serving_sections(result: dict) -> list[report.Section]:
+    config = result["config"]
+    setting = (
+        f"Forward passes of {config['serve_batch']} sequences of {config['tokens']} tokens through the "
+        f"model below; one token of batch 1 through one of {config['decode_layers']} layers and width "
+        f"{config['decode_width']}."
+    )
+    tables = [
+        (f"Time of a {_PART_NAMES[FORWARD]}, and memory", _serving_table(result, FORWARD)),
+        (f"Time of {_PART_NAMES[DECODE]}, and memory", _serving_table(result, DECODE)),
+    ]
+    return [report.Section("Serving", [setting, _SERVING], tables)]
+
+
+def _training_sections(result: dict) -> list[report.Section]:
     size = result["config"]["matrix"]
     steps = report.Section(
         "The step beside float32's",
@@ -135,7 +197,7 @@ def _sections(result: dict) -> list[report.Section]:
         ],
         [("Time of fake_quant", _pass_table(result))],
     )
-    return [steps, rivals, passes, _method(result)]
+    return [steps, rivals, passes]
 
 
 _SETTING = (
@@ -152,9 +214,17 @@ _RIVALS = (
     "Simulated w8a8 stands beside it as what quantization-aware training costs without integer "
     "products. AQT exists for Linen alone, and rounds to nearest here as the others do."
 )
+_SERVING = (
+    "All serve the same float32 parameters: as they are, in bfloat16 with bfloat16 parameters, frozen by "
+    "jaxquant, or quantized after training by Qwix with its defaults. All of them are arguments of the "
+    "compiled pass, so every variant reads its weights from memory. Scales of activations are found anew "
+    "in each pass. The token is decoded without a cache, so that attention sees it alone and the time is "
+    "that of the linears' matrix-vector products. The error of logits is ‖y − r‖ / ‖r‖ against float32's r, "
+    "of an untrained model: a check that no variant is broken, not a measure of quality."
+)
 _METHOD = (
-    "Measured: all steps were compiled and warmed up first; then, in one process, each round ran every "
-    "variant once, in an order rotated from round to round, each timed until the device had finished. "
+    "Measured: all steps and passes were compiled and warmed up first; then, in one process, each round ran "
+    "every variant once, in an order rotated from round to round, each timed until the device had finished. "
     "A ratio is taken within a round, to float32 of the same API; shown is its median, with the "
     f"sign test's {_PERCENT} interval, which supposes independent rounds and nothing else. Absolute "
     "times mean little on shared machines; benchmark.json has all of them. Temporaries and arguments are "

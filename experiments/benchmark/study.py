@@ -1,4 +1,4 @@
-"""The config, the two measurements, and the run of them."""
+"""The config, the measurements, and the run of them."""
 
 import dataclasses
 import functools
@@ -16,6 +16,16 @@ from tqdm.auto import tqdm
 import jaxquant as jq
 from experiments.benchmark import report
 from experiments.benchmark.lm import VOCABULARY, Shape
+from experiments.benchmark.serving import (
+    DECODE,
+    FORWARD,
+    PAIRS,
+    Service,
+    logit_error,
+    make_servers,
+    open_service,
+    service_deviation,
+)
 from experiments.benchmark.step import Contestant, deviation, enter
 from experiments.benchmark.timing import paired_ratio, race
 from experiments.benchmark.variants import (
@@ -29,13 +39,18 @@ from experiments.benchmark.variants import (
 from experiments.harness import cli, files
 
 STUDY = "benchmark"
+TRAIN, SERVE = PARTS = ("train", "serve")
 _WARM_UP = 2  # rounds before the ones that count: the first touches fresh memory
 _PASS = "x · c"  # what fake_quant is held against
 
 
 @dataclasses.dataclass
 class Config:
-    """The step, how often it is timed, and the matrix of the second measurement."""
+    """What is measured: the step, the matrix of fake_quant, and the models that are served.
+
+    The forward pass is that of the step's model; a decoded token is one of batch 1 through another, whose
+    weights should be more than the caches hold.
+    """
 
     layers: int = 4
     width: int = 512
@@ -46,12 +61,28 @@ class Config:
     peers: bool = True  # Qwix and AQT; False leaves them out, and the report says so
     matrix: int = 4096  # fake_quant of matrix × matrix float32 values
     seed: int = 0
+    parts: str = ",".join(PARTS)  # which of them, with commas
+    serve_batch: int = 8  # sequences of a forward pass
+    serve_rounds: int = 31
+    decode_layers: int = 1
+    decode_width: int = 2048
 
 
 PRESETS = {
-    "smoke": Config(layers=1, width=64, heads=4, tokens=32, batch=2, rounds=2, matrix=256),
+    "smoke": Config(
+        layers=1,
+        width=64,
+        heads=4,
+        tokens=32,
+        batch=2,
+        rounds=2,
+        matrix=256,
+        serve_batch=2,
+        serve_rounds=2,
+        decode_width=128,
+    ),
     "laptop": Config(),
-    "full": Config(width=1024, heads=16, rounds=31),
+    "full": Config(width=1024, heads=16, rounds=31, serve_rounds=101, decode_layers=4),
 }
 
 
@@ -70,9 +101,12 @@ def run(config: Config, workdir: str | Path) -> dict:
         RuntimeError: a peer that does not work with this version of JAX.
     """
     cli.check_positive(config, "layers", "width", "heads", "tokens", "batch", "rounds", "matrix")
+    cli.check_positive(config, "serve_batch", "serve_rounds", "decode_layers", "decode_width")
+    parts = _parts(config.parts)
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
     shape = Shape(config.layers, config.width, config.heads)
+    decoder = Shape(config.decode_layers, config.decode_width, config.heads)
     if config.peers:
         check_peers()
     workdir = Path(workdir)
@@ -82,12 +116,21 @@ def run(config: Config, workdir: str | Path) -> dict:
         "config": vars(config).copy(),
         "machine": _machine(),
         "versions": versions(config.peers),
-        **_measure_steps(config, shape),
-        "passes": _measure_passes(config),
+        "linears": len(shape.linears),
+        **(_measure_steps(config, shape) if TRAIN in parts else {"steps": [], "rivals": []}),
+        "passes": _measure_passes(config) if TRAIN in parts else [],
+        **_measure_serving(config, {FORWARD: shape, DECODE: decoder} if SERVE in parts else {}),
     }
     files.write_json(workdir / "benchmark.json", result)
     report.write(workdir, result)
     return result
+
+
+def _parts(text: str) -> set[str]:
+    parts = {part.strip() for part in text.split(",")}
+    if not parts <= set(PARTS):
+        raise ValueError(f"config.parts is one or more of {', '.join(PARTS)}; got {text!r}")
+    return parts
 
 
 def _claim(workdir: Path) -> None:
@@ -154,7 +197,6 @@ def _measure_steps(config: Config, shape: Shape) -> dict:
     seconds = _timed(contestants, config.rounds, "train steps")
     count = config.batch * config.tokens
     return {
-        "linears": len(shape.linears),
         "steps": [
             _step_row(contestant, seconds, deviation(contestant, shape, count))
             for contestant in contestants.values()
@@ -213,3 +255,56 @@ def _measure_passes(config: Config) -> list[dict]:
 
 def _run_pass(program: Callable[..., jax.Array], x: jax.Array, c: jax.Array) -> None:
     program(x, c).block_until_ready()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Serving
+
+
+def _measure_serving(config: Config, shapes: dict[str, Shape]) -> dict:
+    found = [_measure_part(config, part, shape) for part, shape in shapes.items()]
+    return {
+        "serving": [row for rows, _ in found for row in rows],
+        "serving_pairs": [pair for _, pairs in found for pair in pairs],
+    }
+
+
+def _measure_part(config: Config, part: str, shape: Shape) -> tuple[list[dict], list[dict]]:
+    rng = np.random.default_rng(config.seed)
+    size = (1, 1) if part == DECODE else (config.serve_batch, config.tokens)
+    tokens_BxT = jnp.asarray(rng.integers(0, VOCABULARY, size), jnp.int32)
+    servers = make_servers(part, config.peers)
+    services = {
+        server.name: open_service(server, shape, tokens_BxT, config.seed)
+        for server in tqdm(servers, desc=f"compiling, {part}", unit="model")
+    }
+    seconds = _timed(services, config.serve_rounds, f"serving, {part}")
+    reference = services[BASELINE].logits()
+    rows = [
+        _service_row(part, service, seconds, reference)
+        | {"deviation": service_deviation(service, shape, tokens_BxT.size)}
+        for service in services.values()
+    ]
+    pairs = [
+        {"part": part, "ours": ours, "other": other} | paired_ratio(seconds[ours], seconds[other])
+        for where, ours, other in PAIRS
+        if where == part and {ours, other} <= seconds.keys()
+    ]
+    return rows, pairs
+
+
+def _service_row(part: str, service: Service, seconds: dict, reference: jax.Array) -> dict:
+    name = service.server.name
+    error = logit_error(service.logits(), reference)
+    return {
+        "part": part,
+        "variant": name,
+        "library": service.server.library,
+        "scales": service.server.scales,
+        "products": service.products,
+        **paired_ratio(seconds[name], seconds[BASELINE]),
+        "error": error if math.isfinite(error) else None,
+        "temporaries": service.temporaries,
+        "arguments": service.arguments,
+        "seconds": seconds[name],
+    }

@@ -30,7 +30,7 @@ RIVALS = (
     ("jaxquant w8a8", "Qwix QAT"),
     ("jaxquant w8a8, simulated", "Qwix QAT"),
 )
-_LINEARS = "query|key|value|out|up|down|head"  # the last part of their paths
+LINEARS = "query|key|value|out|up|down|head"  # the last part of their paths
 
 Apply = Callable[[Any, jax.Array], jax.Array]  # (params, tokens) -> logits
 
@@ -98,15 +98,15 @@ def _jaxquant(name: str, dot_general: jq.DotGeneral, int8_products: int) -> Vari
         return _linen(LinenLM(shape, dot_general), seed)
 
     def in_nnx(shape: Shape, seed: int):
-        rules = {f"(.*/)?({_LINEARS})": dot_general}
+        rules = {f"(.*/)?({LINEARS})": dot_general}
         return _nnx(jq.nnx.quantize(NnxLM(shape, nnx.Rngs(seed)), rules))
 
     models = {"linen": linen, "nnx": in_nnx}
-    scales = _scales(dot_general.forward)
+    scales = operand_scales(dot_general.forward)
     return Variant(name, "jaxquant", int8_products, int8_products == 0, scales, models)
 
 
-def _scales(operands: jq.Operands) -> str:
+def operand_scales(operands: jq.Operands) -> str:
     """Granularities as activations / weights; what an activation's row sums over is a token's."""
     lhs, rhs = (str(q.granularity) if q else "none" for q in (operands.lhs, operands.rhs))
     return f"{lhs.replace('channel', 'token')} / {rhs}"
@@ -116,9 +116,9 @@ def _qwix(name: str, int8_products: int) -> Variant:
     """Qwix's quantized training; the gradients' products are int8 too where all three are."""
 
     def provider() -> Any:
-        qwix = _import("qwix")
+        qwix = import_peer("qwix")
         rule = qwix.QtRule(
-            module_path=f"(.*/)?({_LINEARS})",
+            module_path=f"(.*/)?({LINEARS})",
             weight_qtype=jnp.int8,
             act_qtype=jnp.int8,
             bwd_qtype=jnp.int8 if int8_products == 3 else None,
@@ -126,13 +126,13 @@ def _qwix(name: str, int8_products: int) -> Variant:
         return qwix.QtProvider([rule])
 
     def linen(shape: Shape, seed: int):
-        return _linen(_import("qwix").quantize_model(LinenLM(shape), provider()), seed)
+        return _linen(import_peer("qwix").quantize_model(LinenLM(shape), provider()), seed)
 
     def in_nnx(shape: Shape, seed: int):
         model = NnxLM(shape, nnx.Rngs(seed))
         # It runs the model once, on tokens whose values and number do not matter.
         tokens = jnp.zeros((1, 2), jnp.int32)
-        return _nnx(_import("qwix").quantize_model(model, provider(), tokens))
+        return _nnx(import_peer("qwix").quantize_model(model, provider(), tokens))
 
     models = {"linen": linen, "nnx": in_nnx}
     return Variant(name, "qwix", int8_products, False, "token / channel", models)
@@ -142,13 +142,13 @@ def _aqt(name: str) -> Variant:
     """AQT's fully quantized training, rounding to nearest as the others do; for Linen alone."""
 
     def linen(shape: Shape, seed: int):
-        config = _import("aqt.jax.v2.config").fully_quantized(use_stochastic_rounding=False)
+        config = import_peer("aqt.jax.v2.config").fully_quantized(use_stochastic_rounding=False)
         return _linen(LinenLM(shape, config), seed)
 
     return Variant(name, "aqt", 3, False, "token / channel", {"linen": linen})
 
 
-def _import(module: str) -> Any:
+def import_peer(module: str) -> Any:
     """A peer's module, imported without the deprecations that are not ours to mend."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
