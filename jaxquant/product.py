@@ -139,6 +139,8 @@ def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
     (lhs_axes, rhs_axes), (lhs_batch, _) = dims
     rows = math.prod(n for a, n in enumerate(lhs.shape) if a not in lhs_axes)
     terms = math.prod(rhs.shape[a] for a in rhs_axes)
+    if not all(isinstance(n, int) for n in lhs.shape):
+        return False  # a program for any number of rows
     return (
         not lhs_batch
         and 0 < rows <= _FEW_ROWS
@@ -365,7 +367,7 @@ def _contracting_last(lhs: jax.Array, rhs: jax.Array, dims: Dims, plain: Any) ->
     (contracting, rhs_contracting), (batch, rhs_batch) = dims
     free = [a for a in range(lhs.ndim) if a not in contracting and a not in batch]
     terms = math.prod(lhs.shape[a] for a in contracting)
-    moved = [a for a in (*batch, *free, *contracting) if lhs.shape[a] > 1]
+    moved = [a for a in (*batch, *free, *contracting) if lhs.shape[a] != 1]
     if moved == sorted(moved) or terms < 2 or lhs.size == 0:
         return plain(lhs, rhs)
     lhs_shape = [lhs.shape[a] for a in (*batch, *free)]

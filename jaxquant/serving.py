@@ -77,7 +77,8 @@ def export(
         path: a file to write, which appears when it is whole.
         platforms: such as ("cpu", "tpu"); where this runs, if not given.
         batch: a name such as "b" for the leading axis of every input with axes: the program then takes any
-            size there, the same for all.
+            size there, the same for all.  On a CPU a program for one size of up to four rows may sum their
+            products with stored weights in another order than this one.
 
     Returns:
         The file's bytes.

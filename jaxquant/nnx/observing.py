@@ -194,7 +194,10 @@ def _range_statistic(site: Site, decay: float | None) -> Statistic | None:
 def _fix(site: Site, state: Any) -> None:
     total, weight = state
     if not bool(jnp.all(weight > 0)):
-        return  # never multiplied, as an Embed's rows are not, so nothing is there to fix
+        # Never multiplied, as an Embed's rows are not, so there is nothing to fix.
+        if isinstance(site.operation, Learned):
+            site.operation.calibrated = True
+        return
     value = jax.tree.map(lambda x: x / weight, total)
     operation = site.operation
     if isinstance(operation, Learned):
