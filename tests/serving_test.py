@@ -104,7 +104,7 @@ def test_weights_stay_packed():
 
 @pytest.mark.parametrize("rules", ["w8a8", "w4a16", "mxfp4"])
 def test_one_program_serves_any_batch(rules):
-    """The same bits, but where up to four rows meet stored weights alone, which are summed in another order."""
+    """The same bits, but where up to four rows meet stored weights: those are summed in another order."""
     model = jq.nnx.freeze(jq.nnx.quantize(Perceptron(nnx.Rngs(0)), {".*": rules}))
     program = serving.load(serving.export(model, X, batch="b"))
     x = jnp.concatenate([X, X])
