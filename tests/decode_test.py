@@ -157,7 +157,7 @@ def test_frozen_logits_are_the_quantized_ones(tokens, dtype, recipe):
 # ---- what is computed
 
 
-# Of the compiler that this was made for: jax 0.7.1's writes some of them out, and is slower, not wrong.
+# Of the compiler that this was made for: jax 0.7.1's writes some of them out.
 @pytest.mark.exhaustive
 def test_few_rows_write_no_weights_in_floating_point():
     weight = normal(256, 512)
