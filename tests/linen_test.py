@@ -133,10 +133,10 @@ PAIRS = [
     ("w4a8", "transformer"),
     ("w4a8", "vmap"),
     ("w4a4-quest", "einsum"),
+    ("w4a4-quest", "transformer"),
+    ("w4a4-quest", "scan"),
     ("w4a4-quest", "vmap"),
 ]
-# Fused, s · q + b is rounded once in one program and twice in another, as the compiler happens to see s.
-UNFUSED = {"xla_disable_hlo_passes": "fusion"}
 
 
 def leaves(params):
@@ -180,9 +180,7 @@ def test_models_train_quantized_and_serve_frozen_with_the_same_bits(recipe, name
 
     frozen = linen.freeze(quantized, variables, x)
     assert all(isinstance(w, jq.QArray) for w in weights(frozen["params"]).values())
-    # A root of a mean of squares is found by sums, which are of one order in like programs alone.
-    options = None if recipe == "w4a4-quest" else UNFUSED
-    serve = jax.jit(quantized.apply, compiler_options=options)
+    serve = jax.jit(quantized.apply)
     expected = serve(variables, x)
     np.testing.assert_array_equal(serve(frozen, x), expected)
     assert not np.array_equal(jax.jit(module.apply)(variables, x), expected)

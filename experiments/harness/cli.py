@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -98,6 +99,34 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
             _fail("stopped; the same command goes on from here", 130)
 
     app.run(checked, flags_parser=parse)
+
+
+def study_main(
+    study: str, presets: Mapping[str, Any], run: Callable[..., dict], to_text: Callable[[dict], str]
+) -> None:
+    """The binary of a study of trials: its flags, its run, and its finding on the terminal.
+
+    Args:
+        study: its name, of flags and folders.
+        presets: config dataclasses by name.
+        run: from (config, workdir, workers=, shard=, keep_checkpoints=) to the summary.
+        to_text: the summary in words.
+    """
+    define_study_flags(study)
+
+    def run_and_say(config: Any) -> None:
+        workdir = FLAGS.workdir or f"runs/{study}/{FLAGS.preset}"
+        summary = run(
+            config,
+            workdir,
+            workers=FLAGS.workers,
+            shard=parse_shard(FLAGS.shard),
+            keep_checkpoints=FLAGS.keep_checkpoints,
+        )
+        print(to_text(summary))
+        print(f"report: {Path(workdir) / 'report.html'}")
+
+    main(run_and_say, presets, default="laptop")
 
 
 def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:

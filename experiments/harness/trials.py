@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm.auto import tqdm
 
 from experiments.harness import files
@@ -202,6 +203,20 @@ def run(
                 bar.finish(trial)
         else:
             _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar)
+
+
+def worker_count(asked: int | None, configured: int) -> int:
+    """How many processes to run: what was asked for, else what the config says; 0 is one per core on a CPU.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    count = configured if asked is None else asked
+    if count < 0:
+        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
+    if count or jax.default_backend() != "cpu":
+        return count or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Bar:

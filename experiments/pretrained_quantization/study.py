@@ -160,15 +160,12 @@ def run(
     """
     grid = make_trials(config)
     ledger = trials.Ledger(workdir, STUDY)
-    count = config.workers if workers is None else workers
-    if count < 1:
-        raise ValueError(f"workers is at least 1; got {count}")
     trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=count,
+        workers=trials.worker_count(workers, config.workers),
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )

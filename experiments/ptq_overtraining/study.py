@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from pathlib import Path
 
 import jax
@@ -457,23 +456,14 @@ def run(
     if config.batch % mesh.size:
         raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
     ledger = trials.Ledger(workdir, STUDY)
-    count = config.workers if workers is None else workers
-    if count < 0:
-        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
     trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=count or _default_workers(),
+        workers=trials.worker_count(workers, config.workers),
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
     records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     return report.write(ledger.workdir, records, expected=len(grid))
-
-
-def _default_workers() -> int:
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,8 @@
 """The grid, and the run of it all."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from experiments.harness import cli, corruptions, data, images, train, trials
 from experiments.qat_efficiency import latency, report, tasks
@@ -262,24 +259,15 @@ def run(
                 f"config.{name} {getattr(config, name)} does not divide over {devices} devices"
             )
     ledger = trials.Ledger(workdir, STUDY)
-    count = config.workers if workers is None else workers
-    if count < 0:
-        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
     trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=count or _default_workers(),
+        workers=trials.worker_count(workers, config.workers),
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
     records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     rows = latency.measure(ledger.workdir, grid, config.latency_rounds) if shard[1] == 1 else []
     return report.write(ledger.workdir, records, rows, expected=len(grid))
-
-
-def _default_workers() -> int:
-    if jax.default_backend() != "cpu":
-        return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
