@@ -264,6 +264,23 @@ def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(product) < jnp.finfo(product.dtype).tiny, 0, product)
 
 
+def materialized(x: jax.Array) -> jax.Array:
+    """x, which the compiler joins with nothing after it: whatever made it, what follows has the same bits.
+
+    Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
+    these up in an order that depends on it.
+    """
+    if not all(isinstance(n, int) for n in x.shape):
+        return x  # a program for shapes not yet known
+    if x.size == 0:
+        return x
+
+    def on_cpu(x):  # whose compiler drops a barrier before it joins operations, and cannot join a branch
+        return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=jax.lax.optimization_barrier)
+
+
 def _full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Scales with one entry per element along every axis where they have several, as tiles may need."""
     for axis, (groups, n) in enumerate(zip(scale.shape, shape, strict=True)):

@@ -130,11 +130,10 @@ PAIRS = [
     ("w4a16", "transformer"),
     ("w4a16", "remat"),
     ("w4a8", "cnn"),
+    ("w8a8", "transformer"),
     ("w4a8", "transformer"),
     ("w4a8", "vmap"),
     ("w4a4-quest", "einsum"),
-    ("w4a4-quest", "transformer"),
-    ("w4a4-quest", "scan"),
     ("w4a4-quest", "vmap"),
 ]
 

@@ -74,10 +74,11 @@ def _place(variables: Any, weight: Weight) -> Any:
 def _check(quantized: Quantized, scales: Any, frozen: Any, *inputs: Any, **options: Any) -> None:
     """Raises a ValueError where stored weights do not take the way that arrays took through the model."""
 
-    def watch(use: Use) -> None:
+    def watch(use: Use) -> Any:
         path, expected = use.site.path, scales.get(use.site.path)
         if expected is not None and use.rhs.scale.shape != expected:
             raise ValueError(f"{path} gets scales {use.rhs.scale.shape}, not {expected}")
+        return use.lhs
 
     def run(variables: Any, *inputs: Any, **options: Any) -> None:
         apply = quantized.module.apply

@@ -44,27 +44,34 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     """
     found: dict[str, tuple[Any, ...]] = {}
 
-    def add(path: str, *bounds: Any) -> None:
+    def add(path: str, *bounds: Any) -> np.ndarray:
         high = [np.asarray(bound) for bound in bounds]
         before = found.get(path, high)
         ends = (np.minimum, np.maximum) if len(high) == 2 else (np.maximum,)
         found[path] = tuple(end(a, b) for end, a, b in zip(ends, before, high, strict=True))
+        return np.array(True)
 
-    def watch(use: Use) -> None:
+    def watch(use: Use) -> Any:
         quantizer = use.operation.forward.lhs
-        if use.lhs is not None and quantizer is not None and finds_one_range(quantizer):
-            bounds = jax.tree.leaves(range_of(use.lhs, quantizer, use.axes[0]))
-            # The layer may be within a scan, out of which nothing else can be brought.
-            jax.debug.callback(
-                functools.partial(add, use.site.path), *(b.reshape(()) for b in bounds)
-            )
+        if use.lhs is None or quantizer is None or not finds_one_range(quantizer):
+            return use.lhs
+        bounds = jax.tree.leaves(range_of(use.lhs, quantizer, use.axes[0]))
+        seen = jax.pure_callback(
+            functools.partial(add, use.site.path),
+            jax.ShapeDtypeStruct((), jnp.bool),
+            *(bound.reshape(()) for bound in bounds),
+            vmap_method="sequential",
+        )
+        # The layer may be within a scan, which lets nothing out but what its output depends on.
+        return jnp.where(seen, use.lhs, jnp.nan)
 
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
 
     @jax.jit
-    def run(variables: Any, arguments: Any) -> None:
+    def run(variables: Any, arguments: Any) -> list[jax.Array]:
         apply = quantized.module.apply
-        quantized.call(apply, variables, variables, *arguments, watch=watch, **options)
+        outputs = quantized.call(apply, variables, variables, *arguments, watch=watch, **options)
+        return [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
 
     _run(run, kept, batches)
     if not found:
@@ -82,11 +89,10 @@ def _run(run: Any, variables: Any, batches: Iterable[Any]) -> None:
     for batch in batches:
         arguments = batch if isinstance(batch, tuple) else (batch,)
         check_finite(arguments, count)
-        run(variables, arguments)
+        jax.block_until_ready(run(variables, arguments))
         count += 1
     if not count:
         raise ValueError("calibration needs at least one batch; got none")
-    jax.effects_barrier()
 
 
 def _nested(found: dict[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Quantized:
         function: Callable[..., Any],
         variables: Any,
         *args: Any,
-        watch: Callable[[Use], None] = lambda use: None,
+        watch: Callable[[Use], Any] = lambda use: use.lhs,
         **options: Any,
     ) -> Any:
         """A function of the module, with its products quantized.
@@ -82,7 +82,7 @@ class Quantized:
             function: such as ``module.apply``.
             variables: the module's, as far as they are known; ranges are taken from them.
             args, options: of the function.
-            watch: is told of every product.
+            watch: sees every product, and gives its activations on.
         """
         interceptor = _Interceptor(self.rules, variables.get(RANGES, {}), watch)
         with nn.intercept_methods(interceptor):
@@ -131,7 +131,7 @@ def quantize(module: nn.Module, rules: Rules) -> Quantized:
 class _Interceptor:
     """Gives each module that is called what its rule says."""
 
-    def __init__(self, rules: Rules, ranges: Any, watch: Callable[[Use], None]):
+    def __init__(self, rules: Rules, ranges: Any, watch: Callable[[Use], Any]):
         self.rules = parse_rules(rules)
         self.ranges = ranges
         self.watch = watch
@@ -286,7 +286,7 @@ def used_weights(
     """The quantized weights that a call multiplies by, by path; the call is traced, not run."""
     found: dict[str, Weight] = {}
 
-    def watch(use: Use) -> None:
+    def watch(use: Use) -> Any:
         weight = weight_of(use)
         if weight is not None:
             first = found.setdefault(weight.path, weight)
@@ -294,6 +294,7 @@ def used_weights(
                 raise ValueError(
                     f"{weight.path} is summed over axes {first.axes} in one call and {weight.axes} in another"
                 )
+        return use.lhs
 
     def run(variables: Any, *inputs: Any, **options: Any) -> None:
         apply = quantized.module.apply

@@ -15,6 +15,7 @@ from jaxquant.attention import Attention
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, simulate
 from jaxquant.einsum import einsum
+from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize
 from jaxquant.rules import ATTENTION
 
@@ -152,13 +153,13 @@ class Product:
         site: whose.
         operation: what computes it.
         label: what it is, in words.
-        watch: is told of every use.
+        watch: sees every use, and gives its activations on.
     """
 
     site: Site
     operation: Operation
     label: str
-    watch: Callable[[Use], None]
+    watch: Callable[[Use], Any]
 
     def __call__(self, lhs: Any, rhs: Any, *args: Any, **options: Any) -> jax.Array:
         with self.named():
@@ -170,7 +171,7 @@ class Product:
             axes = tuple(range(1, lhs.ndim)), tuple(range(rhs.ndim - 1))
         else:
             axes = tuple(args[0][0][0]), tuple(args[0][0][1])
-        self.watch(Use(self.site, self.operation, lhs, rhs, axes))
+        lhs = self.watch(Use(self.site, self.operation, lhs, rhs, axes))
         return self.operation(lhs, rhs, *args, **options)
 
     @contextlib.contextmanager
@@ -292,11 +293,11 @@ def _look_up(product: Product, inputs: jax.Array) -> jax.Array:
     if not isinstance(table, QArray):
         with product.named():
             table = simulate(table, product.operation.forward.rhs, (1,))
-        return jnp.take(table, inputs, axis=0)
+        return materialized(jnp.take(table, inputs, axis=0))
     rows, n = dequantize(table[inputs]), table.shape[0]
     place = inputs.astype(jnp.int32)
     is_there = (place >= -n) & (place < n)  # jnp.take gives NaN elsewhere
-    return jnp.where(is_there[..., None], rows, jnp.nan)
+    return materialized(jnp.where(is_there[..., None], rows, jnp.nan))
 
 
 def _attend(product: Product, query: jax.Array) -> jax.Array:

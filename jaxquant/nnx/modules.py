@@ -15,6 +15,7 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.groups import scale_shape
+from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 
@@ -103,11 +104,12 @@ class QuantizedEmbed(nnx.Embed):
             rows = dequantize(stored)
             # As jnp.take has it: what lies outside of the table is NaN.
             inside = (inputs >= -self.num_embeddings) & (inputs < self.num_embeddings)
-            return jnp.where(inside[..., None], rows, jnp.nan)
+            return materialized(jnp.where(inside[..., None], rows, jnp.nan))
         operation = operation_of(self.dot_general)
-        if operation is not None and operation.forward.rhs is not None:
-            table = fake_quant(table, operation.forward.rhs, axis=-1)
-        return jnp.take(table, inputs, axis=0)
+        if operation is None or operation.forward.rhs is None:
+            return jnp.take(table, inputs, axis=0)
+        table = fake_quant(table, operation.forward.rhs, axis=-1)
+        return materialized(jnp.take(table, inputs, axis=0))
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """query · tableᵀ, as `nnx.Embed`."""
