@@ -250,7 +250,13 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
         )
     left = laid_out(_full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
     right = laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
-    return scaled(result * left, right)
+    return jax.lax.platform_dependent(
+        result * left,
+        right,
+        # A pass of its own: what follows is often a transposition, which would multiply number by number.
+        cpu=lambda x, scale: _materialized_on_cpu(x * scale),
+        default=scaled,
+    )
 
 
 def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
@@ -270,15 +276,15 @@ def materialized(x: jax.Array) -> jax.Array:
     Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
     these up in an order that depends on it.
     """
-    if not all(isinstance(n, int) for n in x.shape):
-        return x  # a program for shapes not yet known
-    if x.size == 0:
+    default = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, cpu=_materialized_on_cpu, default=default)
+
+
+def _materialized_on_cpu(x: jax.Array) -> jax.Array:
+    if 0 in x.shape:
         return x
-
-    def on_cpu(x):  # whose compiler drops a barrier before it joins operations, and cannot join a branch
-        return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
-
-    return jax.lax.platform_dependent(x, cpu=on_cpu, default=jax.lax.optimization_barrier)
+    # That compiler drops barriers before it joins operations; what it cannot join is a branch.
+    return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
 
 
 def _full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -22,7 +22,7 @@ import numpy as np
 from jaxquant import calibration as calibrations
 from jaxquant import estimators
 from jaxquant import rounding as roundings
-from jaxquant.formats import Block, Codebook, Format, Int, divide
+from jaxquant.formats import Block, Codebook, Format, Int, divide, is_static
 from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
 from jaxquant.hadamard import hadamard
 from jaxquant.packing import pack_bits, unpack_bits
@@ -187,7 +187,10 @@ def _scales(found: Any, quantizer: Quantizer) -> _Scales:
         return _asymmetric(low, high, quantizer)
     is_scale = isinstance(found, calibrations.Scale)
     scale = found.value if is_scale else divide(found, quantizer.element.max_value)
-    scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
+    if calibrations.sees_all(quantizer.calibration):
+        scale = scale + 0 * scale  # Inf becomes NaN; none is negative
+    else:
+        scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
     if isinstance(quantizer.format, Block):
         return _Scales(*quantizer.format.scales(scale))
     return _Scales(_no_smaller(scale, quantizer))
@@ -223,12 +226,26 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scale
     return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
 
 
-def _divide(view: jax.Array, scale: jax.Array) -> jax.Array:
+def _divide(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
     """view / scale without an intermediate that is no float32, whatever the scale."""
+    # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
+    if _has_plain_reciprocal(quantizer):
+        return view * (1 / scale)
     scale = jnp.where(scale < _TINY, 1, scale)  # two levels' product may be less than either
     shrink = jnp.where(scale > _HUGE, 2.0**-64, 1)
-    # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
     return (view * shrink) * (1 / (scale * shrink))
+
+
+def _has_plain_reciprocal(quantizer: Quantizer) -> bool:
+    """Whether it is known beforehand that no scale is so large that its reciprocal would be flushed."""
+    top = quantizer.element.max_value
+    is_one_level = not isinstance(quantizer.format, Block)
+    return (
+        is_one_level
+        and calibrations.sees_all(quantizer.calibration)
+        and is_static(top)
+        and float(top) >= 8  # a range is below 2^129, and 2^-126 is no subnormal
+    )
 
 
 def _check(x: Any, quantizer: Any) -> None:
@@ -265,7 +282,7 @@ def _to_grid(
     if not calibrations.sees_all(quantizer.calibration):
         finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
         scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
-    ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)))
+    ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
     if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
         key = key(scales.scale)
 

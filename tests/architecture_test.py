@@ -22,7 +22,7 @@ LIBRARY = [
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     ["product", "dot", "native", "einsum", "ragged", "conv", "smoothed", "attention", "recipes"],
     ["rules", "coverage"],
-    ["specification", "artifacts"],
+    ["specification", "cards", "artifacts"],
     ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
     ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.quantizing", "ptq.searching"],
@@ -35,7 +35,7 @@ LIBRARY = [
         "quality.gates",
         "quality.monitor",
     ],
-    ["nnx.saving", "versions", "serving"],
+    ["nnx.saving", "linen.saving", "versions", "serving"],
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],

@@ -32,6 +32,7 @@ BFLOAT16 = "bfloat16"
 PAIRS = (
     (FORWARD, "jaxquant w8a8", BFLOAT16),
     (FORWARD, "jaxquant w8a8", "Qwix PTQ int8"),
+    (FORWARD, "jaxquant w8a8-token", "Qwix PTQ int8"),  # scales of the same groups
     (DECODE, "jaxquant w8a16", BASELINE),
     (DECODE, "jaxquant w4a16", BASELINE),
 )
@@ -63,7 +64,8 @@ def make_servers(part: str, peers: bool) -> list[Server]:
     if part == DECODE:
         return [*floating, _frozen("w8a16"), _frozen("w4a16")]
     theirs = [Server("Qwix PTQ int8", "qwix", True, "token / channel", _qwix)] if peers else []
-    return [*floating, _frozen("w8a8"), _frozen("w4a8"), *theirs]
+    ours = [_frozen(recipe) for recipe in ("w8a8", "w8a8-token", "w4a8")]
+    return [*floating, *ours, *theirs]
 
 
 def _split(model: nnx.Module) -> tuple[Any, Apply]:

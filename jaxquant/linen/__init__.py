@@ -5,10 +5,12 @@ variables = quantized.init(key, x)                        # or those that the mo
 variables = jq.linen.calibrate(quantized, variables, batches)    # fixed ranges of activations
 frozen = jq.linen.freeze(quantized, variables, x)         # stored integers
 quantized.apply(frozen, x)                                # the same logits bit for bit
+jq.linen.save(folder, quantized, frozen, x)               # a folder, and load(folder, module) from it
 """
 
 from jaxquant.linen.freezing import freeze
 from jaxquant.linen.observing import calibrate
 from jaxquant.linen.quantizing import Quantized, coverage, quantize
+from jaxquant.linen.saving import load, save
 
-__all__ = ["Quantized", "calibrate", "coverage", "freeze", "quantize"]
+__all__ = ["Quantized", "calibrate", "coverage", "freeze", "load", "quantize", "save"]

@@ -235,8 +235,7 @@ def _filled_card(
     card: artifacts.Card | None, model: nnx.Module, operations: Mapping[str, Any]
 ) -> artifacts.Card:
     if card is None:
-        fields = dataclasses.fields(artifacts.Card)
-        card = artifacts.Card(**dict.fromkeys(field.name for field in fields))
+        card = artifacts.Card.empty()
     if card.coverage is None:
         card = dataclasses.replace(card, coverage=coverage(model))
     if card.calibration is None and (ranges := _ranges(operations)):

@@ -1,0 +1,127 @@
+"""Linen models all the way: quantized, trained, frozen, saved, loaded and served, with the same bits."""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from linen_models import KEY, MLP, MODELS, Transformer, normal
+
+import jaxquant as jq
+from jaxquant import linen
+
+CHAIN = [
+    ("mlp", {"heads": "w8a8", ".*": "w4a16"}, "safetensors"),
+    ("cnn", {"head": None, ".*": "w8a8"}, "orbax"),
+    ("resnet", {".*": "w8a8"}, "safetensors"),
+    ("transformer", {".*attention": "a8kv4", ".*": "w4a8"}, "safetensors"),
+    ("scan", {".*": "w8a8-token"}, "safetensors"),
+]
+
+
+def trained(quantized, x, train):
+    """Variables after 20 steps, with which the loss is lower."""
+    variables = jax.jit(quantized.init)(KEY, x)
+    mutable = [name for name in variables if name != "params"]
+
+    @jax.jit
+    def step(variables):
+        def loss(params):
+            y, state = quantized.apply({**variables, "params": params}, x, mutable=mutable, **train)
+            return jnp.mean((y - 1) ** 2), state
+
+        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(variables["params"])
+        updates = jax.tree.map(lambda g: -0.005 * g, gradients)
+        params = optax.apply_updates(variables["params"], updates)
+        return {**variables, **state, "params": params}, value
+
+    losses = []
+    for _ in range(20):
+        variables, value = step(variables)
+        losses.append(float(value))
+    assert losses[-1] < losses[0]
+    return variables
+
+
+@pytest.mark.parametrize(("name", "rules", "format"), CHAIN, ids=[name for name, *_ in CHAIN])
+def test_quantize_train_calibrate_freeze_save_load_serve(tmp_path, name, rules, format):
+    module, x = MODELS[name]
+    quantized = linen.quantize(module, rules)
+    variables = trained(quantized, x, {"train": True} if name == "resnet" else {})
+    if name in ("cnn", "resnet"):
+        variables = linen.calibrate(quantized, variables, [x, 2 * x])
+    expected = jax.jit(quantized.apply)(variables, x)
+    assert not np.array_equal(expected, jax.jit(module.apply)(variables, x))
+
+    frozen = linen.freeze(quantized, variables, x)
+    linen.save(tmp_path / "model", quantized, frozen, x, format=format)
+    loaded, served = linen.load(tmp_path / "model", module)
+    np.testing.assert_array_equal(jax.jit(loaded.apply)(served, x), expected)
+    assert jax.tree.map(lambda a: a.dtype, served) == jax.tree.map(lambda a: a.dtype, frozen)
+
+    program = jq.serving.load(jq.serving.export(loaded.apply, x, weights=served))
+    np.testing.assert_array_equal(program(x), expected)
+
+    card = jq.artifacts.load_card(tmp_path / "model")
+    assert [pattern for pattern, _ in card.rules] == list(rules)
+    assert {row["path"] for row in card.coverage["rows"]} >= set(stored(frozen))
+    assert (card.calibration is not None) == ("quantization" in frozen)
+
+
+def stored(variables):
+    is_stored = lambda x: isinstance(x, jq.QArray)  # noqa: E731
+    found = jax.tree.leaves_with_path(variables["params"], is_leaf=is_stored)
+    return ["/".join(k.key for k in path[:-1]) for path, leaf in found if is_stored(leaf)]
+
+
+def test_what_is_loaded_trains_on(tmp_path):
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    linen.save(tmp_path / "model", quantized, variables, x)
+    loaded, again = linen.load(tmp_path / "model", MLP())
+    gradients = [
+        jax.grad(lambda v, q=q: jnp.sum(q.apply(v, x) ** 2))(v)
+        for q, v in ((quantized, variables), (loaded, again))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *gradients)
+
+
+def test_rules_that_are_objects_come_back(tmp_path):
+    x = normal(5, 32)
+    dot = jq.DotGeneral(jq.Operands(None, jq.Quantizer(jq.NF4, 32)))
+    quantized = linen.quantize(MLP(), [(re.compile("(?i)UP"), dot), (".*", jq.recipe("w8a8"))])
+    variables = quantized.init(KEY, x)
+    frozen = linen.freeze(quantized, variables, x)
+    linen.save(tmp_path / "model", quantized, frozen, x)
+    loaded, served = linen.load(tmp_path / "model", MLP())
+    assert loaded.rules == (("(?i)UP", dot), (".*", jq.recipe("w8a8")))
+    np.testing.assert_array_equal(loaded.apply(served, x), quantized.apply(variables, x))
+
+
+def test_misuse_is_named(tmp_path):
+    x = normal(5, 32)
+    quantized = linen.quantize(MLP(), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    linen.save(tmp_path / "model", quantized, variables, x)
+    with pytest.raises(ValueError, match="exists already"):
+        linen.save(tmp_path / "model", quantized, variables, x)
+    with pytest.raises(ValueError, match=r"what jaxquant\.linen\.quantize made"):
+        linen.save(tmp_path / "other", MLP(), variables, x)
+    flagged = linen.quantize(MLP(), {re.compile(".*", re.IGNORECASE): "w8a8"})
+    with pytest.raises(ValueError, match="is compiled with flags"):
+        linen.save(tmp_path / "other", flagged, variables, x)
+    with pytest.raises(ValueError, match=r"flax\.linen\.Module"):
+        linen.load(tmp_path / "model", Transformer)
+    with pytest.raises(ValueError, match="is missing"):
+        linen.load(tmp_path / "nothing", MLP())
+    jq.artifacts.save(tmp_path / "tree", {"bias": jnp.ones(3)}, jq.artifacts.Card.empty())
+    with pytest.raises(ValueError, match="not of a Linen model"):
+        linen.load(tmp_path / "tree", MLP())
+    card = json.loads((tmp_path / "model" / "card.json").read_text())
+    (tmp_path / "model" / "card.json").write_text(json.dumps({**card, "version": 99}))
+    with pytest.raises(ValueError, match="of version 99; this is version 1"):
+        linen.load(tmp_path / "model", MLP())
