@@ -32,6 +32,7 @@ LIBRARY = [
         "quality.comparison",
         "quality.corruption",
         "quality.embeddings",
+        "quality.weights",
         "quality.gates",
         "quality.monitor",
     ],

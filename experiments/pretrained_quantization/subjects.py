@@ -118,9 +118,11 @@ def _break(model: nnx.Module) -> None:
     raise ValueError("no weight is stored")
 
 
-def _judged(report: Any, few: Any, baseline: Any = None) -> dict:
-    """A report's verdict, and that of a few of its examples."""
-    verdict = quality.gate(report, _TIER, baseline=baseline)
+def _judged(report: Any, few: Any, reference: nnx.Module, model: nnx.Module) -> dict:
+    """A report's verdict, with that of each layer's weights, and the verdict on a few of its examples."""
+    has_stored = bool(jax.tree.leaves(nnx.state(model, jq.nnx.Stored)))
+    weights = quality.compare_weights(reference, model) if has_stored else None
+    verdict = quality.gate(report, _TIER, weights=weights)
     return {
         "tier": _TIER,
         "verdict": verdict.status,
@@ -161,7 +163,7 @@ class _SmolLM2:
             )
         }
         report = quality.summarize(quality.Examples.concatenate(parts))
-        return {"bits_per_byte": bits, **_judged(report, few)}
+        return {"bits_per_byte": bits, **_judged(report, few, self.model, model)}
 
 
 @nnx.jit
@@ -186,12 +188,7 @@ class _MiniLM:
         ]
 
     def compare(self, model: nnx.Module, arm: Arm) -> dict:
-        baseline = None
-        if arm.broken:
-            honest = jq.ptq.quantize(
-                self.model, list(arm.rules), self.batches, arm.method or "rtn", progress=False
-            )
-            baseline = self._report(honest)
+        del arm
         agreement = {}
         for name in ("lee", "wordsim353"):
             judged = references.judgements(name)
@@ -202,7 +199,7 @@ class _MiniLM:
                 for which, m in (("reference", self.model), ("quantized", model))
             }
         report, few = self._report(model), self._report(model, _FEW)
-        return {"agreement": agreement, **_judged(report, few, baseline)}
+        return {"agreement": agreement, **_judged(report, few, self.model, model)}
 
     def _encode(self, model: Any, texts: Any) -> np.ndarray:
         return minilm.encode(model, self._tokenizer, texts)
@@ -256,7 +253,7 @@ class _ViT:
             which: float((logits.argmax(-1) == test.labels).mean())
             for which, logits in (("reference", reference), ("quantized", found))
         }
-        return {"accuracy": accuracy, **_judged(report, few)}
+        return {"accuracy": accuracy, **_judged(report, few, self.model, model)}
 
 
 def _trained(dataset: images.Dataset, steps: int, seed: int) -> nnx.Module:

@@ -1,8 +1,9 @@
 """A model beside its quantized twin: a paired comparison, a verdict, and a monitor of drift.
 
 `compare` (or `per_example` by batches, then `summarize`) tells what quantization changed, example by
-example; `compare_embeddings` does so for encoders.  `gate` turns either report into pass, fail or
-inconclusive, with reasons.  `activation_statistics` and `drift` watch a model that is in use.
+example; `compare_embeddings` does so for encoders, and `compare_weights` looks at each layer's weights.
+`gate` turns reports into pass, fail or inconclusive, with reasons.  `activation_statistics` and `drift`
+watch a model that is in use.
 """
 
 from jaxquant.quality.comparison import (
@@ -34,6 +35,7 @@ from jaxquant.quality.monitor import (
     activation_statistics,
     drift,
 )
+from jaxquant.quality.weights import WeightReport, WeightRow, compare_weights
 
 __all__ = [
     "TIERS",
@@ -56,10 +58,13 @@ __all__ = [
     "Scores",
     "Tier",
     "Verdict",
+    "WeightReport",
+    "WeightRow",
     "activation_statistics",
     "calibration_error",
     "compare",
     "compare_embeddings",
+    "compare_weights",
     "corruption_error",
     "drift",
     "gate",

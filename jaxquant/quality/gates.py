@@ -17,6 +17,7 @@ from typing import Any, Literal
 from jaxquant.quality.comparison import Group, Report
 from jaxquant.quality.embeddings import EmbeddingReport
 from jaxquant.quality.intervals import Interval, critical, plain
+from jaxquant.quality.weights import WeightReport
 
 Status = Literal["pass", "fail", "inconclusive"]
 
@@ -37,6 +38,7 @@ class Tier:
         over_baseline: divergence at most this many times that of a trusted quantization.
         distance_mean, distance_p99: of embeddings, 1 − cos between twins at most.
         spearman_loss: correlation with people's scores that may be lost.
+        weight_gain: |gain − 1| of any layer's stored weights at most.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Tier:
     distance_mean: float
     distance_p99: float
     spearman_loss: float
+    weight_gain: float
 
 
 # −ln 0.99 and −ln 0.999 bound perplexity and, read as the reference's own labels, the mean KL.  Between
@@ -71,6 +74,7 @@ TIERS: dict[str, Tier] = {
         distance_mean=0.01,
         distance_p99=0.03,
         spearman_loss=0.01,
+        weight_gain=0.05,
     ),
     "99.9": Tier(
         name="99.9",
@@ -85,6 +89,7 @@ TIERS: dict[str, Tier] = {
         distance_mean=0.001,
         distance_p99=0.003,
         spearman_loss=0.001,
+        weight_gain=0.02,
     ),
 }
 
@@ -134,6 +139,7 @@ def gate(
     tier: str | Tier = "99",
     *,
     baseline: Report | EmbeddingReport | None = None,
+    weights: WeightReport | None = None,
 ) -> Verdict:
     """Decides whether a quantized model retains enough of its reference.
 
@@ -142,8 +148,10 @@ def gate(
         tier: "99", "99.9" or a `Tier`.
         baseline: the report of a trusted quantization at the same precision, on the same examples.  The
             divergence is then also bounded by a multiple of its divergence, which tells a mistake from
-            the rounding that the precision entails, at any precision.  Without one, a mistake whose
-            damage lies within the tier (a scale of one layer off by a tenth, often) is no failure.
+            the rounding that the precision entails, at any precision.
+        weights: from `compare_weights`.  A layer whose stored weights are all too large or too small is then
+            a failure of its own.  Without either, a mistake whose damage lies within the tier (a scale of
+            one layer off by a tenth, often) is none.
 
     Returns:
         A `Verdict`.
@@ -176,6 +184,8 @@ def gate(
     )
     if baseline is not None:
         checks.append(_against_baseline(report, baseline, tier))
+    if weights is not None:
+        checks.append(_weights_check(weights, tier))
     order: tuple[Status, ...] = ("fail", "inconclusive", "pass")
     checks.sort(key=lambda check: order.index(check.status))
     return Verdict(checks[0].status, tier.name, tuple(checks))
@@ -215,6 +225,20 @@ def _twin_checks(report: EmbeddingReport, tier: Tier) -> list[Check]:
         name = "change of Spearman's correlation with scores"
         checks.append(_within(name, change, report.pairs.n, "+.4f", at_least=bound))
     return checks
+
+
+def _weights_check(weights: WeightReport, tier: Tier) -> Check:
+    """All of a layer's weights are looked at, so that nothing is uncertain."""
+    if not isinstance(weights, WeightReport):
+        raise ValueError(f"weights is a WeightReport; got {type(weights).__name__}")
+    worst, bound = weights.worst, tier.weight_gain
+    status: Status = "pass" if abs(worst.gain - 1) <= bound else "fail"
+    return Check(
+        "weights' gain",
+        status,
+        f"The stored weights of {worst.path} are {worst.gain:.4f} times the model's, to be within"
+        f" {bound:g} of 1; the worst of {len(weights.rows):,} layers.",
+    )
 
 
 def _within(

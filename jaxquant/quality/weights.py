@@ -1,0 +1,149 @@
+"""Each layer's stored weights beside those that they stand for."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxquant.nnx.modules import read
+from jaxquant.nnx.sites import Site, sites
+from jaxquant.qarray import QArray, dequantize
+from jaxquant.quality.intervals import plain
+from jaxquant.smoothed import Smoothed, multiplied
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRow:
+    """One layer's stored weight ŵ beside its weight w.
+
+    Attributes:
+        path: the layer's, with its place in brackets where layers are stacked.
+        gain: ⟨w, ŵ⟩ / ⟨w, w⟩: 1 where the error has no share in the direction of w, as rounding's hardly has.
+        error: ‖ŵ − w‖ / ‖w‖.
+        elements: of w.
+    """
+
+    path: str
+    gain: float
+    error: float
+    elements: int
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightReport:
+    """All layers with stored weights, in the model's order.
+
+    Attributes:
+        rows: one for each layer.
+    """
+
+    rows: tuple[WeightRow, ...]
+
+    @property
+    def worst(self) -> WeightRow:
+        """The layer whose gain is farthest from 1; one that is not finite before all."""
+        return max(self.rows, key=lambda row: np.nan_to_num(abs(row.gain - 1), nan=np.inf))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON has them."""
+        return plain(self)
+
+    def __str__(self) -> str:
+        width = max(len(row.path) for row in self.rows)
+        lines = [f"{'layer':{width}}    gain   error"]
+        lines += [f"{row.path:{width}}  {row.gain:.4f}  {row.error:.4f}" for row in self.rows]
+        return "\n".join(lines)
+
+
+def compare_weights(reference: Any, quantized: Any) -> WeightReport:
+    """What storing did to each layer's weights, whatever data the model is given.
+
+    A mistake in one layer's scales can be too small to show in outputs that rounding changes too; here it
+    shows as a gain.  Scales of channels (`jaxquant.ptq.Smoothed`) and rotations are taken off.  Layers that
+    `nn.scan` stacks in a Linen model are one row.
+
+    Args:
+        reference: an NNX model in floating point, or a Linen model's variables.
+        quantized: the same, frozen or quantized after training, without training in between.
+
+    Raises:
+        ValueError: nothing that is stored; a stored weight without its like in the reference.
+
+    >>> from jaxquant.nnx import freeze, quantize
+    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    >>> report = compare_weights(model, freeze(quantize(model, {".*": "w8a16"})))
+    >>> round(report.worst.gain, 2)
+    1.0
+    """
+    is_nnx = isinstance(reference, nnx.Module), isinstance(quantized, nnx.Module)
+    if any(is_nnx) and not all(is_nnx):
+        raise ValueError(
+            "compare_weights takes two NNX models, or the variables of two Linen models; got"
+            f" {type(reference).__name__} and {type(quantized).__name__}"
+        )
+    pairs = _of_nnx(reference, quantized) if all(is_nnx) else _of_linen(reference, quantized)
+    rows = [row for path, w, stored in pairs for row in _rows(path, w, stored)]
+    if not rows:
+        raise ValueError("no weights are stored; freeze the model first")
+    return WeightReport(tuple(rows))
+
+
+def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
+    floats = sites(reference)
+    for path, site in sites(quantized).items():
+        if site.variable is None or not isinstance(read(site.variable), QArray):
+            continue
+        if path not in floats:
+            raise ValueError(f"{path} is stored, and the reference has no such layer")
+        weight = read(floats[path].variable)
+        mask = getattr(floats[path].module, "mask", None)
+        yield path, (weight if mask is None else weight * mask, site.stacked), _unsmoothed(site)
+
+
+def _unsmoothed(site: Site) -> jax.Array:
+    """What a stored weight stands for, without scales of its channels."""
+    values, operation = dequantize(read(site.variable)), site.operation
+    if not isinstance(operation, Smoothed):
+        return values
+    undo = lambda values, scale: multiplied(values, 1 / scale, site.axes)  # noqa: E731
+    for _ in range(site.stacked):
+        undo = jax.vmap(undo)
+    return undo(values, operation.scale)
+
+
+def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
+    floats = _by_path(reference)
+    for path, leaf in _by_path(quantized).items():
+        if isinstance(leaf, QArray):
+            if path not in floats or isinstance(floats[path], QArray):
+                raise ValueError(f"{path} is stored, and the reference has no such weight in float")
+            name = path.removeprefix("params/").rpartition("/")[0] or "(the model)"
+            yield name, (floats[path], 0), dequantize(leaf)
+
+
+def _by_path(variables: Any) -> dict[str, Any]:
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            "compare_weights takes NNX models, or the variables of Linen models; got"
+            f" {type(variables).__name__}"
+        )
+    found = jax.tree.leaves_with_path(variables, is_leaf=lambda x: isinstance(x, QArray))
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in found}
+
+
+def _rows(path: str, weight: Any, values: jax.Array) -> Iterator[WeightRow]:
+    array, stacked = weight
+    if array.shape != values.shape:
+        raise ValueError(
+            f"{path} is stored with shape {values.shape}, and the reference's is {array.shape}"
+        )
+    layers = array.shape[:stacked]
+    for place in np.ndindex(layers):
+        w, stored = (np.asarray(x[place], np.float64).ravel() for x in (array, values))
+        square = max(float(w @ w), np.finfo(np.float64).tiny)
+        error = float(np.linalg.norm(stored - w)) / square**0.5
+        label = "".join(f"[{i}]" for i in place)
+        yield WeightRow(path + label, float(w @ stored) / square, error, w.size)
