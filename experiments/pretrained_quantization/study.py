@@ -127,7 +127,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     versions = {"jaxquant": jq.__version__, "jax": jax.__version__}
     head = {"versions": versions, "bytes": size, "arm": dataclasses.asdict(arm)}
     head["device"] = jax.devices()[0].device_kind
-    return head | subject.compare(model, arm)
+    return head | subject.compare(model)
 
 
 def cost(trial: Trial) -> float:

@@ -30,7 +30,7 @@ class Subject(Protocol):
     batches: list[Any]  # that methods look at
     search_batches: list[Any]  # that a search measures on
 
-    def compare(self, model: nnx.Module, arm: Arm) -> dict:
+    def compare(self, model: nnx.Module) -> dict:
         """Figures of the quantized model beside those of the model, and a verdict."""
         ...
 
@@ -145,8 +145,7 @@ class _SmolLM2:
         self.batches = [older[i : i + 4] for i in range(0, len(older), 4)]
         self.search_batches = [older[i : i + 1] for i in range(min(search, len(older)))]
 
-    def compare(self, model: nnx.Module, arm: Arm) -> dict:
-        del arm
+    def compare(self, model: nnx.Module) -> dict:
         parts, few = [], None
         for index, tokens in enumerate(self._windows.tokens):
             reference, found = (_logits(m, tokens[None, :-1])[0] for m in (self.model, model))
@@ -187,8 +186,7 @@ class _MiniLM:
             minilm.padded(self._tokenizer, chosen[i : i + 8], 128) for i in range(0, len(chosen), 8)
         ]
 
-    def compare(self, model: nnx.Module, arm: Arm) -> dict:
-        del arm
+    def compare(self, model: nnx.Module) -> dict:
         agreement = {}
         for name in ("lee", "wordsim353"):
             judged = references.judgements(name)
@@ -238,8 +236,7 @@ class _ViT:
         self.batches = [pixels[i : i + 128] for i in range(0, min(1024, len(pixels)), 128)]
         self.search_batches = self.batches
 
-    def compare(self, model: nnx.Module, arm: Arm) -> dict:
-        del arm
+    def compare(self, model: nnx.Module) -> dict:
         test = self._images.test
         reference, found = (
             np.concatenate(
