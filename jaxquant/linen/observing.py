@@ -11,7 +11,7 @@ from flax import core
 
 from jaxquant.linen.quantizing import RANGES, Quantized, finds_one_range
 from jaxquant.linen.sites import Use
-from jaxquant.nnx.observing import check_finite
+from jaxquant.nnx.observing import checked, fitting
 from jaxquant.qarray import calibrate as range_of
 
 
@@ -73,7 +73,9 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
         outputs = quantized.call(apply, variables, variables, *arguments, watch=watch, **options)
         return [leaf for leaf in jax.tree.leaves(outputs) if isinstance(leaf, jax.Array)]
 
-    _run(run, kept, batches)
+    for index, arguments in checked(batches):
+        with fitting(index, arguments):
+            jax.block_until_ready(run(kept, arguments))
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor under "
@@ -82,17 +84,6 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     ranges = _nested(found)
     calibrated = {**core.unfreeze(kept), RANGES: ranges}
     return core.freeze(calibrated) if isinstance(variables, core.FrozenDict) else calibrated
-
-
-def _run(run: Any, variables: Any, batches: Iterable[Any]) -> None:
-    count = 0
-    for batch in batches:
-        arguments = batch if isinstance(batch, tuple) else (batch,)
-        check_finite(arguments, count)
-        jax.block_until_ready(run(variables, arguments))
-        count += 1
-    if not count:
-        raise ValueError("calibration needs at least one batch; got none")
 
 
 def _nested(found: dict[str, tuple[Any, ...]]) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """What a model's activations are like: statistics over batches, and the ranges or steps that follow."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import FlaxError
 
 from jaxquant import calibration as calibrations
 from jaxquant.nnx.freezing import shared_copy
@@ -69,14 +71,9 @@ def observe(
     if not watched:
         raise ValueError("no module's activations are to be observed")
     run = nnx.jit(_run, static_argnums=0)
-    count = 0
-    for batch in batches:
-        arguments = batch if isinstance(batch, tuple) else (batch,)
-        check_finite(arguments, count)
-        run(call, model, *arguments)
-        count += 1
-    if not count:
-        raise ValueError("calibration needs at least one batch; got none")
+    for index, arguments in checked(batches):
+        with fitting(index, arguments):
+            run(call, model, *arguments)
     return {path: read(observer.observed) for path, observer in watched.items()}
 
 
@@ -84,12 +81,42 @@ def _run(call: Any, model: nnx.Module, *arguments: Any) -> None:
     (model if call is None else lambda *a: call(model, *a))(*arguments)  # pyright: ignore
 
 
-def check_finite(arguments: Any, index: int) -> None:
-    for leaf in jax.tree.leaves(arguments):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not bool(
-            jnp.isfinite(leaf).all()
-        ):
-            raise ValueError(f"batch {index} of the calibration data holds a NaN or an Inf")
+def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Each batch's number and arguments.
+
+    Raises:
+        ValueError: no batches; one with something else than arrays, or with a NaN or an Inf.
+    """
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"calibration needs batches of arrays; got {batches!r}")
+    index = -1
+    for index, batch in enumerate(batches):
+        arguments = batch if isinstance(batch, tuple) else (batch,)
+        for leaf in jax.tree.leaves(arguments):
+            if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float):
+                raise ValueError(f"batch {index} of the calibration data holds {leaf!r}, no array")
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not bool(
+                jnp.isfinite(leaf).all()
+            ):
+                raise ValueError(f"batch {index} of the calibration data holds a NaN or an Inf")
+        yield index, arguments
+    if index < 0:
+        raise ValueError("calibration needs at least one batch; got none")
+
+
+@contextlib.contextmanager
+def fitting(index: int, arguments: Any) -> Iterator[None]:
+    """Within it, what JAX and Flax say of shapes and types that do not fit is a ValueError of the batch."""
+    try:
+        yield
+    except (TypeError, ValueError, FlaxError) as error:
+        if isinstance(error, ValueError) and index == 0:
+            raise  # of the model more likely than of the batch; where batches went well before, of the batch
+        shapes = [f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in jax.tree.leaves(arguments)]
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"batch {index} of the calibration data, {', '.join(shapes)}, does not fit the model: {reason}"
+        ) from error
 
 
 def calibrate(

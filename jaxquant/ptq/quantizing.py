@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from jaxquant import storage
 from jaxquant.nnx.freezing import packed, quantize_weight, shared_copy, store
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
-from jaxquant.nnx.observing import observe
+from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.quantizing import find_uses
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import Site, as_kind, put, sites
@@ -198,12 +198,11 @@ def _rotate(site: Site) -> None:
 
 def _call_order(model: Any, batches: Any, call: Any, paths: Sequence[str]) -> list[str]:
     """The layers as they are called; those that are not, last."""
-    for batch in series(batches):
-        arguments = batch if isinstance(batch, tuple) else (batch,)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    index, arguments = next(checked(series(batches)))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+    with fitting(index, arguments):
         called = list(find_uses(model, *shapes, call=call)[0])
-        return sorted(paths, key=lambda p: called.index(p) if p in called else len(called))
-    raise ValueError("calibration needs at least one batch; got none")
+    return sorted(paths, key=lambda p: called.index(p) if p in called else len(called))
 
 
 def _stages(ordered: Sequence[Site], memory: int, chosen: frozenset[str]) -> list[list[Site]]:
