@@ -45,9 +45,9 @@ def save(
         ValueError: variables that the model cannot be applied with; an operation with a function that a
             file has no name for; a folder that exists.
 
-    >>> import tempfile
+    >>> import tempfile, jax
     >>> from jaxquant.linen import freeze, quantize
-    >>> quantized, x = quantize(nn.Dense(8), {".*": "w4a16"}), jnp.ones((2, 64))
+    >>> quantized, x = quantize(nn.Dense(8), {".*": "w4a16"}), jax.numpy.ones((2, 64))
     >>> frozen = freeze(quantized, quantized.init(jax.random.key(0), x), x)
     >>> with tempfile.TemporaryDirectory() as root:
     ...     save(f"{root}/model", quantized, frozen, x)
