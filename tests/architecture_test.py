@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.exhaustive  # looks at our files alone
+
 ROOT = Path(__file__).parent.parent
 
 LIBRARY = [

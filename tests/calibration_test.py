@@ -10,6 +10,8 @@ from scipy.special import ndtri
 import jaxquant as jq
 from jaxquant import calibration
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 
 def test_absmax_covers_every_value_and_keeps_the_axes():
     x = jnp.array(np.random.default_rng(0).normal(size=(3, 4, 5)), jnp.float32)

@@ -10,6 +10,8 @@ import jaxquant as jq
 from jaxquant import calibration, estimators
 from jaxquant.calibration import Range, Step
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4, 16)).astype(np.float32)
 W = RNG.normal(size=X.shape).astype(np.float32)  # the gradient that arrives

@@ -52,6 +52,7 @@ def test_a_width_of_eight_bits_costs_least(smoke):
     assert np.mean(added[2]) > np.mean(added[4]) > np.mean(np.abs(added[8]))
 
 
+@pytest.mark.exhaustive
 def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path):
     rng, kills = random.Random(), 0
     for attempt in range(5):
@@ -77,6 +78,7 @@ def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path
     assert results(tmp_path) == results(smoke.workdir)
 
 
+@pytest.mark.exhaustive
 def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke, tmp_path):
     shutil.copytree(smoke.workdir, tmp_path, dirs_exist_ok=True)
     victim = min((tmp_path / "trials").glob("*.json"))
@@ -89,6 +91,7 @@ def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke,
     assert results(tmp_path) == results(smoke.workdir)
 
 
+@pytest.mark.exhaustive
 def test_help_shows_every_flag():
     command = [sys.executable, "-m", "experiments.ptq_overtraining", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -97,6 +100,7 @@ def test_help_shows_every_flag():
         assert flag in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_a_report_is_rebuilt_from_records_alone(smoke, tmp_path):
     (tmp_path / "trials").mkdir()
     for name in (
@@ -156,6 +160,7 @@ def bad_inputs(folder) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.exhaustive
 def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
     commands = bad_inputs(tmp_path)
 
@@ -172,6 +177,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
             assert done.stdout == ""
 
 
+@pytest.mark.exhaustive
 def test_divergence_ends_with_one_line(tmp_path):
     command = study_command(tmp_path, "--config.peak_lr=1e30", study="train")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -202,6 +208,7 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_loses_no_finished_record(smoke, tiny_disk):
     workdir = tiny_disk / "work"
     (workdir / "trials").mkdir(parents=True)

@@ -9,6 +9,8 @@ import pytest
 import jaxquant as jq
 from jaxquant import formats
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 LEVELS = ["symmetric", "full", "unsigned", "midrise"]
 INTS = [
     jq.Int(bits, levels)

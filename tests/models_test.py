@@ -6,6 +6,8 @@ from flax import nnx
 
 from experiments.harness import models
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 
 def parameters(model, prefix=""):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

@@ -7,6 +7,8 @@ import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
+
 # What each prints when it works.
 SAID = {
     "ptq_overtraining.ipynb": ("Does the loss", "w4a8"),

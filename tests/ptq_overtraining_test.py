@@ -12,6 +12,8 @@ import jaxquant as jq
 from experiments.harness import data, models
 from experiments.ptq_overtraining import analysis, report, study
 
+pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
+
 CONFIG = models.sized("3k")
 
 

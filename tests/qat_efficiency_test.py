@@ -14,6 +14,8 @@ from experiments.harness import data, images
 from experiments.qat_efficiency import analysis, latency, lineage, measuring, report, study, tasks
 from experiments.qat_efficiency.lineage import Arm
 
+pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
+
 SMOKE = study.PRESETS["smoke"]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from experiments.harness import report
 
+pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
+
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )

@@ -120,6 +120,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import jaxquant as jq
 from jaxquant import rounding
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 assert jax.device_count() == 8
 x = jnp.array(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)
 key = jax.random.key(7)

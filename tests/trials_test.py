@@ -7,6 +7,8 @@ import pytest
 
 from experiments.harness import files, trials
 
+pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
