@@ -1,3 +1,5 @@
+"""Paired comparison: figures per example, intervals that cover, groups, and what was asked wrongly."""
+
 import dataclasses
 import json
 
@@ -7,52 +9,16 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from quality_twins import LABELS, QUANTIZED, REFERENCE, made, twins
 
 from jaxquant import quality
-from jaxquant.quality import comparison, embeddings, intervals
+from jaxquant.quality import comparison, intervals
 from jaxquant.quality import examples as examples_module
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
+
 RUNS = 400
-
-
-def twins(n=300, classes=7, noise=0.3, seed=0):
-    rng = np.random.default_rng(seed)
-    reference = rng.normal(size=(n, classes)).astype(np.float32) * 2
-    quantized = reference + noise * rng.normal(size=reference.shape).astype(np.float32)
-    labels = np.array([rng.choice(classes, p=p) for p in scipy.special.softmax(reference, -1)])
-    return reference, quantized, labels
-
-
-def made(correct, reference_correct, *, same=None, nll=0.0, kl=0.0, groups=None, clusters=None):
-    """Examples with given outcomes, without any logits."""
-    n = len(correct)
-    same = np.asarray(correct == reference_correct) if same is None else same
-    reference = np.where(reference_correct, 0, 1)
-    prediction = np.where(correct, 0, np.where(same, reference, 2))
-    ones, zeros = np.ones(n), np.zeros(n)
-    return quality.Examples(
-        label=np.zeros(n, np.int64),
-        prediction=prediction,
-        reference_prediction=reference,
-        nll=zeros + nll,
-        reference_nll=zeros,
-        confidence=ones,
-        reference_confidence=ones,
-        brier=zeros,
-        reference_brier=zeros,
-        kl=zeros + kl,
-        margin=zeros,
-        covariance=ones,
-        variance=ones,
-        n_classes=3,
-        groups=groups,
-        clusters=clusters,
-    )
-
-
-# Figures per example, against SciPy in float64.
 
 
 @pytest.mark.parametrize("scale", [1.0, 60.0])
@@ -142,9 +108,6 @@ def test_windows_of_different_batches_stay_apart_and_documents_do_not():
     assert quality.summarize(quality.Examples.concatenate([named, named])).n_clusters == 1
     with pytest.raises(ValueError, match="parts differ"):
         quality.Examples.concatenate([part, named])
-
-
-# Statistics, against SciPy and by their own promise.
 
 
 def test_student_and_binomial_and_mcnemar_against_scipy():
@@ -308,9 +271,6 @@ def test_a_silent_regression_is_found_and_named():
     assert "silent regressions, not seen overall: a" in str(report)
 
 
-# The report.
-
-
 def test_report_against_counts():
     reference, quantized, labels = twins(2000, noise=0.8)
     report = quality.compare(reference, quantized, labels)
@@ -367,316 +327,6 @@ def test_tokens_are_no_groups_unless_asked_for():
     assert len(quality.compare(reference, quantized, labels, labels % 2).groups) == 2
 
 
-# The gate.
-
-
-@pytest.mark.parametrize("tier", list(quality.TIERS))
-def test_a_twin_passes_and_fifty_examples_do_not(tier):
-    reference, _, labels = twins(6000)
-    assert quality.gate(quality.compare(reference, reference, labels), tier)
-    few = quality.gate(quality.compare(reference[:50], reference[:50], labels[:50]), tier)
-    assert few.status == "inconclusive"
-    assert not few
-    assert "50 examples do not decide" in few.reasons[0]
-
-
-def test_a_broken_model_fails_and_reasons_have_figure_interval_and_bound():
-    reference, _, labels = twins(2000)
-    broken = quality.compare(reference, np.roll(reference, 1, axis=1), labels)
-    verdict = quality.gate(broken, "99")
-    assert verdict.status == "fail"
-    assert verdict.tier == "99"
-    retained = broken.retained_accuracy
-    assert verdict.reasons[0] == (
-        f"Retained accuracy is {retained.estimate:.4f} [{retained.low:.4f}, {retained.high:.4f}],"
-        " to be at least 0.9900."
-    )
-    assert (
-        quality.gate(quality.compare(reference[:50], -reference[:50], labels[:50])).status == "fail"
-    )
-
-
-def test_at_the_bound_a_pass_or_a_fail_is_as_rare_as_the_level_says():
-    rng, counts = np.random.default_rng(4), {"pass": 0, "fail": 0, "inconclusive": 0}
-    for _ in range(RUNS):  # accuracy 0.80 → 0.792, which is 99 %
-        cell = np.searchsorted(np.cumsum([0.77, 0.03, 0.022]), rng.random(3000))
-        report = quality.summarize(made(np.isin(cell, (0, 2)), cell < 2))
-        checks = {c.name: c.status for c in quality.gate(report, "99").checks}
-        counts[checks["retained accuracy"]] += 1
-    for status in ("pass", "fail"):
-        assert counts[status] / RUNS <= 0.05 + 2.5 * np.sqrt(0.05 * 0.95 / RUNS), counts
-
-
-def test_tiers_are_ordered_and_hold_their_reference_points():
-    loose, strict = quality.TIERS["99"], quality.TIERS["99.9"]
-    for name in ("retained_accuracy", "agreement"):
-        assert getattr(strict, name) > getattr(loose, name)
-    for name in ("log_perplexity_ratio", "kl_mean", "kl_p99", "logit_gain", "group_loss"):
-        assert getattr(strict, name) < getattr(loose, name)
-    for kl, agreement, expected in (
-        (0.00024, 0.9922, {"99": True, "99.9": True}),  # Q8_0
-        (0.0047, 0.9655, {"99": True, "99.9": False}),  # Q5_K_M
-        (0.051, 0.8957, {"99": False, "99.9": False}),  # Q3_K_M
-    ):
-        for name, tier in quality.TIERS.items():
-            assert (kl <= tier.kl_mean) == expected[name]
-            assert (agreement >= tier.agreement) == expected[name]
-
-
-def rounded(x, axis, bits=8):
-    scale = jnp.max(jnp.abs(x), axis, keepdims=True) / (2 ** (bits - 1) - 1)
-    return jnp.round(x / scale) * scale
-
-
-def forward(weights, x, activation=lambda h: h):
-    """A residual network with norms, in which a wrong scale of one layer is easily overlooked."""
-    x = x @ weights["in"]
-    for up, down in weights["blocks"]:
-        h = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
-        x = x + activation(jax.nn.gelu(activation(h) @ up)) @ down
-    x = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-6)
-    return activation(x) @ weights["out"]
-
-
-@pytest.fixture(scope="module")
-def trained():
-    """A trained classifier, and 24 000 examples it has not seen."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
-
-    def normal(*shape):
-        return jax.random.normal(next(keys), shape) / np.sqrt(shape[0])
-
-    weights = {
-        "in": normal(16, 32),
-        "blocks": [(normal(32, 64), normal(64, 32)) for _ in range(3)],
-        "out": normal(32, 10),
-    }
-    centers = jax.random.normal(next(keys), (10, 16)) * 0.9
-
-    def sample(n):
-        labels = jax.random.randint(next(keys), (n,), 0, 10)
-        return centers[labels] + jax.random.normal(next(keys), (n, 16)), labels
-
-    x, y = sample(4000)
-
-    def loss(weights):
-        return -jnp.mean(jax.nn.log_softmax(forward(weights, x))[jnp.arange(4000), y])
-
-    @jax.jit
-    def step(weights):
-        return jax.tree.map(lambda w, g: w - 0.1 * g, weights, jax.grad(loss)(weights))
-
-    for _ in range(100):
-        weights = step(weights)
-    return weights, *sample(24_000)
-
-
-def test_honest_rounding_passes_and_one_wrong_scale_fails(trained):
-    weights, x, labels = trained
-    reference = forward(weights, x)
-    honest_weights = jax.tree.map(lambda w: rounded(w, 0), weights)
-
-    def report(quantized):
-        logits = forward(quantized, x, lambda h: rounded(h, 1))
-        return quality.compare(reference, logits, labels)
-
-    honest = report(honest_weights)
-    assert 0.7 < honest.reference.accuracy < 0.99
-    assert quality.gate(honest, "99.9", baseline=honest).status == "pass"
-    leaves, tree = jax.tree.flatten(honest_weights)
-    for layer in range(len(leaves)):
-        wrong = [leaf * jnp.float32(1.1 if i == layer else 1) for i, leaf in enumerate(leaves)]
-        broken = report(jax.tree.unflatten(tree, wrong))
-        verdict = quality.gate(broken, "99.9", baseline=honest)
-        assert verdict.status == "fail", f"layer {layer}: {verdict}"
-        failed = {check.name for check in verdict.checks if check.status == "fail"}
-        assert "mean KL over the baseline's" in failed
-    coarse = report(jax.tree.map(lambda w: rounded(w, 0, 3), weights))
-    assert quality.gate(coarse, "99.9").status == "fail"
-
-
-# Corruptions.
-
-
-def test_corruption_error():
-    errors = {"fog": [0.2, 0.3, 0.7], "snow": [0.1, 0.1, 0.1]}
-    reference = {"fog": [0.1, 0.2, 0.3], "snow": [0.2, 0.2, 0.2]}
-    found = quality.corruption_error(errors, reference, clean=0.05, reference_clean=0.1)
-    assert found.by_corruption == pytest.approx({"fog": 2.0, "snow": 0.5})
-    assert found.mean == pytest.approx(1.25)
-    assert found.relative == pytest.approx((1.05 / 0.3 + 0.15 / 0.3) / 2)
-    assert "fog" in str(found).splitlines()[1]
-    assert quality.corruption_error(reference, reference).mean == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("errors", "reference", "clean", "message"),
-    [
-        ({}, {}, {}, "at least one"),
-        ({"fog": [0.1]}, {"snow": [0.1]}, {}, r"\['fog'\] and \['snow'\]"),
-        ({"fog": [0.1]}, {"fog": [0.1, 0.2]}, {}, "one error per severity"),
-        ({"fog": [float("nan")]}, {"fog": [0.1]}, {}, "finite and not negative"),
-        ({"fog": [0.1]}, {"fog": [0.0]}, {}, "more than zero"),
-        ({"fog": [0.1]}, {"fog": [0.1]}, {"clean": 0.1}, "both models or of neither"),
-        ({"fog": [0.1]}, {"fog": [0.1]}, {"clean": 0.1, "reference_clean": 0.1}, "'fog' sum to 0"),
-    ],
-)
-def test_misuse_of_corruption_error(errors, reference, clean, message):
-    with pytest.raises(ValueError, match=message):
-        quality.corruption_error(errors, reference, **clean)
-
-
-# Embeddings.
-
-
-def encoded(n=600, pairs=400, noise=0.02, seed=0):
-    rng = np.random.default_rng(seed)
-    reference = rng.normal(size=(n, 24)) + 0.5
-    quantized = reference + noise * rng.normal(size=reference.shape)
-    rows = rng.integers(0, n, (pairs, 2))
-    unit = reference / np.linalg.norm(reference, axis=1, keepdims=True)
-    similarity = np.sum(unit[rows[:, 0]] * unit[rows[:, 1]], 1)
-    return reference, quantized, rows, np.round(4 * (similarity + 0.1 * rng.normal(size=pairs)))
-
-
-def test_embeddings_against_scipy():
-    reference, quantized, rows, scores = encoded()
-    found = quality.compare_embeddings(reference, quantized, rows, scores)
-
-    def similarity(e):
-        return np.array([1 - scipy.spatial.distance.cosine(e[i], e[j]) for i, j in rows])
-
-    twin = [scipy.spatial.distance.cosine(a, b) for a, b in zip(reference, quantized, strict=True)]
-    assert found.distance.estimate == pytest.approx(np.mean(twin))
-    assert found.distance_max == pytest.approx(np.max(twin))
-    before, after = similarity(reference), similarity(quantized)
-    assert found.pairs.absolute_max == pytest.approx(np.abs(after - before).max())
-    judged = found.judgments
-    assert judged.reference_spearman == pytest.approx(scipy.stats.spearmanr(before, scores)[0])
-    assert judged.spearman == pytest.approx(scipy.stats.spearmanr(after, scores)[0])
-    assert judged.pearson == pytest.approx(scipy.stats.pearsonr(after, scores)[0])
-    assert judged.spearman_difference.estimate == pytest.approx(
-        judged.spearman - judged.reference_spearman
-    )
-    assert found == quality.compare_embeddings(reference, quantized, rows, scores)
-    assert json.dumps(found.to_dict(), allow_nan=False)
-    assert "Spearman" in str(found)
-
-
-def test_the_bootstrap_covers():
-    def spearman_difference(n, seed):
-        rng = np.random.default_rng(seed)
-        truth = rng.normal(size=n)
-        a = truth + 0.7 * rng.normal(size=n)
-        return np.stack([truth, a, a + 0.5 * rng.normal(size=n)])
-
-    truth = np.diff(embeddings._correlations(spearman_difference(300_000, 0))[:, 1])[0]
-    covered = 0
-    for seed in range(1, 101):
-        columns = spearman_difference(150, seed)
-        found = embeddings._judgments(columns[1], columns[2], columns[0], 0.9, 150, seed)
-        covered += found.spearman_difference.low <= truth <= found.spearman_difference.high
-    assert 0.83 < covered / 100 < 0.96
-
-
-def test_the_gate_takes_embeddings():
-    reference, quantized, rows, scores = encoded(2000, 1500)
-    honest = quality.compare_embeddings(reference, quantized, rows, scores)
-    assert quality.gate(honest, "99").status == "pass"
-    rough = reference + 0.3 * np.random.default_rng(9).normal(size=reference.shape)
-    broken = quality.compare_embeddings(reference, rough, rows, scores)
-    assert quality.gate(broken, "99").status == "fail"
-    slight = quality.compare_embeddings(reference, reference + 2 * (quantized - reference))
-    assert quality.gate(slight, "99").status == "pass"
-    assert quality.gate(slight, "99", baseline=honest).status == "fail"
-    few = quality.compare_embeddings(reference[:50], reference[:50])
-    assert quality.gate(few, "99").status == "inconclusive"
-
-
-# Drift.
-
-
-def test_statistics_over_batches_are_those_of_the_whole_and_compile_once():
-    rng = np.random.default_rng(0)
-    x = (rng.normal(size=(10, 40, 6)) * np.arange(1, 7)).astype(np.float32)
-    ranges = {"scalar": 6.0, "channels": (-np.arange(1.0, 7), np.arange(1.0, 7) * 2)}
-    init, update = quality.activation_statistics(ranges)
-    traces = []
-
-    @jax.jit
-    def step(state, batch):
-        traces.append(1)
-        return update(state, {"scalar": batch, "channels": batch})
-
-    state = init()
-    for batch in x:
-        state = step(state, batch)
-    assert len(traces) == 1
-    whole = update(init(), {"scalar": x.reshape(-1, 6), "channels": x.reshape(-1, 6)})
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), state, whole)
-    assert float(state["scalar"].saturated) == pytest.approx(np.mean(np.abs(x) > 6), rel=1e-4)
-    found = {a.name: a for a in quality.drift(state, ranges).activations}
-    assert found["scalar"].ratio == pytest.approx(np.abs(x).max() / 6)
-    low, high = x.min((0, 1)), x.max((0, 1))
-    expected = max(np.max(low / ranges["channels"][0]), np.max(high / ranges["channels"][1]))
-    assert found["channels"].ratio == pytest.approx(expected)
-    assert "channels" in str(quality.drift(state, ranges))
-    assert json.dumps(quality.drift(state, ranges).to_dict(), allow_nan=False)
-
-
-def test_a_share_survives_counts_beyond_float32_integers():
-    init, update = quality.activation_statistics({"x": 1.0})
-    long = {"x": init()["x"]._replace(total=jnp.float32(2**30), saturated=jnp.float32(0.5))}
-    for _ in range(64):  # another 2²⁴ values, all within
-        long = update(long, {"x": jnp.zeros(2**18)})
-    assert float(long["x"].saturated) == pytest.approx(0.5 * 2**30 / (2**30 + 2**24), rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("values", "level"),
-    [
-        ([-1.0, 0.9], "ok"),
-        ([-1.05, 0.9] + [0.1] * 99998, "ok"),
-        ([-1.5] + [0.1] * 99999, "watch"),  # beyond, though rarely
-        ([1.01] * 5 + [0.1] * 995, "watch"),  # 0.5 % saturate
-        ([1.01] * 50 + [0.1] * 950, "alarm"),
-        ([0.1, 2.5] + [0.1] * 99998, "alarm"),
-        ([0.1, -0.2], "watch"),  # over two bits unused
-        ([0.5, np.nan], "alarm"),
-        ([0.5, np.inf], "alarm"),
-        ([np.nan, np.nan], "alarm"),
-    ],
-)
-def test_levels_of_drift(values, level):
-    init, update = quality.activation_statistics({"x": 1.0})
-    report = quality.drift(update(init(), {"x": jnp.array(values, jnp.float32)}), {"x": 1.0})
-    assert report.level == level, report
-    assert json.dumps(report.to_dict(), allow_nan=False)
-
-
-def test_the_worst_comes_first_and_dead_channels_do_not_alarm():
-    ranges = {"fine": 1.0, "dead": np.zeros(3), "bad": (0.0, 1.0), "half": np.array([0.0, 1.0])}
-    init, update = quality.activation_statistics(ranges)
-    live = {
-        "fine": jnp.ones(4),
-        "dead": jnp.zeros((2, 3), jnp.bfloat16),
-        "bad": jnp.array([-0.5, 1.0]),
-        "half": jnp.array([[0.0, 0.9]]),
-    }
-    report = quality.drift(update(init(), live), ranges)
-    levels = {a.name: (a.level, a.ratio) for a in report.activations}
-    assert report.activations[0].name == "bad"
-    assert levels["bad"] == ("alarm", np.inf)  # negative, where nothing negative was calibrated
-    assert levels["dead"] == ("ok", 1.0)
-    assert levels["half"] == ("ok", pytest.approx(0.9))
-    assert quality.drift(update(init(), live), ranges, quality.Alarm(3, 4, 1, 1)).level == "alarm"
-
-
-# Misuse.
-
-REFERENCE, QUANTIZED, LABELS = twins(8)
-
-
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
@@ -700,67 +350,3 @@ REFERENCE, QUANTIZED, LABELS = twins(8)
 def test_misuse_of_compare(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         quality.compare(*arguments, **options)
-
-
-def test_misuse_of_the_gate_and_of_summaries():
-    report = quality.compare(REFERENCE, QUANTIZED, LABELS)
-    twin = quality.compare(REFERENCE, REFERENCE, LABELS)
-    embedded = quality.compare_embeddings(REFERENCE, QUANTIZED)
-    with pytest.raises(ValueError, match=r"tier is one of '99', '99\.9' or a Tier; got '95'"):
-        quality.gate(report, "95")
-    with pytest.raises(ValueError, match="takes a Report"):
-        quality.gate({"accuracy": 1.0}, "99")
-    with pytest.raises(ValueError, match="does not differ from its reference"):
-        quality.gate(report, "99", baseline=twin)
-    with pytest.raises(ValueError, match="same examples and reference"):
-        quality.gate(report, "99", baseline=quality.compare(QUANTIZED, REFERENCE, LABELS))
-    with pytest.raises(ValueError, match="of the report's kind"):
-        quality.gate(report, "99", baseline=embedded)
-    with pytest.raises(ValueError, match="no examples"):
-        quality.Examples.concatenate([])
-    with pytest.raises(ValueError, match=r"groups have shape \(8,\); got \(3,\)"):
-        quality.summarize(quality.per_example(REFERENCE, QUANTIZED, LABELS), [1, 2, 3])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((REFERENCE, QUANTIZED[:4]), "one shape"),
-        ((REFERENCE * 0, QUANTIZED), "not zero; 8 are"),
-        ((REFERENCE, QUANTIZED * np.nan), "embeddings are finite"),
-        ((REFERENCE, QUANTIZED, [[0, 9]]), "from 0 to 7"),
-        ((REFERENCE, QUANTIZED, [0, 1]), r"shape \[pairs, 2\]"),
-        ((REFERENCE, QUANTIZED, None, [1.0]), "give pairs too"),
-        ((REFERENCE, QUANTIZED, [[0, 1]], [1.0, 2.0]), "one for each of 1 pairs"),
-        ((REFERENCE, QUANTIZED, [[0, 1]] * 4, [1.0] * 4), "not all alike"),
-    ],
-)
-def test_misuse_of_embeddings(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        quality.compare_embeddings(*arguments)
-
-
-def test_misuse_of_drift():
-    init, update = quality.activation_statistics({"x": 1.0})
-    for ranges, message in (
-        ({}, "empty"),
-        ({"x": -1.0}, "holds zero"),
-        ({"x": (1.0, 2.0)}, "holds zero"),
-        ({"x": np.nan}, "finite"),
-        ({"x": (1.0,)}, r"magnitude or \(low, high\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            quality.activation_statistics(ranges)
-    with pytest.raises(ValueError, match=r"\['x'\]; got \['y'\]"):
-        update(init(), {"y": jnp.ones(3)})
-    with pytest.raises(ValueError, match="nothing was seen of 'x'"):
-        quality.drift(init(), {"x": 1.0})
-    with pytest.raises(ValueError, match="what was calibrated"):
-        quality.drift(init(), {"y": 1.0})
-    wide = quality.activation_statistics({"x": np.ones(4)})
-    with pytest.raises(ValueError, match=r"\(4,\), which does not broadcast with \(2, 3\)"):
-        wide[1](wide[0](), {"x": jnp.ones((2, 3))})
-    with pytest.raises(ValueError, match="ratios rise"):
-        quality.Alarm(watch_ratio=3, alarm_ratio=2)
-    with pytest.raises(ValueError, match="saturations are shares"):
-        quality.Alarm(watch_saturation=0.5, alarm_saturation=0.1)
