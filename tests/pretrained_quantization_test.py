@@ -31,15 +31,18 @@ def bits(arm, added):
     return record("smollm2", arm, bits_per_byte={"reference": reference, "quantized": quantized})
 
 
+def seed(arm, index, lost, divergence):
+    accuracy = {"reference": 0.8, "quantized": 0.8 - lost}
+    report = {"kl": {"mean": {"estimate": divergence}}}
+    return record("vit", arm, index, accuracy=accuracy, report=report)
+
+
 def test_changes_are_paired_and_have_their_intervals():
     (row,) = rows_of([bits("kv8", (0.01, 0.02, 0.03))])
     assert row["change"] == pytest.approx(2.0)
     half = 2.919986 * 1.0 / 3**0.5  # Student's t at 95 % with two degrees of freedom
     assert (row["low"], row["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-4)
-    seeds = [
-        record("vit", "w3 rtn", s, accuracy={"reference": 0.8, "quantized": 0.8 - d})
-        for s, d in enumerate((0.01, 0.03))
-    ]
+    seeds = [seed("w3 rtn", s, d, 0.1) for s, d in enumerate((0.01, 0.03))]
     (row,) = rows_of(seeds)
     assert row["change"] == pytest.approx(-2.0)
 
@@ -59,6 +62,18 @@ def test_findings_say_what_the_records_say():
     assert "the search beats 3 bits" in said(0.5, 0.5)
     assert "the search loses to 3 bits" in said(0.5, 2.0)
     assert "the search is not told from 3 bits" in said(0.5, 1.0)
+
+
+def test_a_search_is_judged_by_what_it_minimises_too():
+    pairs = zip((0.05, 0.06, 0.04), (0.10, 0.12, 0.11), strict=True)
+    records = []
+    for index, (searched, uniform) in enumerate(pairs):
+        records.append(seed("w3 rtn", index, 0.01 * index, uniform))
+        records.append(seed("searched, the bytes of w3", index, 0.01 * (2 - index), searched))
+    said = " ".join(findings(rows_of(records)))
+    assert "the search is not told from 3 bits" in said
+    half = 2.919986 * 0.01 / 3**0.5  # differences of 0.05, 0.06 and 0.07
+    assert f"is +0.0600 nats less (90 % interval {0.06 - half:+.4f} to {0.06 + half:+.4f})" in said
 
 
 def test_the_report_is_of_what_is_finished(tmp_path):

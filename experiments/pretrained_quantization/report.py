@@ -41,6 +41,7 @@ def rows_of(records: list[dict]) -> list[dict]:
                 "low": low,
                 "high": high,
                 "units": _units(key[0], group),
+                "divergence": _divergence(key[0], group),
                 "values": _values(key[0], group),
                 "bytes_before": group[0]["bytes"]["before"],
                 "bytes_after": group[0]["bytes"]["after"],
@@ -60,6 +61,14 @@ def _units(model: str, group: list[dict]) -> list[float]:
         ordered = sorted(group, key=lambda r: r["trial"]["seed"])
         return [100 * r["accuracy"]["quantized"] for r in ordered]
     return []
+
+
+def _divergence(model: str, group: list[dict]) -> list[float]:
+    """Mean KL divergence from the model, nats, for each seed."""
+    if model != "vit":
+        return []
+    ordered = sorted(group, key=lambda r: r["trial"]["seed"])
+    return [r["report"]["kl"]["mean"]["estimate"] for r in ordered]
 
 
 def _values(model: str, group: list[dict]) -> dict[str, float]:
@@ -145,21 +154,28 @@ def _beats(model: str, searched: dict, uniform: dict) -> str:
     mean, low, high = _interval(gain)
     unit = "bits per byte fewer" if model == "smollm2" else "points more"
     if not math.isfinite(low):
-        said = (
-            "is not told from"
-            if mean == 0
-            else "does better than"
-            if mean > 0
-            else "does worse than"
-        )
-        interval = "one seed, no interval"
+        said = "does better than" if mean > 0 else "does worse than"
+        said = said if mean else "is not told from"
     else:
         said = "beats" if low > 0 else "loses to" if high < 0 else "is not told from"
-        interval = f"90 % interval {low:+.3f} to {high:+.3f}"
-    return (
+    text = (
         f"For {_NAMES[model]} the search {said} 3 bits everywhere, at {searched['bytes_after']:,} against "
-        f"{uniform['bytes_after']:,} bytes: {mean:+.3f} {unit} ({interval})."
+        f"{uniform['bytes_after']:,} bytes: {mean:+.3f} {unit} ({_limits(low, high)})."
     )
+    if searched["divergence"]:
+        gain = np.array(uniform["divergence"]) - np.array(searched["divergence"])
+        mean, low, high = _interval(gain)
+        text += (
+            f" What it minimises, the mean KL divergence from the model, is {mean:+.4f} nats less"
+            f" ({_limits(low, high)})."
+        )
+    return text
+
+
+def _limits(low: float, high: float) -> str:
+    if not math.isfinite(low):
+        return "one seed, no interval"
+    return f"90 % interval {low:+.4f} to {high:+.4f}"
 
 
 def _shown(row: dict) -> str:
