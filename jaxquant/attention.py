@@ -156,7 +156,8 @@ def _dropout(weights, rng: Any, rate: float, broadcast: bool) -> jax.Array:
 
 def _weighted(weights, value, dot_general: Any, precision: Any) -> jax.Array:
     out = einsum("...kgts,...skd->...tkgd", weights, value, dot_general, precision)
-    return out.reshape(*out.shape[:-3], -1, out.shape[-1]).astype(value.dtype)
+    heads = out.shape[-3] * out.shape[-2]
+    return out.reshape(*out.shape[:-3], heads, out.shape[-1]).astype(value.dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -97,3 +97,9 @@ def test_misuse_is_named():
     for name in ("a9", "kv1", "a1", "kv16"):
         with pytest.raises(ValueError, match="2 to 8"):
             jq.recipe(name)
+
+
+def test_no_examples_give_no_outputs():
+    model = nnx.MultiHeadAttention(2, 32, decode=False, rngs=nnx.Rngs(0))
+    for rules in ([("^$", "a8"), (".*", "w8a8")], [("^$", "a8kv4"), (".*", "w4a16")]):
+        assert jq.nnx.quantize(model, rules)(jnp.ones((0, 5, 32))).shape == (0, 5, 32)

@@ -18,8 +18,10 @@ BAD = {
     "second shape": ([X, X[:, :63]], "batch 1 of the calibration data"),
     "NaN": ([X, X.at[0, 0].set(jnp.nan)], "batch 1 of the calibration data holds a NaN or an Inf"),
     "Inf": ([(X.at[0, 0].set(jnp.inf),)], "batch 0 of the calibration data holds a NaN or an Inf"),
+    "empty": ([X, X[:0]], r"batch 1 of the calibration data is empty: float32\[0, 64\]"),
+    "one array": (X, "one array of shape|batches are gone through several times"),
     "text": (["hello"], "batch 0 of the calibration data holds 'hello', no array"),
-    "number": (3, "batches of arrays; got 3|batches are gone through several times: .*; got int"),
+    "number": (3, "list of arrays; got 3|batches are gone through several times: .*; got int"),
 }
 
 
@@ -51,3 +53,10 @@ def _ptq(method):
 def test_it_is_named(run, batches, message):
     with pytest.raises(ValueError, match=message):
         run(batches)
+
+
+@pytest.mark.parametrize("run", [_nnx, _linen], ids=["nnx", "linen"])
+def test_zeros_alone_are_no_range(run):
+    run([0 * X, X])
+    with pytest.raises(ValueError, match="was given zeros alone"):
+        run([0 * X])

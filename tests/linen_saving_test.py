@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from linen_models import KEY, MLP, MODELS, Transformer, normal
 
 import jaxquant as jq
@@ -58,7 +59,7 @@ def test_quantize_train_calibrate_freeze_save_load_serve(tmp_path, name, rules, 
 
     frozen = linen.freeze(quantized, variables, x)
     linen.save(tmp_path / "model", quantized, frozen, x, format=format)
-    loaded, served = linen.load(tmp_path / "model", module)
+    loaded, served = linen.load(tmp_path / "model", module, x)
     np.testing.assert_array_equal(jax.jit(loaded.apply)(served, x), expected)
     assert jax.tree.map(lambda a: a.dtype, served) == jax.tree.map(lambda a: a.dtype, frozen)
 
@@ -82,7 +83,7 @@ def test_what_is_loaded_trains_on(tmp_path):
     quantized = linen.quantize(MLP(), {".*": "w8a8"})
     variables = quantized.init(KEY, x)
     linen.save(tmp_path / "model", quantized, variables, x)
-    loaded, again = linen.load(tmp_path / "model", MLP())
+    loaded, again = linen.load(tmp_path / "model", MLP(), x)
     gradients = [
         jax.grad(lambda v, q=q: jnp.sum(q.apply(v, x) ** 2))(v)
         for q, v in ((quantized, variables), (loaded, again))
@@ -97,9 +98,24 @@ def test_rules_that_are_objects_come_back(tmp_path):
     variables = quantized.init(KEY, x)
     frozen = linen.freeze(quantized, variables, x)
     linen.save(tmp_path / "model", quantized, frozen, x)
-    loaded, served = linen.load(tmp_path / "model", MLP())
+    loaded, served = linen.load(tmp_path / "model", MLP(), x)
     assert loaded.rules == (("(?i)UP", dot), (".*", jq.recipe("w8a8")))
     np.testing.assert_array_equal(loaded.apply(served, x), quantized.apply(variables, x))
+
+
+class Smaller(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral((2, 32), name="heads")(nn.relu(nn.Dense(64, name="up")(x)))
+
+
+class Wider(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(128, name="up")(x))
+        return nn.DenseGeneral(8, axis=(-2, -1), name="down")(
+            nn.DenseGeneral((2, 32), name="heads")(x)
+        )
 
 
 def test_misuse_is_named(tmp_path):
@@ -115,13 +131,20 @@ def test_misuse_is_named(tmp_path):
     with pytest.raises(ValueError, match="is compiled with flags"):
         linen.save(tmp_path / "other", flagged, variables, x)
     with pytest.raises(ValueError, match=r"flax\.linen\.Module"):
-        linen.load(tmp_path / "model", Transformer)
+        linen.load(tmp_path / "model", Transformer, x)
     with pytest.raises(ValueError, match="is missing"):
-        linen.load(tmp_path / "nothing", MLP())
+        linen.load(tmp_path / "nothing", MLP(), x)
     jq.artifacts.save(tmp_path / "tree", {"bias": jnp.ones(3)}, jq.artifacts.Card.empty())
     with pytest.raises(ValueError, match="not of a Linen model"):
-        linen.load(tmp_path / "tree", MLP())
+        linen.load(tmp_path / "tree", MLP(), x)
+    for other, message in (
+        (nn.Dense(8), "lacks the module's params/bias"),
+        (Smaller(), "has what the module does not: params/down"),
+        (Wider(), r"has shape \(128, 2, 32\) in the module, and was saved with \(64, 2, 32\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            linen.load(tmp_path / "model", other, x)
     card = json.loads((tmp_path / "model" / "card.json").read_text())
     (tmp_path / "model" / "card.json").write_text(json.dumps({**card, "version": 99}))
     with pytest.raises(ValueError, match="of version 99; this is version 1"):
-        linen.load(tmp_path / "model", MLP())
+        linen.load(tmp_path / "model", MLP(), x)

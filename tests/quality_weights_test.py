@@ -101,6 +101,20 @@ def test_linen_variables_are_compared_too():
     assert abs(report.worst.gain - 1) < 0.02
 
 
+def test_layers_that_linen_stacks_are_judged_one_by_one():
+    layers = nn.vmap(nn.Dense, {"params": 0}, {"params": True}, in_axes=None, axis_size=3)(8)
+    inputs = jnp.ones((2, 64))
+    quantized = jq.linen.quantize(layers, {".*": "w8a8"})
+    variables = quantized.init(jax.random.key(0), inputs)
+    stored = jq.linen.freeze(quantized, variables, inputs)
+    kernel = stored["params"]["kernel"]
+    scale = kernel.scale.at[2].multiply(1.1)
+    stored["params"]["kernel"] = dataclasses.replace(kernel, scale=scale)
+    worst = quality.compare_weights(variables, stored).worst
+    assert worst.path.endswith("[2]")
+    assert abs(worst.gain - 1.1) < 0.01
+
+
 def test_misuse_is_named():
     model = frozen({".*": "w8a8"})
     for call, message in (

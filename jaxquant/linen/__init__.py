@@ -5,7 +5,7 @@ variables = quantized.init(key, x)                        # or those that the mo
 variables = jq.linen.calibrate(quantized, variables, batches)    # fixed ranges of activations
 frozen = jq.linen.freeze(quantized, variables, x)         # stored integers
 quantized.apply(frozen, x)                                # the same logits bit for bit
-jq.linen.save(folder, quantized, frozen, x)               # a folder, and load(folder, module) from it
+jq.linen.save(folder, quantized, frozen, x)               # a folder, and load(folder, module, x) from it
 """
 
 from jaxquant.linen.freezing import freeze

@@ -38,6 +38,10 @@ def freeze(
     >>> frozen["params"]["kernel"].bits_per_element
     4.5
     """
+    if not isinstance(quantized, Quantized):
+        raise ValueError(
+            f"freeze takes what jaxquant.linen.quantize made; got {type(quantized).__name__}"
+        )
     weights = used_weights(quantized, variables, *inputs, **options).values()
     if not weights:
         raise ValueError(

@@ -11,7 +11,7 @@ from flax import core
 
 from jaxquant.linen.quantizing import RANGES, Quantized, finds_one_range
 from jaxquant.linen.sites import Use
-from jaxquant.nnx.observing import checked, fitting
+from jaxquant.nnx.observing import check_range, checked, fitting
 from jaxquant.qarray import calibrate as range_of
 
 
@@ -33,7 +33,8 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
         of an asymmetric range (low, high).
 
     Raises:
-        ValueError: nothing to calibrate; no batches, or one with a NaN or an Inf.
+        ValueError: nothing to calibrate; no batches, or one that is empty, does not fit or has a NaN or an
+            Inf; a layer that was given zeros alone.
 
     >>> from flax import linen as nn
     >>> from jaxquant.linen import quantize
@@ -81,6 +82,8 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
             "no activations have a range to calibrate: none is quantized per tensor under "
             f"{quantized.rules}"
         )
+    for path, bounds in found.items():
+        check_range(path, [jnp.asarray(bound) for bound in bounds])
     ranges = _nested(found)
     calibrated = {**core.unfreeze(kept), RANGES: ranges}
     return core.freeze(calibrated) if isinstance(variables, core.FrozenDict) else calibrated

@@ -115,7 +115,9 @@ def quantize(module: nn.Module, rules: Rules) -> Quantized:
     (2, 8)
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module is a flax.linen.Module; got {module!r}")
+        raise ValueError(f"module is a flax.linen.Module; got {type(module).__name__}")
+    if module.scope is not None:
+        raise ValueError(f"module is not bound to variables; got a bound {type(module).__name__}")
     for rule in parse_rules(rules):
         forward = rule.value.forward if isinstance(rule.value, DotGeneral) else None
         for quantizer in () if forward is None else (forward.lhs, forward.rhs):

@@ -6,12 +6,15 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
 from jaxquant.linen.quantizing import RANGES, Quantized, coverage
+from jaxquant.linen.weights import abstractly
+from jaxquant.qarray import QArray
 from jaxquant.rules import parse_rules
 
 _SAVED = {"variables", "rules"}
@@ -51,7 +54,7 @@ def save(
     >>> frozen = freeze(quantized, quantized.init(jax.random.key(0), x), x)
     >>> with tempfile.TemporaryDirectory() as root:
     ...     save(f"{root}/model", quantized, frozen, x)
-    ...     again, variables = load(f"{root}/model", nn.Dense(8))
+    ...     again, variables = load(f"{root}/model", nn.Dense(8), x)
     >>> bool((again.apply(variables, x) == quantized.apply(frozen, x)).all())
     True
     """
@@ -69,7 +72,9 @@ def save(
     artifacts.save(folder, {"variables": variables, "rules": rules}, card, format=format)
 
 
-def load(folder: str | os.PathLike, module: nn.Module) -> tuple[Quantized, Any]:
+def load(
+    folder: str | os.PathLike, module: nn.Module, *inputs: Any, rngs: Any = None, **options: Any
+) -> tuple[Quantized, Any]:
     """The quantized model and the variables that were saved, of the same module.
 
     Its outputs equal the saved model's bit for bit.
@@ -77,21 +82,48 @@ def load(folder: str | os.PathLike, module: nn.Module) -> tuple[Quantized, Any]:
     Args:
         folder: what `save` wrote.
         module: the Linen module, not bound, that was quantized.
+        inputs: arguments of its call, arrays or `jax.ShapeDtypeStruct`s: `module.init` is traced, not run, to
+            see that its parameters are those that were saved.
+        rngs: as of `flax.linen.Module.init`.
+        options: further arguments of `module.init`.
 
     Returns:
         The module with its rules, and the variables to apply it with, in their own types.
 
     Raises:
-        ValueError: a folder that is not whole, or not of a Linen model; no Linen module.  A module whose
-            variables are not those of the saved one is refused by Flax when it is applied.
+        ValueError: a folder that is not whole, or not of a Linen model; no Linen module, or one whose
+            parameters or their shapes are not those of the saved one.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is a flax.linen.Module; got {module!r}")
     tree, _ = artifacts.load(folder)
     if not isinstance(tree, Mapping) or set(tree) != _SAVED:
         raise ValueError(f"{folder} is not of a Linen model")
+    rngs = jax.random.key(0) if rngs is None else rngs
+    expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
+    _check_same(str(folder), _shapes(expected), _shapes(tree["variables"]))
     rules = tuple(_rule(tree["rules"][i]) for i in range(len(tree["rules"])))
     return Quantized(module, rules), tree["variables"]
+
+
+def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter and of what stands beside them, but for ranges, by path."""
+    kept = {name: tree for name, tree in variables.items() if name != RANGES}
+    found = jax.tree.leaves_with_path(kept, is_leaf=lambda x: isinstance(x, QArray))
+    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in found}
+
+
+def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless a module has what was saved, of the same shapes."""
+    if missing := sorted(set(wanted) - set(saved)):
+        raise ValueError(f"{folder} lacks the module's {', '.join(missing[:5])}")
+    if extra := sorted(set(saved) - set(wanted)):
+        raise ValueError(f"{folder} has what the module does not: {', '.join(extra[:5])}")
+    for path, shape in wanted.items():
+        if saved[path] != shape:
+            raise ValueError(
+                f"{path} has shape {shape} in the module, and was saved with {saved[path]}"
+            )
 
 
 def _rule_tree(rule: Any) -> dict[str, Any]:

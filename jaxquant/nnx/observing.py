@@ -87,14 +87,19 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     Raises:
         ValueError: no batches; one with something else than arrays, or with a NaN or an Inf.
     """
-    if not isinstance(batches, Iterable):
-        raise ValueError(f"calibration needs batches of arrays; got {batches!r}")
+    if not isinstance(batches, Iterable) or hasattr(batches, "dtype"):
+        shape = getattr(batches, "shape", None)
+        found = repr(batches) if shape is None else f"one array of shape {shape}"
+        raise ValueError(f"batches are several inputs, as in a list of arrays; got {found}")
     index = -1
     for index, batch in enumerate(batches):
         arguments = batch if isinstance(batch, tuple) else (batch,)
         for leaf in jax.tree.leaves(arguments):
             if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float):
                 raise ValueError(f"batch {index} of the calibration data holds {leaf!r}, no array")
+            if jnp.size(leaf) == 0:
+                found = f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+                raise ValueError(f"batch {index} of the calibration data is empty: {found}")
             if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) and not bool(
                 jnp.isfinite(leaf).all()
             ):
@@ -139,7 +144,8 @@ def calibrate(
         call: from (model, *batch); the model's own call where not given.
 
     Raises:
-        ValueError: nothing to calibrate; no batches, or one with a NaN or an Inf.
+        ValueError: nothing to calibrate; no batches, or one that is empty, does not fit or has a NaN or an
+            Inf; a layer that was given zeros alone.
     """
     if decay is not None and not 0 <= decay <= 1:
         raise ValueError(f"decay is from 0 to 1; got {decay!r}")
@@ -149,10 +155,22 @@ def calibrate(
         )
     waiting = _started(model)
     found = observe(waiting, batches, lambda site: _range_statistic(site, decay), call)
+    for path, (total, weight) in found.items():
+        check_range(path, total, weight)
     for path, site in sites(model).items():
         if path in found:
             _fix(site, found[path])
     return model
+
+
+def check_range(path: str, bounds: Any, weight: Any = 1) -> None:
+    """Raises a ValueError for a range of nothing but zero, which would make zeros of all activations."""
+    widest = jnp.max(jnp.stack([jnp.abs(bound) for bound in jax.tree.leaves(bounds)]), axis=0)
+    if bool(jnp.any((widest == 0) & (jnp.asarray(weight) > 0))):
+        raise ValueError(
+            f"{path or 'the model'} was given zeros alone, which is no range; give batches that reach it, or "
+            "a rule before the others that leaves its activations in float"
+        )
 
 
 def _lhs(site: Site) -> Any:

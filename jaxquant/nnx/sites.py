@@ -118,6 +118,9 @@ def sites(model: nnx.Module) -> dict[str, Site]:
     Raises:
         ValueError: there are none.
     """
+    if not isinstance(model, nnx.Module):
+        hint = "; Linen modules go to jaxquant.linen" if hasattr(model, "apply") else ""
+        raise ValueError(f"an NNX model is wanted; got {type(model).__name__}{hint}")
     found = {}
     for path, module in nnx.iter_graph(model):
         kind = _kind(module)

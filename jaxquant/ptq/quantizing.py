@@ -93,6 +93,8 @@ def quantize(
     """
     chosen = _parse(method)
     check_batches(batches)
+    if memory < 1:
+        raise ValueError(f"memory is a number of bytes, at least 1; got {memory}")
     target = {
         path: site
         for path, site in sites(apply_rules(model, rules)).items()

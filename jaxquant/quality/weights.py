@@ -62,8 +62,8 @@ def compare_weights(reference: Any, quantized: Any) -> WeightReport:
     """What storing did to each layer's weights, whatever data the model is given.
 
     A mistake in one layer's scales can be too small to show in outputs that rounding changes too; here it
-    shows as a gain.  Scales of channels (`jaxquant.ptq.Smoothed`) and rotations are taken off.  Layers that
-    `nn.scan` stacks in a Linen model are one row.
+    shows as a gain.  Scales of channels (`jaxquant.ptq.Smoothed`) and rotations are taken off.  In a
+    Linen model each entry of a first axis with scales of its own is a row, as layers under `nn.scan` are.
 
     Args:
         reference: an NNX model in floating point, or a Linen model's variables.
@@ -121,7 +121,9 @@ def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
             if path not in floats or isinstance(floats[path], QArray):
                 raise ValueError(f"{path} is stored, and the reference has no such weight in float")
             name = path.removeprefix("params/").rpartition("/")[0] or "(the model)"
-            yield name, (floats[path], 0), dequantize(leaf)
+            # Of a matrix each row may have a scale; of more axes, each layer that is stacked along the first.
+            is_stacked = leaf.ndim > 2 and leaf.scale.shape[0] == leaf.shape[0] > 1
+            yield name, (floats[path], int(is_stacked)), dequantize(leaf)
 
 
 def _by_path(variables: Any) -> dict[str, Any]:
