@@ -81,7 +81,7 @@ def test_all_variants_quantize_the_same_products(result):
 
 def test_every_server_has_a_ratio_and_logits_near_the_baselines(result):
     rows = {(row["part"], row["variant"]): row for row in result["serving"]}
-    assert len(rows) == len(result["serving"]) == 5 + 4
+    assert len(rows) == len(result["serving"]) == 6 + 4
     for (part, name), row in rows.items():
         assert row["deviation"] == "", name
         assert 0 < row["median"] < math.inf
