@@ -24,6 +24,7 @@ from jaxquant.qarray import QArray, dequantize
 Dims = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), tuples of tuples of ints
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
+_LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
 _TERMS = 16  # products that one pass adds up
 
 
@@ -250,6 +251,8 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
         )
     left = laid_out(_full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
     right = laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+    if not isinstance(result.size, int) or result.size < _LARGE:
+        return scaled(result * left, right)
     return jax.lax.platform_dependent(
         result * left,
         right,

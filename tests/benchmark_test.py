@@ -179,6 +179,7 @@ def test_serving_alone_without_peers(monkeypatch, tmp_path):
     assert names == [
         (serving.FORWARD, "float32"),
         (serving.FORWARD, "jaxquant w8a8"),
+        (serving.FORWARD, "jaxquant w4a8"),
         (serving.DECODE, "float32"),
         (serving.DECODE, "jaxquant w8a16"),
     ]

@@ -11,6 +11,8 @@ import jaxquant as jq
 from jaxquant import formats, rounding
 from jaxquant.calibration import Range
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 RANDOM = [rounding.stochastic, rounding.dithered]
 FORMATS = [
     *(jq.Int(bits) for bits in (2, 3, 4, 8, 16)),
@@ -119,8 +121,6 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 import jaxquant as jq
 from jaxquant import rounding
-
-pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
 assert jax.device_count() == 8
 x = jnp.array(np.random.default_rng(0).normal(size=(64, 256)), jnp.float32)
