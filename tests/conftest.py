@@ -21,6 +21,21 @@ def _strict():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _children_share_what_they_compile(tmp_path_factory):
+    """A study's processes, started again and again, read each other's compiled programs.
+
+    This process read its own configuration when it imported jax: it compiles afresh.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+        yield
+
+
 def study_command(workdir, *flags: str, study: str = "ptq_overtraining") -> list[str]:
     return [
         sys.executable,
