@@ -30,6 +30,7 @@ from jaxquant.artifacts import as_stored
 
 VERSION = 1
 _KIND = "jaxquant program"
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _MANIFEST, _PROGRAM, _WEIGHTS = "manifest.json", "program", "weights.safetensors"
 
 
@@ -84,13 +85,15 @@ def export(
         The file's bytes.
 
     Raises:
-        ValueError: weights beside an NNX model; no arrays among them; a model that cannot be exported so,
-            such as one whose operations need to know the size of the batch.
+        ValueError: weights beside an NNX model; no arrays among them; an unknown platform; a model that
+            cannot be exported so, such as one whose operations need to know the size of the batch.
 
     >>> layer = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     >>> load(export(layer, jnp.ones((1, 4)), batch="b"))(jnp.ones((3, 4))).shape
     (3, 2)
     """
+    if platforms is not None and (not platforms or not set(platforms) <= set(_PLATFORMS)):
+        raise ValueError(f"platforms are some of {', '.join(_PLATFORMS)}; got {platforms!r}")
     leaves, program = _program(model, weights)
     try:
         specs = _specs(inputs, batch)
@@ -111,10 +114,13 @@ def load(source: str | os.PathLike | bytes) -> Program:
     """The program of a file, or of its bytes, ready to be called.
 
     Raises:
-        ValueError: a file that `export` did not write, of another version, truncated or damaged.
+        ValueError: no file, or one that `export` did not write, of another version, truncated or damaged.
     """
     name = "the program" if isinstance(source, bytes | bytearray) else str(source)
-    data = bytes(source) if isinstance(source, bytes | bytearray) else Path(source).read_bytes()
+    try:
+        data = bytes(source) if isinstance(source, bytes | bytearray) else Path(source).read_bytes()
+    except OSError as error:
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             manifest = json.loads(archive.read(_MANIFEST))

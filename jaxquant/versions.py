@@ -49,12 +49,11 @@ class Versions:
         root: the folder; made when something is published.
 
     >>> import tempfile
-    >>> nothing = dict.fromkeys(field.name for field in dataclasses.fields(Card))
     >>> with tempfile.TemporaryDirectory() as root:
     ...     versions = Versions(root)
     ...     for text in ("first", "second"):
     ...         name = versions.publish(
-    ...             lambda path: path.write_text(text), Card(**nothing), Verdict("pass", "99", ())
+    ...             lambda path: path.write_text(text), Card.empty(), Verdict("pass", "99", ())
     ...         )
     ...     versions.latest_passing(), versions.roll_back("answers in the wrong language")
     ('0002', '0001')
@@ -80,8 +79,10 @@ class Versions:
             Its name: "0001", "0002" …
 
         Raises:
-            ValueError: a function that writes nothing; a card with another verdict.
+            ValueError: a function that writes nothing; no card, or one with another verdict.
         """
+        if not isinstance(card, Card):
+            raise ValueError(f"card is a Card, such as Card.empty(); got {card!r}")
         if verdict is not None and not isinstance(verdict, Verdict):
             raise ValueError(f"verdict is a Verdict or None; got {verdict!r}")
         judged = dataclasses.replace(card, verdict=verdict)

@@ -186,7 +186,10 @@ def test_a_file_that_is_not_whole_is_an_error(tmp_path):
             "load an abstract model's first",
         ),
         (lambda: serving.export(lambda x: x[: int(x.shape[0])], X, batch="b"), "for any batch 'b'"),
-        (lambda: serving.export(lambda x: x, X, platforms=("cpu", 3)), "cannot be exported"),
+        (lambda: serving.export(lambda x: x, X, platforms=("cpu", 3)), "platforms are some of cpu"),
+        (lambda: serving.export(lambda x: x, X, platforms=("gpuu",)), r"got \('gpuu',\)"),
+        (lambda: serving.export(lambda x: x, X, platforms=()), "platforms are some of cpu"),
+        (lambda: serving.load("no such file"), "no such file cannot be read: No such file"),
         (lambda: serving.export(lambda x: x @ x, X), "cannot be exported: "),
     ],
 )

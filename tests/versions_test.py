@@ -15,18 +15,7 @@ from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
 from jaxquant.versions import Versions
 
-FIELDS = (
-    "coverage",
-    "rules",
-    "data",
-    "licence",
-    "seeds",
-    "quality",
-    "verdict",
-    "calibration",
-    "notes",
-)
-CARD = Card(**dict.fromkeys(FIELDS))
+CARD = Card.empty()
 
 
 def verdict(status) -> Verdict:
@@ -134,8 +123,7 @@ _PUBLISH = """
 import sys
 from jaxquant.artifacts import Card
 from jaxquant.versions import Versions
-fields = ("coverage", "rules", "data", "licence", "seeds", "quality", "verdict", "calibration", "notes")
-card, versions = Card(**dict.fromkeys(fields)), Versions(sys.argv[1])
+card, versions = Card.empty(), Versions(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
 for i in range(25):
@@ -187,6 +175,7 @@ def test_one_of_many_withdraws(versions):
         (lambda v: v.path("0001"), "no version '0001'; it has none"),
         (lambda v: v.publish(lambda path: None, CARD, None), "wrote nothing"),
         (lambda v: v.publish(writes(""), CARD, True), "verdict is a Verdict"),
+        (lambda v: v.publish(writes(""), None, verdict("pass")), "card is a Card.*got None"),
         (lambda v: v.withdraw("0001", ""), "reason in words"),
         (lambda v: v.roll_back("why"), "nothing is published"),
         (

@@ -151,7 +151,8 @@ def calibrate(
         raise ValueError(f"decay is from 0 to 1; got {decay!r}")
     if not any(_lhs(site) is not None for site in sites(model).values()):
         raise ValueError(
-            "no activations have a range to calibrate: none is quantized per tensor, or all are calibrated"
+            "no activations have a range to calibrate: none is quantized per tensor (as by "
+            'quantize(model, {".*": "w8a8"})), or all are calibrated'
         )
     waiting = _started(model)
     found = observe(waiting, batches, lambda site: _range_statistic(site, decay), call)

@@ -5,9 +5,11 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from zipfile import BadZipFile
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +62,9 @@ def quantize(
     - ``"awq"``: channels scaled by what they carry (`smooth.awq_scale`).
     - ``"smoothquant"``: channels scaled so that weights and activations are alike hard
       (`smooth.smoothquant_scale`).
-    - ``"hadamard"``: weights, and activations where they are quantized, in rotated coordinates.
+    - ``"hadamard"``: weights, and activations where they are quantized, in rotated coordinates.  It spreads
+      single large channels, and gathers a common mean, as behind a ReLU, in one coordinate: those layers are
+      better left to another method.
 
     Scales of channels and rotations are for Linear, LinearGeneral and Einsum; convolutions have neither, and
     an Embed is rounded to nearest whatever the method, since a row is both looked up and multiplied.
@@ -139,6 +143,8 @@ def _parse(method: Any) -> frozenset[str]:
             raise ValueError(
                 f"method is one of {', '.join(METHODS)}, or several joined by +; got {method!r}"
             )
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"method names each part once; got {method!r}")
     if {"awq", "smoothquant"} <= set(parts):
         raise ValueError(f"awq and smoothquant both scale channels; choose one; got {method!r}")
     if {"rtn", "gptq"} <= set(parts):
@@ -438,7 +444,7 @@ class _Store:
                 arrays = {name: file[name] for name in file.files}
             descriptions = json.loads(str(arrays.pop("descriptions")))
             found = storage.from_arrays(arrays, descriptions)
-        except (ValueError, OSError, KeyError, EOFError) as error:
+        except (ValueError, OSError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(
                 f"'{self._path(paths)}' is damaged ({error}); delete it, and it is made anew"
             ) from None

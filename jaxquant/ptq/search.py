@@ -86,6 +86,8 @@ def allocate(costs: Any, losses: Any, budget: int, *, states: int = 100_000) -> 
     if isinstance(states, bool) or not isinstance(states, int) or states < 1:
         raise ValueError(f"states is a number of at least 1; got {states!r}")
     least = sum(int(layer.bytes[0]) for layer in layers)
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
+        raise ValueError(f"budget is a number of bytes; got {budget!r}")
     if not least <= budget < np.inf:
         raise ValueError(
             f"a budget of {budget!r} bytes is not feasible: the cheapest choices need {least}"

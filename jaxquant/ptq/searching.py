@@ -100,6 +100,8 @@ def search(
     ['w2a16', 'w8a16']
     """
     check_batches(batches)
+    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
+        raise ValueError(f"budget is a number of bytes; got {budget!r}")
     if not choices or len(set(choices)) != len(choices):
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
     paths, costs = _costs(model, choices, modules)
