@@ -22,7 +22,7 @@ import jaxquant as jq
 from jaxquant import calibration, formats, rounding
 from jaxquant.groups import scale_shape
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
 
 _COMMON: dict[str, Any] = {
     "deadline": None,

@@ -16,7 +16,7 @@ from scipy import stats
 from experiments.benchmark import serving, step, study, timing, variants
 from experiments.benchmark.lm import LinenLM, NnxLM, Shape
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
 
 SHAPE = Shape(layers=1, width=16, heads=2)
 

@@ -67,6 +67,7 @@ def integers(x, seed=0) -> jax.Array:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 @hypothesis.given(products(), st.integers(0, 99))
 @hypothesis.settings(max_examples=25, deadline=None)
 def test_integer_products_are_numpys_forward_and_in_both_gradients(operands, seed):
@@ -105,6 +106,7 @@ def test_integer_products_are_exact_where_float32_would_not_be():
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 @hypothesis.given(products(), st.sampled_from(["tensor", "channel"]), st.integers(2, 8))
 @hypothesis.settings(max_examples=12, deadline=None)
 def test_native_equals_simulated_to_accumulation_error(operands, granularity, bits):

@@ -53,6 +53,7 @@ def test_a_width_of_eight_bits_costs_least(smoke):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path):
     rng, kills = random.Random(), 0
     for attempt in range(5):
@@ -210,6 +211,7 @@ def tiny_disk(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 def test_a_full_disk_loses_no_finished_record(smoke, tiny_disk):
     workdir = tiny_disk / "work"
     (workdir / "trials").mkdir(parents=True)

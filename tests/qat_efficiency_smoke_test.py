@@ -8,6 +8,7 @@ from conftest import ROOT, study_command
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 def test_it_runs_to_its_report(tmp_path):
     done = subprocess.run(
         study_command(tmp_path, study="qat_efficiency"),

@@ -200,6 +200,7 @@ def losses(workdir) -> np.ndarray:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.long
 def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
     layouts = {"one": (1, 1, 1), "fsdp": (8, 1, 8), "both": (8, 2, 4)}
     for name, (devices, by_data, by_fsdp) in layouts.items():

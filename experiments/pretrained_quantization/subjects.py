@@ -70,7 +70,7 @@ def quantized(
             subject.search_batches,
             allowed,
             modules=modules,
-            group=_halves_of_blocks,
+            group=None if arm.by_layer else _halves_of_blocks,
             workdir=scratch / "search",
             progress=False,
         )
