@@ -66,7 +66,7 @@ def save(
     ...     load(f"{root}/model")[0]
     {'layer': {'bias': Array([1., 1., 1.], dtype=float32)}}
     """
-    folder = Path(folder)
+    folder = _path(folder)
     if format not in _ARRAYS:
         raise ValueError(f"format is one of {', '.join(map(repr, _ARRAYS))}; got {format!r}")
     if not isinstance(card, Card):
@@ -97,7 +97,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
         ValueError: a folder that `save` did not write, of another version, or of which a file is missing,
             truncated or changed; it says which.
     """
-    folder = Path(folder)
+    folder = _path(folder)
     body = unsealed(folder / CARD, _KIND, VERSION)
     card = _card(folder / CARD, body)
     if body.get("format") not in _ARRAYS:
@@ -121,8 +121,14 @@ def load_card(folder: str | os.PathLike) -> Card:
     Raises:
         ValueError: as `load`, as far as the card tells.
     """
-    path = Path(folder) / CARD
+    path = _path(folder) / CARD
     return _card(path, unsealed(path, _KIND, VERSION))
+
+
+def _path(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder is a path; got {folder!r}")
+    return Path(folder)
 
 
 def _card(path: Path, body: Mapping[str, Any]) -> Card:

@@ -75,7 +75,7 @@ def export(
         inputs: examples of what it will be called with: arrays or `jax.ShapeDtypeStruct`s in dictionaries,
             lists and tuples.
         weights: a pytree of arrays, for a function that takes it.
-        path: a file to write, which appears when it is whole.
+        path: a file to write, which appears when it is whole; nothing is there yet.
         platforms: such as ("cpu", "tpu"); where this runs, if not given.
         batch: a name such as "b" for the leading axis of every input with axes: the program then takes any
             size there, the same for all.  On a CPU a program for one size of up to four rows may sum their
@@ -85,15 +85,20 @@ def export(
         The file's bytes.
 
     Raises:
-        ValueError: weights beside an NNX model; no arrays among them; an unknown platform; a model that
-            cannot be exported so, such as one whose operations need to know the size of the batch.
+        ValueError: weights beside an NNX model; no arrays among them; an unknown platform; a path where
+            something is; a model that cannot be exported so, such as one whose operations need to know the
+            size of the batch.
 
     >>> layer = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
     >>> load(export(layer, jnp.ones((1, 4)), batch="b"))(jnp.ones((3, 4))).shape
     (3, 2)
     """
-    if platforms is not None and (not platforms or not set(platforms) <= set(_PLATFORMS)):
+    if platforms is not None and not _are_platforms(platforms):
         raise ValueError(f"platforms are some of {', '.join(_PLATFORMS)}; got {platforms!r}")
+    if batch is not None and not (isinstance(batch, str) and batch.isidentifier()):
+        raise ValueError(f"batch is a name, such as 'b'; got {batch!r}")
+    if path is not None and os.path.lexists(path):
+        raise ValueError(f"{path} exists already; give a new file")
     leaves, program = _program(model, weights)
     try:
         specs = _specs(inputs, batch)
@@ -110,12 +115,21 @@ def export(
     return data
 
 
+def _are_platforms(platforms: Any) -> bool:
+    is_series = isinstance(platforms, list | tuple)
+    return is_series and bool(platforms) and all(name in _PLATFORMS for name in platforms)
+
+
 def load(source: str | os.PathLike | bytes) -> Program:
     """The program of a file, or of its bytes, ready to be called.
 
     Raises:
         ValueError: no file, or one that `export` did not write, of another version, truncated or damaged.
     """
+    if not isinstance(source, str | os.PathLike | bytes | bytearray):
+        raise ValueError(
+            f"a program is loaded from a file or its bytes; got {type(source).__name__}"
+        )
     name = "the program" if isinstance(source, bytes | bytearray) else str(source)
     try:
         data = bytes(source) if isinstance(source, bytes | bytearray) else Path(source).read_bytes()

@@ -81,6 +81,8 @@ class Versions:
         Raises:
             ValueError: a function that writes nothing; no card, or one with another verdict.
         """
+        if not isinstance(model, nnx.Module) and not callable(model):
+            raise ValueError(f"model is a frozen NNX model or a function of a path; got {model!r}")
         if not isinstance(card, Card):
             raise ValueError(f"card is a Card, such as Card.empty(); got {card!r}")
         if verdict is not None and not isinstance(verdict, Verdict):

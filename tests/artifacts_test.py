@@ -334,6 +334,24 @@ def test_orbax_holds_the_same_model(tmp_path):
     assert read(loaded.blocks.up.kernel).nbytes == read(frozen.blocks.up.kernel).nbytes
 
 
+def test_a_layer_that_no_rule_reaches_keeps_its_weights(tmp_path):
+    class Upsampled(nnx.Module):
+        def __init__(self, seed):
+            rngs = nnx.Rngs(seed)
+            self.up, self.out = (
+                nnx.ConvTranspose(4, 4, (3,), rngs=rngs),
+                nnx.Linear(4, 2, rngs=rngs),
+            )
+
+        def __call__(self, x):
+            return self.out(self.up(x))
+
+    frozen, x = jq.nnx.freeze(jq.nnx.quantize(Upsampled(0), {"out": "w8a8"})), jnp.ones((1, 5, 4))
+    jq.nnx.save(tmp_path / "model", frozen)
+    for model in (Upsampled(1), nnx.eval_shape(lambda: Upsampled(1))):
+        np.testing.assert_array_equal(jq.nnx.load(tmp_path / "model", model)(x), frozen(x))
+
+
 def test_a_quantized_model_is_saved_too(tmp_path):
     quantized = jq.nnx.quantize(Perceptron(nnx.Rngs(0)), {".*": "w8a8"})
     jq.nnx.save(tmp_path / "model", quantized)

@@ -1,8 +1,8 @@
 """Everything with everything: each case has a right answer, or a ValueError that a rule below foresees.
 
-500 cases run with the other tests.  20,000, as a study of their own (half an hour on two cores):
+500 cases run with the long tests.  20,000, as a study of their own (half an hour on two cores):
 
-    JAXQUANT_BATTERY=1 JAX_PLATFORMS=cpu python -m pytest tests/battery_test.py -q
+    JAXQUANT_BATTERY=1 JAX_PLATFORMS=cpu python -m pytest -m long tests/battery_test.py
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
@@ -20,6 +21,11 @@ BAD = {
     "Inf": ([(X.at[0, 0].set(jnp.inf),)], "batch 0 of the calibration data holds a NaN or an Inf"),
     "empty": ([X, X[:0]], r"batch 1 of the calibration data is empty: float32\[0, 64\]"),
     "one array": (X, "one array of shape|batches are gone through several times"),
+    "nothing": ([None], "batch 0 of the calibration data holds None, no array"),
+    "strings": (
+        [np.array(["a"])],
+        r"batch 0 of the calibration data holds array\(\['a'\].*no array",
+    ),
     "text": (["hello"], "batch 0 of the calibration data holds 'hello', no array"),
     "number": (3, "list of arrays; got 3|batches are gone through several times: .*; got int"),
 }
@@ -35,6 +41,11 @@ def _linen(batches):
     jq.linen.calibrate(quantized, quantized.init(jax.random.key(0), X), batches)
 
 
+def _search(batches):
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    jq.ptq.search(model, ("w4a16", "w8a16"), batches, 9000, progress=False)
+
+
 def _ptq(method):
     recipe = "w8a8-token" if method == "smoothquant" else "w4a16"
 
@@ -47,12 +58,33 @@ def _ptq(method):
 
 @pytest.mark.parametrize(("batches", "message"), BAD.values(), ids=BAD)
 @pytest.mark.parametrize(
-    "run", [_nnx, _linen, _ptq("gptq"), _ptq("awq"), _ptq("smoothquant")],
-    ids=["nnx", "linen", "gptq", "awq", "smoothquant"],
+    "run", [_nnx, _linen, _search, _ptq("gptq"), _ptq("awq"), _ptq("smoothquant")],
+    ids=["nnx", "linen", "search", "gptq", "awq", "smoothquant"],
 )  # fmt: skip
 def test_it_is_named(run, batches, message):
     with pytest.raises(ValueError, match=message):
         run(batches)
+
+
+def test_inputs_whose_squares_overflow_are_named():
+    with pytest.raises(ValueError, match="sums of their squares are beyond float32"):
+        _ptq("gptq")([X * 1e20])
+
+
+@pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
+def test_weights_without_a_number_are_named(value):
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    model.kernel[...] = model.kernel[...].at[3, 5].set(value)
+    for method in jq.ptq.METHODS:
+        with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
+            jq.ptq.quantize(model, {".*": "w8a8-token"}, [X], method, progress=False)
+    with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
+        jq.nnx.freeze(jq.nnx.quantize(model, {".*": "w8a8"}))
+    quantized = jq.linen.quantize(nn.Dense(8), {".*": "w8a8"})
+    variables = quantized.init(jax.random.key(0), X)
+    variables["params"]["kernel"] = model.kernel[...]
+    with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
+        jq.linen.freeze(quantized, variables, X)
 
 
 @pytest.mark.parametrize("run", [_nnx, _linen], ids=["nnx", "linen"])

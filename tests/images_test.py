@@ -158,7 +158,12 @@ def replace(folder, name, content: bytes, compress=True):
         ("t10k-labels-idx1-ubyte", b"\0\0\x0d\x01" + bytes(8), True, "begins with 00 00 0d 01"),
         ("t10k-labels-idx1-ubyte", idx(np.full(50, 10)), True, "up to 10; they must lie in 0"),
         ("t10k-labels-idx1-ubyte", b"garbage", False, "not a whole gzip"),
-        ("t10k-labels-idx1-ubyte", gzip.compress(bytes(999), mtime=0)[:-9], False, "not a whole gzip"),
+        (
+            "t10k-labels-idx1-ubyte",
+            gzip.compress(bytes(999), mtime=0)[:-9],
+            False,
+            "not a whole gzip",
+        ),
     ],
 )
 def test_damaged_and_foreign_files_are_named(folder, name, content, compress, message):

@@ -400,3 +400,22 @@ def test_donated_weights_are_freed():
     frozen = linen.freeze(quantized, variables, x, donate=True)
     assert variables["params"]["up"]["kernel"].is_deleted()
     np.testing.assert_array_equal(quantized.apply(frozen, x), expected)
+
+
+@pytest.mark.parametrize(
+    ("variables", "inputs"),
+    [
+        (3, (jnp.ones((2, 64)),)),
+        ({}, (jnp.ones((2, 64)),)),
+        ({"params": {}}, (jnp.ones((2, 64)),)),
+        (None, (jnp.ones((2, 3)),)),
+        (None, ()),
+        (None, (None,)),
+    ],
+)
+def test_variables_and_inputs_that_do_not_fit_are_named(variables, inputs):
+    quantized = jq.linen.quantize(nn.Dense(8), {".*": "w8a8"})
+    if variables is None:
+        variables = quantized.init(jax.random.key(0), jnp.ones((2, 64)))
+    with pytest.raises(ValueError, match=r"do not fit the module|variables are what"):
+        jq.linen.freeze(quantized, variables, *inputs)

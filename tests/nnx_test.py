@@ -233,3 +233,9 @@ def test_coverage_lists_every_product_of_the_model(model):
 
     (other,) = jq.nnx.coverage(Outside(), {".*": "w8a8"}, TOKENS).others
     assert (other.primitive, other.macs) == ("dot_general", 10 * 2 * 4 * 4)
+
+
+@pytest.mark.parametrize("x", [jnp.ones((2, 3)), None, "text"])
+def test_inputs_that_do_not_fit_are_named(x):
+    with pytest.raises(ValueError, match="inputs do not fit the model"):
+        jq.nnx.coverage(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w8a8"}, x)

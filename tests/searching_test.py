@@ -143,6 +143,11 @@ def test_it_prints_what_was_measured(model, data, capsys):
     ("change", "message"),
     [
         ({"budget": 10}, r"budget of 10 bytes is less than the smallest of these, \d+"),
+        ({"group": 3}, "group is a function; got 3"),
+        ({"group": lambda path: None}, "gives a layer's group by name; for '.*' it gave None"),
+        ({"loss": 3}, "loss is a function; got 3"),
+        ({"loss": lambda model, x: model(x)}, "loss gives a scalar; it gave shape"),
+        ({"choices": 3}, "choices are recipes, each once; got 3"),
         ({"budget": "4 bits"}, "budget is a number of bytes; got '4 bits'"),
         ({"choices": ()}, "choices are recipes, each once"),
         ({"choices": ("w2a16", "w2a16")}, "choices are recipes, each once"),

@@ -189,6 +189,13 @@ def test_a_file_that_is_not_whole_is_an_error(tmp_path):
         (lambda: serving.export(lambda x: x, X, platforms=("cpu", 3)), "platforms are some of cpu"),
         (lambda: serving.export(lambda x: x, X, platforms=("gpuu",)), r"got \('gpuu',\)"),
         (lambda: serving.export(lambda x: x, X, platforms=()), "platforms are some of cpu"),
+        (lambda: serving.export(lambda x: x, X, platforms=3), "platforms are some of cpu"),
+        (lambda: serving.export(lambda x: x, X, path=__file__), "serving_test.py exists already"),
+        (
+            lambda: serving.export(lambda x: x, X, batch="4"),
+            "batch is a name, such as 'b'; got '4'",
+        ),
+        (lambda: serving.load(None), "from a file or its bytes; got NoneType"),
         (lambda: serving.load("no such file"), "no such file cannot be read: No such file"),
         (lambda: serving.export(lambda x: x @ x, X), "cannot be exported: "),
     ],

@@ -175,6 +175,11 @@ def test_one_of_many_withdraws(versions):
         (lambda v: v.path("0001"), "no version '0001'; it has none"),
         (lambda v: v.publish(lambda path: None, CARD, None), "wrote nothing"),
         (lambda v: v.publish(writes(""), CARD, True), "verdict is a Verdict"),
+        (lambda v: v.publish(3, CARD, verdict("pass")), "a function of a path; got 3"),
+        (
+            lambda v: v.publish(writes(""), CARD, verdict("great")),
+            "status is 'pass', .*got 'great'",
+        ),
         (lambda v: v.publish(writes(""), None, verdict("pass")), "card is a Card.*got None"),
         (lambda v: v.withdraw("0001", ""), "reason in words"),
         (lambda v: v.roll_back("why"), "nothing is published"),

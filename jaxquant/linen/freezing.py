@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxquant.linen.quantizing import Quantized, used_weights
 from jaxquant.linen.sites import Use
 from jaxquant.linen.weights import Weight, abstractly, at
+from jaxquant.nnx.freezing import check_weight
 
 
 def freeze(
@@ -30,7 +31,8 @@ def freeze(
 
     Raises:
         ValueError: a model in which nothing is quantized, that is frozen already, or whose precision is
-            traced; layers stacked along other than leading axes.
+            traced; layers stacked along other than leading axes; variables or inputs that do not fit the
+            module, or weights with a NaN or an Inf.
 
     >>> from jaxquant.linen import quantize
     >>> quantized, x = quantize(nn.Dense(8), {".*": "w4a16"}), jax.numpy.ones((2, 64))
@@ -61,6 +63,7 @@ def freeze(
         scales[weight.path] = stored.scale.shape[weight.stacked(array) :]
     _check(quantized, scales, frozen, *inputs, **options)
     for place, weight, array in zip(places, weights, arrays, strict=True):
+        check_weight(weight.path, array)
         place[weight.name] = weight.stored(array)
         if donate:
             array.delete()

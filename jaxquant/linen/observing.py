@@ -1,7 +1,7 @@
 """Ranges of a Linen model's activations, found over batches and held among its variables."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -43,6 +43,14 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     >>> float(calibrate(quantized, variables, [x, x / 2])["quantization"]["range"])
     3.0
     """
+    if not isinstance(quantized, Quantized):
+        raise ValueError(
+            f"calibrate takes what jaxquant.linen.quantize made; got {type(quantized).__name__}"
+        )
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"variables are what the module's init gives; got {type(variables).__name__}"
+        )
     found: dict[str, tuple[Any, ...]] = {}
 
     def add(path: str, *bounds: Any) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from flax.errors import FlaxError
 
 from jaxquant import calibration as calibrations
 from jaxquant.attention import Attention
@@ -302,7 +303,15 @@ def used_weights(
         apply = quantized.module.apply
         quantized.call(apply, variables, variables, *inputs, watch=watch, **options)
 
-    abstractly(run, variables, *inputs, **options)
+    if not isinstance(variables, Mapping):
+        raise ValueError(
+            f"variables are what the module's init gives; got {type(variables).__name__}"
+        )
+    try:
+        abstractly(run, variables, *inputs, **options)
+    except (TypeError, IndexError, AttributeError, ZeroDivisionError, FlaxError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the variables or inputs do not fit the module: {reason}") from error
     return found
 
 

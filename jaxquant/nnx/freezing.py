@@ -33,7 +33,7 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
 
     Raises:
         ValueError: a model in which nothing is quantized, that is frozen already, or whose precision is
-            traced; learned steps that were never calibrated.
+            traced; weights with a NaN or an Inf; learned steps that were never calibrated.
 
     >>> from jaxquant.nnx import quantize
     >>> model = quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w4a16"})
@@ -51,6 +51,7 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
         if isinstance(read(site.variable), QArray):
             raise ValueError(f"{site.path} is frozen already")
         weight = read(site.variable)
+        check_weight(site.path, weight)
         store(site, stored_weight(site))
         if donate:
             weight.delete()
@@ -61,6 +62,19 @@ def shared_copy(model: Model) -> Model:
     """Another module tree, with variables of its own over the same arrays."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
+
+
+def check_weight(path: str, weight: Any) -> None:
+    """Raises a ValueError for a weight with a NaN or an Inf, where its numbers are known."""
+    if isinstance(weight, jax.core.Tracer | jax.ShapeDtypeStruct | QArray):
+        return
+    if not bool(_all_finite(weight)):
+        raise ValueError(f"the weights of {path or 'the model'} hold a NaN or an Inf")
+
+
+@jax.jit
+def _all_finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def weight_quantizer(site: Site) -> Quantizer | None:

@@ -94,8 +94,11 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     index = -1
     for index, batch in enumerate(batches):
         arguments = batch if isinstance(batch, tuple) else (batch,)
-        for leaf in jax.tree.leaves(arguments):
-            if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float):
+        leaves = jax.tree.leaves(arguments)
+        if not leaves:
+            raise ValueError(f"batch {index} of the calibration data holds {batch!r}, no array")
+        for leaf in leaves:
+            if not _is_array(leaf):
                 raise ValueError(f"batch {index} of the calibration data holds {leaf!r}, no array")
             if jnp.size(leaf) == 0:
                 found = f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
@@ -107,6 +110,14 @@ def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
         yield index, arguments
     if index < 0:
         raise ValueError("calibration needs at least one batch; got none")
+
+
+def _is_array(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return isinstance(leaf, bool | int | float)
+    kinds = (jnp.number, jnp.bool_, jax.dtypes.prng_key)
+    return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 @contextlib.contextmanager
@@ -147,7 +158,8 @@ def calibrate(
         ValueError: nothing to calibrate; no batches, or one that is empty, does not fit or has a NaN or an
             Inf; a layer that was given zeros alone.
     """
-    if decay is not None and not 0 <= decay <= 1:
+    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
+    if decay is not None and not (is_number and 0 <= decay <= 1):
         raise ValueError(f"decay is from 0 to 1; got {decay!r}")
     if not any(_lhs(site) is not None for site in sites(model).values()):
         raise ValueError(

@@ -91,7 +91,7 @@ def coverage(model: nnx.Module, rules: Rules | None = None, *inputs: Any) -> Cov
     (the model)  linear  64×8   .*    w4a16          2,048    288  1,024
     total                                            2,048    288
     """
-    macs, others = find_uses(model, *inputs) if inputs else ({}, None)
+    macs, others = _uses(model, inputs) if inputs else ({}, None)
     assigned: dict[str, Rule] = {}
     if rules is not None:
         kinds = {path: site.kind for path, site in sites(model).items()}
@@ -102,6 +102,14 @@ def coverage(model: nnx.Module, rules: Rules | None = None, *inputs: Any) -> Cov
         for path, site in sites(model).items()
     ]
     return Coverage(tuple(rows), others)
+
+
+def _uses(model: nnx.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], tuple]:
+    try:
+        return find_uses(model, *inputs)
+    except (TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the inputs do not fit the model: {reason}") from error
 
 
 def find_uses(

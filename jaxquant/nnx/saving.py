@@ -94,7 +94,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     values = _flat(tree["variables"], lambda value: not isinstance(value, Mapping))
     operations = _flat(tree["operations"], is_operation)
     model = shared_copy(model)
-    by_slot = {_slot_path(site): site for site in sites(model).values()}
+    by_slot = {_slot_path(site): site for site in _slotted(model)}
     for site in by_slot.values():
         if _is_quantized(site):
             raise ValueError(f"{site.path} is quantized; load takes the architecture in float")
@@ -113,8 +113,13 @@ def _is_quantized(site: Site) -> bool:
     return is_ours or operation_of(operation) is not None
 
 
+def _slotted(model: nnx.Module) -> list[Site]:
+    """The modules with a place for an operation."""
+    return [site for site in sites(model).values() if site.kind != "conv_transpose"]
+
+
 def _slot_path(site: Site) -> str:
-    return f"{site.path}/{site.slot if site.kind != 'conv_transpose' else ''}".strip("/")
+    return f"{site.path}/{site.slot}".strip("/")
 
 
 def _weight_path(site: Site) -> str:
@@ -151,7 +156,7 @@ def _store(site: Site, values: Mapping[str, Any]) -> None:
 
 def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
     """Variables by path, without those of a run and of operations, which are saved by themselves."""
-    slots = [_slot_path(site) for site in sites(model).values()]
+    slots = [_slot_path(site) for site in _slotted(model)]
     found = []
     for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         name = "/".join(map(str, path))
@@ -236,6 +241,8 @@ def _filled_card(
 ) -> artifacts.Card:
     if card is None:
         card = artifacts.Card.empty()
+    if not isinstance(card, artifacts.Card):
+        raise ValueError(f"card is a Card, such as Card.empty(); got {card!r}")
     if card.coverage is None:
         card = dataclasses.replace(card, coverage=coverage(model))
     if card.calibration is None and (ranges := _ranges(operations)):

@@ -18,7 +18,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import storage
-from jaxquant.nnx.freezing import packed, quantize_weight, shared_copy, store
+from jaxquant.nnx.freezing import check_weight, packed, quantize_weight, shared_copy, store
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.quantizing import find_uses
@@ -97,8 +97,10 @@ def quantize(
     """
     chosen = _parse(method)
     check_batches(batches)
-    if memory < 1:
-        raise ValueError(f"memory is a number of bytes, at least 1; got {memory}")
+    if isinstance(memory, bool) or not isinstance(memory, int | np.integer) or memory < 1:
+        raise ValueError(f"memory is a number of bytes, at least 1; got {memory!r}")
+    if workdir is not None and not isinstance(workdir, str | os.PathLike):
+        raise ValueError(f"workdir is a folder; got {workdir!r}")
     target = {
         path: site
         for path, site in sites(apply_rules(model, rules)).items()
@@ -111,6 +113,7 @@ def quantize(
         raise ValueError("the rules quantize no weights")
     for path in solvable:
         _check_recipe(target[path])
+        check_weight(path, read(target[path].variable))
         if "hadamard" in chosen:
             _rotate(target[path])
     store_ = _Store(workdir, _fingerprint(model, target, batches, method, call) if workdir else "")
@@ -153,7 +156,8 @@ def _parse(method: Any) -> frozenset[str]:
 
 
 def check_batches(batches: Any) -> None:
-    if not callable(batches) and not (hasattr(batches, "__len__") and hasattr(batches, "__iter__")):
+    is_series = hasattr(batches, "__len__") and hasattr(batches, "__iter__")
+    if not callable(batches) and (not is_series or isinstance(batches, str | bytes)):
         raise ValueError(
             "batches are gone through several times: give a list, or a function that starts them anew; "
             f"got {type(batches).__name__}"
@@ -256,6 +260,11 @@ def _statistics(
     for path, state in found.items():
         if int(jnp.sum(state.nonfinite)):
             raise ValueError(f"the inputs of {path} hold a NaN or an Inf on the calibration data")
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state)):
+            raise ValueError(
+                f"the inputs of {path} are so large on the calibration data that sums of their squares are"
+                " beyond float32"
+            )
         if int(jnp.min(state.count)) == 0:
             raise ValueError(
                 f"{path} is not called on the calibration data; a rule ('{path}', None) leaves it in float"

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from jaxquant.nnx.freezing import frozen_nbytes, quantize_weight, shared_copy, weight_quantizer
 from jaxquant.nnx.modules import read, write
+from jaxquant.nnx.observing import checked, fitting
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import sites
 from jaxquant.ptq.quantizing import check_batches, series
@@ -100,12 +101,19 @@ def search(
     ['w2a16', 'w8a16']
     """
     check_batches(batches)
+    for what, function in (("group", group), ("loss", loss)):
+        if function is not None and not callable(function):
+            raise ValueError(f"{what} is a function; got {function!r}")
     if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
         raise ValueError(f"budget is a number of bytes; got {budget!r}")
-    if not choices or len(set(choices)) != len(choices):
+    if not isinstance(choices, list | tuple) or not choices or len(set(choices)) != len(choices):
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
     paths, costs = _costs(model, choices, modules)
     named = {p: p if group is None else group(p) for p in paths}
+    if odd := [(p, name) for p, name in named.items() if not isinstance(name, str)]:
+        raise ValueError(
+            f"group gives a layer's group by name; for {odd[0][0]!r} it gave {odd[0][1]!r}"
+        )
     groups = {
         name: tuple(p for p in paths if named[p] == name) for name in dict.fromkeys(named.values())
     }
@@ -160,15 +168,16 @@ class _Measure:
         self._model, self._batches = model, batches
         self._rounded: dict[str, Any] = {}
         if loss is None:
-            self._reference = [_logits(model, b) for b in series(batches)]
-            if not self._reference:
-                raise ValueError("the search needs at least one batch; got none")
+            self._reference = []
+            for index, arguments in checked(series(batches)):
+                with fitting(index, arguments):
+                    self._reference.append(_logits(model, arguments))
             self._run = nnx.jit(
                 lambda model, reference, *batch: _divergence(model(*batch), reference)
             )
         else:
             self._reference = None
-            self._run = nnx.jit(loss)
+            self._run = nnx.jit(lambda model, *batch: _scalar(loss(model, *batch)))
         self._base = self._mean(model) if loss is not None else 0.0
 
     def __call__(self, paths: Sequence[str], choice: str) -> float:
@@ -184,13 +193,10 @@ class _Measure:
 
     def _mean(self, model: nnx.Module) -> float:
         found = []
-        for i, batch in enumerate(series(self._batches)):
-            arguments = batch if isinstance(batch, tuple) else (batch,)
-            if self._reference is not None:
-                arguments = (self._reference[i], *arguments)
-            found.append(float(self._run(model, *arguments)))
-        if not found:
-            raise ValueError("the search needs at least one batch; got none")
+        for index, arguments in checked(series(self._batches)):
+            with fitting(index, arguments):
+                known = () if self._reference is None else (self._reference[index],)
+                found.append(float(self._run(model, *known, *arguments)))
         return float(np.mean(found))
 
     def fingerprint(self, choices: Sequence[str], modules: str) -> str:
@@ -216,8 +222,14 @@ def _forward(model: nnx.Module, *batch: Any) -> jax.Array:
     return model(*batch)  # pyright: ignore[reportCallIssue]
 
 
-def _logits(model: nnx.Module, batch: Any) -> jax.Array:
-    found = _forward(model, *(batch if isinstance(batch, tuple) else (batch,)))
+def _scalar(loss: Any) -> Any:
+    if jnp.shape(loss) != ():
+        raise ValueError(f"loss gives a scalar; it gave shape {jnp.shape(loss)}")
+    return loss
+
+
+def _logits(model: nnx.Module, arguments: tuple[Any, ...]) -> jax.Array:
+    found = _forward(model, *arguments)
     if not bool(jnp.isfinite(found).all()):
         raise ValueError("the model's outputs on the calibration data hold a NaN or an Inf")
     return found

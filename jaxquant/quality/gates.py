@@ -117,6 +117,10 @@ class Verdict:
     tier: str
     checks: tuple[Check, ...]
 
+    def __post_init__(self):
+        if self.status not in ("pass", "fail", "inconclusive"):
+            raise ValueError(f"status is 'pass', 'fail' or 'inconclusive'; got {self.status!r}")
+
     @property
     def reasons(self) -> tuple[str, ...]:
         """A sentence for each check, those that failed first."""
