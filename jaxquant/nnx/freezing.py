@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
 from jaxquant.nnx.sites import Site, put, sites
@@ -66,7 +67,7 @@ def shared_copy(model: Model) -> Model:
 
 def check_weight(path: str, weight: Any) -> None:
     """Raises a ValueError for a weight with a NaN or an Inf, where its numbers are known."""
-    if isinstance(weight, jax.core.Tracer | jax.ShapeDtypeStruct | QArray):
+    if isinstance(weight, Tracer | jax.ShapeDtypeStruct | QArray):
         return
     if not bool(_all_finite(weight)):
         raise ValueError(f"the weights of {path or 'the model'} hold a NaN or an Inf")
