@@ -20,6 +20,7 @@ LIBRARY = [
         "rounding",
         "packing",
         "hadamard",
+        "pages",
     ],
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     ["product", "dot", "native", "einsum", "ragged", "conv", "smoothed", "attention", "recipes"],
