@@ -137,7 +137,13 @@ def raised(
         table: as `lowered` gives it.
         bits: of each page, at most `PLANES`.
         rows: the budget.
+
+    >>> store, bits = empty(np.array([4, 2])), jnp.array([1, 5])
+    >>> widths(raised(lowered(store.table, bits), bits, store.rows))
+    Array([1, 5], dtype=int32)
     """
+    if rows == 0:
+        return table
     place = jnp.arange(PLANES, dtype=jnp.int32)[None, :]
     wanted = (place < bits[:, None]) & (table == 0)
     taken = jnp.zeros(rows + 1, bool).at[table].set(True).at[0].set(True)

@@ -89,3 +89,8 @@ def test_a_change_of_widths_compiles_nothing():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_budget_of_nothing_gives_nothing():
+    store = pages.empty(np.array([0, 0]))
+    np.testing.assert_array_equal(pages.raised(store.table, jnp.array([1, 8]), store.rows), 0)
