@@ -25,7 +25,7 @@ LIBRARY = [
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     ["product", "dot", "native", "einsum", "ragged", "conv", "smoothed", "attention", "recipes"],
     ["rules", "coverage"],
-    ["specification", "cards", "artifacts"],
+    ["settings", "specification", "cards", "artifacts"],
     ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
     ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.quantizing", "ptq.searching"],

@@ -443,6 +443,64 @@ def test_another_architecture_is_an_error(tmp_path, make, message):
         jq.nnx.load(tmp_path / "model", make(nnx.Rngs(0)))
 
 
+class Typed(nnx.Module):
+    """Layers of which each computes in a type of its own."""
+
+    def __init__(self, linear=None, norm=None, embed=None, out=None, parameters=jnp.float32):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(8, 32, dtype=embed, rngs=rngs)
+        self.norm = nnx.LayerNorm(32, dtype=norm, rngs=rngs)
+        self.up = nnx.Linear(
+            32, 16, dtype=linear, param_dtype=parameters, preferred_element_type=out, rngs=rngs
+        )
+        self.drop = nnx.Dropout(0.5, deterministic=True)
+
+    def __call__(self, tokens):
+        return self.up(self.norm(self.embed(tokens)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ({"linear": jnp.bfloat16}, {}, "up has dtype None here, and was saved with bfloat16"),
+        ({}, {"linear": "bfloat16"}, "up has dtype bfloat16 here, and was saved with None"),
+        ({"norm": jnp.float32}, {}, "norm has dtype None here, and was saved with float32"),
+        ({"embed": jnp.bfloat16}, {}, "embed has dtype float32 here, and was saved with bfloat16"),
+        ({"out": jnp.float32}, {}, "up has preferred_element_type None here"),
+        (
+            {},
+            {"norm": jnp.bfloat16, "linear": jnp.bfloat16},
+            r"norm has dtype bfloat16 here.* \(and 1 more differ\); load takes the model that was quan",
+        ),
+    ],
+)
+def test_a_model_that_computes_in_other_types_is_an_error(tmp_path, saved, here, message):
+    jq.nnx.save(tmp_path / "model", jq.nnx.freeze(jq.nnx.quantize(Typed(**saved), {"up": "w8a8"})))
+    for make in (lambda: Typed(**here), lambda: nnx.eval_shape(lambda: Typed(**here))):
+        with pytest.raises(ValueError, match=message):
+            jq.nnx.load(tmp_path / "model", make())
+    same = jq.nnx.load(tmp_path / "model", Typed(**saved))  # names of types and types are alike
+    assert same.up.dtype == saved.get("linear")
+
+
+def test_types_of_parameters_are_the_saved_ones_whatever_the_models(tmp_path):
+    frozen = jq.nnx.freeze(jq.nnx.quantize(Typed(), {"up": "w8a8"}))
+    jq.nnx.save(tmp_path / "model", frozen)
+    loaded = jq.nnx.load(tmp_path / "model", Typed(parameters=jnp.bfloat16))
+    assert loaded.up.bias.dtype == jnp.float32
+    with jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_array_equal(loaded(TOKENS[0]), frozen(TOKENS[0]))
+
+
+def test_folders_of_before_types_were_noted_are_read(tmp_path):
+    frozen = jq.nnx.freeze(jq.nnx.quantize(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), {".*": "w8a8"}))
+    jq.nnx.save(tmp_path / "model", frozen)
+    tree, card = artifacts.load(tmp_path / "model")
+    artifacts.save(tmp_path / "before", {k: v for k, v in tree.items() if k != "types"}, card)
+    loaded = jq.nnx.load(tmp_path / "before", nnx.Linear(32, 8, rngs=nnx.Rngs(1)))
+    np.testing.assert_array_equal(loaded(X[:, :32]), frozen(X[:, :32]))
+
+
 def test_what_cannot_be_saved_or_loaded_is_named(tmp_path):
     model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="nothing in this Linear is quantized"):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,60 @@ class Wider(nn.Module):
         return nn.DenseGeneral(8, axis=(-2, -1), name="down")(
             nn.DenseGeneral((2, 32), name="heads")(x)
         )
+
+
+class Typed(nn.Module):
+    """Layers, some of them within transforms, that compute in given types."""
+
+    hidden: Any = None
+    norm: Any = None
+    head: Any = None
+    parameters: Any = jnp.float32
+
+    def setup(self):
+        self.up = nn.jit(nn.Dense)(16, dtype=self.hidden)
+        self.scale = nn.remat(nn.LayerNorm)(dtype=self.norm)
+        self.heads = [nn.Dense(4, dtype=self.head, param_dtype=self.parameters) for _ in range(2)]
+
+    def __call__(self, x):
+        x = self.scale(self.up(x)).astype(jnp.float32)
+        return sum(head(x).astype(jnp.float32) for head in self.heads)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "message"),
+    [
+        ({"hidden": jnp.bfloat16}, {}, "up has dtype None here, and was saved with bfloat16"),
+        ({}, {"norm": "bfloat16"}, "scale has dtype bfloat16 here, and was saved with None"),
+        ({}, {"head": jnp.bfloat16}, r"heads_0 has dtype .* \(and 1 more differ\)"),
+    ],
+)
+@jax.numpy_dtype_promotion("standard")  # which a layer without a type of its own goes by
+def test_a_module_that_computes_in_other_types_is_an_error(tmp_path, saved, here, message):
+    x = normal(5, 32)
+    quantized = linen.quantize(Typed(**saved), {"up|heads.*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    frozen = linen.freeze(quantized, variables, x)
+    linen.save(tmp_path / "model", quantized, frozen, x)
+    with pytest.raises(ValueError, match=message):
+        linen.load(tmp_path / "model", Typed(**here), x)
+    loaded, served = linen.load(tmp_path / "model", Typed(**saved), x)
+    np.testing.assert_array_equal(loaded.apply(served, x), quantized.apply(frozen, x))
+    other = Typed(**saved, parameters=jnp.bfloat16)  # whose arrays are the folder's
+    loaded, served = linen.load(tmp_path / "model", other, x)
+    np.testing.assert_array_equal(loaded.apply(served, x), quantized.apply(frozen, x))
+
+
+def test_folders_of_before_types_were_noted_are_read(tmp_path):
+    x = normal(5, 32)
+    quantized = linen.quantize(nn.Dense(8), {".*": "w8a8"})
+    variables = quantized.init(KEY, x)
+    linen.save(tmp_path / "model", quantized, variables, x)
+    tree, card = jq.artifacts.load(tmp_path / "model")
+    before = {name: part for name, part in tree.items() if name != "types"}
+    jq.artifacts.save(tmp_path / "before", before, card)
+    loaded, again = linen.load(tmp_path / "before", nn.Dense(8), x)
+    np.testing.assert_array_equal(loaded.apply(again, x), quantized.apply(variables, x))
 
 
 def test_misuse_is_named(tmp_path):

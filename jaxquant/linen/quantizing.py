@@ -141,7 +141,7 @@ class _Interceptor:
         self.kinds: dict[str, str] = {}  # of the modules that were called, by path
 
     def __call__(self, call: Any, args: Any, options: Any, context: Any) -> Any:
-        _mark(context.module, self)
+        mark(context.module, self)
         site = site_of(context)
         if site is None:
             return call(*args, **options)
@@ -197,7 +197,8 @@ def finds_one_range(quantizer: Quantizer | None) -> bool:
     return not isinstance(quantizer.calibration, calibrations.Range | calibrations.Step)
 
 
-def _mark(module: nn.Module, token: object) -> None:
+def mark(module: nn.Module, token: object) -> None:
+    """Has what is called within a module traced again for another interceptor, the token."""
     # nn.jit traces a module again where its scope's flags are others, and knows nothing of interceptors.
     scope = module.scope
     if scope is not None and scope.flags.get("jaxquant") is not token:
@@ -322,7 +323,7 @@ class _Tags:
         self.kinds: dict[str, str] = {}
 
     def __call__(self, call: Any, args: Any, options: Any, context: Any) -> Any:
-        _mark(context.module, self)
+        mark(context.module, self)
         site = site_of(context)
         if site is None:
             return call(*args, **options)

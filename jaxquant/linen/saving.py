@@ -12,12 +12,14 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
-from jaxquant.linen.quantizing import RANGES, Quantized, coverage
+from jaxquant.linen.quantizing import RANGES, Quantized, coverage, mark
 from jaxquant.linen.weights import abstractly
 from jaxquant.qarray import QArray
 from jaxquant.rules import parse_rules
+from jaxquant.settings import Types, check_types, types_from_array, types_of, types_to_array
 
 _SAVED = {"variables", "rules"}
+_TYPES = "types"  # folders of before they were noted have none
 
 
 def save(
@@ -32,7 +34,8 @@ def save(
     """Writes a quantized model's variables and rules as a new folder (`jaxquant.artifacts`).
 
     Saved are all variables, stored weights as their integers and calibrated ranges among them, and the
-    operation of each rule.  Boxes with names of axes, as of `nn.with_partitioning`, are taken off.
+    operation of each rule.  The types that modules compute in are noted beside them, for `load` to compare.
+    Boxes with names of axes, as of `nn.with_partitioning`, are taken off.
 
     Args:
         folder: where; nothing is there yet.
@@ -61,7 +64,8 @@ def save(
     if not isinstance(quantized, Quantized):
         raise ValueError(f"save takes what jaxquant.linen.quantize made; got {quantized!r}")
     variables = nn.meta.unbox(core.unfreeze(variables))
-    table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
+    with nn.intercept_methods(types := _CalledTypes()):
+        table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
     rules = {i: _rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
@@ -69,7 +73,8 @@ def save(
         filled["calibration"] = _by_module(variables[RANGES])
     missing = {name: value for name, value in filled.items() if getattr(card, name) is None}
     card = dataclasses.replace(card, **missing)
-    artifacts.save(folder, {"variables": variables, "rules": rules}, card, format=format)
+    tree = {"variables": variables, "rules": rules, _TYPES: types_to_array(types.found)}
+    artifacts.save(folder, tree, card, format=format)
 
 
 def load(
@@ -78,6 +83,11 @@ def load(
     """The quantized model and the variables that were saved, of the same module.
 
     Its outputs equal the saved model's bit for bit.
+
+    That `module` is the one that was saved is checked by the names and shapes of its variables, and by the
+    types that the modules that both calls reach compute in (``dtype`` and ``preferred_element_type``; folders
+    written before these were noted do not tell).  What no file tells is not checked: its code, the functions
+    between its layers, settings such as strides or an epsilon.
 
     Args:
         folder: what `save` wrote.
@@ -92,18 +102,39 @@ def load(
 
     Raises:
         ValueError: a folder that is not whole, or not of a Linen model; no Linen module, or one whose
-            parameters or their shapes are not those of the saved one.
+            parameters, their shapes or the types to compute in are not those of the saved one.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is a flax.linen.Module; got {module!r}")
     tree, _ = artifacts.load(folder)
-    if not isinstance(tree, Mapping) or set(tree) != _SAVED:
+    if not isinstance(tree, Mapping) or set(tree) - {_TYPES} != _SAVED:
         raise ValueError(f"{folder} is not of a Linen model")
     rngs = jax.random.key(0) if rngs is None else rngs
-    expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
+    with nn.intercept_methods(types := _CalledTypes()):
+        expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
     _check_same(str(folder), _shapes(expected), _shapes(tree["variables"]))
+    if _TYPES in tree:
+        check_types(types.found, types_from_array(tree[_TYPES]))
     rules = tuple(_rule(tree["rules"][i]) for i in range(len(tree["rules"])))
     return Quantized(module, rules), tree["variables"]
+
+
+class _CalledTypes:
+    """Notes the types that each module that is called computes in, by path."""
+
+    def __init__(self):
+        self.found: Types = {}
+
+    def __call__(self, call: Any, args: Any, options: Any, context: Any) -> Any:
+        module = context.module
+        mark(module, self)
+        # A lifted transform's class is called in its parent's scope, and the module within it in its own.
+        is_own = module.scope is not None and (
+            module.parent is None or module.path[-1:] == (module.name,)
+        )
+        if is_own and (types := types_of(module)):
+            self.found.setdefault("/".join(module.path), types)
+        return call(*args, **options)
 
 
 def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:

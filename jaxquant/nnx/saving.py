@@ -21,6 +21,7 @@ from jaxquant.nnx.sites import Site, put, sites
 from jaxquant.qarray import QArray
 from jaxquant.quality.intervals import plain
 from jaxquant.rules import ATTENTION
+from jaxquant.settings import Types, check_types, types_from_array, types_of, types_to_array
 from jaxquant.smoothed import Smoothed
 from jaxquant.specification import is_operation
 
@@ -28,6 +29,8 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 # What belongs to a call or a run: streams of random numbers, caches, what was sown.
 _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
+_SAVED = {"variables", "operations"}
+_TYPES = "types"  # folders of before they were noted have none
 
 
 def save(
@@ -40,8 +43,8 @@ def save(
     """Writes a frozen model, or a quantized one, as a new folder (`jaxquant.artifacts`).
 
     Saved are all variables, stored weights as their integers, and the operation of each module: recipe,
-    calibrated ranges, steps, scales.  Streams of random numbers, caches of keys and values and
-    intermediates are not.
+    calibrated ranges, steps, scales.  The types that modules compute in are noted beside them, for `load` to
+    compare.  Streams of random numbers, caches of keys and values and intermediates are not saved.
 
     Args:
         folder: where; nothing is there yet.
@@ -66,7 +69,11 @@ def save(
         )
     values = {path: _value(leaf) for path, leaf in _variables(model)}
     values = {path: value for path, value in values.items() if value is not None}
-    tree = {"variables": _nested(values), "operations": _nested(operations)}
+    tree = {
+        "variables": _nested(values),
+        "operations": _nested(operations),
+        _TYPES: types_to_array(_types(model)),
+    }
     artifacts.save(folder, tree, _filled_card(card, model, operations), format=format)
 
 
@@ -76,20 +83,25 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     Its outputs equal the saved model's bit for bit.  Streams of random numbers, caches and intermediates
     are those of `model`; where it is abstract they start at zero.
 
+    That `model` is the architecture that was saved is checked by the names and shapes of its variables, by
+    where operations have a place, and by the types that its modules compute in (``dtype`` and
+    ``preferred_element_type``; folders written before these were noted do not tell).  What no file tells is
+    not checked: its code, the functions between its layers, settings such as strides or an epsilon.
+
     Args:
         folder: what `save` wrote.
         model: the architecture in floating point, as it was before `quantize`, with arrays or abstract
-            (`nnx.eval_shape`); it is left as it is, and its numbers do not matter.
+            (`nnx.eval_shape`); it is left as it is, and its numbers and their types do not matter.
 
     Returns:
         A new module tree with the folder's arrays, in their own types, and operations.
 
     Raises:
         ValueError: a folder that is not whole, or not of an NNX model; a model that is quantized, or whose
-            modules, variables or shapes are not those of the saved one.
+            modules, variables, shapes or types to compute in are not those of the saved one.
     """
     tree, _ = artifacts.load(folder)
-    if not isinstance(tree, Mapping) or set(tree) != {"variables", "operations"}:
+    if not isinstance(tree, Mapping) or set(tree) - {_TYPES} != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values = _flat(tree["variables"], lambda value: not isinstance(value, Mapping))
     operations = _flat(tree["operations"], is_operation)
@@ -100,11 +112,20 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
             raise ValueError(f"{site.path} is quantized; load takes the architecture in float")
     if unknown := sorted(set(operations) - set(by_slot)):
         raise ValueError(f"{folder} has operations where the model has no place: {_few(unknown)}")
+    if _TYPES in tree:
+        check_types(_types(model), types_from_array(tree[_TYPES]))
     for path, operation in operations.items():
         _install(by_slot[path], operation)
     for site in by_slot.values():
         _store(site, values)
     return _filled(model, values, str(folder))
+
+
+def _types(model: nnx.Module) -> Types:
+    """The types that each module computes in, by path."""
+    modules = (pair for pair in nnx.iter_graph(model) if isinstance(pair[1], nnx.Module))
+    found = {"/".join(map(str, path)): types_of(module) for path, module in modules}
+    return {path: types for path, types in found.items() if types}
 
 
 def _is_quantized(site: Site) -> bool:
