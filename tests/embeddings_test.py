@@ -55,18 +55,24 @@ def test_the_bootstrap_covers():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "options", "message"),
     [
-        ((REFERENCE, QUANTIZED[:4]), "one shape"),
-        ((REFERENCE * 0, QUANTIZED), "not zero; 8 are"),
-        ((REFERENCE, QUANTIZED * np.nan), "embeddings are finite"),
-        ((REFERENCE, QUANTIZED, [[0, 9]]), "from 0 to 7"),
-        ((REFERENCE, QUANTIZED, [0, 1]), r"shape \[pairs, 2\]"),
-        ((REFERENCE, QUANTIZED, None, [1.0]), "give pairs too"),
-        ((REFERENCE, QUANTIZED, [[0, 1]], [1.0, 2.0]), "one for each of 1 pairs"),
-        ((REFERENCE, QUANTIZED, [[0, 1]] * 4, [1.0] * 4), "not all alike"),
+        ((REFERENCE, QUANTIZED[:4]), {}, "one shape"),
+        ((REFERENCE * 0, QUANTIZED), {}, "not zero; 8 are"),
+        ((REFERENCE, QUANTIZED * np.nan), {}, "embeddings are finite"),
+        ((REFERENCE, QUANTIZED, [[0, 9]]), {}, "from 0 to 7"),
+        ((REFERENCE, QUANTIZED, [0, 1]), {}, r"shape \[pairs, 2\]"),
+        ((REFERENCE, QUANTIZED, None, [1.0]), {}, "give pairs too"),
+        ((REFERENCE, QUANTIZED, [[0, 1]], [1.0, 2.0]), {}, "one for each of 1 pairs"),
+        ((REFERENCE, QUANTIZED, [[0, 1]] * 4, [1.0] * 4), {}, "not all alike"),
+        ((REFERENCE, QUANTIZED, [["a", "b"]]), {}, "pairs are integer rows from 0 to 7; got <U1"),
+        ((REFERENCE, QUANTIZED, [[0, 1]], ["good"]), {}, "scores are an array of float; got"),
+        ((REFERENCE, QUANTIZED), {"level": "a"}, "level is between 0 and 1, .*got 'a'"),
+        ((REFERENCE, QUANTIZED), {"resamples": 0}, "resamples .* from 100; got 0"),
+        ((REFERENCE, QUANTIZED), {"resamples": 200.5}, "resamples .* from 100; got 200.5"),
+        ((REFERENCE, QUANTIZED), {"seed": "a"}, "seed of the bootstrap .* from 0; got 'a'"),
     ],
 )
-def test_misuse_of_embeddings(arguments, message):
+def test_misuse_of_embeddings(arguments, options, message):
     with pytest.raises(ValueError, match=message):
-        quality.compare_embeddings(*arguments)
+        quality.compare_embeddings(*arguments, **options)

@@ -169,5 +169,10 @@ def test_misuse_of_the_gate_and_of_summaries():
         quality.gate(report, "99", baseline=embedded)
     with pytest.raises(ValueError, match="no examples"):
         quality.Examples.concatenate([])
+    for parts in (3, [3], None):
+        with pytest.raises(ValueError, match=r"parts are a list of Examples; got"):
+            quality.Examples.concatenate(parts)
+    with pytest.raises(ValueError, match="Examples of per_example; got int"):
+        quality.summarize(3)
     with pytest.raises(ValueError, match=r"groups have shape \(8,\); got \(3,\)"):
         quality.summarize(quality.per_example(REFERENCE, QUANTIZED, LABELS), [1, 2, 3])

@@ -96,6 +96,8 @@ def test_misuse_of_drift():
         ({"x": (1.0, 2.0)}, "holds zero"),
         ({"x": np.nan}, "finite"),
         ({"x": (1.0,)}, r"magnitude or \(low, high\)"),
+        ({"x": "wide"}, r"magnitude or \(low, high\); got 'wide'"),
+        (3, "ranges are by name; got 3"),
     ):
         with pytest.raises(ValueError, match=message):
             quality.activation_statistics(ranges)
@@ -108,6 +110,14 @@ def test_misuse_of_drift():
     wide = quality.activation_statistics({"x": np.ones(4)})
     with pytest.raises(ValueError, match=r"\(4,\), which does not broadcast with \(2, 3\)"):
         wide[1](wide[0](), {"x": jnp.ones((2, 3))})
+    with pytest.raises(ValueError, match="statistics are those of activation_statistics; got 3"):
+        quality.drift(3, {"x": 1.0})
+    with pytest.raises(ValueError, match="of 'x' are ActivationStatistics; got 3"):
+        quality.drift({"x": 3}, {"x": 1.0})
+    with pytest.raises(ValueError, match="alarm is an Alarm; got 3"):
+        quality.drift(init(), {"x": 1.0}, alarm=3)
+    with pytest.raises(ValueError, match="watch_ratio is a number; got 'high'"):
+        quality.Alarm(watch_ratio="high")
     with pytest.raises(ValueError, match="ratios rise"):
         quality.Alarm(watch_ratio=3, alarm_ratio=2)
     with pytest.raises(ValueError, match="saturations are shares"):

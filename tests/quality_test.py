@@ -345,6 +345,14 @@ def test_tokens_are_no_groups_unless_asked_for():
         ((REFERENCE, QUANTIZED, LABELS), {"groups": ["a"]}, r"groups have .* \(8,\).* got \(1,\)"),
         ((REFERENCE, QUANTIZED, LABELS), {"clusters": LABELS / 2}, "clusters are integers"),
         ((REFERENCE, QUANTIZED, LABELS), {"level": 90}, "level is between 0 and 1"),
+        ((REFERENCE, QUANTIZED, LABELS), {"level": "a"}, "level is between 0 and 1, .*got 'a'"),
+        ((REFERENCE, QUANTIZED, LABELS), {"level": None}, "level is between 0 and 1, .*got None"),
+        ((REFERENCE, QUANTIZED, LABELS), {"groups": ["a", None] * 4}, "one kind .*NoneType, str"),
+        (
+            (REFERENCE, QUANTIZED, [[0], [0, 1]]),
+            {},
+            r"labels are an array; got \[\[0\], \[0, 1\]\]",
+        ),
     ],
 )
 def test_misuse_of_compare(arguments, options, message):

@@ -16,6 +16,8 @@ import numpy as np
 from jaxquant.quality.examples import Examples, per_example
 from jaxquant.quality.intervals import (
     Interval,
+    as_array,
+    check_level,
     holm,
     mcnemar,
     mean_interval,
@@ -238,18 +240,22 @@ def summarize(examples: Examples, groups: Any = None, *, level: float = 0.9) -> 
         level: of the intervals, two-sided; between 0 and 1.
 
     Raises:
-        ValueError: no examples, groups of another length, or a level outside (0, 1).
+        ValueError: no `Examples` or none in them, groups of another length or of several types,
+            or a level outside (0, 1).
 
     >>> logits = np.eye(3, dtype=np.float32)
     >>> summarize(per_example(logits, logits, np.arange(3))).kl.maximum
     0.0
     """
+    if not isinstance(examples, Examples):
+        raise ValueError(
+            f"summarize takes the Examples of per_example; got {type(examples).__name__}"
+        )
     if not len(examples):
         raise ValueError("there are no examples to summarize")
-    if not 0 < level < 1:
-        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
+    check_level(level)
     if groups is not None:
-        groups = np.asarray(groups)
+        groups = as_array("groups", groups)
         if groups.shape != (len(examples),):
             raise ValueError(f"groups have shape {(len(examples),)}; got {groups.shape}")
         examples = dataclasses.replace(examples, groups=groups)
@@ -338,7 +344,11 @@ def _groups(
         if examples.n_classes > MOST_CLASSES_AS_GROUPS:
             return ()
         names = examples.label
-    unique, index = np.unique(names, return_inverse=True)
+    try:
+        unique, index = np.unique(names, return_inverse=True)
+    except TypeError:
+        kinds = ", ".join(sorted({type(name).__name__ for name in names}))
+        raise ValueError(f"groups are strings or integers, one kind for all; got {kinds}") from None
     order = np.argsort(index.reshape(-1), kind="stable")
     members = np.split(order, np.cumsum(np.bincount(index.reshape(-1)))[:-1])
     simultaneous = 1 - (1 - level) / len(unique)

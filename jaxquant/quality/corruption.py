@@ -1,12 +1,13 @@
 """Robustness to corruptions, against a reference's."""
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxquant.quality.intervals import plain
+from jaxquant.quality.intervals import as_array, plain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +60,22 @@ def corruption_error(
         reference_clean: the reference's.
 
     Raises:
-        ValueError: other corruptions or severities than the reference's, errors that are negative or not
-            finite, or a reference whose errors sum to zero (relative: add nothing to the clean error).
+        ValueError: no dictionaries; other corruptions or severities than the reference's, errors that are
+            negative or not finite, or a reference whose errors sum to zero (relative: add nothing to the
+            clean error).
 
     Source: Hendrycks & Dietterich 2019, arXiv 1903.12261, section 4.1.  The paper writes percent.
 
     >>> corruption_error({"noise": [0.25, 0.5]}, {"noise": [0.125, 0.375]}).mean
     1.5
     """
+    for name, value in (("errors", errors), ("reference_errors", reference_errors)):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} are a dictionary by corruption; got {reprlib.repr(value)}")
     if not errors or set(errors) != set(reference_errors):
         raise ValueError(
             "errors are of the reference's corruptions, at least one; got"
-            f" {sorted(errors)} and {sorted(reference_errors)}"
+            f" {sorted(errors, key=str)} and {sorted(reference_errors, key=str)}"
         )
     if (clean is None) != (reference_clean is None):
         raise ValueError(
@@ -98,12 +103,13 @@ def _ratio(
     clean: float,
     reference_clean: float,
 ) -> float:
-    above, below = np.asarray(errors, float), np.asarray(reference, float)
+    above, below = (as_array(f"errors of {name!r}", x, float) for x in (errors, reference))
     if above.shape != below.shape or above.ndim != 1 or not above.size:
         raise ValueError(
             f"corruption {name!r} has one error per severity in both; got {errors!r} and {reference!r}"
         )
-    everything = np.concatenate([above, below, [clean, reference_clean]])
+    cleans = as_array("clean errors", [clean, reference_clean], float)
+    everything = np.concatenate([above, below, cleans])
     if not np.all(np.isfinite(everything) & (everything >= 0)):
         raise ValueError(
             f"errors of {name!r} are finite and not negative; got {errors!r} and {reference!r}"

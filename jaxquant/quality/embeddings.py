@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxquant.quality.intervals import (
     Interval,
+    as_array,
+    check_level,
     mean_interval,
     plain,
     quantile_interval,
@@ -131,12 +133,13 @@ def compare_embeddings(
         pairs: rows whose similarity counts.
         scores: people's judgments of the pairs' similarity, in any units.
         level: of the intervals, two-sided.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap, 100 or more.
         seed: of the bootstrap.
 
     Raises:
         ValueError: shapes that differ, embeddings that are zero or not finite, pairs out of range,
-            scores without pairs, of another length, or all alike.
+            scores without pairs, of another length, or all alike; a level outside (0, 1), or resamples and
+            seed that are no such numbers.
 
     Source: correlation with judgments, Cer et al. 2017 (STS-B); bootstrap, Efron & Tibshirani 1993.
 
@@ -144,8 +147,9 @@ def compare_embeddings(
     >>> round(compare_embeddings(a, a + 0.01).cosine, 4)
     0.9999
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
+    check_level(level)
+    _check_whole("resamples", resamples, 100)
+    _check_whole("seed", seed, 0)
     _check_embeddings(reference, embeddings)
     a, b = np.asarray(reference, np.float64), np.asarray(embeddings, np.float64)
     a_norm, b_norm = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
@@ -186,6 +190,12 @@ def compare_embeddings(
     )
 
 
+def _check_whole(name: str, value: Any, least: int) -> None:
+    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not is_whole or value < least:
+        raise ValueError(f"{name} of the bootstrap is a whole number from {least}; got {value!r}")
+
+
 def _check_embeddings(reference: Any, embeddings: Any) -> None:
     for name, array in (("reference", reference), ("embeddings", embeddings)):
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -200,10 +210,12 @@ def _check_embeddings(reference: Any, embeddings: Any) -> None:
 
 
 def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
-    rows = np.asarray(pairs)
+    rows = as_array("pairs", pairs)
     if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows):
         raise ValueError(f"pairs have shape [pairs, 2], at least one; got {rows.shape}")
-    if not np.issubdtype(rows.dtype, np.integer) or rows.min() < 0 or rows.max() >= n:
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise ValueError(f"pairs are integer rows from 0 to {n - 1}; got {rows.dtype}")
+    if rows.min() < 0 or rows.max() >= n:
         raise ValueError(
             f"pairs are integer rows from 0 to {n - 1}; got {rows.dtype} from {rows.min()} to {rows.max()}"
         )
@@ -213,7 +225,7 @@ def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
 def _judgments(
     before: np.ndarray, after: np.ndarray, scores: Any, level: float, resamples: int, seed: int
 ) -> JudgmentReport:
-    scores = np.asarray(scores, np.float64)
+    scores = as_array("scores", scores, np.float64)
     if scores.shape != before.shape or not np.all(np.isfinite(scores)):
         raise ValueError(
             f"scores are finite, one for each of {len(before)} pairs; got shape {scores.shape}"
@@ -222,8 +234,6 @@ def _judgments(
         raise ValueError(
             "a correlation needs three pairs or more, and scores that are not all alike"
         )
-    if resamples < 100:
-        raise ValueError(f"the bootstrap takes 100 resamples or more; got {resamples}")
     columns = np.stack([scores, before, after])
     found = _correlations(columns)
     rng = np.random.default_rng(seed)

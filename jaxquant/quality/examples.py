@@ -1,6 +1,7 @@
 """From two models' logits to a few figures per example, after which the logits may be dropped."""
 
 import dataclasses
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
+
+from jaxquant.quality.intervals import as_array
 
 # Logits worked on at a time, per model: some 16 MiB in float32.
 _CHUNK = 2**22
@@ -77,12 +80,15 @@ class Examples:
         are numbered on, so that windows of different batches stay apart.
 
         Raises:
-            ValueError: no parts, or parts with and without groups, clusters, or with other classes.
+            ValueError: no list of `Examples`; no parts, or parts with and without groups, clusters, or with
+                other classes.
 
         >>> part = per_example(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.array([0, 1]))
         >>> len(Examples.concatenate([part, part]))
         4
         """
+        if not isinstance(parts, Sequence) or not all(isinstance(p, Examples) for p in parts):
+            raise ValueError(f"parts are a list of Examples; got {reprlib.repr(parts)}")
         if not parts:
             raise ValueError("there are no examples: concatenate takes at least one part")
         first = parts[0]
@@ -147,7 +153,7 @@ def per_example(
     >>> round(float(figures.kl[0]), 4), round(float(figures.margin[0]), 4)
     (0.0671, 2.0)
     """
-    labels = np.asarray(labels)
+    labels = as_array("labels", labels)
     _check_shapes(reference_logits, logits, labels)
     keep = np.ones(labels.shape, bool) if mask is None else _beside("mask", mask, labels)
     if keep.dtype != bool:
@@ -205,7 +211,7 @@ def _check_shapes(reference_logits: Any, logits: Any, labels: np.ndarray) -> Non
 
 
 def _beside(name: str, values: Any, labels: np.ndarray) -> np.ndarray:
-    values = np.asarray(values)
+    values = as_array(name, values)
     if values.shape != labels.shape:
         raise ValueError(
             f"{name} have the labels' shape {labels.shape}, one for each example; got {values.shape}"

@@ -7,6 +7,7 @@ text, a document, a patient): figures within one may depend on each other in any
 import dataclasses
 import functools
 import math
+import reprlib
 from statistics import NormalDist
 from typing import Any
 
@@ -49,6 +50,34 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_level(level: Any) -> None:
+    """Raises a ValueError for what is no level of intervals.
+
+    >>> check_level(90)
+    Traceback (most recent call last):
+    ValueError: level is between 0 and 1, such as 0.9; got 90
+    """
+    if not isinstance(level, float | np.floating) or not 0 < level < 1:
+        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
+
+
+def as_array(name: str, values: Any, dtype: Any = None) -> np.ndarray:
+    """Values as a NumPy array.
+
+    Raises:
+        ValueError: rows of several lengths, or what is of another type; it names the argument.
+
+    >>> as_array("scores", ["good", "bad"], float)
+    Traceback (most recent call last):
+    ValueError: scores are an array of float; got ['good', 'bad']
+    """
+    try:
+        return np.asarray(values, dtype)
+    except (TypeError, ValueError) as error:
+        kind = "" if dtype is None else f" of {np.dtype(dtype).name.rstrip('0123456789')}"
+        raise ValueError(f"{name} are an array{kind}; got {reprlib.repr(values)}") from error
 
 
 def normal_quantile(probability: float) -> float:

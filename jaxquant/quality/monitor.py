@@ -62,6 +62,10 @@ class Alarm:
     watch_unused: float = 0.5
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int | float | np.number):
+                raise ValueError(f"{field.name} is a number; got {value!r}")
         if not 0 <= self.watch_unused <= self.watch_ratio <= self.alarm_ratio:
             raise ValueError(
                 "ratios rise from watch_unused over watch_ratio to alarm_ratio; got"
@@ -217,20 +221,33 @@ def _update(
 
 
 def _ranges(calibrated: Mapping[str, Range]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    if not isinstance(calibrated, Mapping):
+        raise ValueError(f"calibrated ranges are by name; got {calibrated!r}")
     if not calibrated:
         raise ValueError("calibrated ranges are empty; give at least one activation's")
     ranges = {}
     for name, value in calibrated.items():
-        pair = value if isinstance(value, tuple | list) else (-np.asarray(value), value)
-        if len(pair) != 2:
-            raise ValueError(f"the range of {name!r} is a magnitude or (low, high); got {value!r}")
-        low, high = np.broadcast_arrays(*(np.asarray(side, np.float32) for side in pair))
+        try:
+            low, high = _sides(value)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"the range of {name!r} is a magnitude or (low, high); got {value!r}"
+            ) from None
         if not np.all(np.isfinite(low) & np.isfinite(high) & (low <= 0) & (high >= 0)):
             raise ValueError(
                 f"the range of {name!r} is finite and holds zero, low ≤ 0 ≤ high; got {value!r}"
             )
         ranges[name] = (low, high)
     return ranges
+
+
+def _sides(value: Range) -> tuple[np.ndarray, np.ndarray]:
+    """A range's (low, high), whatever raises where it is none."""
+    if not isinstance(value, tuple | list):
+        high = np.asarray(value, np.float32)
+        return -high, high
+    low, high = np.broadcast_arrays(*(np.asarray(side, np.float32) for side in value))
+    return low, high
 
 
 def drift(
@@ -254,8 +271,12 @@ def drift(
     >>> drift(update(init(), {"up": jnp.array([-1.0, 5.0])}), {"up": 2.0}).level
     'alarm'
     """
-    alarm = alarm or Alarm()
+    alarm = Alarm() if alarm is None else alarm
+    if not isinstance(alarm, Alarm):
+        raise ValueError(f"alarm is an Alarm; got {alarm!r}")
     ranges = _ranges(calibrated)
+    if not isinstance(live, Mapping):
+        raise ValueError(f"live statistics are those of activation_statistics; got {live!r}")
     if set(live) != set(ranges):
         raise ValueError(
             f"live statistics are of what was calibrated, {sorted(ranges)}; got {sorted(live)}"
@@ -268,6 +289,8 @@ def drift(
 def _one(
     name: str, seen: ActivationStatistics, low: np.ndarray, high: np.ndarray, alarm: Alarm
 ) -> ActivationDrift:
+    if not isinstance(seen, ActivationStatistics):
+        raise ValueError(f"live statistics of {name!r} are ActivationStatistics; got {seen!r}")
     if not float(seen.total) > 0:
         raise ValueError(f"nothing was seen of {name!r}; update the statistics first")
     live_low, live_high = np.asarray(seen.low), np.asarray(seen.high)
