@@ -66,6 +66,46 @@ def test_it_is_named(run, batches, message):
         run(batches)
 
 
+class Masked(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, batch):
+        return self.layer(batch["x"] * batch["mask"].astype(jnp.float32))
+
+
+class MaskedLinen(nn.Module):
+    @nn.compact
+    def __call__(self, batch):
+        return nn.Dense(8)(batch["x"] * batch["mask"].astype(jnp.float32))
+
+
+GOOD = {"x": X, "mask": X > 0}
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"x": X}, r"batch 0 of the calibration data, float32\[4, 64\], does not fit .* 'mask'"),
+        ({**GOOD, "mask": None}, "does not fit the model: AttributeError: 'NoneType'"),
+        (3.0, r"float32\[\], does not fit the model"),
+        ({"x": None, "mask": None}, "holds {'x': None, 'mask': None}, no array"),
+    ],
+)
+def test_batches_that_a_model_of_ones_own_does_not_take_are_named(batch, message):
+    quantized = jq.nnx.quantize(Masked(), {".*": "w8a8"})
+    linen = jq.linen.quantize(MaskedLinen(), {".*": "w8a8"})
+    variables = linen.init(jax.random.key(0), GOOD)
+    for run in (
+        lambda batches: jq.nnx.calibrate(quantized, batches),
+        lambda batches: jq.linen.calibrate(linen, variables, batches),
+        lambda batches: jq.ptq.quantize(Masked(), {".*": "w4a16"}, batches, progress=False),
+        lambda batches: jq.ptq.search(Masked(), ("w4a16",), batches, 9000, progress=False),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run([batch])
+
+
 def test_inputs_whose_squares_overflow_are_named():
     with pytest.raises(ValueError, match="sums of their squares are beyond float32"):
         _ptq("gptq")([X * 1e20])

@@ -28,6 +28,8 @@ from jaxquant.qarray import calibrate as range_of
 from jaxquant.rules import ATTENTION
 
 Model = TypeVar("Model", bound=nnx.Module)
+# What a model raises that is given other arguments than it takes.
+_MISFITS = (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError, FlaxError)
 # (state to start from, from (state, activations) to the next state)
 Statistic = tuple[Any, Callable[[Any, Activations], Any]]
 
@@ -122,14 +124,14 @@ def _is_array(leaf: Any) -> bool:
 
 @contextlib.contextmanager
 def fitting(index: int, arguments: Any) -> Iterator[None]:
-    """Within it, what JAX and Flax say of shapes and types that do not fit is a ValueError of the batch."""
+    """Within it, what a model says of arguments that do not fit it is a ValueError of the batch."""
     try:
         yield
-    except (TypeError, ValueError, FlaxError) as error:
+    except _MISFITS as error:
         if isinstance(error, ValueError) and index == 0:
             raise  # of the model more likely than of the batch; where batches went well before, of the batch
         shapes = [f"{jnp.result_type(x)}{list(jnp.shape(x))}" for x in jax.tree.leaves(arguments)]
-        reason = str(error).split("\n")[0]
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
         raise ValueError(
             f"batch {index} of the calibration data, {', '.join(shapes)}, does not fit the model: {reason}"
         ) from error
