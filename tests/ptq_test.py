@@ -1,6 +1,7 @@
 """Post-training quantization of whole NNX models: layer by layer, streamed, and going on where it stopped."""
 
 import gc
+import re
 
 import jax
 import jax.numpy as jnp
@@ -265,6 +266,38 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
 def test_misuse_is_named(rules, options, message):
     with pytest.raises(ValueError, match=message):
         quantized(mlp(), rules, batches(1), **options)
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", "hadamard+gptq"])
+@pytest.mark.parametrize(
+    ("make", "shape", "found"),
+    [
+        (
+            lambda: nnx.Conv(8, 8, (3,), feature_group_count=4, rngs=nnx.Rngs(0)),
+            (4, 16, 8),
+            r"feature_group_count 4 \(a grouped convolution\)",
+        ),
+        (
+            lambda: nnx.Conv(8, 8, (3,), mask=jnp.ones((3, 8, 8)), rngs=nnx.Rngs(0)),
+            (4, 16, 8),
+            "a mask",
+        ),
+        (
+            lambda: nnx.LinearGeneral(8, 8, batch_axis={0: 4}, rngs=nnx.Rngs(0)),
+            (4, 2, 8),
+            "batch axes",
+        ),
+    ],
+    ids=["groups", "mask", "batch axes"],
+)
+def test_layers_for_rtn_alone_say_so(make, shape, found, method):
+    recipe = "w8a8-token" if method == "smoothquant" else "w8a16"
+    layer, data = make(), [jnp.ones(shape)]
+    with pytest.raises(
+        ValueError, match=rf"{found}, which method '{re.escape(method)}' .*; method 'rtn' does"
+    ):
+        quantized(layer, {".*": recipe}, data, method=method)
+    assert quantized(layer, {".*": "w8a16"}, data, method="rtn")(data[0]).shape
 
 
 def test_batches_that_start_once_are_refused():

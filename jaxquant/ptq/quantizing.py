@@ -114,6 +114,8 @@ def quantize(
     for path in solvable:
         _check_recipe(target[path])
         check_weight(path, read(target[path].variable))
+        if _needs_statistics(target[path], chosen):
+            _check_dense(target[path], method)
         if "hadamard" in chosen:
             _rotate(target[path])
     store_ = _Store(workdir, _fingerprint(model, target, batches, method, call) if workdir else "")
@@ -185,6 +187,23 @@ def _check_recipe(site: Site) -> None:
         raise ValueError(f"{site.path} has a traced width, which cannot be stored")
 
 
+def _check_dense(site: Site, method: str) -> None:
+    """Raises a ValueError for a layer that is no one matrix of all its inputs, which solvers need."""
+    module = site.module
+    found = None
+    if isinstance(module, nnx.LinearGeneral) and len(module.batch_axis):
+        found = "batch axes"
+    elif getattr(module, "mask", None) is not None:
+        found = "a mask"
+    elif (groups := getattr(module, "feature_group_count", 1)) != 1:
+        found = f"feature_group_count {groups} (a grouped convolution)"
+    if found is not None:
+        raise ValueError(
+            f"{site.path or 'the model'} has {found}, which method {method!r} does not take; method 'rtn' "
+            f"does, and a rule ('{site.path}', None) before the others leaves the layer in float"
+        )
+
+
 def _rotate(site: Site) -> None:
     """Puts a layer's product into Hadamard coordinates, in the largest blocks that divide its inputs."""
     if site.kind not in ("linear", "einsum"):
@@ -211,8 +230,8 @@ def _rotate(site: Site) -> None:
 def _call_order(model: Any, batches: Any, call: Any, paths: Sequence[str]) -> list[str]:
     """The layers as they are called; those that are not, last."""
     index, arguments = next(checked(series(batches)))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
     with fitting(index, arguments):
+        shapes = jax.eval_shape(lambda x: x, arguments)
         called = list(find_uses(model, *shapes, call=call)[0])
     return sorted(paths, key=lambda p: called.index(p) if p in called else len(called))
 
@@ -324,13 +343,6 @@ class _Matrix:
 
     @classmethod
     def of(cls, site: Site) -> "_Matrix":
-        module = site.module
-        if isinstance(module, nnx.LinearGeneral) and len(module.batch_axis):
-            raise ValueError(f"{site.path} has batch axes, which only method 'rtn' takes")
-        if getattr(module, "mask", None) is not None:
-            raise ValueError(f"{site.path} has a mask, which only method 'rtn' takes")
-        if getattr(module, "feature_group_count", 1) != 1:
-            raise ValueError(f"{site.path} is a grouped convolution, which only method 'rtn' takes")
         return cls(tuple(read(site.variable).shape), site.stacked, site.axes)
 
     @property
