@@ -5,7 +5,7 @@
     root/0001/withdrawn.json   why it no longer serves, where it does not
 
 Published files never change.  What serves is the latest version that passed its gate, was not withdrawn and
-is whole.
+is whole.  A folder without version.json is no version, whatever its name.
 """
 
 import dataclasses
@@ -109,11 +109,9 @@ class Versions:
         return f"{number:04}"
 
     def names(self) -> tuple[str, ...]:
-        """All versions, the earliest first."""
-        if not self.root.is_dir():
-            return ()
-        found = (path.name for path in self.root.iterdir() if _NAME.fullmatch(path.name))
-        return tuple(sorted(found, key=int))
+        """All versions, the earliest first; other folders with a number for a name are not among them."""
+        named = self._numbered()
+        return tuple(name for name in named if (self.root / name / _RECORD).is_file())
 
     def path(self, name: str) -> Path:
         """Where a version's model is.
@@ -206,6 +204,8 @@ class Versions:
             if (problem := self.problem(name)) is None:
                 return name
             problems.append(f"{name} is {problem}")
+        others = [name for name in self._numbered() if name not in self.names()]
+        problems += [f"{name} is no version, since it has no {_RECORD}" for name in others]
         raise ValueError(
             f"{self.root} has no version to serve: {'; '.join(problems) or 'nothing is published'}"
         )
@@ -230,10 +230,17 @@ class Versions:
         self.withdraw(serving, reason)
         return self.latest_passing()
 
+    def _numbered(self) -> list[str]:
+        """What is named as versions are, by number."""
+        if not self.root.is_dir():
+            return []
+        return sorted(filter(_NAME.fullmatch, os.listdir(self.root)), key=int)
+
     def _folder(self, name: str) -> Path:
         if name not in self.names():
+            hint = f", since that has no {_RECORD}" if name in self._numbered() else ""
             raise ValueError(
-                f"{self.root} has no version {name!r}; it has {', '.join(self.names()) or 'none'}"
+                f"{self.root} has no version {name!r}{hint}; it has {', '.join(self.names()) or 'none'}"
             )
         return self.root / name
 

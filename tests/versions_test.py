@@ -202,3 +202,20 @@ def test_other_files_in_the_folder_are_no_versions(versions):
     (versions.root / "README").write_text("")
     Path(versions.root / ".abc.tmp").mkdir()
     assert versions.names() == ("0001",)
+
+
+def test_folders_without_a_record_are_no_versions(versions):
+    (versions.root / "2024" / "model").mkdir(parents=True)
+    (versions.root / "0002").mkdir()
+    (versions.root / "0002" / "notes").write_text("mine")
+    (versions.root / "20250101").write_text("a file")
+    with pytest.raises(
+        ValueError, match=r"no version to serve: 0002 is no version, .*; 2024 is no"
+    ):
+        versions.latest_passing()
+    assert publish(versions, "pass", "pass") == ["0001", "0003"]  # what is there stays
+    assert (versions.root / "0002" / "notes").read_text() == "mine"
+    assert versions.names() == ("0001", "0003")
+    assert versions.roll_back("slow") == "0001"
+    with pytest.raises(ValueError, match=r"no version '2024', since that has no version\.json"):
+        versions.card("2024")
