@@ -1,5 +1,6 @@
-"""Every notebook runs from top to bottom, its study under the smoke preset."""
+"""Every notebook runs from top to bottom, its study under the smoke preset; what it names is there."""
 
+import ast
 import os
 
 import nbformat
@@ -17,6 +18,7 @@ SAID = {
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
 def test_it_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXQUANT_PRESET", "smoke")
@@ -29,6 +31,39 @@ def test_it_runs(path, tmp_path, monkeypatch):
     )
     for words in SAID[path.name]:
         assert words in text
+
+
+def code(path) -> ast.Module:
+    """All cells' code, without what is for IPython alone."""
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    lines = "\n".join(cell.source for cell in cells).splitlines()
+    return ast.parse("\n".join(line.replace("%pip", "pass  #") for line in lines))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)
+def test_what_it_imports_is_there(path):
+    tree = code(path)
+    imports = [n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)]
+    names: dict = {}
+    exec(compile(ast.Module(imports, []), path.name, "exec"), names)
+    # Names such as jq.ptq.quantize, of what the notebook imports and does not assign itself.
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not is_read(n)}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and is_read(n)]
+    texts = {ast.unparse(n) for n in found if root(n) in set(names) - assigned}
+    assert any(text.startswith(("jq.", "quality.", "ptq_overtraining.", "nnx.")) for text in texts)
+    for text in texts:
+        eval(text, names)
+
+
+def is_read(node) -> bool:
+    return isinstance(node.ctx, ast.Load)
+
+
+def root(node) -> str | None:
+    """The name that a chain of attributes starts from; None where it starts from a value."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else None
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.name)

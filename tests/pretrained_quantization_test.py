@@ -1,5 +1,6 @@
 """The study on real models: its analysis on made-up records, and one model's arms in small."""
 
+import dataclasses
 import json
 
 import jax
@@ -107,6 +108,18 @@ def test_misuse_is_named(changes, message):
         make_trials(Config(**{"models": ("vit",), "images": "digits", **changes}))
 
 
+def test_a_search_among_two_widths_on_a_small_vision_transformer(tmp_path, monkeypatch):
+    name = "searched, the bytes of w3"
+    fewer = dataclasses.replace(ARMS["vit"][name], searched=("w2a16", "w4a16"), by_layer=False)
+    monkeypatch.setitem(ARMS["vit"], name, fewer)
+    config = Config(models=("vit",), images="digits", steps=8, seeds=1, arms=(name,))
+    with jax.numpy_dtype_promotion("standard"):  # as the binary runs
+        (row,) = run(config, tmp_path)["rows"]
+    assert row["bytes_after"] < row["bytes_before"] / 8
+    assert np.isfinite(row["change"])
+
+
+@pytest.mark.long
 def test_a_search_and_a_method_on_a_small_vision_transformer(tmp_path):
     arms = ("w3 rtn", "searched, the bytes of w3")
     config = Config(models=("vit",), images="digits", steps=80, seeds=1, arms=arms)
