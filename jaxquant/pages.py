@@ -4,21 +4,26 @@ Virtual memory for codes of few bits.  A *page* is `PAGE` codes; at b bits it ow
 `ROW` bytes each, wherever they lie; the table names them.  The pool's shape is the budget and the table is
 data, so that a page's precision changes without a change of shape, and nothing is compiled again.
 
-Code i · ROW + w of a page is spread over bit i of byte w in each of its rows, the lowest bit in the first.
-Eight codes and eight bytes are a matrix of bits and its transpose, which is three exchanges of whole rows.
+A page's codes are an array [8, 8, 128].  Code [i, j, k] is spread over bit i of byte [j, k] in each of the
+page's rows, the lowest bit in the first.  Eight codes and eight bytes are a matrix of bits and its transpose,
+which is three exchanges of whole rows.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-ROW = 1024  # bytes in a row
-PAGE = 8 * ROW  # codes in a page
 PLANES = 8  # bits of a code at most
+LANES = (8, 128)  # bytes in a row
+ROW = 8 * 128
+PAGE_SHAPE = (8, *LANES)
+PAGE = 8 * ROW  # codes in a page
 _NOWHERE = np.iinfo(np.int32).max  # an index that a scatter drops
 
 
@@ -28,11 +33,11 @@ class Store:
     """Pages of codes, each of its own width.
 
     Attributes:
-        pool: the budget: uint8[rows + 1, ROW]; row 0 stays zero and stands for bits that are absent.
+        pool: the budget: uint8[rows + 1, 8, 128]; row 0 stays zero and stands for bits that are absent.
         table: rows of each page's bits, the lowest bit first; 0 where absent.
     """
 
-    pool: jt.UInt8[jax.Array, "rows width"]
+    pool: jt.UInt8[jax.Array, "rows 8 128"]
     table: jt.Int32[jax.Array, "pages planes"]
 
     @property
@@ -76,43 +81,69 @@ def empty(bits: jt.Int[np.ndarray, " pages"], rows: int | None = None) -> Store:
         raise ValueError(f"these bits take {needed} rows of {ROW} bytes; the budget is {rows}")
     present = np.arange(PLANES)[None, :] < bits[:, None]
     table = np.where(present, np.cumsum(present).reshape(present.shape), 0)
-    return Store(jnp.zeros((rows + 1, ROW), jnp.uint8), jnp.asarray(table, jnp.int32))
+    return Store(jnp.zeros((rows + 1, *LANES), jnp.uint8), jnp.asarray(table, jnp.int32))
 
 
 def read(
-    pool: jt.UInt8[jax.Array, "rows width"], table: jt.Int32[jax.Array, "pages planes"]
-) -> jt.UInt8[jax.Array, "pages codes"]:
+    pool: jt.UInt8[jax.Array, "rows 8 128"], table: jt.Int32[jax.Array, "pages planes"]
+) -> jt.UInt8[jax.Array, "pages 8 8 128"]:
     """The codes of some pages.
 
     >>> store = empty(np.array([3]))
-    >>> codes = jnp.arange(PAGE, dtype=jnp.uint8).reshape(1, PAGE) % jnp.uint8(8)
+    >>> codes = jnp.arange(PAGE, dtype=jnp.uint8).reshape(1, *PAGE_SHAPE) % jnp.uint8(8)
     >>> bool((read(write(store.pool, store.table, codes), store.table) == codes).all())
     True
     """
-    return _transposed(pool[table]).reshape(table.shape[0], PAGE)
+    planes = apart(is_real(table), lambda pool, table: pool[table], pool, table)
+    return apart(is_real(table), _transposed, planes)
 
 
 def write(
-    pool: jt.UInt8[jax.Array, "rows width"],
+    pool: jt.UInt8[jax.Array, "rows 8 128"],
     table: jt.Int32[jax.Array, "pages planes"],
-    codes: jt.UInt8[jax.Array, "pages codes"],
-) -> jt.UInt8[jax.Array, "rows width"]:
+    codes: jt.UInt8[jax.Array, "pages 8 8 128"],
+) -> jt.UInt8[jax.Array, "rows 8 128"]:
     """The pool with some pages' codes in it; bits for which a page has no row are dropped."""
-    planes = _transposed(codes.reshape(-1, PLANES, ROW)).reshape(-1, ROW)
+    planes = apart(is_real(table), _transposed, codes)
     rows = jnp.where(table == 0, _NOWHERE, table).ravel()
-    return pool.at[rows].set(planes, mode="drop", unique_indices=True)
+    return pool.at[rows].set(planes.reshape(-1, *LANES), mode="drop", unique_indices=True)
 
 
-def _transposed(rows_Px8xW: jax.Array) -> jax.Array:
+def _transposed(rows_Px8x8x128: jax.Array) -> jax.Array:
     """Bit i of byte w in row j becomes bit j of byte w in row i."""
-    x = rows_Px8xW
-    for shift, mask in ((4, 0x0F), (2, 0x33), (1, 0x55)):
-        pairs = x.reshape(x.shape[0], PLANES // (2 * shift), 2, shift, ROW)
-        low, high = pairs[:, :, 0], pairs[:, :, 1]
-        by = jnp.uint8(shift)
-        moved = ((low >> by) ^ high) & jnp.uint8(mask)
-        x = jnp.stack([low ^ (moved << by), high ^ moved], axis=2).reshape(rows_Px8xW.shape)
+    x, row = rows_Px8x8x128, np.arange(PLANES).reshape(1, -1, 1, 1)
+    for shift, low in ((4, 0x0F), (2, 0x33), (1, 0x55)):
+        high, is_upper = 0xFF - low, (row & shift) != 0
+        pairs = x.reshape(x.shape[0], PLANES // (2 * shift), 2, shift, *LANES)
+        other, by = jnp.flip(pairs, axis=2).reshape(x.shape), jnp.uint8(shift)
+        moved = jnp.where(is_upper, (other >> by) & jnp.uint8(low), (other << by) & jnp.uint8(high))
+        x = (x & jnp.where(is_upper, jnp.uint8(high), jnp.uint8(low))) | moved
     return x
+
+
+def is_real(table: jt.Int32[jax.Array, "pages planes"]) -> jax.Array:
+    """True, of any table, which the compiler does not know: for `apart`."""
+    return table[0, 0] >= 0
+
+
+def apart(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """function(*operands), on CPU as a computation of its own that is fused with no other.
+
+    XLA's CPU compiler computes a cheap chain of operations again for each of its uses, and what packs bits
+    uses every code eight times; it sees through an optimization barrier.  A branch, it does not.
+
+    Args:
+        always: true, without the compiler's knowing.
+        function: of arrays.
+        operands: its arguments.
+    """
+
+    def branch(*operands: Any) -> Any:
+        shapes = jax.eval_shape(function, *operands)
+        zeros = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+        return jax.lax.cond(always, function, zeros, *operands)
+
+    return jax.lax.platform_dependent(*operands, cpu=branch, default=function)
 
 
 def lowered(

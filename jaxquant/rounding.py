@@ -47,7 +47,7 @@ def stochastic(
     True
     """
     first, second = _words("stochastic", key)
-    return _up_where(x, _mix(_mix(_places(x.shape) ^ first) + second))
+    return _up_where(x, mixed(mixed(_places(x.shape) ^ first) + second))
 
 
 def dithered(
@@ -90,8 +90,8 @@ def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if not (is_typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
         raise ValueError(f"{name} rounding takes one PRNG key, as jax.random.key(0); got {key!r}")
     words = (jax.random.key_data(key) if is_typed else key).ravel()
-    low, high = _mix(words[0] ^ jnp.uint32(0x85EBCA6B)), _mix(words[-1] ^ jnp.uint32(0xC2B2AE35))
-    return _mix(low + high), _mix(low ^ high)
+    low, high = mixed(words[0] ^ jnp.uint32(0x85EBCA6B)), mixed(words[-1] ^ jnp.uint32(0xC2B2AE35))
+    return mixed(low + high), mixed(low ^ high)
 
 
 def _places(shape: tuple[int, ...]) -> jax.Array:
@@ -104,7 +104,7 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     return place
 
 
-def _mix(word: jax.Array) -> jax.Array:
+def mixed(word: jax.Array) -> jax.Array:
     """A bijection of 32-bit words whose every output bit depends on every input bit."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
@@ -131,8 +131,8 @@ def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     # Mixed with their places, or powers of two, whose bits are few, would have few sums.
-    mixed = _mix(bits ^ _mix(_places(x.shape)))
-    return jnp.stack([jnp.uint32(seed), jnp.sum(mixed, dtype=jnp.uint32)])
+    words = mixed(bits ^ mixed(_places(x.shape)))
+    return jnp.stack([jnp.uint32(seed), jnp.sum(words, dtype=jnp.uint32)])
 
 
 @jax.custom_vjp

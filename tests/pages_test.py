@@ -11,12 +11,14 @@ from jaxquant import pages
 
 BITS = st.lists(st.integers(1, 8), min_size=4, max_size=4)
 ROWS = 20
+READ, WRITE = jax.jit(pages.read), jax.jit(pages.write)
 
 
 def random_codes(bits, seed=0):
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 256, (len(bits), pages.PAGE))
-    return jnp.array(codes % (1 << np.array(bits))[:, None], jnp.uint8)
+    codes = codes % (1 << np.array(bits))[:, None]
+    return jnp.array(codes.reshape(-1, *pages.PAGE_SHAPE), jnp.uint8)
 
 
 def test_a_page_is_the_transpose_of_its_bits_as_numpy_has_it():
@@ -27,7 +29,7 @@ def test_a_page_is_the_transpose_of_its_bits_as_numpy_has_it():
         eighths = np.asarray(codes[page]).reshape(8, pages.ROW)
         for j in range(width):
             expected = np.packbits((eighths >> j) & 1, axis=0, bitorder="little")[0]
-            np.testing.assert_array_equal(pool[store.table[page, j]], expected)
+            np.testing.assert_array_equal(pool[store.table[page, j]].ravel(), expected)
     assert not pool[0].any()
 
 
@@ -38,8 +40,8 @@ def test_what_is_written_is_read_through_any_changes_of_widths(bits, data):
     hypothesis.assume(sum(bits) <= rows)
     store = pages.empty(np.array(bits), rows)
     codes = random_codes(bits)
-    pool = pages.write(store.pool, store.table, codes)
-    np.testing.assert_array_equal(pages.read(pool, store.table), codes)
+    pool = WRITE(store.pool, store.table, codes)
+    np.testing.assert_array_equal(READ(pool, store.table), codes)
     wanted = jnp.array(
         data.draw(st.lists(st.integers(1, 8), min_size=len(bits), max_size=len(bits)))
     )
@@ -56,7 +58,7 @@ def test_what_is_written_is_read_through_any_changes_of_widths(bits, data):
     if sum(np.maximum(found, wanted)) <= rows:
         np.testing.assert_array_equal(found, wanted)
     codes = random_codes(found, seed=1)
-    np.testing.assert_array_equal(pages.read(pages.write(pool, table, codes), table), codes)
+    np.testing.assert_array_equal(READ(WRITE(pool, table, codes), table), codes)
 
 
 def test_a_change_of_widths_compiles_nothing():

@@ -1,0 +1,268 @@
+"""The wrapped transformation's update, taken apart: what needs coded state, and of which parameters."""
+
+import dataclasses
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.optim.plans import Plan
+from jaxquant.optim.tracing import Operation, Program
+
+# What each of these gives at one place depends on its operands at that place alone.
+_NAMES = (
+    "abs add add_any and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p "
+    "cos cosh div eq erf erf_inv exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p "
+    "logistic lt max min mul ne neg nextafter not or pow real reduce_precision rem round rsqrt "
+    "select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square "
+    "stop_gradient sub tan tanh xor "
+)
+_ELEMENTWISE = frozenset(_NAMES.split())
+# These keep the order of elements, as long as there are as many after as before.
+_RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """The update of one parameter's elements, each by itself.
+
+    Attributes:
+        operations: in order.
+        states: the values of its coded leaves.
+        wide: other values of the parameter's shape that it takes, by what they are to the parameter.
+        scalars: values of one element that it takes.
+        after: the new values of its coded leaves.
+        results: the other values that it gives, by what they are to the parameter.
+        produced: the numbers by which the program knows those results.
+        signature: equal for parameters whose elements are updated in the same way.
+    """
+
+    operations: tuple[Operation, ...]
+    states: tuple[int, ...]
+    wide: dict[Hashable, int]
+    scalars: tuple[int, ...]
+    after: tuple[int, ...]
+    results: dict[Hashable, int]
+    produced: dict[Hashable, int]
+    signature: Hashable = None
+
+    def __call__(
+        self,
+        states: Sequence[jax.Array],
+        wide: Mapping[Hashable, jax.Array],
+        known: Mapping[int, Any],
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """(new states, results) of some elements, given flat; scalars come from what is known."""
+        shape = states[0].shape
+        env = {n: jnp.reshape(known[n], ()) for n in self.scalars}
+        env |= dict(zip(self.states, states, strict=True))
+        env |= {n: wide[kind] for kind, n in self.wide.items()}
+
+        def spread(value: int) -> jax.Array:
+            return jnp.broadcast_to(env[value], shape)
+
+        for operation in self.operations:
+            if operation.name in _RESHAPES:
+                env[operation.outputs[0]] = env[operation.inputs[0]]
+                continue
+            results = operation.bind(*map(spread, operation.inputs))
+            env.update(zip(operation.outputs, results, strict=True))
+        return [spread(n) for n in self.after], [spread(n) for n in self.results.values()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """Parameters whose coded state must be at hand together, and the other results that need it."""
+
+    parameters: tuple[int, ...]
+    results: tuple[int, ...]
+
+
+class Inner:
+    """A transformation's update as a program, with what is known of its values so far.
+
+    Attributes:
+        program: from (updates, params, state) to (updates, state).
+        updates: numbers of the new updates, by parameter.
+        leaves: numbers of the state's new leaves, in its order.
+        known: the arrays behind the program's values that were given or evaluated.
+        structure: of the updates.
+    """
+
+    def __init__(
+        self,
+        tx: Any,
+        plan: Plan,
+        updates: Any,
+        params: Any,
+        exact: Sequence[Any],
+        extra: dict[str, Any],
+    ):
+        given, self.structure = jax.tree.flatten(updates)
+        count = len(given)
+        like = jax.eval_shape(lambda x: x, updates if params is None else params)
+        specs = (updates, params, jax.eval_shape(tx.init, like))
+        specs = jax.eval_shape(lambda x: x, specs)
+        self.program = Program(lambda u, p, s: tx.update(u, s, p, **extra), *specs)
+        self.updates = self.program.outputs[:count]
+        self.leaves = self.program.outputs[count:]
+        given += jax.tree.leaves(params)
+        self._plan, self._states = plan, self.program.inputs[len(given) :]
+        self.known = dict(zip(self.program.inputs, given, strict=False))
+        self.known |= {self._states[x.index]: v for x, v in zip(plan.exact, exact, strict=True)}
+        self._kinds: dict[int, Hashable] = dict.fromkeys(self.program.inputs[:count], "update")
+        self._kinds |= dict.fromkeys(self.program.inputs[count : len(given)], "param")
+        self._kinds |= {self._states[x.index]: x.slot for x in plan.exact}
+        self._owners = self._touched()
+        self._results = [*self.updates, *(self.leaves[x.index] for x in plan.exact)]
+
+    def state(self, leaf: int) -> int:
+        """The number of the value of a leaf of the state, before the update."""
+        return self._states[leaf]
+
+    def evaluate(self, values: Iterable[int]) -> None:
+        """Makes values known, from those that are."""
+        self.known = self.program.evaluate(values, self.known)
+
+    def untouched(self) -> list[int]:
+        """Updates and exact leaves that no coded state has a part in."""
+        return [n for n in self._results if not self._owners.get(n)]
+
+    def components(self) -> list[Component]:
+        """Coded parameters, put together where a result needs the state of several."""
+        after = {self.leaves[x.index]: frozenset([x.parameter]) for x in self._plan.leaves}
+        needs = [self._owners.get(n, frozenset()) | after.get(n, set()) for n in self.leaves]
+        needs += [self._owners.get(n, frozenset()) for n in self.updates]
+        groups = [{p} for p in sorted(self._plan.coded)]
+        for owners in needs:
+            found = [g for g in groups if g & owners]
+            groups = [g for g in groups if not g & owners]
+            groups += [set().union(*found)] if found else []
+        results = [(n, self._owners.get(n, frozenset())) for n in dict.fromkeys(self._results)]
+        return [
+            Component(tuple(sorted(group)), tuple(n for n, owners in results if owners & group))
+            for group in groups
+        ]
+
+    def piece(self, component: Component) -> Piece | str:
+        """The update of a component's elements; or why they cannot be updated one by one."""
+        if len(component.parameters) != 1:
+            return f"a result needs the state of {len(component.parameters)} parameters at once"
+        leaves = [x for x in self._plan.leaves if x.parameter == component.parameters[0]]
+        size, states = leaves[0].size, tuple(self._states[x.index] for x in leaves)
+        after = tuple(self._scalar(self.leaves[x.index]) for x in leaves)
+        results = tuple(self._scalar(n) for n in component.results)
+        operations, wide, scalars = [], {}, []
+        pending, seen = [*results, *after], set(states)
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            operation, is_touched = self.program.makers.get(value), bool(self._owners.get(value))
+            if self.program.size(value) == 1 and not is_touched:
+                scalars.append(value)
+            elif operation is not None and self._is_elementwise(operation, size):
+                inputs = tuple(map(self._scalar, operation.inputs))
+                operations.append(dataclasses.replace(operation, inputs=inputs))
+                pending += inputs
+            elif is_touched:
+                name = "the state" if operation is None else f"'{operation.name}'"
+                return f"{name} is looked at in more than one element"
+            else:
+                kind = self._kinds.get(value, ("evaluated", len(wide)))
+                wide[kind] = value
+        if any(self.program.size(n) != size for n in (*component.results, *wide.values())):
+            return "a result has another shape than its parameter"
+        operations.sort(key=lambda operation: operation.outputs)
+        kinds = [self._kind(n) for n in component.results]
+        named = dict(zip(kinds, results, strict=True))
+        produced = dict(zip(kinds, component.results, strict=True))
+        found = Piece(tuple(operations), states, wide, tuple(scalars), after, named, produced)
+        return dataclasses.replace(found, signature=self._signature(found))
+
+    def _touched(self) -> dict[int, frozenset[int]]:
+        """For each value, the coded parameters whose state it depends on."""
+        owners = {self._states[x.index]: frozenset([x.parameter]) for x in self._plan.leaves}
+        for operation in self.program.operations:
+            found = frozenset().union(*(owners.get(n, frozenset()) for n in operation.inputs))
+            if found:
+                owners |= dict.fromkeys(operation.outputs, found)
+        return owners
+
+    def _kind(self, result: int) -> Hashable:
+        """What an update or an exact leaf is to its parameter."""
+        if result in self.updates:
+            return "update"
+        return next(x.slot for x in self._plan.exact if self.leaves[x.index] == result)
+
+    def _is_elementwise(self, operation: Operation, size: int) -> bool:
+        sizes = {self.program.size(n) for n in operation.inputs} - {1}
+        is_known = operation.name in _ELEMENTWISE | _RESHAPES
+        return is_known and sizes <= {size} and self.program.size(operation.outputs[0]) == size
+
+    def _scalar(self, value: int) -> int:
+        """What a value repeats, where it is a scalar that was spread; else the value."""
+        operation = self.program.makers.get(value)
+        while operation is not None and operation.name in _RESHAPES:
+            if self.program.size(operation.inputs[0]) != 1:
+                break
+            value = operation.inputs[0]
+            operation = self.program.makers.get(value)
+        return value
+
+    def _signature(self, piece: Piece) -> Hashable:
+        names: dict[int, Hashable] = {n: ("scalar", n) for n in piece.scalars}
+        names |= {n: ("wide", kind) for kind, n in piece.wide.items()}
+        names |= {n: ("state", i) for i, n in enumerate(piece.states)}
+
+        def name(value: int) -> Hashable:
+            dtype = str(self.program.specs[value].dtype)
+            return names.setdefault(value, (len(names), dtype))
+
+        steps = []
+        for operation in piece.operations:
+            inputs = tuple(map(name, operation.inputs))
+            # A shape among the parameters says nothing of what happens to an element.
+            params = () if operation.name in _RESHAPES else sorted(operation.params.items())
+            params = tuple((k, str(v)) for k, v in params)
+            steps.append((operation.name, params, inputs, tuple(map(name, operation.outputs))))
+        results = tuple((kind, name(n)) for kind, n in piece.results.items())
+        return tuple(steps), tuple(map(name, piece.after)), results
+
+
+def pieces_by_run(inner: Inner, plan: Plan) -> tuple[dict[int, list[Piece]], dict[str, str]]:
+    """The pieces of every run whose parameters all have one, and the reasons of those that have not.
+
+    Returns:
+        Pieces by the run's number, in the order of its parameters; and by the parameter's path, why its
+        state is decoded whole.
+    """
+    found = {c.parameters: inner.piece(c) for c in inner.components()}
+    pieces = {p: piece for own, piece in found.items() for p in own}
+    by_run, reasons = {}, {}
+    for number, run in enumerate(plan.runs):
+        own = [pieces[p] for p in run.parameters]
+        why = [piece for piece in own if isinstance(piece, str)]
+        if not why and not _are_alike(inner, own):
+            why = ["its results or operands have other types than its neighbours'"]
+        if not why:
+            by_run[number] = own
+            continue
+        for leaf, piece in zip(run.leaves[0], own, strict=True):
+            reasons[leaf.path] = piece if isinstance(piece, str) else f"as its neighbours: {why[0]}"
+    return by_run, reasons
+
+
+def _are_alike(inner: Inner, pieces: Sequence[Any]) -> bool:
+    """Whether what the pieces take and give can lie side by side."""
+    dtypes: dict[Hashable, set[Any]] = {}
+    for piece in pieces:
+        for kind, value in piece.wide.items():
+            dtypes.setdefault(kind, set()).add(inner.program.specs[value].dtype)
+    results = {
+        tuple((k, inner.program.specs[n].dtype) for k, n in piece.results.items())
+        for piece in pieces
+    }
+    return len(results) == 1 and all(len(found) == 1 for found in dtypes.values())

@@ -1,0 +1,92 @@
+"""How many bits the pages of each leaf have: a pair of pure functions, as in optax.
+
+`init` says how wide each leaf is to begin with.  `update`, where there is one, scores the pages every so many
+steps from what is known of them (`Signals`), and `jaxquant.optim.budget` turns scores into whole bits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxquant.optim.leaves import ROLES, Leaf
+from jaxquant.pages import PLANES
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """How wide the codes of each leaf are.
+
+    Attributes:
+        name: in a word or two, as reports show it.
+        bits: of a leaf; None keeps it in full precision.
+    """
+
+    name: str
+    bits: Callable[[Leaf], int | None]
+
+
+def check_bits(bits: Any, where: str) -> int:
+    """The bits, where they are some.
+
+    Raises:
+        ValueError: not a whole number from 2 to 8.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= PLANES:
+        raise ValueError(f"{where} is a whole number of bits from 2 to {PLANES}; got {bits!r}")
+    return bits
+
+
+def fixed(bits: int, second: int | None = None) -> Policy:
+    """The same width everywhere and always.
+
+    Args:
+        bits: of states of either sign, such as momentum; and of all others, where `second` is not given.
+        second: of states that are never negative, such as second moments.
+
+    Raises:
+        ValueError: a width that is not 2 to 8.
+
+    >>> fixed(5, 4).name
+    'fixed 5 + 4 bits'
+    """
+    first, second = check_bits(bits, "bits"), second
+    second = first if second is None else check_bits(second, "second")
+    name = f"fixed {first} bits" if first == second else f"fixed {first} + {second} bits"
+    return Policy(name, lambda leaf: first if leaf.is_signed else second)
+
+
+def by_role(widths: Mapping[str, int | tuple[int, int] | None]) -> Policy:
+    """A width for each role of a parameter: ``"embedding"``, ``"head"``, ``"matrix"``, ``"vector"``.
+
+    Args:
+        widths: from role to bits, to a pair (signed, non-negative) of them, or to None for full
+            precision; every role is named.
+
+    Raises:
+        ValueError: unknown or missing roles, or a width that is not 2 to 8.
+
+    >>> by_role({"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}).name
+    'by role'
+    """
+    unknown, missing = set(widths) - set(ROLES), set(ROLES) - set(widths)
+    if unknown or missing:
+        what = f"unknown: {sorted(unknown)}" if unknown else f"missing: {sorted(missing)}"
+        raise ValueError(f"roles are {', '.join(ROLES)}, each once; {what}")
+    chosen = {role: _pair(role, bits) for role, bits in widths.items()}
+
+    def width(leaf: Leaf) -> int | None:
+        pair = chosen[leaf.role]
+        return None if pair is None else pair[0 if leaf.is_signed else 1]
+
+    return Policy("by role", width)
+
+
+def _pair(role: str, bits: Any) -> tuple[int, int] | None:
+    """Bits of the role's signed states and of its others."""
+    if bits is None:
+        return None
+    pair = bits if isinstance(bits, tuple) else (bits, bits)
+    if len(pair) != 2:
+        raise ValueError(f"the width of {role} is bits or a pair of them; got {bits!r}")
+    where = f"the width of {role}"
+    return check_bits(pair[0], where), check_bits(pair[1], where)

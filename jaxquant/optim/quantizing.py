@@ -1,0 +1,103 @@
+"""`quantize_state`: any optax transformation, its state held in pages of few bits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+from jaxquant.optim.codecs import Codec
+from jaxquant.optim.inner import Inner, pieces_by_run
+from jaxquant.optim.leaves import Leaf
+from jaxquant.optim.plans import default_codec, make_plan
+from jaxquant.optim.policies import Policy
+from jaxquant.optim.state import QuantizedState, empty, with_leaf
+from jaxquant.optim.updating import updated
+
+
+def quantize_state(
+    tx: optax.GradientTransformation,
+    policy: Policy,
+    *,
+    codec: Callable[[Leaf], Codec] = default_codec,
+    seed: int = 0,
+    shards: int = 1,
+) -> optax.GradientTransformationExtraArgs:
+    """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
+
+    Where `tx` treats each element of a parameter's state by itself, as Adam, Lion and momentum do, one group
+    of pages is decoded, updated and encoded before the next, and no more than that is ever held in full
+    precision.  Where it does not (Muon's matrices, a norm over all momenta), a parameter's state, or that of
+    all parameters that a result needs, is decoded whole for the step; `whole` says which, and why.
+
+    Updates come from the state before it is encoded: rounding is felt from the next step on.  Blocks whose
+    state a step leaves alone keep their codes.  Nothing depends on how arrays are sharded.
+
+    Args:
+        tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.
+        policy: how many bits each leaf has, as of `fixed` and `by_role`.
+        codec: which codec serves a leaf.
+        seed: of the draws, which are keyed by it, by the step and by the element's place.
+        shards: the leading axis of every array of codes and scales, for devices to share: as many as the
+            devices, or a multiple.
+
+    Raises:
+        ValueError: no policy, or shards that are no whole number; at `init`, nothing that can be coded, or a
+            codec that cannot hold its leaf.
+
+    >>> from jaxquant.optim.policies import fixed
+    >>> tx = quantize_state(optax.adam(1e-1), fixed(8))
+    >>> params = {"w": jnp.ones((64, 64))}
+    >>> updates, state = jax.jit(tx.update)({"w": jnp.full((64, 64), 2.0)}, tx.init(params), params)
+    >>> bool(jnp.allclose(updates["w"], -0.1))
+    True
+    """
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise ValueError(f"shards is a whole number from 1 on; got {shards!r}")
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> QuantizedState:
+        plan = make_plan(tx, policy, codec, params, shards)
+        return encoded(plan, jax.tree.leaves(tx.init(params)), seed)
+
+    def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
+        inner = Inner(tx, state.plan, updates, params, state.exact, extra)
+        new, state = updated(inner, state, seed)
+        return inner.structure.unflatten(new), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:
+    """A plain state's leaves in pages, at the plan's first widths."""
+    state = empty(plan, [jnp.asarray(leaves[leaf.index]) for leaf in plan.exact])
+    for number, run in enumerate(plan.runs):
+        for i, slot in enumerate(run.leaves):
+            for place, leaf in enumerate(slot):
+                if not _is_zero(leaves[leaf.index]):
+                    state = with_leaf(state, number, i, place, leaves[leaf.index], seed)
+    return state
+
+
+def _is_zero(leaf: jax.Array) -> bool:
+    """Whether a leaf is known to be zeros, as most are at first: `empty` holds those already."""
+    return not isinstance(leaf, Tracer) and not bool(jnp.any(leaf))
+
+
+def whole(
+    tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
+) -> dict[str, str]:
+    """The parameters whose state a step decodes whole, by path, and why; the others go by groups of pages.
+
+    Args:
+        tx: what was wrapped.
+        state: of the wrapped transformation.
+        params: the parameters, or their shapes.
+        extra: what its update is given by name.
+    """
+    tx = optax.with_extra_args_support(tx)
+    return pieces_by_run(Inner(tx, state.plan, params, params, state.exact, extra), state.plan)[1]

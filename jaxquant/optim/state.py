@@ -1,0 +1,176 @@
+"""Quantized state as arrays: pages of codes, their scales, and what stays exact."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant import pages
+from jaxquant.optim.codecs import BLOCK, Codec
+from jaxquant.optim.layout import BLOCKS
+from jaxquant.optim.leaves import Leaf
+from jaxquant.optim.plans import Plan
+from jaxquant.rounding import mixed
+
+
+class QuantizedState(NamedTuple):
+    """The state of `quantize_state`: a pytree of arrays, for jit, scan and checkpoints.
+
+    Attributes:
+        step: updates so far, which key the draws.
+        pool: the bits of all pages (`jaxquant.pages`), uint8[shards, rows + 1, 8, 128].
+        tables: for each run and slot of the plan, the rows of its pages within their shard,
+            int32[shards, groups, pages, 8].
+        scales: for each run and slot, what its codec keeps of each block,
+            [shards, groups, pages, 8, 8, entries].
+        exact: the leaves that stay as they are, in the plan's order.
+        plan: what is known from shapes; holds no array.
+    """
+
+    step: jax.Array
+    pool: jax.Array
+    tables: tuple[tuple[jax.Array, ...], ...]
+    scales: tuple[tuple[jax.Array, ...], ...]
+    exact: tuple[jax.Array, ...]
+    plan: Plan
+
+
+def empty(plan: Plan, exact: Sequence[jax.Array], rows: int | None = None) -> QuantizedState:
+    """State of zeros.
+
+    Args:
+        plan: its layout and first widths.
+        exact: the leaves that stay as they are.
+        rows: of each shard's pool; where not given, what the fullest shard takes.
+    """
+    widths = plan.widths()
+    shards = plan.runs[0].shards
+    by_shard = [
+        np.concatenate([w[s].ravel() for slots in widths for w in slots]) for s in range(shards)
+    ]
+    rows = max(int(bits.sum()) for bits in by_shard) if rows is None else rows
+    stores = [pages.empty(bits, rows) for bits in by_shard]
+    table = jnp.stack([store.table for store in stores])
+    ends = np.cumsum([w[0].size for slots in widths for w in slots])[:-1]
+    parts = iter(jnp.split(table, ends, axis=1))
+    tables, scales = [], []
+    for run, codecs in zip(plan.runs, plan.codecs, strict=True):
+        tables.append(tuple(next(parts).reshape(*run.grid, pages.PLANES) for _ in codecs))
+        scales.append(
+            tuple(jnp.zeros((*run.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
+        )
+    pool = jnp.stack([store.pool for store in stores])
+    return QuantizedState(jnp.int32(0), pool, tuple(tables), tuple(scales), tuple(exact), plan)
+
+
+def joined(pool: jax.Array) -> jax.Array:
+    """The shards' pools as one, whose rows `rooted` names."""
+    return pool.reshape(-1, *pages.LANES)
+
+
+def rooted(table: jax.Array, rows: int) -> jax.Array:
+    """A table [shards, ..., 8] with rows counted over the pools of all its shards, `rows` in each."""
+    first = jnp.arange(table.shape[0], dtype=jnp.int32) * rows
+    first = first.reshape(-1, *(1,) * (table.ndim - 1))
+    return jnp.where(table == 0, 0, table + first)
+
+
+def read_blocks(
+    pool: jax.Array, table: jax.Array, scale: jax.Array, codec: Codec
+) -> tuple[jax.Array, jax.Array]:
+    """(codes, values) of some pages, uint8 and float32 [pages, 8, 8, 128]."""
+    codes = pages.read(pool, table)
+    return codes, codec.decode(codes, scale, bits_of(table))
+
+
+def bits_of(table: jax.Array) -> jax.Array:
+    """Each page's bits, with axes for its blocks: int32[pages, 1, 1]."""
+    return pages.widths(table)[:, None, None]
+
+
+def decoded(state: QuantizedState, run: int, slot: int, place: int) -> jax.Array:
+    """The leaf of one slot and of the run's parameter at some place, in full precision."""
+    layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
+    leaf, own = layout.leaves[slot][place], layout.pages_of(place)
+    pool, table, scale = _span(state, run, slot, own)
+    _, values = read_blocks(pool, table, scale, codec)
+    start = layout.starts[place] - own.start * pages.PAGE
+    flat = jax.lax.slice(values.ravel(), (start,), (start + leaf.size,))
+    return flat.reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _span(
+    state: QuantizedState, run: int, slot: int, own: slice
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(pool, table, scale) of some pages of a slot, in line over the shards."""
+    table = rooted(state.tables[run][slot], state.pool.shape[1])
+    scale = state.scales[run][slot]
+    table = table.reshape(-1, pages.PLANES)[own]
+    return joined(state.pool), table, scale.reshape(-1, *scale.shape[3:])[own]
+
+
+def with_leaf(
+    state: QuantizedState, run: int, slot: int, place: int, value: jax.Array, seed: int
+) -> QuantizedState:
+    """The state with another value in one leaf; blocks of it that are the same keep their codes."""
+    layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
+    leaf, own = layout.leaves[slot][place], layout.pages_of(place)
+    pool, table, scale = _span(state, run, slot, own)
+    codes, before = read_blocks(pool, table, scale, codec)
+    start = layout.starts[place] - own.start * pages.PAGE
+    after = before.ravel().at[start : start + leaf.size].set(value.astype(jnp.float32).ravel())
+    same = _round_trip(before, leaf) == after.reshape(before.shape)
+    word = draw_word(seed, state.step, run, slot)
+    encoded = encode_blocks(
+        after.reshape(before.shape), table, codec, word, jnp.uint32(own.start * pages.PAGE % 2**32)
+    )
+    first, last = start // BLOCK, -(-(start + leaf.size) // BLOCK)
+    block = jnp.arange(math.prod(codes.shape[:-1])).reshape(codes.shape[:-1])
+    keeps = jnp.all(same, axis=-1) | (block < first) | (block >= last)
+    codes, scale = kept_where(keeps, (codes, scale), encoded)
+    pool = pages.write(pool, table, codes).reshape(state.pool.shape)
+    whole = state.scales[run][slot]
+    lined = whole.reshape(-1, *whole.shape[3:]).at[own].set(scale).reshape(whole.shape)
+    return state._replace(pool=pool, scales=_replaced(state.scales, run, slot, lined))
+
+
+def _round_trip(values: jax.Array, leaf: Leaf) -> jax.Array:
+    return values.astype(leaf.dtype).astype(jnp.float32)
+
+
+def _replaced(nested: tuple, run: int, slot: int, value: jax.Array) -> tuple:
+    """The nested tuples with one entry exchanged."""
+    own = (*nested[run][:slot], value, *nested[run][slot + 1 :])
+    return (*nested[:run], own, *nested[run + 1 :])
+
+
+def kept_where(keeps: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list:
+    """Old (codes, scale) where a block keeps them, new ones elsewhere."""
+    pairs = zip(old, new, strict=True)
+    return [jnp.where(jnp.expand_dims(keeps, -1), before, after) for before, after in pairs]
+
+
+def encode_blocks(
+    values: jax.Array, table: jax.Array, codec: Codec, word: jax.Array, start: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(codes, scale) of some pages' values [pages, 8, 8, 128], the first at `start` of its run."""
+    return codec.encode(values, bits_of(table), _draws(word, start, values.shape))
+
+
+def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
+    """A random word for each step, run and slot."""
+    place = jnp.uint32(((run * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
+    return mixed(mixed(step.astype(jnp.uint32)) ^ place)
+
+
+def _draws(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in [0, 1), evenly spread over neighbours: the fractional parts of word / 2^32 + place / φ."""
+    place, stride = start, pages.PAGE
+    for axis, size in enumerate((*shape[1:], 1)):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place, stride = place + along * jnp.uint32(stride), stride // size
+    steps = (word + place * jnp.uint32(0x9E3779B9)) >> jnp.uint32(8)
+    return steps.astype(jnp.float32) * jnp.float32(2.0**-24)
