@@ -45,7 +45,14 @@ LIBRARY = [
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],
-    ["harness.data", "harness.models", "harness.checkpoints", "harness.report"],
+    [
+        "harness.data",
+        "harness.models",
+        "harness.checkpoints",
+        "harness.report",
+        "harness.peer_codes",
+        "harness.peer_optimizers",
+    ],
     ["harness.images", "harness.corruptions", "harness.vision", "harness.ood"],
     [
         "harness.pretrained.files",
