@@ -41,7 +41,8 @@ LIBRARY = [
     ],
     ["nnx.saving", "linen.saving", "versions", "serving"],
     ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
-    ["optim.tracing", "optim.inner", "optim.state", "optim.updating", "optim.quantizing"],
+    ["optim.tracing", "optim.inner", "optim.state", "optim.updating"],
+    ["optim.budget", "optim.scoring", "optim.adapting", "optim.quantizing", "optim.report"],
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],

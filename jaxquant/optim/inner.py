@@ -1,5 +1,6 @@
 """The wrapped transformation's update, taken apart: what needs coded state, and of which parameters."""
 
+import copy
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
@@ -120,6 +121,16 @@ class Inner:
     def state(self, leaf: int) -> int:
         """The number of the value of a leaf of the state, before the update."""
         return self._states[leaf]
+
+    def gradient(self, parameter: int) -> Any:
+        """What was given as the parameter's update."""
+        return self.known[self.program.inputs[parameter]]
+
+    def fork(self) -> "Inner":
+        """Itself, with knowledge of its own: for what a branch evaluates."""
+        other = copy.copy(self)
+        other.known = dict(self.known)
+        return other
 
     def evaluate(self, values: Iterable[int]) -> None:
         """Makes values known, from those that are."""

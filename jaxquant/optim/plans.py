@@ -1,16 +1,18 @@
 """What is known of quantized state before any step: which leaves are coded, where, how, and how wide."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.optim.codecs import Codec, Companded, Logarithmic
+from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
 from jaxquant.optim.layout import Run, arrange
 from jaxquant.optim.leaves import Exact, Leaf, find
-from jaxquant.optim.policies import Policy
+from jaxquant.optim.policies import Adaptation, Policy
+from jaxquant.pages import PAGE, PLANES, ROW
 
 
 @jax.tree_util.register_static
@@ -24,6 +26,8 @@ class Plan:
         codecs: for each run, one for each slot.
         bits: for each run and slot, of each leaf to begin with.
         exact: the leaves that stay as they are, in the state's order.
+        rows: of each shard's pool.
+        adaptation: how widths move, where they do.
     """
 
     policy: str
@@ -31,6 +35,8 @@ class Plan:
     codecs: tuple[tuple[Codec, ...], ...]
     bits: tuple[tuple[tuple[int, ...], ...], ...]
     exact: tuple[Exact, ...]
+    rows: int = 0
+    adaptation: Adaptation | None = None
 
     @property
     def coded(self) -> frozenset[int]:
@@ -61,10 +67,11 @@ def make_plan(
     """The plan for some parameters.
 
     Raises:
-        ValueError: no leaf that can be coded; a codec that cannot hold what its leaf may be.
+        ValueError: no leaf that can be coded; a codec that cannot hold what its leaf may be; a budget below
+            the least possible.
     """
     leaves, exact = find(tx, params)
-    widths = {leaf: policy.bits(leaf) for leaf in leaves}
+    widths = {leaf: policy.init(leaf) for leaf in leaves}
     kept = f"the policy keeps it ({policy.name})"
     exact += [_kept(leaf, kept) for leaf, bits in widths.items() if bits is None]
     chosen = {leaf: bits for leaf, bits in widths.items() if bits is not None}
@@ -73,13 +80,63 @@ def make_plan(
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {reasons}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
     runs = arrange(list(chosen), dtypes, shards)
-    return Plan(
+    plan = Plan(
         policy.name,
         runs,
         tuple(tuple(_codec(slot, codec) for slot in run.leaves) for run in runs),
         tuple(tuple(tuple(chosen[x] for x in slot) for slot in run.leaves) for run in runs),
         tuple(sorted(exact, key=lambda e: e.index)),
+        adaptation=policy.update,
     )
+    if policy.update is None:
+        return dataclasses.replace(plan, rows=_rows(plan))
+    return _within(plan, policy.update)
+
+
+def _rows(plan: Plan) -> int:
+    """Rows that the fullest shard's pages take."""
+    return max(
+        sum(int(widths[shard].sum()) for slots in plan.widths() for widths in slots)
+        for shard in range(plan.runs[0].shards)
+    )
+
+
+def _within(plan: Plan, adaptation: Adaptation) -> Plan:
+    """The plan with the rows of a budget, and all pages as wide as these allow."""
+    elements, shards = sum(leaf.size for leaf in plan.leaves), plan.runs[0].shards
+    spent = _overhead(plan, adaptation)
+    rows = int((adaptation.budget_bits * elements / 8 - spent) // (ROW * shards))
+    alike = [_alike(plan, width) for width in range(1, PLANES + 1)]
+    fitting = [p for p in alike if _rows(p) <= rows]
+    if not fitting:
+        least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
+        raise ValueError(
+            f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
+            f"{8 * spent / elements:.2f} are scales, tables and empty rows; got {adaptation.budget_bits}"
+        )
+    # More rows than pages of 8 bits take would only lie idle.
+    return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])))
+
+
+def _alike(plan: Plan, width: int) -> Plan:
+    """The plan with one width for all, but no less than codecs need."""
+    bits = tuple(
+        tuple((max(width, codec.least_bits),) * len(run.parameters) for codec in codecs)
+        for run, codecs in zip(plan.runs, plan.codecs, strict=True)
+    )
+    return dataclasses.replace(plan, bits=bits)
+
+
+def _overhead(plan: Plan, adaptation: Adaptation) -> int:
+    """Bytes of all but the codes: scales, tables, the row of zeros, counters, what the policy remembers."""
+    found = 8 + ROW * plan.runs[0].shards
+    for run, codecs in zip(plan.runs, plan.codecs, strict=True):
+        count = math.prod(run.grid)
+        for codec in codecs:
+            scale = math.prod(codec.scale.shape) * codec.scale.dtype.itemsize
+            found += count * (PAGE // BLOCK * scale + 4 * PLANES)
+    memory = jax.eval_shape(lambda: adaptation.score.init(plan))
+    return found + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 
 def _kept(leaf: Leaf, reason: str) -> Exact:

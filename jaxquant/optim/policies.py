@@ -18,11 +18,31 @@ class Policy:
 
     Attributes:
         name: in a word or two, as reports show it.
-        bits: of a leaf; None keeps it in full precision.
+        init: bits of a leaf to begin with; None keeps it in full precision.  Not asked where the policy has
+            a budget: all pages begin alike.
+        update: how widths move, where they do.
     """
 
     name: str
-    bits: Callable[[Leaf], int | None]
+    init: Callable[[Leaf], int | None] = lambda leaf: 0
+    update: "Adaptation | None" = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptation:
+    """How widths move under a budget.
+
+    Attributes:
+        budget_bits: for each element of coded state, with everything counted.
+        interval: steps from one decision to the next.
+        score: what pages are worth in bits, as `jaxquant.optim.scoring` has them.
+        stay: hysteresis, in bits.
+    """
+
+    budget_bits: float
+    interval: int
+    score: Any
+    stay: float
 
 
 def check_bits(bits: Any, where: str) -> int:

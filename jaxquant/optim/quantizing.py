@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from jaxquant.optim.adapting import adapted
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.inner import Inner, pieces_by_run
 from jaxquant.optim.leaves import Leaf
@@ -66,7 +67,7 @@ def quantize_state(
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         inner = Inner(tx, state.plan, updates, params, state.exact, extra)
-        new, state = updated(inner, state, seed)
+        new, state = updated(inner, adapted(inner, state, seed), seed)
         return inner.structure.unflatten(new), state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ class QuantizedState(NamedTuple):
         scales: for each run and slot, what its codec keeps of each block,
             [shards, groups, pages, 8, 8, entries].
         exact: the leaves that stay as they are, in the plan's order.
+        memory: where widths move, the step of the last decision and what the policy remembers; else empty.
         plan: what is known from shapes; holds no array.
     """
 
@@ -35,24 +36,18 @@ class QuantizedState(NamedTuple):
     tables: tuple[tuple[jax.Array, ...], ...]
     scales: tuple[tuple[jax.Array, ...], ...]
     exact: tuple[jax.Array, ...]
+    memory: Any
     plan: Plan
 
 
-def empty(plan: Plan, exact: Sequence[jax.Array], rows: int | None = None) -> QuantizedState:
-    """State of zeros.
-
-    Args:
-        plan: its layout and first widths.
-        exact: the leaves that stay as they are.
-        rows: of each shard's pool; where not given, what the fullest shard takes.
-    """
+def empty(plan: Plan, exact: Sequence[jax.Array]) -> QuantizedState:
+    """State of zeros, at the plan's first widths."""
     widths = plan.widths()
     shards = plan.runs[0].shards
     by_shard = [
         np.concatenate([w[s].ravel() for slots in widths for w in slots]) for s in range(shards)
     ]
-    rows = max(int(bits.sum()) for bits in by_shard) if rows is None else rows
-    stores = [pages.empty(bits, rows) for bits in by_shard]
+    stores = [pages.empty(bits, plan.rows) for bits in by_shard]
     table = jnp.stack([store.table for store in stores])
     ends = np.cumsum([w[0].size for slots in widths for w in slots])[:-1]
     parts = iter(jnp.split(table, ends, axis=1))
@@ -63,12 +58,21 @@ def empty(plan: Plan, exact: Sequence[jax.Array], rows: int | None = None) -> Qu
             tuple(jnp.zeros((*run.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
         )
     pool = jnp.stack([store.pool for store in stores])
-    return QuantizedState(jnp.int32(0), pool, tuple(tables), tuple(scales), tuple(exact), plan)
+    adaptation, memory = plan.adaptation, ()
+    if adaptation is not None:
+        memory = jnp.int32(-adaptation.interval), adaptation.score.init(plan)
+    arrays = tuple(tables), tuple(scales), tuple(exact), memory
+    return QuantizedState(jnp.int32(0), pool, *arrays, plan)
 
 
 def joined(pool: jax.Array) -> jax.Array:
     """The shards' pools as one, whose rows `rooted` names."""
     return pool.reshape(-1, *pages.LANES)
+
+
+def merged(x: jax.Array) -> jax.Array:
+    """Shards and groups as one axis."""
+    return x.reshape(-1, *x.shape[2:])
 
 
 def rooted(table: jax.Array, rows: int) -> jax.Array:

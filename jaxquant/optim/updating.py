@@ -11,6 +11,8 @@ from jaxquant import pages
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.layout import Run
+from jaxquant.optim.leaves import Leaf
+from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
@@ -19,6 +21,7 @@ from jaxquant.optim.state import (
     encode_blocks,
     joined,
     kept_where,
+    merged,
     rooted,
     with_leaf,
 )
@@ -52,8 +55,8 @@ def _by_groups(
     rows, groups = state.pool.shape[1], run.grid[0] * run.grid[1]
     xs = (
         jnp.arange(groups),
-        [_merged(rooted(table, rows)) for table in state.tables[number]],
-        [_merged(scale) for scale in state.scales[number]],
+        [merged(rooted(table, rows)) for table in state.tables[number]],
+        [merged(scale) for scale in state.scales[number]],
     )
     step = _group_step(inner, state, number, pieces, seed)
     pool, (results, scales) = jax.lax.scan(step, joined(state.pool), xs)
@@ -66,12 +69,7 @@ def _by_groups(
     return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
 
-def _merged(x: jax.Array) -> jax.Array:
-    """Shards and groups as one axis."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _wide(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
+def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
     """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
     found = {}
     for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
@@ -80,11 +78,11 @@ def _wide(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax
             inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(size, dtype)
             for piece, size in zip(pieces, run.sizes, strict=True)
         ]
-        found[kind] = _merged(run.flatten(arrays))
+        found[kind] = merged(run.flatten(arrays))
     return found
 
 
-def _programs(owners: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
+def programs_of(owners: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
     """For each block, the first of the pieces that is like its own."""
     firsts: dict[Hashable, int] = {}
     like = [firsts.setdefault(piece.signature, i) for i, piece in enumerate(pieces)]
@@ -97,18 +95,18 @@ def _group_step(
     """Decodes, updates and encodes one group of a run's pages."""
     run, codecs = state.plan.runs[number], state.plan.codecs[number]
     distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    programs, wide = jnp.asarray(_programs(run.owners(), pieces)), _wide(inner, run, pieces)
+    programs, wide = jnp.asarray(programs_of(run.owners(), pieces)), wide_of(inner, run, pieces)
     words = [draw_word(seed, state.step, number, i) for i in range(len(codecs))]
     dtypes = [slot[0].dtype for slot in run.leaves]
 
     def compute(group: jax.Array, codes: list, tables: list, scales: list) -> Any:
-        before = _decoded(codes, tables, scales, codecs, dtypes)
+        before = decoded_group(codes, tables, scales, codecs, dtypes)
         own = {kind: x[group] for kind, x in wide.items()}
         found = [(i, piece(before, own, inner.known)) for i, piece in distinct.values()]
-        return _chosen(found, programs[group])
+        return chosen(found, programs[group])
 
     def encode(group: jax.Array, after: list, codes: list, tables: list, scales: list) -> Any:
-        before = _decoded(codes, tables, scales, codecs, dtypes)
+        before = decoded_group(codes, tables, scales, codecs, dtypes)
         start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
         kept = []
         for i, table in enumerate(tables):
@@ -131,7 +129,7 @@ def _group_step(
     return step
 
 
-def _decoded(
+def decoded_group(
     codes: Sequence[jax.Array],
     tables: Sequence[jax.Array],
     scales: Sequence[jax.Array],
@@ -146,7 +144,7 @@ def _decoded(
     ]
 
 
-def _chosen(found: list[tuple[int, Any]], programs: jax.Array) -> Any:
+def chosen(found: list[tuple[int, Any]], programs: jax.Array) -> Any:
     """Each block's results from the piece of the parameter that it belongs to."""
     (_, results), *others = found
     for number, alternatives in others:
@@ -163,13 +161,7 @@ def _chosen(found: list[tuple[int, Any]], programs: jax.Array) -> Any:
 
 def _whole(inner: Inner, state: QuantizedState, component: Component, seed: int) -> QuantizedState:
     """The update of parameters whose state must be at hand together."""
-    own = [
-        (run, slot, place, leaf)
-        for run, layout in enumerate(state.plan.runs)
-        for slot, leaves in enumerate(layout.leaves)
-        for place, leaf in enumerate(leaves)
-        if leaf.parameter in component.parameters
-    ]
+    own = members(state.plan, component)
     known = dict(inner.known)
     for run, slot, place, leaf in own:
         known[inner.state(leaf.index)] = decoded(state, run, slot, place)
@@ -179,3 +171,14 @@ def _whole(inner: Inner, state: QuantizedState, component: Component, seed: int)
     for (run, slot, place, _), n in zip(own, after, strict=True):
         state = with_leaf(state, run, slot, place, env[n], seed)
     return state
+
+
+def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]]:
+    """(run, slot, place, leaf) of a component's coded leaves."""
+    return [
+        (run, slot, place, leaf)
+        for run, layout in enumerate(plan.runs)
+        for slot, leaves in enumerate(layout.leaves)
+        for place, leaf in enumerate(leaves)
+        if leaf.parameter in component.parameters
+    ]

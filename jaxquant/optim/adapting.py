@@ -1,0 +1,156 @@
+"""Decisions: every so many steps pages are scored, whole bits allocated, and what changes is coded again."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant import pages
+from jaxquant.optim.budget import allocate
+from jaxquant.optim.codecs import Codec
+from jaxquant.optim.inner import Inner
+from jaxquant.optim.plans import Plan
+from jaxquant.optim.policies import Adaptation, Policy
+from jaxquant.optim.scoring import Felt
+from jaxquant.optim.state import (
+    QuantizedState,
+    bits_of,
+    draw_word,
+    encode_blocks,
+    joined,
+    kept_where,
+    merged,
+    read_blocks,
+    rooted,
+)
+
+_SALT = 0x2545F491  # the draws of changes of width are none of the steps'
+
+
+def adaptive(
+    budget_bits: float,
+    interval: int = 100,
+    score: Any = None,
+    stay: float = 0.25,
+) -> Policy:
+    """Widths that move to where they are felt, under a budget that holds at every step.
+
+    Every `interval` steps pages are scored, whole bits are allocated by reverse water-filling
+    (`jaxquant.optim.budget`), pages that lose bits are coded again in fewer rows, and those that gain take
+    the rows so freed.  It all happens inside the compiled step: tables are data.  Raising brings nothing back
+    that lower widths lost.
+
+    Args:
+        budget_bits: for each element of coded state, with everything counted: codes, scales, tables, empty
+            rows, and what the policy remembers.
+        interval: steps from one decision to the next; the first comes with the first update.
+        score: what pages are worth, `Felt()` where not given, or `Statistics()`.
+        stay: a page keeps its width while what it wants is within a half and so much more of it, in bits.
+
+    Raises:
+        ValueError: a budget that is no positive number, an interval below 1, a negative stay; at `init`, a
+            budget below the least possible, which it names.
+
+    >>> adaptive(5.0, interval=200).name
+    'adaptive, 5.0 bits'
+    """
+    if (
+        isinstance(budget_bits, bool)
+        or not isinstance(budget_bits, int | float)
+        or not budget_bits > 0
+    ):
+        raise ValueError(f"budget_bits is a number above 0; got {budget_bits!r}")
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval is a whole number of steps from 1 on; got {interval!r}")
+    if isinstance(stay, bool) or not isinstance(stay, int | float) or not 0 <= stay < 8:
+        raise ValueError(f"stay is a number of bits from 0 to 8; got {stay!r}")
+    score = Felt() if score is None else score
+    if not (hasattr(score, "init") and callable(score)):
+        raise ValueError(f"score is one such as Felt() or Statistics(); got {score!r}")
+    name = f"adaptive, {float(budget_bits)} bits"
+    return Policy(name, update=Adaptation(float(budget_bits), interval, score, float(stay)))
+
+
+def adapted(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:
+    """The state, its pages' widths chosen anew where a decision is due and the step allows one."""
+    adaptation = state.plan.adaptation
+    if adaptation is None:
+        return state
+    is_due = state.step - state.memory[0] >= adaptation.interval
+    return jax.lax.cond(is_due, lambda s: _decide(inner.fork(), s, seed), lambda s: s, state)
+
+
+def _decide(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:
+    adaptation = state.plan.adaptation
+    assert adaptation is not None
+    scores, memory, usable = adaptation.score(inner, state, state.memory[1], seed)
+    bits = _in_line([[pages.widths(t) for t in slots] for slots in state.tables])
+    wanted = jax.vmap(
+        lambda s, b, least, most: allocate(
+            s, b, least, most, state.pool.shape[1] - 1, adaptation.stay
+        )
+    )(_in_line(scores), bits, *_limits(state.plan, bits, adaptation.score))
+    state_after = _moved(state, jnp.where(usable, wanted, bits), seed)
+    new, old = (state.step, memory), state.memory
+    return state_after._replace(memory=jax.tree.map(lambda x, y: jnp.where(usable, x, y), new, old))
+
+
+def _limits(plan: Plan, bits: jax.Array, score: Any) -> tuple[jax.Array, jax.Array]:
+    """(least, most) bits of each page, none for pages without elements."""
+    full = _in_line([[jnp.asarray(w > 0) for w in slots] for slots in plan.widths()])
+    codecs = [
+        [jnp.full(run.grid, c.least_bits) for c in own]
+        for run, own in zip(plan.runs, plan.codecs, strict=True)
+    ]
+    least = jnp.maximum(_in_line(codecs), bits - score.reach)
+    most = jnp.minimum(pages.PLANES, bits + score.reach)
+    return jnp.where(full, least, 0), jnp.where(full, most, 0)
+
+
+def _in_line(nested: Any) -> jax.Array:
+    """Values of pages by run and slot, as [shards, pages]."""
+    return jnp.concatenate([x.reshape(x.shape[0], -1) for slots in nested for x in slots], axis=1)
+
+
+def _moved(state: QuantizedState, bits: jax.Array, seed: int) -> QuantizedState:
+    """The state with other widths, at most so many rows in all: first all that shrink, then all that grow."""
+    tables = [t.reshape(t.shape[0], -1, pages.PLANES) for slots in state.tables for t in slots]
+    table = jax.vmap(pages.lowered)(jnp.concatenate(tables, axis=1), bits)
+    state = _recoded(state, table, seed)
+    rows = state.pool.shape[1] - 1
+    table = jax.vmap(lambda t, b: pages.raised(t, b, rows))(table, bits)
+    return _recoded(state, table, seed)
+
+
+def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedState:
+    """The state in the rows of another table; pages of the same width keep their codes."""
+    rows, pool, start = state.pool.shape[1], joined(state.pool), 0
+    tables, scales = [], []
+    for number, codecs in enumerate(state.plan.codecs):
+        new_tables, new_scales = [], []
+        for i, codec in enumerate(codecs):
+            old, scale = state.tables[number][i], state.scales[number][i]
+            count = old.shape[1] * old.shape[2]
+            new = table[:, start : start + count].reshape(old.shape)
+            start += count
+            word = draw_word(seed ^ _SALT, state.step, number, i)
+
+            def step(pool: jax.Array, xs: Any, codec: Codec = codec, word: Any = word) -> Any:
+                group, old, new, scale = xs
+                codes, values = read_blocks(pool, old, scale, codec)
+                first = group.astype(jnp.uint32) * jnp.uint32(old.shape[0] * pages.PAGE % 2**32)
+                found = encode_blocks(values, new, codec, word, first)
+                same = jnp.broadcast_to(bits_of(old) == bits_of(new), codes.shape[:-1])
+                codes, scale = kept_where(same, (codes, scale), found)
+                return pages.write(pool, new, codes), scale
+
+            xs = [merged(rooted(t, rows)) for t in (old, new)]
+            groups = jnp.arange(xs[0].shape[0])
+            pool, found = jax.lax.scan(step, pool, (groups, *xs, merged(scale)))
+            new_tables.append(new)
+            new_scales.append(found.reshape(scale.shape))
+        tables.append(tuple(new_tables))
+        scales.append(tuple(new_scales))
+    return state._replace(
+        pool=pool.reshape(state.pool.shape), tables=tuple(tables), scales=tuple(scales)
+    )
