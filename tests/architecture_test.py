@@ -43,6 +43,7 @@ LIBRARY = [
     ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
     ["optim.tracing", "optim.inner", "optim.state", "optim.updating"],
     ["optim.budget", "optim.scoring", "optim.adapting", "optim.quantizing", "optim.report"],
+    ["optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],

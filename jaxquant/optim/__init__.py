@@ -9,6 +9,8 @@ decodes at once.
 
 from jaxquant.optim.adapting import adaptive
 from jaxquant.optim.codecs import Companded, Logarithmic
+from jaxquant.optim.diagnosing import Diagnosis, diagnose
+from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.policies import Policy, by_role, fixed
 from jaxquant.optim.quantizing import quantize_state, whole
 from jaxquant.optim.report import Report, report, state_bytes
@@ -17,6 +19,7 @@ from jaxquant.optim.state import QuantizedState
 
 __all__ = [
     "Companded",
+    "Diagnosis",
     "Felt",
     "Logarithmic",
     "Policy",
@@ -25,9 +28,14 @@ __all__ = [
     "Statistics",
     "adaptive",
     "by_role",
+    "diagnose",
     "fixed",
+    "from_optax",
+    "load",
     "quantize_state",
     "report",
+    "save",
     "state_bytes",
+    "to_optax",
     "whole",
 ]

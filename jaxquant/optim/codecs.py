@@ -141,6 +141,10 @@ class Logarithmic:
     Smaller values, zeros among them, become 2^l, so that what a second moment divides never explodes; a
     block of zeros alone stays so.  What is no number becomes infinite.
 
+    The range keeps an update bounded.  A momentum rounded to nearest stops decaying at its smallest level,
+    some hundredth of its block's largest, while v decays on: with 32 binades, updates of a head's unused rows
+    grew to 582 times the learning rate, and 5 + 4 bits cost 0.05 in loss; with 10 to 16, nothing seen.
+
     Args:
         range: binades that a block's levels span at most.
         stochastic: round up with the probability that keeps the mean of x (not of its logarithm), instead
@@ -155,7 +159,7 @@ class Logarithmic:
     (Array([127, 134], dtype=uint8), True)
     """
 
-    range: int = 32
+    range: int = 14
     stochastic: bool = True
 
     def __post_init__(self):

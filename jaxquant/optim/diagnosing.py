@@ -1,0 +1,117 @@
+"""What rounding does to a state in one step, as data: stalls, zeros, bias, and the preconditioner's error."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxquant.optim.inner import Inner
+from jaxquant.optim.state import QuantizedState, decoded, with_leaf
+
+
+class Diagnosis(NamedTuple):
+    """One coded leaf in one step: x before, x' the exact state after it, Q what its new codes stand for.
+
+    Attributes:
+        stalled: share of the elements with x' ≠ x for which (Q − x)(x' − x) < 0.1 (x' − x)²: less than a tenth
+            of the step is kept.
+        zero: share of the elements with x' ≠ 0 whose Q is 0.
+        radial_bias: ⟨Q − x', x'⟩ / ‖x'‖²: how much longer or shorter the state became.
+        relative_error: ‖Q − x'‖ / ‖x'‖.
+        preconditioner_error: quantiles 0, 0.01, 0.5, 0.99 and 1 of √(Q / x') − 1 over elements with x' > 0;
+            NaN for states of either sign.
+    """
+
+    stalled: jax.Array
+    zero: jax.Array
+    radial_bias: jax.Array
+    relative_error: jax.Array
+    preconditioner_error: jax.Array
+
+
+_QUANTILES = (0.0, 0.01, 0.5, 0.99, 1.0)
+
+
+def diagnose(
+    tx: optax.GradientTransformation,
+    state: QuantizedState,
+    updates: Any,
+    params: Any,
+    *,
+    seed: int = 0,
+    **extra: Any,
+) -> dict[str, Diagnosis]:
+    """What rounding would do to each coded leaf in the next step; jit takes it.
+
+    Decodes all state at once: for a look now and then, not for every step.
+
+    Args:
+        tx: what was wrapped.
+        state: of `quantize_state(tx, …)`.
+        updates: as given to its update.
+        params: the parameters.
+        seed: as of `quantize_state`, or any other.
+        extra: what the update is given by name.
+
+    Returns:
+        By ``slot/path`` of the leaf.
+
+    >>> from jaxquant.optim import fixed, quantize_state
+    >>> params = {"w": jnp.ones((64, 64))}
+    >>> state = quantize_state(optax.trace(0.9), fixed(8)).init(params)
+    >>> gradients = {"w": jax.random.normal(jax.random.key(0), (64, 64))}
+    >>> found = diagnose(optax.trace(0.9), state, gradients, params)
+    >>> bool(found["trace/w"].relative_error < 0.02)
+    True
+    """
+    tx = optax.with_extra_args_support(tx)
+    inner = Inner(tx, state.plan, updates, params, state.exact, extra)
+    places = [
+        (run, slot, place, leaf)
+        for run, layout in enumerate(state.plan.runs)
+        for slot, leaves in enumerate(layout.leaves)
+        for place, leaf in enumerate(leaves)
+    ]
+    before = {leaf.index: decoded(state, *where) for *where, leaf in places}
+    known = inner.known | {inner.state(i): x for i, x in before.items()}
+    env = inner.program.evaluate([inner.leaves[i] for i in before], known)
+    found = {}
+    for run, slot, place, leaf in places:
+        after = env[inner.leaves[leaf.index]]
+        stored = decoded(with_leaf(state, run, slot, place, after, seed), run, slot, place)
+        found[f"{leaf.slot}/{leaf.path}"] = _diagnosis(
+            before[leaf.index], after, stored, leaf.is_signed
+        )
+    return found
+
+
+def _diagnosis(
+    before: jax.Array, after: jax.Array, stored: jax.Array, is_signed: bool
+) -> Diagnosis:
+    before, after, stored = (x.astype(jnp.float32).ravel() for x in (before, after, stored))
+    moved, lives = after != before, after != 0
+    sign = jnp.sign(after - before)
+    stalled = moved & ((stored - before) * sign < 0.1 * jnp.abs(after - before))
+    # Over the largest first: squares of small states are below what float32 holds.
+    scale = 1 / jnp.maximum(jnp.max(jnp.abs(after)), jnp.finfo(jnp.float32).tiny)
+    error, x = (stored - after) * scale, after * scale
+    square = jnp.maximum(jnp.sum(x * x), jnp.finfo(jnp.float32).tiny)
+    if is_signed:
+        quantiles = jnp.full(len(_QUANTILES), jnp.nan)
+    else:
+        ratio = jnp.sqrt(stored / jnp.where(after > 0, after, 1.0)) - 1
+        ratio = jnp.where(after > 0, ratio, jnp.nan)
+        quantiles = jnp.nanquantile(ratio, jnp.array(_QUANTILES))
+    return Diagnosis(
+        _share(stalled, moved),
+        _share(lives & (stored == 0), lives),
+        jnp.sum(error * x) / square,
+        jnp.sqrt(jnp.sum(error * error) / square),
+        quantiles,
+    )
+
+
+def _share(part: jax.Array, whole: jax.Array) -> jax.Array:
+    count = jnp.sum(whole, dtype=jnp.int32).astype(jnp.float32)
+    return jnp.sum(part, dtype=jnp.int32).astype(jnp.float32) / jnp.maximum(count, 1.0)

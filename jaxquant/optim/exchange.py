@@ -1,0 +1,171 @@
+"""Quantized state to and from plain optax state, and to and from disk.
+
+    state.json           the format's version, the plan, arrays' shapes and types, SHA-256 of their file
+    arrays.safetensors   the arrays
+
+A folder appears whole or not at all.  Arrays have one form however devices share them, so that what eight
+wrote, two read, and the bits are the same.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import safetensors.numpy
+
+from jaxquant import artifacts
+from jaxquant.optim.state import QuantizedState, decoded, with_leaf
+
+VERSION = 1
+_KIND = "jaxquant optimizer state"
+_HEAD, _ARRAYS = "state.json", "arrays.safetensors"
+
+
+def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: Any) -> Any:
+    """The plain state of the wrapped transformation, in full precision.
+
+    Args:
+        tx: what was wrapped.
+        state: of `quantize_state(tx, …)`.
+        params: the parameters, or their shapes.
+
+    Raises:
+        ValueError: a state of another transformation or of other parameters.
+
+    >>> from jaxquant.optim import fixed, quantize_state
+    >>> params = {"w": jnp.ones((64, 64))}
+    >>> state = quantize_state(optax.trace(0.9), fixed(4)).init(params)
+    >>> jax.tree.map(jnp.shape, to_optax(optax.trace(0.9), state, params))
+    TraceState(trace={'w': (64, 64)})
+    """
+    specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
+    found = {leaf.index: x for leaf, x in zip(state.plan.exact, state.exact, strict=True)}
+    for number, run in enumerate(state.plan.runs):
+        for i, slot in enumerate(run.leaves):
+            for place, leaf in enumerate(slot):
+                found[leaf.index] = decoded(state, number, i, place)
+    leaves = [found[i] for i in range(len(found))]
+    _check_alike(specs, leaves, "the state of tx for these parameters")
+    return structure.unflatten(leaves)
+
+
+def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> QuantizedState:
+    """Quantized state that stands for a plain one: each leaf is rounded once, at the widths that `state` has.
+
+    Args:
+        state: fresh, of `quantize_state(tx, …).init(params)`.
+        plain: of `tx`.
+        seed: of the draws of what is rounded stochastically.
+
+    Raises:
+        ValueError: a plain state of another transformation or of other parameters.
+    """
+    leaves = jax.tree.leaves(plain)
+    own = {leaf.index: leaf for leaf in (*state.plan.leaves, *state.plan.exact)}
+    specs = [jax.ShapeDtypeStruct(own[i].shape, own[i].dtype) for i in range(len(own))]
+    _check_alike(specs, leaves, "the plain state that this one quantizes")
+    exact = tuple(jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact)
+    state = state._replace(exact=exact)
+    for number, run in enumerate(state.plan.runs):
+        for i, slot in enumerate(run.leaves):
+            for place, leaf in enumerate(slot):
+                state = with_leaf(state, number, i, place, leaves[leaf.index], seed)
+    return state
+
+
+def _check_alike(specs: list[Any], leaves: list[Any], what: str) -> None:
+    wanted = [(x.shape, np.dtype(x.dtype)) for x in specs]
+    found = [(np.shape(x), np.dtype(jnp.result_type(x))) for x in leaves]
+    if len(wanted) != len(found):
+        raise ValueError(f"{what} has {len(wanted)} leaves; got {len(found)}")
+    for place, (one, other) in enumerate(zip(wanted, found, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"leaf {place} of {what} is {one[1]}{list(one[0])}; got {other[1]}{list(other[0])}"
+            )
+
+
+def save(folder: str | os.PathLike, state: QuantizedState) -> None:
+    """Writes a state as a new folder, which appears when it is whole.
+
+    For checkpoints of a whole training state, Orbax takes quantized state as it takes any other.
+
+    Raises:
+        ValueError: a folder that exists; something that is no quantized state.
+
+    >>> import tempfile
+    >>> from jaxquant.optim import fixed, quantize_state
+    >>> state = quantize_state(optax.adam(1e-3), fixed(4)).init(jnp.ones((64, 64)))
+    >>> with tempfile.TemporaryDirectory() as root:
+    ...     save(f"{root}/state", state)
+    ...     bool((load(f"{root}/state", state).pool == state.pool).all())
+    True
+    """
+    if not isinstance(state, QuantizedState):
+        raise ValueError(f"save takes the state of a quantize_state; got {type(state).__name__}")
+    folder = Path(folder)
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder} exists already; give a new folder")
+    with artifacts.temporary_folder(folder.parent) as temporary:
+        stored = {name: artifacts.as_stored(x) for name, x in _named(state).items()}
+        safetensors.numpy.save_file(stored, temporary / _ARRAYS)
+        body = {
+            "plan": repr(state.plan),
+            "arrays": _described(state),
+            "files": artifacts.digests(temporary),
+        }
+        artifacts.write(temporary / _HEAD, artifacts.sealed(_KIND, VERSION, body))
+        if not artifacts.placed(temporary, folder):
+            raise ValueError(f"{folder} exists already; give a new folder")
+
+
+def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
+    """The state that `save` wrote, bit for bit, laid out over devices as `like` is.
+
+    Args:
+        folder: where.
+        like: a state of the same transformation, policy and parameters, such as a fresh one, or its shapes.
+
+    Raises:
+        ValueError: a folder that `save` did not write, of another version, or of which a file is missing or
+            was changed; a state of another plan or of other shapes.
+    """
+    folder = Path(folder)
+    body = artifacts.unsealed(folder / _HEAD, _KIND, VERSION)
+    artifacts.check_digests(folder, body.get("files"), (_ARRAYS,))
+    wanted = _described(like)
+    if body["arrays"] != wanted:
+        names = sorted(set(wanted) ^ set(body["arrays"])) or [
+            name for name in wanted if wanted[name] != body["arrays"][name]
+        ]
+        kept, asked = body["arrays"].get(names[0], "absent"), wanted.get(names[0], "absent")
+        raise ValueError(
+            f"{folder} holds {names[0]} as {kept}; the state to load into has it {asked}"
+        )
+    if body["plan"] != repr(like.plan):
+        raise ValueError(
+            f"{folder} was saved of another transformation, policy or set of parameters"
+        )
+    arrays = artifacts.read_safetensors(folder / _ARRAYS)
+    found = [
+        _placed(artifacts.from_stored(arrays[name], x.dtype, x.shape), x)
+        for name, x in _named(like).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(like), found)
+
+
+def _named(state: QuantizedState) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+
+
+def _described(state: QuantizedState) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in _named(state).items()}
+
+
+def _placed(array: np.ndarray, like: Any) -> jax.Array:
+    sharding = getattr(like, "sharding", None)
+    return jnp.asarray(array) if sharding is None else jax.device_put(array, sharding)

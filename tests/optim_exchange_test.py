@@ -1,0 +1,143 @@
+"""Quantized state leaves and comes back: to plain optax state, to disk, to other layouts; diagnoses tell."""
+
+import json
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxquant.optim import (
+    adaptive,
+    diagnose,
+    fixed,
+    from_optax,
+    load,
+    quantize_state,
+    save,
+    to_optax,
+)
+
+ADAM = optax.adam(1e-2)
+
+
+@pytest.fixture(autouse=True)
+def _as_optax_computes():
+    """optax's own transformations promote types and ranks."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def trained(tx: Any, steps=3) -> Any:
+    params = {"w": jnp.ones((128, 100)), "b": jnp.zeros(5)}
+    state: Any = tx.init(params)
+    update = jax.jit(tx.update)
+    for i in range(steps):
+        key = jax.random.fold_in(jax.random.key(0), i)
+        gradients = jax.tree.map(lambda p, key=key: jax.random.normal(key, p.shape), params)
+        _, state = update(gradients, state, params)
+    return params, state
+
+
+def equal(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
+
+
+def test_plain_state_is_what_the_codes_stand_for():
+    params, state = trained(quantize_state(ADAM, fixed(8)))
+    _, exact = trained(ADAM)
+    plain = to_optax(ADAM, state, params)
+    assert jax.tree.structure(plain) == jax.tree.structure(exact)
+    for found, wanted in zip(jax.tree.leaves(plain), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=0.05 * float(jnp.max(jnp.abs(wanted))))
+    assert equal(plain[0].mu["b"], exact[0].mu["b"])
+
+
+def test_plain_state_comes_in_rounded_once():
+    params, exact = trained(ADAM)
+    tx: Any = quantize_state(ADAM, fixed(8))
+    state = jax.jit(from_optax)(tx.init(params), exact)
+    plain = to_optax(ADAM, state, params)
+    assert equal(plain[0].count, exact[0].count)
+    error = jnp.abs(plain[0].mu["w"] - exact[0].mu["w"]).max() / jnp.abs(exact[0].mu["w"]).max()
+    assert 0 < error < 0.01
+    # Values that are levels stay: what came out goes in again without a change.
+    again = to_optax(ADAM, from_optax(tx.init(params), plain), params)
+    np.testing.assert_allclose(again[0].mu["w"], plain[0].mu["w"], rtol=1e-2, atol=1e-8)
+
+
+@pytest.mark.parametrize("policy", [fixed(5, 4), adaptive(6.0, interval=2)])
+def test_what_is_saved_is_loaded_bit_for_bit_and_goes_on_alike(tmp_path, policy):
+    tx: Any = quantize_state(ADAM, policy)
+    params, state = trained(tx)
+    save(tmp_path / "state", state)
+    found = load(tmp_path / "state", cast(Any, tx.init(params)))
+    assert equal(found, state)
+    gradients = jax.tree.map(jnp.ones_like, params)
+    assert equal(tx.update(gradients, found, params), tx.update(gradients, state, params))
+
+
+def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
+    tx = quantize_state(ADAM, fixed(5, 4))
+    params, state = trained(tx)
+    save(tmp_path / "state", state)
+    like: Any = tx.init(params)
+    with pytest.raises(ValueError, match="exists already"):
+        save(tmp_path / "state", state)
+    other: Any = quantize_state(ADAM, fixed(5, 4)).init(
+        {"w": jnp.ones((256, 100)), "b": jnp.zeros(5)}
+    )
+    with pytest.raises(ValueError, match=r"holds \.pool as uint8"):
+        load(tmp_path / "state", other)
+    sgd: Any = quantize_state(optax.adam(1e-2), fixed(4, 5)).init(params)
+    with pytest.raises(ValueError, match="another transformation, policy or set of parameters"):
+        load(tmp_path / "state", sgd)
+    arrays = tmp_path / "state" / "arrays.safetensors"
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrays.write_bytes(content)
+    with pytest.raises(ValueError, match=r"arrays\.safetensors is damaged"):
+        load(tmp_path / "state", like)
+    arrays.write_bytes(content[:-10])
+    with pytest.raises(ValueError, match=r"bytes; .* were written"):
+        load(tmp_path / "state", like)
+    head = tmp_path / "state" / "state.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"version": 2}))
+    with pytest.raises(ValueError, match="of version 2; this is version 1"):
+        load(tmp_path / "state", like)
+    with pytest.raises(ValueError, match="is missing"):
+        load(tmp_path / "nothing", like)
+    with pytest.raises(ValueError, match="state of a quantize_state"):
+        save(tmp_path / "plain", cast(Any, ADAM.init(params)))
+
+
+def test_state_of_another_transformation_is_refused():
+    params, state = trained(quantize_state(ADAM, fixed(8)))
+    with pytest.raises(ValueError, match="leaves; got"):
+        to_optax(optax.sgd(1e-2, momentum=0.9), state, params)
+    with pytest.raises(ValueError, match="leaves; got"):
+        from_optax(state, optax.sgd(1e-2, momentum=0.9).init(params))
+    with pytest.raises(ValueError, match=r"leaf 1 of .* is float32\[5\]; got float32\[6\]"):
+        from_optax(state, ADAM.init({"w": jnp.ones((128, 100)), "b": jnp.zeros(6)}))
+
+
+def test_diagnoses_tell_a_stall_a_bias_and_an_error():
+    params, state = trained(quantize_state(ADAM, fixed(3, 3)))
+    # One element of each block is held up, the others decay by a tenth or a thousandth.
+    held = jnp.where(jnp.arange(12_800) % 128 == 0, 4.0, 0.0).reshape(128, 100)
+    gradients = {"w": held, "b": jnp.zeros(5)}
+    found = jax.jit(lambda s: diagnose(ADAM, s, gradients, params))(state)
+    assert set(found) == {"0/mu/w", "0/nu/w"}
+    momentum, second = found["0/mu/w"], found["0/nu/w"]
+    assert bool(jnp.isnan(momentum.preconditioner_error).all())
+    assert abs(second.radial_bias) < 0.2
+    assert bool((jnp.diff(second.preconditioner_error) >= 0).all())
+    fine = trained(quantize_state(ADAM, fixed(8)))[1]
+    better = diagnose(ADAM, fine, gradients, params)
+    # At 3 bits nearest rounding leaves many where they were.
+    assert momentum.stalled > 0.2 > 0.1 > better["0/mu/w"].stalled
+    assert better["0/mu/w"].relative_error < momentum.relative_error / 8
+    assert abs(better["0/mu/w"].radial_bias) < 0.01
