@@ -3,15 +3,15 @@
     tx = quantize_state(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), adaptive(4.5))
 
 States lie in pages of bit planes (`jaxquant.pages`) whose widths are data.  `Companded` and `Logarithmic` are
-the codecs; `fixed`, `by_role` and `adaptive` the policies; `whole` says which parameters' state a step
-decodes at once.
+the codecs; `fixed`, `by_role`, `even` and `adaptive` the policies; `whole` says which parameters' state a
+step decodes at once.
 """
 
 from jaxquant.optim.adapting import adaptive
 from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
-from jaxquant.optim.policies import Policy, by_role, fixed
+from jaxquant.optim.policies import Policy, by_role, even, fixed
 from jaxquant.optim.quantizing import quantize_state, whole
 from jaxquant.optim.report import Report, report, state_bytes
 from jaxquant.optim.scoring import Felt, Statistics
@@ -29,6 +29,7 @@ __all__ = [
     "adaptive",
     "by_role",
     "diagnose",
+    "even",
     "fixed",
     "from_optax",
     "load",

@@ -10,7 +10,7 @@ from jaxquant.optim.budget import allocate
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.inner import Inner
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.policies import Adaptation, Policy
+from jaxquant.optim.policies import Adaptation, Policy, check_budget
 from jaxquant.optim.scoring import Felt
 from jaxquant.optim.state import (
     QuantizedState,
@@ -54,12 +54,7 @@ def adaptive(
     >>> adaptive(5.0, interval=200).name
     'adaptive, 5.0 bits'
     """
-    if (
-        isinstance(budget_bits, bool)
-        or not isinstance(budget_bits, int | float)
-        or not budget_bits > 0
-    ):
-        raise ValueError(f"budget_bits is a number above 0; got {budget_bits!r}")
+    budget_bits = check_budget(budget_bits)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         raise ValueError(f"interval is a whole number of steps from 1 on; got {interval!r}")
     if isinstance(stay, bool) or not isinstance(stay, int | float) or not 0 <= stay < 8:
@@ -67,8 +62,8 @@ def adaptive(
     score = Felt() if score is None else score
     if not (hasattr(score, "init") and callable(score)):
         raise ValueError(f"score is one such as Felt() or Statistics(); got {score!r}")
-    name = f"adaptive, {float(budget_bits)} bits"
-    return Policy(name, update=Adaptation(float(budget_bits), interval, score, float(stay)))
+    update = Adaptation(interval, score, float(stay))
+    return Policy(f"adaptive, {budget_bits} bits", lambda leaf: 0, budget_bits, update)
 
 
 def adapted(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:

@@ -14,8 +14,8 @@ class Diagnosis(NamedTuple):
     """One coded leaf in one step: x before, x' the exact state after it, Q what its new codes stand for.
 
     Attributes:
-        stalled: share of the elements with x' ≠ x for which (Q − x)(x' − x) < 0.1 (x' − x)²: less than a tenth
-            of the step is kept.
+        stalled: share of the elements with x' ≠ x for which (Q − x)(x' − x) < 0.1 (x' − x)²: less than a
+            tenth of the step is kept.
         zero: share of the elements with x' ≠ 0 whose Q is 0.
         radial_bias: ⟨Q − x', x'⟩ / ‖x'‖²: how much longer or shorter the state became.
         relative_error: ‖Q − x'‖ / ‖x'‖.

@@ -28,6 +28,7 @@ class Plan:
         exact: the leaves that stay as they are, in the state's order.
         rows: of each shard's pool.
         adaptation: how widths move, where they do.
+        fills: whether rows beyond those bits widen pages to begin with.
     """
 
     policy: str
@@ -37,6 +38,7 @@ class Plan:
     exact: tuple[Exact, ...]
     rows: int = 0
     adaptation: Adaptation | None = None
+    fills: bool = False
 
     @property
     def coded(self) -> frozenset[int]:
@@ -50,10 +52,28 @@ class Plan:
 
     def widths(self) -> list[list[np.ndarray]]:
         """Bits of each page to begin with, by run and slot: the most that one of its leaves has."""
+        found = self._asked()
+        if self.fills:
+            for shard in range(self.runs[0].shards):
+                self._fill([[widths[shard] for widths in slots] for slots in found])
+        return found
+
+    def _asked(self) -> list[list[np.ndarray]]:
         return [
             [run.by_page(bits) for bits in slots]
             for run, slots in zip(self.runs, self.bits, strict=True)
         ]
+
+    def _fill(self, widths: list[list[np.ndarray]]) -> None:
+        """Widens a shard's pages by a bit each while rows are left, those of signed states first."""
+        left = self.rows - sum(int(w.sum()) for slots in widths for w in slots)
+        pairs = zip(self.codecs, widths, strict=True)
+        order = [pair for codecs, slots in pairs for pair in zip(codecs, slots, strict=True)]
+        for _, own in sorted(order, key=lambda pair: not pair[0].signed):
+            flat = own.reshape(-1)
+            able = np.flatnonzero((flat > 0) & (flat < PLANES))[: max(left, 0)]
+            flat[able] += 1
+            left -= len(able)
 
 
 def default_codec(leaf: Leaf) -> Codec:
@@ -88,34 +108,34 @@ def make_plan(
         tuple(sorted(exact, key=lambda e: e.index)),
         adaptation=policy.update,
     )
-    if policy.update is None:
+    if policy.budget_bits is None:
         return dataclasses.replace(plan, rows=_rows(plan))
-    return _within(plan, policy.update)
+    return _within(plan, policy.budget_bits)
 
 
 def _rows(plan: Plan) -> int:
     """Rows that the fullest shard's pages take."""
     return max(
-        sum(int(widths[shard].sum()) for slots in plan.widths() for widths in slots)
+        sum(int(widths[shard].sum()) for slots in plan._asked() for widths in slots)
         for shard in range(plan.runs[0].shards)
     )
 
 
-def _within(plan: Plan, adaptation: Adaptation) -> Plan:
+def _within(plan: Plan, budget_bits: float) -> Plan:
     """The plan with the rows of a budget, and all pages as wide as these allow."""
     elements, shards = sum(leaf.size for leaf in plan.leaves), plan.runs[0].shards
-    spent = _overhead(plan, adaptation)
-    rows = int((adaptation.budget_bits * elements / 8 - spent) // (ROW * shards))
+    spent = _overhead(plan)
+    rows = int((budget_bits * elements / 8 - spent) // (ROW * shards))
     alike = [_alike(plan, width) for width in range(1, PLANES + 1)]
     fitting = [p for p in alike if _rows(p) <= rows]
     if not fitting:
         least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
         raise ValueError(
             f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
-            f"{8 * spent / elements:.2f} are scales, tables and empty rows; got {adaptation.budget_bits}"
+            f"{8 * spent / elements:.2f} are scales, tables and empty rows; got {budget_bits}"
         )
     # More rows than pages of 8 bits take would only lie idle.
-    return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])))
+    return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])), fills=True)
 
 
 def _alike(plan: Plan, width: int) -> Plan:
@@ -127,7 +147,7 @@ def _alike(plan: Plan, width: int) -> Plan:
     return dataclasses.replace(plan, bits=bits)
 
 
-def _overhead(plan: Plan, adaptation: Adaptation) -> int:
+def _overhead(plan: Plan) -> int:
     """Bytes of all but the codes: scales, tables, the row of zeros, counters, what the policy remembers."""
     found = 8 + ROW * plan.runs[0].shards
     for run, codecs in zip(plan.runs, plan.codecs, strict=True):
@@ -135,7 +155,10 @@ def _overhead(plan: Plan, adaptation: Adaptation) -> int:
         for codec in codecs:
             scale = math.prod(codec.scale.shape) * codec.scale.dtype.itemsize
             found += count * (PAGE // BLOCK * scale + 4 * PLANES)
-    memory = jax.eval_shape(lambda: adaptation.score.init(plan))
+    if plan.adaptation is None:
+        return found
+    score = plan.adaptation.score
+    memory = jax.eval_shape(lambda: score.init(plan))
     return found + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
 
 

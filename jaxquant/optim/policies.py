@@ -18,13 +18,15 @@ class Policy:
 
     Attributes:
         name: in a word or two, as reports show it.
-        init: bits of a leaf to begin with; None keeps it in full precision.  Not asked where the policy has
-            a budget: all pages begin alike.
+        init: bits of a leaf to begin with; None keeps it in full precision.  Where there is a budget, it
+            decides the widths instead.
+        budget_bits: for each element of coded state, with everything counted.
         update: how widths move, where they do.
     """
 
     name: str
-    init: Callable[[Leaf], int | None] = lambda leaf: 0
+    init: Callable[[Leaf], int | None]
+    budget_bits: float | None = None
     update: "Adaptation | None" = None
 
 
@@ -33,16 +35,45 @@ class Adaptation:
     """How widths move under a budget.
 
     Attributes:
-        budget_bits: for each element of coded state, with everything counted.
         interval: steps from one decision to the next.
         score: what pages are worth in bits, as `jaxquant.optim.scoring` has them.
         stay: hysteresis, in bits.
     """
 
-    budget_bits: float
     interval: int
     score: Any
     stay: float
+
+
+def even(budget_bits: float) -> Policy:
+    """As wide as a budget allows, everywhere nearly alike and always: what adaptive widths are to beat.
+
+    Rows that are left go to pages of signed states, in their order, then to the others.
+
+    Args:
+        budget_bits: for each element of coded state, with everything counted: codes, scales, tables and
+            empty rows.
+
+    Raises:
+        ValueError: no positive number; at `init`, less than the least possible.
+
+    >>> even(4.5).name
+    'even, 4.5 bits'
+    """
+    budget_bits = check_budget(budget_bits)
+    return Policy(f"even, {budget_bits} bits", lambda leaf: 0, budget_bits)
+
+
+def check_budget(budget_bits: Any) -> float:
+    """The budget, where it is one.
+
+    Raises:
+        ValueError: not a positive number.
+    """
+    is_number = isinstance(budget_bits, int | float) and not isinstance(budget_bits, bool)
+    if not is_number or not 0 < budget_bits < float("inf"):
+        raise ValueError(f"budget_bits is a number above 0; got {budget_bits!r}")
+    return float(budget_bits)
 
 
 def check_bits(bits: Any, where: str) -> int:
