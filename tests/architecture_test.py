@@ -72,6 +72,14 @@ EXPERIMENTS = [
     ],
     ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
     ["ptq_overtraining.study", "ptq_overtraining.__main__", "train"],
+    [
+        "optimizer_states.arms",
+        "optimizer_states.analysis",
+        "optimizer_states.figures",
+        "optimizer_states.report",
+        "optimizer_states.study",
+        "optimizer_states.__main__",
+    ],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
     [
         "benchmark.timing",

@@ -1,0 +1,158 @@
+"""What the records say: gaps to full precision, paired by seed, and what of them the question turns on."""
+
+# pandas' selections and groups are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportReturnType=false
+# pyright: reportCallIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.optimizer_states.arms import EXACT, budget_of
+
+CONFIDENCE = 0.9
+PRIMARY = {"language": "loss valid", "vision": "loss test"}
+_KEYS = ["task", "schedule", "arm"]
+
+
+def runs(records: list[dict]) -> pd.DataFrame:
+    """A row for each finished run that is not tuning."""
+    rows = [
+        {k: r["trial"][k] for k in (*_KEYS, "seed")}
+        | {"loss": r["measures"][PRIMARY[r["trial"]["task"]]]}
+        | {f"measure {k}": v for k, v in r["measures"].items()}
+        | {"bytes": r["state_bytes"], "parameters": r["parameters"]}
+        for r in records
+        if r["status"] == "done" and not r["trial"]["is_tuning"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def gaps(table: pd.DataFrame) -> list[dict]:
+    """Each arm against full precision: paired loss gap, its SD and interval, beside full precision's SD."""
+    if table.empty:
+        return []
+    found = []
+    for (task, schedule), group in table.groupby(["task", "schedule"], sort=False):
+        exact = group[group["arm"] == EXACT].set_index("seed")
+        spread = _sd(exact["loss"].to_numpy())
+        for arm, rows in group.groupby("arm", sort=False):
+            rows = rows.set_index("seed")
+            shared = [seed for seed in rows.index if seed in exact.index]
+            if not shared:
+                continue
+            difference = (rows["loss"][shared] - exact["loss"][shared]).to_numpy()
+            nbytes = float(rows["bytes"].mean())
+            whole = float(exact["bytes"].mean())
+            found.append(
+                {"task": task, "schedule": schedule, "arm": arm, "seeds": len(shared)}
+                | {"loss": float(rows["loss"].mean()), "exact_sd": spread}
+                | _interval(difference)
+                | {"bytes": nbytes, "share": nbytes / whole, "bits": 32 * nbytes / whole}
+            )
+    return found
+
+
+def _sd(values: np.ndarray) -> float | None:
+    return float(values.std(ddof=1)) if len(values) > 1 else None
+
+
+def _interval(values: np.ndarray) -> dict[str, float | None]:
+    """Mean, SD over seeds, and Student's t interval of the mean."""
+    mean, sd = float(values.mean()), _sd(values)
+    if sd is None:
+        return {"gap": mean, "sd": None, "low": None, "high": None}
+    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * sd / len(values) ** 0.5
+    return {"gap": mean, "sd": sd, "low": mean - reach, "high": mean + reach}
+
+
+def contests(table: pd.DataFrame) -> list[dict]:
+    """Each adaptive arm against the even one of its budget, paired by seed: positive where it is better."""
+    found = []
+    if table.empty:
+        return found
+    for (task, schedule), group in table.groupby(["task", "schedule"], sort=False):
+        losses = {arm: rows.set_index("seed")["loss"] for arm, rows in group.groupby("arm")}
+        for arm, own in losses.items():
+            kind, budget = budget_of(str(arm)) or ("even", 0.0)
+            other = losses.get(f"even-{budget}")
+            if kind == "even" or other is None:
+                continue
+            shared = [seed for seed in own.index if seed in other.index]
+            if not shared:
+                continue
+            gain = (other[shared] - own[shared]).to_numpy()
+            row = {"task": task, "schedule": schedule, "arm": arm, "even": f"even-{budget}"}
+            found.append(row | {"seeds": len(shared)} | _interval(gain))
+    return found
+
+
+def answer(row: dict) -> str:
+    """What an interval says: "better", "worse" or "unresolved"."""
+    if row["low"] is None:
+        return "unresolved"
+    if row["low"] > 0:
+        return "better"
+    return "worse" if row["high"] < 0 else "unresolved"
+
+
+def tuning(records: list[dict]) -> pd.DataFrame:
+    """Full precision at the chosen learning rate and at its neighbours, seed 0."""
+    rows = [
+        {
+            "task": r["trial"]["task"],
+            "schedule": r["trial"]["schedule"],
+            "learning rate": r["trial"]["peak_lr"],
+            "loss": r["measures"][PRIMARY[r["trial"]["task"]]] if r["status"] == "done" else None,
+            "used": "" if r["trial"]["is_tuning"] else "used",
+        }
+        for r in records
+        if r["trial"]["arm"] == EXACT and r["trial"]["seed"] == 0
+    ]
+    table = pd.DataFrame(rows)
+    return table if table.empty else table.sort_values(["task", "schedule", "learning rate"])
+
+
+def widths(records: list[dict]) -> pd.DataFrame:
+    """Bits of each leaf over time, means over seeds, of arms with a budget."""
+    rows = [
+        {k: r["trial"][k] for k in (*_KEYS, "seed")}
+        | {"step": snapshot["step"], "leaf": f"{leaf['slot']}/{leaf['path']}", "bits": leaf["bits"]}
+        | {"role": leaf["role"], "slot": leaf["slot"], "elements": leaf["elements"]}
+        for r in records
+        if r["status"] == "done" and budget_of(r["trial"]["arm"])
+        for snapshot in r["snapshots"]
+        for leaf in snapshot["leaves"]
+    ]
+    return pd.DataFrame(rows)
+
+
+def summarize(records: list[dict], expected: int) -> dict[str, Any]:
+    """What ``summary.json`` holds."""
+    table = runs(records)
+    rows = gaps(table)
+    return {
+        "study": "optimizer_states",
+        "trials": {
+            "finished": len(records),
+            "expected": expected,
+            "diverged": [
+                {k: r["trial"][k] for k in (*_KEYS, "seed")} | {"step": r["step"]}
+                for r in records
+                if r["status"] == "diverged"
+            ],
+        },
+        "gaps": rows,
+        "contests": contests(table),
+        "versions": _distinct([r["versions"] for r in records]),
+    }
+
+
+def _distinct(values: list[dict]) -> list[dict]:
+    found: list[dict] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found

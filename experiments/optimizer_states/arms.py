@@ -1,0 +1,93 @@
+"""The arms: one AdamW each, which differ in how its two moments are held and in nothing else."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from experiments.harness import peer_optimizers, train
+from jaxquant.optim import (
+    Felt,
+    QuantizedState,
+    Statistics,
+    adaptive,
+    even,
+    fixed,
+    quantize_state,
+)
+
+EXACT = "fp32"
+B1, B2, EPS = 0.9, 0.95, 1e-8
+WEIGHT_DECAY, CLIP = 0.1, 1.0
+_PEERS = {
+    "torchao-4bit": peer_optimizers.torchao(4),
+    "torchao-8bit": peer_optimizers.torchao(8),
+    "bitsandbytes-8bit": peer_optimizers.bitsandbytes(),
+}
+_BITS = r"(\d+(?:\.\d+)?)"
+_BUDGETS: dict[str, Callable[[float, int], Any]] = {
+    "even": lambda bits, interval: even(bits),
+    "felt": lambda bits, interval: adaptive(bits, interval, Felt()),
+    "felt-loss": lambda bits, interval: adaptive(bits, interval, Felt("loss")),
+    "statistics": lambda bits, interval: adaptive(bits, interval, Statistics()),
+}
+KNOWN = (
+    f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}"
+)
+
+
+def budget_of(arm: str) -> tuple[str, float] | None:
+    """How an arm spends its budget, and the budget in bits; None of an arm without one.
+
+    >>> budget_of("felt-loss-4.5"), budget_of("fixed-8")
+    (('felt-loss', 4.5), None)
+    """
+    for kind in _BUDGETS:
+        if match := re.fullmatch(f"{kind}-{_BITS}", arm):
+            return kind, float(match[1])
+    return None
+
+
+def moments(arm: str, interval: int) -> Any:
+    """The transformation that has the arm's state: Adam's, without decay, rate or clipping.
+
+    Args:
+        arm: its name.
+        interval: steps between decisions of adaptive arms.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    adam = optax.scale_by_adam(B1, B2, EPS)
+    if arm == EXACT:
+        return adam
+    if arm in _PEERS:
+        return peer_optimizers.scale_by_coded_adam(_PEERS[arm], B1, B2, EPS)
+    if match := re.fullmatch(r"fixed-(\d)(?:-(\d))?", arm):
+        second = int(match[2]) if match[2] else None
+        return quantize_state(adam, fixed(int(match[1]), second))
+    if found := budget_of(arm):
+        kind, bits = found
+        return quantize_state(adam, _BUDGETS[kind](bits, interval))
+    raise ValueError(f"config.arms are of {KNOWN}, with B bits; got {arm!r}")
+
+
+def optimizer(arm: str, interval: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping by global norm; decay on matrices only; the schedule comes as data."""
+    return optax.chain(
+        optax.clip_by_global_norm(CLIP),
+        moments(arm, interval),
+        optax.add_decayed_weights(WEIGHT_DECAY, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
+        train.scale_by_schedule_argument(),
+    )
+
+
+def state_of(opt_state: Any) -> Any:
+    """The moments' state within `optimizer`'s."""
+    return opt_state[1]
+
+
+def is_quantized(opt_state: Any) -> bool:
+    return isinstance(state_of(opt_state), QuantizedState)

@@ -1,0 +1,186 @@
+"""The report: the finding in words, tables, and the page that holds it all."""
+
+# pandas' selections and groups are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.harness import report
+from experiments.optimizer_states import figures
+from experiments.optimizer_states.analysis import (
+    CONFIDENCE,
+    PRIMARY,
+    answer,
+    gaps,
+    runs,
+    summarize,
+    tuning,
+    widths,
+)
+from experiments.optimizer_states.arms import EXACT
+
+
+def verdict(summary: dict) -> str:
+    """The finding in a few sentences; first whether adaptive widths beat even ones."""
+    said = [_contest(summary["contests"])]
+    trials = summary["trials"]
+    if trials["finished"] < trials["expected"]:
+        said.append(f"{trials['finished']} of {trials['expected']} trials are finished.")
+    if trials["diverged"]:
+        names = ", ".join(sorted({d["arm"] for d in trials["diverged"]}))
+        said.append(f"{len(trials['diverged'])} runs diverged ({names}) and are left out.")
+    within = [row for row in summary["gaps"] if row["arm"] != EXACT and _is_within(row)]
+    if within:
+        least = min(within, key=lambda row: row["bits"])
+        said.append(
+            f"The fewest bits whose mean gap is at most full precision's spread over seeds: "
+            f"{least['arm']} on {least['task']} under {least['schedule']}, {least['bits']:.2f} bits, "
+            f"{least['share']:.1%} of full precision's bytes, gap {_interval(least)} nats."
+        )
+    return " ".join(said)
+
+
+def _is_within(row: dict) -> bool:
+    return row["exact_sd"] is not None and row["gap"] <= row["exact_sd"]
+
+
+def _contest(rows: list[dict]) -> str:
+    if not rows:
+        return "No adaptive arm stands beside an even one of the same budget."
+    counts = {kind: [r for r in rows if answer(r) == kind] for kind in _ANSWERS}
+    head = "Adaptive widths do not beat an even allocation of the same budget"
+    if len(counts["better"]) == len(rows):
+        head = "Adaptive widths beat an even allocation of the same budget in every comparison"
+    elif counts["better"]:
+        head = "Adaptive widths beat an even allocation of the same budget in some comparisons"
+    parts = [
+        f"{kind} in {len(found)} ({', '.join(map(_named, found))})"
+        for kind, found in counts.items()
+        if found
+    ]
+    return f"{head}: {'; '.join(parts)}."
+
+
+_ANSWERS = ("better", "worse", "unresolved")
+
+
+def _named(row: dict) -> str:
+    return f"{row['arm']} on {row['task']} under {row['schedule']} {_interval(row)}"
+
+
+def _interval(row: dict) -> str:
+    if row["low"] is None:
+        return f"{row['gap']:+.4f}"
+    return f"{row['gap']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+def to_text(summary: dict) -> str:
+    """The finding for a terminal."""
+    lines = [verdict(summary), ""]
+    for row in summary["gaps"]:
+        spread = "—" if row["exact_sd"] is None else f"{row['exact_sd']:.4f}"
+        lines.append(
+            f"  {row['task']:9} {row['schedule']:7} {row['arm']:18} {row['bits']:6.2f} bits  "
+            f"{_interval(row)}  (spread {spread})"
+        )
+    return "\n".join(lines)
+
+
+def _gap_table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "task": row["task"],
+                "schedule": row["schedule"],
+                "state": row["arm"],
+                "bits": f"{row['bits']:.2f}",
+                "bytes": f"{row['bytes']:,.0f}",
+                "of fp32's": f"{row['share']:.1%}",
+                "loss": f"{row['loss']:.4f}",
+                "gap": _interval(row),
+                "SD of gap": "—" if row["sd"] is None else f"{row['sd']:.4f}",
+                "fp32's SD": "—" if row["exact_sd"] is None else f"{row['exact_sd']:.4f}",
+                "seeds": row["seeds"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def _contest_table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "task": row["task"],
+                "schedule": row["schedule"],
+                "adaptive": row["arm"],
+                "against": row["even"],
+                "gain": _interval(row),
+                "seeds": row["seeds"],
+                "adaptive is": answer(row),
+            }
+            for row in rows
+        ]
+    )
+
+
+def write(workdir: Path, records: list[dict], expected: int) -> dict:
+    """Writes summary, report and figures of the records, and returns the summary.
+
+    Args:
+        workdir: where.
+        records: of finished trials.
+        expected: how many trials the grid has.
+    """
+    summary, sections = summarize(records, expected), []
+    table = runs(records)
+    if summary["gaps"]:
+        caption = f"Paired gaps in loss (nats), {CONFIDENCE:.0%} intervals over seeds"
+        drawn = [figures.against_bits(gaps(table))] if len(set(table["arm"])) > 1 else []
+        tables = [(caption, _gap_table(summary["gaps"]))]
+        sections.append(report.Section("What few bits cost", [_BYTES], tables, drawn))
+    if summary["contests"]:
+        contest = (
+            "Gain in loss (nats) over the even allocation",
+            _contest_table(summary["contests"]),
+        )
+        heat = figures.widths_over_time(widths(records))
+        title = "Do moving widths pay?"
+        sections.append(report.Section(title, [], [contest], [heat] if heat else []))
+    sections.append(_method(summary, records))
+    report.write(workdir, "Optimizer state in few bits", verdict(summary), sections, summary)
+    return summary
+
+
+_BYTES = (
+    "Measured: bytes of all arrays of the two moments' state, with scales, tables, empty rows, counters, and "
+    "leaves that stay exact; bits are those bytes over two numbers a parameter. The codecs of torchao and "
+    "bitsandbytes are ours, written after theirs, with their own rules for which leaves stay exact."
+)
+_METHOD = (
+    "All arms share initial weights, data order, schedule and learning rate, which was tuned for full "
+    "precision. A gap is an arm's loss less full precision's of the same seed; a gain is the even arm's less "
+    "the adaptive one's. State is coded again at every step. Nothing here is a time: see the benchmark."
+)
+
+
+def _method(summary: dict, records: list[dict]) -> report.Section:
+    paragraphs = [_METHOD]
+    for task in dict.fromkeys(r["trial"]["task"] for r in records):
+        t = next(r["trial"] for r in records if r["trial"]["task"] == task)
+        paragraphs.append(
+            f"{task.capitalize()}: size {t['size']}, data {t['data']} (fingerprint "
+            f"{t['data_fingerprint']}), {t['steps']} steps in batches of {t['batch']}, peak rate "
+            f"{t['peak_lr']:g}, decisions every {t['interval']} steps, metric {PRIMARY[task]}."
+        )
+    versions = "; ".join(
+        ", ".join(f"{k} {v}" for k, v in one.items()) for one in summary["versions"]
+    )
+    tables = [("Full precision around the learning rate in use, seed 0", tuning(records))]
+    return report.Section(
+        "How this was measured",
+        [*paragraphs, f"Versions: {versions}."],
+        [(caption, table) for caption, table in tables if len(table)],
+    )
