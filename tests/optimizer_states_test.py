@@ -1,0 +1,107 @@
+"""The study `optimizer_states`: from outside under its smallest preset, and what it says of records."""
+
+import dataclasses
+import json
+import subprocess
+
+import numpy as np
+import pytest
+from conftest import ROOT, study_command
+
+from experiments.optimizer_states import analysis, report, study
+from experiments.optimizer_states.arms import budget_of, moments
+
+
+@pytest.mark.exhaustive
+@pytest.mark.long
+def test_it_runs_to_its_report_and_goes_on_where_it_stopped(tmp_path):
+    command = study_command(tmp_path, "--config.seeds=1", study="optimizer_states")
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "0 of 4" not in done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["trials"] == {"finished": 4, "expected": 4, "diverged": []}
+    bits = {row["arm"]: row["bits"] for row in summary["gaps"]}
+    assert bits["fp32"] == pytest.approx(32, abs=0.1)
+    assert bits["felt-5.0"] < 5.2
+    assert (tmp_path / "report.html").stat().st_size > 100_000
+
+
+def record(arm, seed, loss, nbytes=100, **trial):
+    settings = {"task": "language", "schedule": "wsd", "arm": arm, "seed": seed, "is_tuning": False}
+    settings |= {"peak_lr": 1.0, "size": "94k", "data": "sotu", "data_fingerprint": "", "steps": 1}
+    settings |= {"batch": 1, "interval": 1}
+    leaf = {"slot": "mu", "path": "w", "role": "matrix", "bits": 4.0, "elements": 1}
+    return {
+        "trial": settings | trial,
+        "status": "done",
+        "measures": {"loss valid": loss},
+        "state_bytes": nbytes,
+        "parameters": 10,
+        "versions": {},
+        "snapshots": [{"step": 1, "leaves": [leaf]}] if budget_of(arm) else [],
+    }
+
+
+def records(gain):
+    rng, found = np.random.default_rng(0), []
+    for seed in range(3):
+        base = 1.5 + 0.01 * seed
+        found.append(record("fp32", seed, base, 3200))
+        found.append(record("even-5.0", seed, base + 0.02, 500))
+        found.append(record("felt-5.0", seed, base + 0.02 - gain + 1e-4 * rng.normal(), 500))
+    return [*found, record("fp32", 0, 1.9, is_tuning=True, peak_lr=2.0)]
+
+
+def test_gaps_are_paired_by_seed_and_bits_are_bytes():
+    rows = {row["arm"]: row for row in analysis.gaps(analysis.runs(records(0.01)))}
+    assert rows["even-5.0"]["gap"] == pytest.approx(0.02)
+    assert rows["even-5.0"]["sd"] == pytest.approx(0.0, abs=1e-12)
+    assert rows["even-5.0"]["exact_sd"] == pytest.approx(0.01)
+    assert rows["even-5.0"]["bits"] == pytest.approx(5.0)
+    assert len(analysis.tuning(records(0.0))) == 2
+
+
+@pytest.mark.parametrize(
+    ("gain", "words"),
+    [
+        (0.01, "beat an even allocation of the same budget in every comparison"),
+        (0.0, "do not beat an even allocation of the same budget: unresolved in 1"),
+        (-0.01, "do not beat an even allocation of the same budget: worse in 1"),
+    ],
+)
+def test_the_first_line_says_whether_moving_widths_pay(gain, words):
+    summary = analysis.summarize(records(gain), expected=10)
+    assert words in report.verdict(summary)
+    assert "felt-5.0" in report.to_text(summary)
+
+
+def test_the_report_is_written_of_any_records(tmp_path):
+    for found in ([], records(0.01)[:1], records(0.01)):
+        report.write(tmp_path, found, expected=10)
+        assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arms": ("fixed-8",)}, "config.arms has 'fp32'"),
+        ({"arms": ("fp32", "fixed-9")}, "bits is a whole number"),
+        ({"arms": ("fp32", "nf4")}, "config.arms are of fp32, fixed-B"),
+        ({"arms": ("fp32", "fp32")}, "each once"),
+        ({"schedules": ("linear",)}, "config.schedules are of wsd, cosine"),
+        ({"language_size": "1k"}, "config.language_size is one of"),
+        ({"tuning": (1.0,)}, "config.tuning holds factors other than 1"),
+        ({"snapshots": 0}, "snapshots"),
+    ],
+)
+def test_a_field_that_no_run_could_use_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        study.make_trials(dataclasses.replace(study.PRESETS["smoke"], **change))
+
+
+def test_every_arm_of_the_presets_has_a_transformation():
+    for config in study.PRESETS.values():
+        for arm in config.arms:
+            assert callable(moments(arm, 10).update)
