@@ -191,7 +191,7 @@ class Logarithmic:
         place = jnp.clip((log - (low << 23)).astype(jnp.float32) * (1 / step), 0.0, top)
         if self.stochastic:
             k = jnp.minimum(jnp.floor(place), top - 1)
-            below, above = _at(k, step, low), _at(k + 1, step, low)
+            below, above = _at(k, step, low, high), _at(k + 1, step, low, high)
             k = k + (draws * (above - below) < x - below).astype(jnp.float32)
         else:
             k = jnp.round(place)
@@ -201,7 +201,7 @@ class Logarithmic:
     def decode(self, codes, scale, bits):
         low, high = scale[..., :1].astype(jnp.int32), scale[..., 1:].astype(jnp.int32)
         step, _ = _steps(low, high, bits)
-        return jnp.where(high == 0, 0.0, _at(codes.astype(jnp.float32), step, low))
+        return jnp.where(high == 0, 0.0, _at(codes.astype(jnp.float32), step, low, high))
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -214,6 +214,9 @@ def _steps(low: jax.Array, high: jax.Array, bits: jax.Array) -> tuple[jax.Array,
     return jnp.maximum((high - low).astype(jnp.float32), 1.0) * _MANTISSA / top, top
 
 
-def _at(k: jax.Array, step: jax.Array, low: jax.Array) -> jax.Array:
+def _at(k: jax.Array, step: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The value of code k."""
-    return jax.lax.bitcast_convert_type((low << 23) + (k * step).astype(jnp.int32), jnp.float32)
+    log = (low << 23) + (k * step).astype(jnp.int32)
+    # A compiler that divides by way of the reciprocal makes steps some bits too long.  A value above 2^high
+    # would raise `high` by one whenever it is encoded again.
+    return jax.lax.bitcast_convert_type(jnp.minimum(log, high << 23), jnp.float32)
