@@ -245,7 +245,7 @@ def test_averages_follow_steps_that_differ_within_a_block():
 
 
 def largest_after_gradients_cease(binades, steps=250):
-    """The largest late update where half of the gradients become a thousandth of what they were, or nothing."""
+    """The largest late update where half of the gradients cease, or become a thousandth of what they were."""
     noise = jax.random.normal(jax.random.key(0), (steps, 64, BLOCK))
     factors = jnp.tile(jnp.array([0.0, 1.0, 1e-3, 1.0]), BLOCK // 4)
     is_late = (jnp.arange(steps) >= 50)[:, None, None]
