@@ -84,6 +84,7 @@ EXPERIMENTS = [
     [
         "benchmark.timing",
         "benchmark.serving",
+        "benchmark.optimizers",
         "benchmark.report",
         "benchmark.study",
         "benchmark.__main__",

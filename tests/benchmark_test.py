@@ -13,7 +13,7 @@ from conftest import ROOT, study_command
 from flax import nnx
 from scipy import stats
 
-from experiments.benchmark import serving, step, study, timing, variants
+from experiments.benchmark import optimizers, serving, step, study, timing, variants
 from experiments.benchmark.lm import LinenLM, NnxLM, Shape
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
@@ -191,6 +191,36 @@ def test_serving_alone_without_peers(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("_lenient")
+def test_optimizers_alone(monkeypatch, tmp_path):
+    config = dataclasses.replace(study.PRESETS["smoke"], parts="optim", width=16, optim_rounds=5)
+    make = optimizers.jax_optimizers
+    some = (optimizers.EXACT, optimizers.OURS, "torchao's codec in JAX, 4 bits")
+    monkeypatch.setattr(optimizers, "jax_optimizers", lambda: {k: make()[k] for k in some})
+    result = study.run(config, tmp_path)
+    assert result["steps"] == result["serving"] == []
+    bits = {
+        row["variant"]: 4 * row["bytes"] / row["elements"]
+        for row in result["optimizers"]
+        if row["contest"] == optimizers.MATRIX
+    }
+    assert bits[some[0]] == pytest.approx(32, abs=0.01)
+    assert bits[some[1]] < 5
+    assert bits[some[2]] == pytest.approx(4.25, abs=0.01)
+    for row in result["optimizers"]:
+        assert row["low"] <= row["median"] <= row["high"]
+    contests = [pair["contest"] for pair in result["optimizer_pairs"]]
+    assert contests == [optimizers.MATRIX] * 2 + [optimizers.TREE] * 2 + [optimizers.STEP]
+    assert f"{optimizers.OURS} over" in study.report.to_text(result)
+    assert "Optimizer state" in (tmp_path / "report.html").read_text()
+
+
+def test_torch_peers_that_are_not_installed_are_named(monkeypatch):
+    monkeypatch.setattr(optimizers, "TORCH_PEERS", ("no_such_torch",))
+    with pytest.raises(ValueError, match=r"config\.torch_peers needs no_such_torch: pip install"):
+        optimizers.check_torch()
+
+
+@pytest.mark.usefixtures("_lenient")
 def test_a_model_that_serves_in_floating_point_is_named():
     tokens = jnp.zeros((2, 8), jnp.int32)
     plain, _, w8a8 = serving.make_servers(serving.FORWARD, peers=False)[:3]
@@ -223,7 +253,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
         "--preset is one of smoke, laptop, full; got 'tpu'": "--preset=tpu",
         "config.rounds is a number above 0; got 0": "--config.rounds=0",
         "width 64 must be 5 heads": "--config.heads=5",
-        "config.parts is one or more of train, serve; got 'decode'": "--config.parts=decode",
+        "config.parts is one or more of train, serve, optim; got 'decode'": "--config.parts=decode",
         "is not --config.FIELD=VALUE": "--config.warmup=1",
         "cannot be written": f"--workdir={tmp_path / 'file' / 'work'}",
     }

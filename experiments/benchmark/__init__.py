@@ -7,7 +7,10 @@ themselves say little.  Beside that, `fake_quant` of a large matrix is timed aga
 
 Serving is timed in the same way: forward passes of the model in float32, in bfloat16, frozen by jaxquant and
 quantized by Qwix, and the decoding of one token with weights alone quantized.
-``--config.parts=train`` or ``=serve`` measures one of the two.
+
+Optimizers are timed on a matrix, on the model's parameters and within a train step, beside the bytes of their
+state: optax's AdamW in float32, jaxquant's quantized state, and the codecs of torchao and bitsandbytes.
+``--config.parts=train``, ``=serve`` or ``=optim`` measures one of the three.
 
     python -m experiments.benchmark --preset=laptop --workdir=DIR
 

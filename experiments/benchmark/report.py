@@ -8,6 +8,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
+from experiments.benchmark.optimizers import CONTESTS, EXACT, MATRIX, OURS, STEP, TREE
 from experiments.benchmark.serving import DECODE, FORWARD
 from experiments.benchmark.timing import LEVEL
 from experiments.benchmark.variants import BASELINE
@@ -24,6 +25,7 @@ _NO_PEERS = (
 def verdict(result: dict) -> str:
     """The ratios that the benchmark is for, in a few sentences."""
     said = [_steps_verdict(result) if result["steps"] else "", _serving_verdict(result)]
+    said.append(_optimizer_verdict(result))
     said.append("" if result["config"]["peers"] else _NO_PEERS)
     return " ".join(text for text in said if text)
 
@@ -65,6 +67,16 @@ def _serving_verdict(result: dict) -> str:
     return " ".join([f"Ratios of serving times: {ratios}.", *warning, *failed, note])
 
 
+def _optimizer_verdict(result: dict) -> str:
+    if not result["optimizers"]:
+        return ""
+    parts = [
+        f"{pair['other']} ({pair['contest']}): {_ratio(pair)}" for pair in result["optimizer_pairs"]
+    ]
+    note = _interval_note(result["config"]["optim_rounds"])
+    return f"Ratios of optimizer times, {OURS} over {'; '.join(parts)}. {note}"
+
+
 def _interval_note(rounds: int) -> str:
     few = f"{rounds} rounds are too few for an interval at {_PERCENT}, which takes 5."
     return f"Medians of {rounds} rounds with {_PERCENT} intervals." if rounds >= 5 else few
@@ -79,6 +91,7 @@ def to_text(result: dict) -> str:
     """The finding and the tables for a terminal."""
     tables = [_step_table(result), _rival_table(result), _pass_table(result)]
     tables += [_serving_table(result, part) for part in _PART_NAMES]
+    tables += [_optimizer_table(result, contest) for contest in CONTESTS]
     shown = [table.to_string(index=False) for table in tables if not table.empty]
     return "\n\n".join([verdict(result), *shown])
 
@@ -146,10 +159,25 @@ def _serving_table(result: dict, part: str) -> pd.DataFrame:
     )
 
 
+def _optimizer_table(result: dict, contest: str) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                contest: row["variant"],
+                f"ratio to {EXACT}": _ratio(row),
+                "bytes of state": f"{row['bytes']:,}",
+                "bits a number": f"{8 * row['bytes'] / (2 * row['elements']):.2f}",
+            }
+            for row in result["optimizers"]
+            if row["contest"] == contest
+        ]
+    )
+
+
 def write(workdir: Path, result: dict) -> None:
     """Writes summary, report and figure; the summary is the result without the raw seconds."""
     summary = dict(result)
-    for key in ("steps", "passes", "serving"):
+    for key in ("steps", "passes", "serving", "optimizers"):
         summary[key] = [{k: v for k, v in row.items() if k != "seconds"} for row in result[key]]
     report.write(
         workdir, "Side by side with the peers", verdict(result), _sections(result), summary
@@ -159,7 +187,19 @@ def write(workdir: Path, result: dict) -> None:
 def _sections(result: dict) -> list[report.Section]:
     training = _training_sections(result) if result["steps"] else []
     serving = _serving_sections(result) if result["serving"] else []
-    return [*training, *serving, _method(result)]
+    optimizers = _optimizer_sections(result) if result["optimizers"] else []
+    return [*training, *serving, *optimizers, _method(result)]
+
+
+def _optimizer_sections(result: dict) -> list[report.Section]:
+    config = result["config"]
+    names = {
+        MATRIX: f"One step on a matrix of {config['optim_rows']} × {config['optim_columns']}",
+        TREE: "One step on the parameters of the model below",
+        STEP: "A whole train step of that model, on 16 sequences of 128 tokens",
+    }
+    tables = [(names[contest], _optimizer_table(result, contest)) for contest in CONTESTS]
+    return [report.Section("Optimizer state", [_OPTIMIZERS], tables)]
 
 
 def _serving_sections(result: dict) -> list[report.Section]:
@@ -221,6 +261,12 @@ _SERVING = (
     "in each pass. The token is decoded without a cache, so that attention sees it alone and the time is "
     "that of the linears' matrix-vector products. The error of logits is ‖y − r‖ / ‖r‖ against float32's r, "
     "of an untrained model: a check that no variant is broken, not a measure of quality."
+)
+_OPTIMIZERS = (
+    "AdamW with its update applied, state and parameters donated; bytes are those of all arrays of its "
+    "state, bits a number those over two numbers a parameter. Codecs “in JAX” are ours, written after the "
+    "peers' and compiled whole; the peers themselves, where config.torch_peers asked for them, run in torch "
+    "on the same cores. Adaptive widths decide every 100 steps, which medians do not show."
 )
 _METHOD = (
     "Measured: all steps and passes were compiled and warmed up first; then, in one process, each round ran "

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,13 @@ from tqdm.auto import tqdm
 import jaxquant as jq
 from experiments.benchmark import report
 from experiments.benchmark.lm import VOCABULARY, Shape
+from experiments.benchmark.optimizers import (
+    CONTESTS,
+    EXACT,
+    OURS,
+    check_torch,
+    make_runners,
+)
 from experiments.benchmark.serving import (
     DECODE,
     FORWARD,
@@ -39,7 +46,7 @@ from experiments.benchmark.variants import (
 from experiments.harness import cli, files
 
 STUDY = "benchmark"
-TRAIN, SERVE = PARTS = ("train", "serve")
+TRAIN, SERVE, OPTIM = PARTS = ("train", "serve", "optim")
 _WARM_UP = 2  # rounds before the ones that count: the first touches fresh memory
 _PASS = "x · c"  # what fake_quant is held against
 
@@ -66,6 +73,10 @@ class Config:
     serve_rounds: int = 31
     decode_layers: int = 1
     decode_width: int = 2048
+    optim_rows: int = 4096  # of the matrix that is one parameter
+    optim_columns: int = 2048
+    optim_rounds: int = 21
+    torch_peers: bool = False  # torchao and bitsandbytes themselves, of the extra `peers`
 
 
 PRESETS = {
@@ -80,6 +91,9 @@ PRESETS = {
         serve_batch=2,
         serve_rounds=2,
         decode_width=128,
+        optim_rows=128,
+        optim_columns=128,
+        optim_rounds=2,
     ),
     "laptop": Config(),
     "full": Config(width=1024, heads=16, rounds=31, serve_rounds=101, decode_layers=4),
@@ -107,8 +121,11 @@ def run(config: Config, workdir: str | Path) -> dict:
         raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
     shape = Shape(config.layers, config.width, config.heads)
     decoder = Shape(config.decode_layers, config.decode_width, config.heads)
-    if config.peers:
+    cli.check_positive(config, "optim_rows", "optim_columns", "optim_rounds")
+    if config.peers and parts & {TRAIN, SERVE}:
         check_peers()
+    if config.torch_peers and OPTIM in parts:
+        check_torch()
     workdir = Path(workdir)
     _claim(workdir)
     result = {
@@ -120,6 +137,7 @@ def run(config: Config, workdir: str | Path) -> dict:
         **(_measure_steps(config, shape) if TRAIN in parts else {"steps": [], "rivals": []}),
         "passes": _measure_passes(config) if TRAIN in parts else [],
         **_measure_serving(config, {FORWARD: shape, DECODE: decoder} if SERVE in parts else {}),
+        **_measure_optimizers(config, shape, CONTESTS if OPTIM in parts else ()),
     }
     files.write_json(workdir / "benchmark.json", result)
     report.write(workdir, result)
@@ -255,6 +273,37 @@ def _measure_passes(config: Config) -> list[dict]:
 
 def _run_pass(program: Callable[..., jax.Array], x: jax.Array, c: jax.Array) -> None:
     program(x, c).block_until_ready()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def _measure_optimizers(config: Config, shape: Shape, contests: Sequence[str]) -> dict:
+    found = [_measure_contest(config, shape, contest) for contest in contests]
+    return {
+        "optimizers": [row for rows, _ in found for row in rows],
+        "optimizer_pairs": [pair for _, pairs in found for pair in pairs],
+    }
+
+
+def _measure_contest(config: Config, shape: Shape, contest: str) -> tuple[list[dict], list[dict]]:
+    matrix = config.optim_rows, config.optim_columns
+    runners = {r.name: r for r in make_runners(contest, shape, matrix, config.torch_peers)}
+    seconds = _timed(runners, config.optim_rounds, f"optimizers, {contest}")
+    rows = [
+        {"contest": contest, "variant": name, "bytes": r.nbytes, "elements": r.elements}
+        | paired_ratio(seconds[name], seconds[EXACT])
+        | {"seconds": seconds[name]}
+        for name, r in runners.items()
+    ]
+    pairs = [
+        {"contest": contest, "ours": OURS, "other": name}
+        | paired_ratio(seconds[OURS], seconds[name])
+        for name in runners
+        if name != OURS
+    ]
+    return rows, pairs
 
 
 # ---------------------------------------------------------------------------------------------------
