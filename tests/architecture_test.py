@@ -41,8 +41,9 @@ LIBRARY = [
     ],
     ["nnx.saving", "linen.saving", "versions", "serving"],
     ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
-    ["optim.tracing", "optim.inner", "optim.state", "optim.updating"],
-    ["optim.budget", "optim.scoring", "optim.adapting", "optim.quantizing", "optim.report"],
+    ["optim.tracing", "optim.inner", "optim.state", "optim.blocks", "optim.updating"],
+    ["optim.budget", "optim.scoring", "optim.adapting", "optim.report"],
+    ["optim.kernels", "optim.spans", "optim.quantizing"],
     ["optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [

@@ -12,7 +12,7 @@ from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.policies import Policy, by_role, even, fixed
-from jaxquant.optim.quantizing import quantize_state, whole
+from jaxquant.optim.quantizing import quantize_state, traffic, whole
 from jaxquant.optim.report import Report, report, state_bytes
 from jaxquant.optim.scoring import Felt, Statistics
 from jaxquant.optim.state import QuantizedState
@@ -38,5 +38,6 @@ __all__ = [
     "save",
     "state_bytes",
     "to_optax",
+    "traffic",
     "whole",
 ]

@@ -134,7 +134,7 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
                 group, old, new, scale = xs
                 codes, values = read_blocks(pool, old, scale, codec)
                 first = group.astype(jnp.uint32) * jnp.uint32(old.shape[0] * pages.PAGE % 2**32)
-                found = encode_blocks(values, new, codec, word, first)
+                found = encode_blocks(values, bits_of(new), codec, word, first)
                 same = jnp.broadcast_to(bits_of(old) == bits_of(new), codes.shape[:-1])
                 codes, scale = kept_where(same, (codes, scale), found)
                 return pages.write(pool, new, codes), scale

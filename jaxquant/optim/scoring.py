@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import pages
+from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
     decoded,
-    draw_word,
     encode_blocks,
     joined,
     merged,
     rooted,
     with_leaf,
 )
-from jaxquant.optim.updating import chosen, decoded_group, members, programs_of, wide_of
+from jaxquant.optim.updating import members
 
 Scores = list[list[jax.Array]]  # for each run and slot, float32[shards, groups, pages]
 
@@ -122,37 +122,34 @@ def _felt_by_groups(
     seed: int,
     by_loss: bool,
 ) -> list[jax.Array]:
-    run, codecs = state.plan.runs[number], state.plan.codecs[number]
-    inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    programs, wide = jnp.asarray(programs_of(run.owners(), pieces)), wide_of(inner, run, pieces)
-    gradients = merged(run.flatten([inner.gradient(p) for p in run.parameters]))
-    dtypes = [slot[0].dtype for slot in run.leaves]
+    run, own = state.plan.runs[number], block_step(state.plan, number, pieces)
     kinds = list(pieces[0].results)
-    pool, rows = joined(state.pool), state.pool.shape[1]
-    words = [draw_word(seed, state.step, number, i) for i in range(len(codecs))]
     if "update" not in kinds:
-        return [jnp.zeros(run.grid) for _ in codecs]
+        return [jnp.zeros(run.grid) for _ in own.codecs]
+    inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
+    programs, wide = programs_of(run, pieces), wide_of(inner, run, pieces)
+    gradients = merged(run.flatten([inner.gradient(p) for p in run.parameters]))
+    pool, rows = joined(state.pool), state.pool.shape[1]
+    words = draw_words(state, number, seed)
 
     def step(_: Any, xs: Any) -> Any:
         group, tables, scales = xs
-        own = {kind: x[group] for kind, x in wide.items()}
+        values, bits = {kind: x[group] for kind, x in wide.items()}, list(map(bits_of, tables))
         start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
 
-        def after(states: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-            found = [(i, piece(states, own, inner.known)) for i, piece in distinct.values()]
-            states, results = chosen(found, programs[group])
+        def after(states: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+            states, results = own.update(states, values, inner.known, programs[group])
             return states, results[kinds.index("update")].astype(jnp.float32)
 
         codes = [pages.read(pool, table) for table in tables]
-        states, _ = after(decoded_group(codes, tables, scales, codecs, dtypes))
+        states, _ = after(own.decode(codes, bits, scales))
         _, update = after(states)
         weight = gradients[group].astype(jnp.float32) ** 2 if by_loss else 1.0
         found = []
-        for i, (table, codec) in enumerate(zip(tables, codecs, strict=True)):
+        for i, (codec, dtype) in enumerate(zip(own.codecs, own.dtypes, strict=True)):
             x = states[i].astype(jnp.float32)
-            stored = codec.decode(*encode_blocks(x, table, codec, words[i], start), bits_of(table))
-            _, other = after([*states[:i], stored.astype(dtypes[i]), *states[i + 1 :]])
+            stored = codec.decode(*encode_blocks(x, bits[i], codec, words[i], start), bits[i])
+            _, other = after([*states[:i], stored.astype(dtype), *states[i + 1 :]])
             found.append(jnp.sum(weight * (other - update) ** 2, axis=(1, 2, 3)))
         return None, found
 

@@ -1,52 +1,31 @@
 """One update of quantized state: decode, inner update, encode, some pages at a time."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant import pages
-from jaxquant.optim.codecs import Codec
+from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
-from jaxquant.optim.layout import Run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
     decoded,
-    draw_word,
-    encode_blocks,
     joined,
-    kept_where,
     merged,
     rooted,
     with_leaf,
 )
 
-
-def updated(inner: Inner, state: QuantizedState, seed: int) -> tuple[list[Any], QuantizedState]:
-    """The updates, and the state after them."""
-    inner.evaluate(inner.untouched())
-    by_run, _ = pieces_by_run(inner, state.plan)
-    for number, pieces in by_run.items():
-        state = _by_groups(inner, state, number, pieces, seed)
-    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
-    for component in inner.components():
-        if rest & set(component.parameters):
-            state = _whole(inner, state, component, seed)
-    exact = tuple(inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact)
-    updates = [inner.known[n] for n in inner.updates]
-    return updates, state._replace(step=state.step + 1, exact=exact)
-
-
 # ---------------------------------------------------------------------------------------------------
 # By groups of pages
 
 
-def _by_groups(
+def by_groups(
     inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
 ) -> QuantizedState:
     """The update of a run of parameters, group after group; its results become known to `inner`."""
@@ -69,52 +48,23 @@ def _by_groups(
     return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
 
-def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
-    """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
-    found = {}
-    for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
-        dtype = next(inner.program.specs[p.wide[kind]].dtype for p in pieces if kind in p.wide)
-        arrays = [
-            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(size, dtype)
-            for piece, size in zip(pieces, run.sizes, strict=True)
-        ]
-        found[kind] = merged(run.flatten(arrays))
-    return found
-
-
-def programs_of(owners: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
-    """For each block, the first of the pieces that is like its own."""
-    firsts: dict[Hashable, int] = {}
-    like = [firsts.setdefault(piece.signature, i) for i, piece in enumerate(pieces)]
-    return np.array(like, np.int32)[owners].reshape(-1, *owners.shape[2:])
-
-
 def _group_step(
     inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
 ) -> Callable:
     """Decodes, updates and encodes one group of a run's pages."""
-    run, codecs = state.plan.runs[number], state.plan.codecs[number]
-    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    programs, wide = jnp.asarray(programs_of(run.owners(), pieces)), wide_of(inner, run, pieces)
-    words = [draw_word(seed, state.step, number, i) for i in range(len(codecs))]
-    dtypes = [slot[0].dtype for slot in run.leaves]
+    run, own = state.plan.runs[number], block_step(state.plan, number, pieces)
+    programs, wide = programs_of(run, pieces), wide_of(inner, run, pieces)
+    words = draw_words(state, number, seed)
 
     def compute(group: jax.Array, codes: list, tables: list, scales: list) -> Any:
-        before = decoded_group(codes, tables, scales, codecs, dtypes)
-        own = {kind: x[group] for kind, x in wide.items()}
-        found = [(i, piece(before, own, inner.known)) for i, piece in distinct.values()]
-        return chosen(found, programs[group])
+        values = {kind: x[group] for kind, x in wide.items()}
+        bits = list(map(bits_of, tables))
+        return own.compute(codes, bits, scales, values, inner.known, programs[group])
 
     def encode(group: jax.Array, after: list, codes: list, tables: list, scales: list) -> Any:
-        before = decoded_group(codes, tables, scales, codecs, dtypes)
         start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
-        kept = []
-        for i, table in enumerate(tables):
-            is_same = jnp.all(after[i] == before[i], axis=-1)
-            values = after[i].astype(jnp.float32)
-            new = encode_blocks(values, table, codecs[i], words[i], start)
-            kept.append(kept_where(is_same, (codes[i], scales[i]), new))
-        return kept
+        bits = list(map(bits_of, tables))
+        return own.encode(after, codes, bits, scales, words, start)
 
     def step(pool: jax.Array, xs: Any) -> Any:
         group, tables, scales = xs
@@ -127,32 +77,6 @@ def _group_step(
         return pool, (results, [scale for _, scale in kept])
 
     return step
-
-
-def decoded_group(
-    codes: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    codecs: Sequence[Codec],
-    dtypes: Sequence[Any],
-) -> list[jax.Array]:
-    """The values of each slot of a group, in the state's types."""
-    found = zip(codes, tables, scales, codecs, dtypes, strict=True)
-    return [
-        codec.decode(code, scale, bits_of(table)).astype(dtype)
-        for code, table, scale, codec, dtype in found
-    ]
-
-
-def chosen(found: list[tuple[int, Any]], programs: jax.Array) -> Any:
-    """Each block's results from the piece of the parameter that it belongs to."""
-    (_, results), *others = found
-    for number, alternatives in others:
-        is_own = (programs == number)[..., None]
-        results = jax.tree.map(
-            lambda new, old, own=is_own: jnp.where(own, new, old), alternatives, results
-        )
-    return results
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -182,3 +106,27 @@ def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]
         for place, leaf in enumerate(leaves)
         if leaf.parameter in component.parameters
     ]
+
+
+# ---------------------------------------------------------------------------------------------------
+# All
+
+
+RunUpdate = Callable[[Inner, QuantizedState, int, Sequence[Piece], int], QuantizedState]
+
+
+def updated(
+    inner: Inner, state: QuantizedState, seed: int, update_run: RunUpdate = by_groups
+) -> tuple[list[Any], QuantizedState]:
+    """The updates, and the state after them; `update_run` does it for a run whose parameters have pieces."""
+    inner.evaluate(inner.untouched())
+    by_run, _ = pieces_by_run(inner, state.plan)
+    for number, pieces in by_run.items():
+        state = update_run(inner, state, number, pieces, seed)
+    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
+    for component in inner.components():
+        if rest & set(component.parameters):
+            state = _whole(inner, state, component, seed)
+    exact = tuple(inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact)
+    updates = [inner.known[n] for n in inner.updates]
+    return updates, state._replace(step=state.step + 1, exact=exact)
