@@ -1,6 +1,10 @@
 """Quantized state leaves and comes back: to plain optax state, to disk, to other layouts; diagnoses tell."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from typing import Any, cast
 
 import jax
@@ -122,6 +126,63 @@ def test_state_of_another_transformation_is_refused():
         from_optax(state, optax.sgd(1e-2, momentum=0.9).init(params))
     with pytest.raises(ValueError, match=r"leaf 1 of .* is float32\[5\]; got float32\[6\]"):
         from_optax(state, ADAM.init({"w": jnp.ones((128, 100)), "b": jnp.zeros(6)}))
+
+
+LAYOUTS = """
+    import os, sys
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
+    import jax, jax.numpy as jnp, numpy as np, optax
+    from jax.sharding import Mesh
+    from jaxquant.optim import fixed, load, quantize_state, save
+
+    count, folder = int(sys.argv[1]), sys.argv[2]
+    # Gradients are given: what computes them may round otherwise on other meshes, and is not ours.
+    rng = np.random.default_rng(0)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    tx = quantize_state(optax.adamw(1e-2), fixed(5, 4), shards=8, mesh=mesh)
+    params = {"w": jax.random.normal(jax.random.key(0), (300, 1024)), "e": jnp.ones((64, 200))}
+    gradients = jax.tree.map(lambda p: rng.normal(size=(25, *p.shape)).astype(np.float32), params)
+    state = tx.init(params)
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, gradients):
+            params, state = carry
+            updates, state = tx.update(gradients, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, state), gradients)[0]
+
+    params, state = run(params, state)
+    assert len(state.pool.sharding.device_set) == count
+    if folder:
+        save(f"{folder}/state", state)
+    if sys.argv[3]:
+        state = load(f"{sys.argv[3]}/state", state)
+        assert len(state.pool.sharding.device_set) == count
+    params, state = run(params, state)
+    for leaf in jax.tree.leaves((params, state)):
+        print(np.asarray(leaf).tobytes().hex()[:64], hash(np.asarray(leaf).tobytes()))
+"""
+
+
+@pytest.mark.long
+def test_one_two_and_eight_devices_give_the_same_bits_and_resume_each_other(tmp_path):
+    def run(devices, save_to="", load_from=""):
+        code = textwrap.dedent(LAYOUTS)
+        command = [sys.executable, "-c", code, str(devices), str(save_to), str(load_from)]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    eight = run(8, save_to=tmp_path)
+    assert run(1) == eight
+    assert run(2, load_from=tmp_path) == eight
 
 
 def test_diagnoses_tell_a_stall_a_bias_and_an_error():

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
 from jaxquant.optim.layout import Run, arrange
@@ -28,6 +29,8 @@ class Plan:
         exact: the leaves that stay as they are, in the state's order.
         rows: of each shard's pool.
         adaptation: how widths move, where they do.
+        mesh: whose devices share the shards, or None for no layout of ours.
+        axis: of the mesh, over which they do.
         fills: whether rows beyond those bits widen pages to begin with.
     """
 
@@ -38,6 +41,9 @@ class Plan:
     exact: tuple[Exact, ...]
     rows: int = 0
     adaptation: Adaptation | None = None
+    # Where devices lie is no part of what a state means: `exchange` compares what plans print.
+    mesh: Mesh | None = dataclasses.field(default=None, repr=False)
+    axis: str = dataclasses.field(default="data", repr=False)
     fills: bool = False
 
     @property

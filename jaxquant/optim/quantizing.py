@@ -1,5 +1,6 @@
 """`quantize_state`: any optax transformation, its state held in pages of few bits."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+from jax.sharding import Mesh
 
 from jaxquant.optim.adapting import adapted
 from jaxquant.optim.codecs import Codec
@@ -15,7 +17,7 @@ from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
 from jaxquant.optim.spans import bytes_moved, updated_by_kernels
-from jaxquant.optim.state import QuantizedState, empty, with_leaf
+from jaxquant.optim.state import QuantizedState, empty, layout, with_leaf
 from jaxquant.optim.updating import updated
 
 KERNELS = {"xla": updated, "pallas": updated_by_kernels}
@@ -27,7 +29,9 @@ def quantize_state(
     *,
     codec: Callable[[Leaf], Codec] = default_codec,
     seed: int = 0,
-    shards: int = 1,
+    shards: int | None = None,
+    mesh: Mesh | None = None,
+    axis: str = "data",
     kernel: str = "xla",
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
@@ -45,8 +49,12 @@ def quantize_state(
         policy: how many bits each leaf has, as of `fixed` and `by_role`.
         codec: which codec serves a leaf.
         seed: of the draws, which are keyed by it, by the step and by the element's place.
-        shards: the leading axis of every array of codes and scales, for devices to share: as many as the
-            devices, or a multiple.
+        shards: the leading axis of every array of codes and scales, for devices to share: a multiple of the
+            mesh's axis, which it is where not given.  The bits depend on it, not on the mesh: what eight
+            devices saved with eight shards, two go on with.
+        mesh: whose devices share the state, each going through its own pages; gradients and updates are
+            spread as the compiler sees fit.
+        axis: of the mesh.
         kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`), which CPUs interpret,
             slowly.  Several TPUs take them within `shard_map` only.
 
@@ -63,22 +71,42 @@ def quantize_state(
     """
     if not isinstance(policy, Policy):
         raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
-    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise ValueError(f"shards is a whole number from 1 on; got {shards!r}")
+    count = _check_shards(shards, mesh, axis)
     if kernel not in KERNELS:
         raise ValueError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
+    if kernel == "pallas" and mesh is not None:
+        raise ValueError(
+            "kernel='pallas' takes no mesh; call it within jax.shard_map, or use 'xla'"
+        )
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> QuantizedState:
-        plan = make_plan(tx, policy, codec, params, shards)
-        return encoded(plan, jax.tree.leaves(tx.init(params)), seed)
+        plan = make_plan(tx, policy, codec, params, count)
+        plan = dataclasses.replace(plan, mesh=mesh, axis=axis)
+        state = encoded(plan, jax.tree.leaves(tx.init(params)), seed)
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         inner = Inner(tx, state.plan, updates, params, state.exact, extra)
         new, state = KERNELS[kernel](inner, adapted(inner, state, seed), seed)
+        if mesh is not None:
+            state = jax.lax.with_sharding_constraint(state, layout(state))
         return inner.structure.unflatten(new), state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
+
+
+def _check_shards(shards: Any, mesh: Mesh | None, axis: str) -> int:
+    """How many shards there are to be."""
+    if mesh is not None and axis not in mesh.shape:
+        raise ValueError(f"axis is one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
+    size = 1 if mesh is None else mesh.shape[axis]
+    shards = size if shards is None else shards
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise ValueError(f"shards is a whole number from 1 on; got {shards!r}")
+    if shards % size:
+        raise ValueError(f"shards is a multiple of {size}, the mesh's {axis}; got {shards}")
+    return shards
 
 
 def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:

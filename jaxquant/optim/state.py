@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxquant import pages
 from jaxquant.optim.codecs import BLOCK, Codec
@@ -63,6 +65,20 @@ def empty(plan: Plan, exact: Sequence[jax.Array]) -> QuantizedState:
         memory = jnp.int32(-adaptation.interval), adaptation.score.init(plan)
     arrays = tuple(tables), tuple(scales), tuple(exact), memory
     return QuantizedState(jnp.int32(0), pool, *arrays, plan)
+
+
+def layout(state: QuantizedState) -> QuantizedState:
+    """The sharding of each array by the plan's mesh: what has an axis of shards is spread over it."""
+    mesh, axis, shards = state.plan.mesh, state.plan.axis, state.plan.runs[0].shards
+    assert mesh is not None
+    spread, alike = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
+
+    def of(x: Any) -> NamedSharding:
+        return spread if x.ndim > 2 and x.shape[0] == shards else alike
+
+    own = {name: jax.tree.map(of, getattr(state, name)) for name in ("pool", "tables", "scales")}
+    exact, memory = jax.tree.map(lambda x: alike, (state.exact, state.memory))
+    return state._replace(step=alike, exact=exact, memory=memory, **own)
 
 
 def joined(pool: jax.Array) -> jax.Array:

@@ -1,13 +1,15 @@
 """One update of quantized state: decode, inner update, encode, some pages at a time."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxquant import pages
-from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
+from jaxquant.optim.blocks import BlockStep, block_step, draw_words, programs_of, wide_of
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
@@ -28,43 +30,56 @@ from jaxquant.optim.state import (
 def by_groups(
     inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
 ) -> QuantizedState:
-    """The update of a run of parameters, group after group; its results become known to `inner`."""
+    """The update of a run of parameters, group after group; its results become known to `inner`.
+
+    Where the plan has a mesh, each device goes through the groups of its own shards.
+    """
     run = state.plan.runs[number]
+    shards, groups, size = run.grid
     inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    rows, groups = state.pool.shape[1], run.grid[0] * run.grid[1]
-    xs = (
-        jnp.arange(groups),
-        [merged(rooted(table, rows)) for table in state.tables[number]],
-        [merged(scale) for scale in state.scales[number]],
+    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * pages.PAGE % 2**32)
+    own = (first, programs_of(run, pieces), wide_of(inner, run, pieces))
+    own = jax.tree.map(lambda x: x.reshape(shards, groups, *x.shape[1:]), own)
+    shared = {n: inner.known[n] for piece in pieces for n in piece.scalars}
+    shared = shared, draw_words(state, number, seed)
+    scan = functools.partial(_scanned, block_step(state.plan, number, pieces))
+    if state.plan.mesh is not None:
+        spread, alike = P(state.plan.axis), P()
+        specs = spread, spread, spread, spread, alike
+        # The branches of `pages.apart` hold constants, which no device axis varies: nothing to check.
+        scan = jax.shard_map(
+            scan, mesh=state.plan.mesh, in_specs=specs, out_specs=spread, check_vma=False
+        )
+    pool, results, scales = scan(
+        state.pool, state.tables[number], state.scales[number], own, shared
     )
-    step = _group_step(inner, state, number, pieces, seed)
-    pool, (results, scales) = jax.lax.scan(step, joined(state.pool), xs)
     for kind, flat in zip(pieces[0].results, results, strict=True):
         for piece, value in zip(pieces, run.unflatten(flat), strict=True):
             inner.known[piece.produced[kind]] = value
-    shapes = [scale.shape for scale in state.scales[number]]
-    scales = tuple(x.reshape(shape) for x, shape in zip(scales, shapes, strict=True))
-    scales = (*state.scales[:number], scales, *state.scales[number + 1 :])
-    return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
+    scales = (*state.scales[:number], tuple(scales), *state.scales[number + 1 :])
+    return state._replace(pool=pool, scales=scales)
 
 
-def _group_step(
-    inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
-) -> Callable:
-    """Decodes, updates and encodes one group of a run's pages."""
-    run, own = state.plan.runs[number], block_step(state.plan, number, pieces)
-    programs, wide = programs_of(run, pieces), wide_of(inner, run, pieces)
-    words = draw_words(state, number, seed)
+def _scanned(
+    blocks: BlockStep, pool: jax.Array, tables: Any, scales: Any, own: Any, shared: Any
+) -> tuple[jax.Array, Any, Any]:
+    """(pool, results, scales) of some shards after the update, group after group."""
+    known, words = shared
+    firsts, programs, wide = jax.tree.map(merged, own)
+    xs = (
+        jnp.arange(firsts.size),
+        [merged(rooted(table, pool.shape[1])) for table in tables],
+        [merged(scale) for scale in scales],
+    )
 
     def compute(group: jax.Array, codes: list, tables: list, scales: list) -> Any:
         values = {kind: x[group] for kind, x in wide.items()}
         bits = list(map(bits_of, tables))
-        return own.compute(codes, bits, scales, values, inner.known, programs[group])
+        return blocks.compute(codes, bits, scales, values, known, programs[group])
 
     def encode(group: jax.Array, after: list, codes: list, tables: list, scales: list) -> Any:
-        start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
         bits = list(map(bits_of, tables))
-        return own.encode(after, codes, bits, scales, words, start)
+        return blocks.encode(after, codes, bits, scales, words, firsts[group])
 
     def step(pool: jax.Array, xs: Any) -> Any:
         group, tables, scales = xs
@@ -76,7 +91,10 @@ def _group_step(
             pool = pages.write(pool, table, new)
         return pool, (results, [scale for _, scale in kept])
 
-    return step
+    joined_pool, (results, new) = jax.lax.scan(step, joined(pool), xs)
+    shape = tables[0].shape[:2]
+    results, new = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (results, new))
+    return joined_pool.reshape(pool.shape), results, new
 
 
 # ---------------------------------------------------------------------------------------------------
