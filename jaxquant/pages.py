@@ -138,12 +138,15 @@ def apart(always: jax.Array, function: Callable[..., Any], *operands: Any) -> An
         operands: its arguments.
     """
 
-    def branch(*operands: Any) -> Any:
-        shapes = jax.eval_shape(function, *operands)
-        zeros = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
-        return jax.lax.cond(always, function, zeros, *operands)
-
+    branch = functools.partial(as_branch, always, function)
     return jax.lax.platform_dependent(*operands, cpu=branch, default=function)
+
+
+def as_branch(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """function(*operands), taken where `always` is true."""
+    shapes = jax.eval_shape(function, *operands)
+    zeros = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+    return jax.lax.cond(always, function, zeros, *operands)
 
 
 def lowered(

@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 python tests/aot.py v5e:2x2 program.txt stored '{"width": 512}'
 
-writes the compiled text to a file, and prints as JSON what the compiler says of its memory.
+writes the compiled text to a file, and prints as JSON what the compiler says of its memory and traffic.
 """
 
 import json
@@ -103,7 +103,31 @@ def stored_product(width: int, mesh: Mesh | None = None) -> Program:
     return jax.jit(lambda x, w: jq.recipe("w4a16")(x, w, MATRIX)), arguments
 
 
+def optimizer_update(
+    optimizer: str, kernel: str | None, shapes: list[list[int]], mesh: Mesh
+) -> Program:
+    """An update by an optimizer on one device: its state in 5 and 4 bits, or exact without a kernel."""
+    # Some operations of a kernel are lowered for the kind of device of the mesh at hand.
+    mesh = Mesh(mesh.devices[:1], mesh.axis_names)
+    jax.set_mesh(mesh)
+    matrices = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
+    tx: Any = {
+        "adamw": lambda: optax.adamw(1e-2, mask=matrices),
+        "lion": lambda: optax.lion(1e-3, weight_decay=1e-2),
+        "momentum": lambda: optax.sgd(3e-2, momentum=0.9),
+    }[optimizer]()
+    if kernel is not None:
+        tx = jq.optim.quantize_state(tx, jq.optim.fixed(5, 4), kernel=kernel)
+    params = [jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for shape in shapes]
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())),
+        (params, jax.eval_shape(tx.init, params), params),
+    )
+    return jax.jit(tx.update, donate_argnums=1), arguments
+
+
 PROGRAMS = {
+    "optimizer": optimizer_update,
     "step": train_step,
     "linear": linear_gradients,
     "stored": stored_product,
@@ -116,7 +140,13 @@ def main(topology: str, output: str, program: str, options: str) -> None:
     function, arguments = PROGRAMS[program](mesh=mesh, **json.loads(options))
     compiled = function.lower(*arguments).compile()
     Path(output).write_text(compiled.as_text())
-    print(json.dumps({"argument_bytes": compiled.memory_analysis().argument_size_in_bytes}))
+    memory = compiled.memory_analysis()
+    found = {
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "moved_bytes": compiled.cost_analysis()["bytes accessed"],
+    }
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

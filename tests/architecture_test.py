@@ -41,7 +41,16 @@ LIBRARY = [
     ],
     ["nnx.saving", "linen.saving", "versions", "serving"],
     ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
-    ["optim.tracing", "optim.inner", "optim.state", "optim.updating", "optim.quantizing"],
+    [
+        "optim.tracing",
+        "optim.inner",
+        "optim.state",
+        "optim.blocks",
+        "optim.updating",
+        "optim.kernels",
+        "optim.spans",
+        "optim.quantizing",
+    ],
 ]
 EXPERIMENTS = [
     ["harness.files", "harness.cli"],

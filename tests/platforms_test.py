@@ -123,6 +123,8 @@ def gathered(text: str) -> Counter[Array]:
 class Compiled:
     text: str
     argument_bytes: int
+    temp_bytes: int
+    moved_bytes: float  # what kernels move within themselves is not among them
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ the codecs, `fixed` and `by_role` the policies; `whole` says which parameters' s
 
 from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.policies import Policy, by_role, fixed
-from jaxquant.optim.quantizing import quantize_state, whole
+from jaxquant.optim.quantizing import quantize_state, traffic, whole
 from jaxquant.optim.state import QuantizedState
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "by_role",
     "fixed",
     "quantize_state",
+    "traffic",
     "whole",
 ]

@@ -121,7 +121,12 @@ class Companded:
 
 def _levels(bits: jax.Array) -> jax.Array:
     """Levels on each side of zero, with an axis for the elements of a block."""
-    return (jnp.exp2(bits.astype(jnp.float32) - 1) - 1)[..., None]
+    return _power(bits) * 0.5 - 1
+
+
+def _power(bits: jax.Array) -> jax.Array:
+    """2^bits, with an axis for the elements of a block; exp2 is not exact on every platform."""
+    return jnp.left_shift(jnp.int32(1), bits).astype(jnp.float32)[..., None]
 
 
 _MANTISSA = 2.0**23  # a float32's bits, read as an integer, count its logarithm in steps of 2^−23
@@ -206,7 +211,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 def _steps(low: jax.Array, high: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
     """A step in units of 2^−23 binades, and the uppermost code."""
-    top = (jnp.exp2(bits.astype(jnp.float32)) - 1)[..., None]
+    top = _power(bits) - 1
     return jnp.maximum((high - low).astype(jnp.float32), 1.0) * _MANTISSA / top, top
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.tracing import Operation, Program
@@ -55,7 +56,10 @@ class Piece:
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """(new states, results) of some elements, given flat; scalars come from what is known."""
         shape = states[0].shape
-        env = {n: jnp.reshape(known[n], ()) for n in self.scalars}
+        env = {
+            n: known[n] if np.ndim(known[n]) == 0 else jnp.reshape(known[n], ())
+            for n in self.scalars
+        }
         env |= dict(zip(self.states, states, strict=True))
         env |= {n: wide[kind] for kind, n in self.wide.items()}
 

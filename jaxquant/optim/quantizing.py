@@ -13,8 +13,11 @@ from jaxquant.optim.inner import Inner, pieces_by_run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
+from jaxquant.optim.spans import bytes_moved, updated_by_kernels
 from jaxquant.optim.state import QuantizedState, empty, with_leaf
 from jaxquant.optim.updating import updated
+
+KERNELS = {"xla": updated, "pallas": updated_by_kernels}
 
 
 def quantize_state(
@@ -24,6 +27,7 @@ def quantize_state(
     codec: Callable[[Leaf], Codec] = default_codec,
     seed: int = 0,
     shards: int = 1,
+    kernel: str = "xla",
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
 
@@ -42,10 +46,12 @@ def quantize_state(
         seed: of the draws, which are keyed by it, by the step and by the element's place.
         shards: the leading axis of every array of codes and scales, for devices to share: as many as the
             devices, or a multiple.
+        kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`), which CPUs interpret,
+            slowly.  Several TPUs take them within `shard_map` only.
 
     Raises:
-        ValueError: no policy, or shards that are no whole number; at `init`, nothing that can be coded, or a
-            codec that cannot hold its leaf.
+        ValueError: no policy, shards that are no whole number, or an unknown kernel; at `init`, nothing that
+            can be coded, or a codec that cannot hold its leaf; at `update`, what a kernel cannot take.
 
     >>> from jaxquant.optim.policies import fixed
     >>> tx = quantize_state(optax.adam(1e-1), fixed(8))
@@ -58,6 +64,8 @@ def quantize_state(
         raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
     if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
         raise ValueError(f"shards is a whole number from 1 on; got {shards!r}")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> QuantizedState:
@@ -66,7 +74,7 @@ def quantize_state(
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         inner = Inner(tx, state.plan, updates, params, state.exact, extra)
-        new, state = updated(inner, state, seed)
+        new, state = KERNELS[kernel](inner, state, seed)
         return inner.structure.unflatten(new), state
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
@@ -101,3 +109,33 @@ def whole(
     """
     tx = optax.with_extra_args_support(tx)
     return pieces_by_run(Inner(tx, state.plan, params, params, state.exact, extra), state.plan)[1]
+
+
+def traffic(
+    tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
+) -> dict[str, float]:
+    """Bytes an element of coded state that an update by kernels moves between a TPU's memory and its core.
+
+    *Derived*, from the blocks that the kernels ask for and the tables' rows; measured nowhere.  AdamW in full
+    precision moves 28.  What is computed before the kernels, such as a clipped gradient, is not counted, nor
+    is adding the updates to the parameters.
+
+    Args:
+        tx: what was wrapped.
+        state: of the wrapped transformation.
+        params: the parameters, or their shapes.
+        extra: what its update is given by name.
+
+    Returns:
+        Bytes by what they are: "codes", "tables", "scales", "programs" (which update is a block's),
+        "operands" (gradients and parameters), "results", and "copies" of those two where parameters are put
+        together in pages first, as all are whose rows do not fill tiles of 1024 numbers.
+
+    >>> from jaxquant.optim.policies import fixed
+    >>> tx, params = optax.adamw(1e-3), {"w": jnp.ones((64, 1024))}
+    >>> found = traffic(tx, quantize_state(tx, fixed(5, 3)).init(params), params)
+    >>> found["codes"], found["operands"], found["results"]
+    (2.0, 8.0, 4.0)
+    """
+    tx = optax.with_extra_args_support(tx)
+    return bytes_moved(Inner(tx, state.plan, params, params, state.exact, extra), state)

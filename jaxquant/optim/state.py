@@ -124,9 +124,8 @@ def with_leaf(
     after = before.ravel().at[start : start + leaf.size].set(value.astype(jnp.float32).ravel())
     same = _round_trip(before, leaf) == after.reshape(before.shape)
     word = draw_word(seed, state.step, run, slot)
-    encoded = encode_blocks(
-        after.reshape(before.shape), table, codec, word, jnp.uint32(own.start * pages.PAGE % 2**32)
-    )
+    element = jnp.uint32(own.start * pages.PAGE % 2**32)
+    encoded = encode_blocks(after.reshape(before.shape), bits_of(table), codec, word, element)
     first, last = start // BLOCK, -(-(start + leaf.size) // BLOCK)
     block = jnp.arange(math.prod(codes.shape[:-1])).reshape(codes.shape[:-1])
     keeps = jnp.all(same, axis=-1) | (block < first) | (block >= last)
@@ -154,10 +153,10 @@ def kept_where(keeps: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Arr
 
 
 def encode_blocks(
-    values: jax.Array, table: jax.Array, codec: Codec, word: jax.Array, start: jax.Array
+    values: jax.Array, bits: jax.Array, codec: Codec, word: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes, scale) of some pages' values [pages, 8, 8, 128], the first at `start` of its run."""
-    return codec.encode(values, bits_of(table), _draws(word, start, values.shape))
+    """(codes, scale) of the values [..., 8, 8, 128] of a page or several, the first at `start` of its run."""
+    return codec.encode(values, bits, _draws(word, start, values.shape))
 
 
 def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
@@ -168,9 +167,10 @@ def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
 
 def _draws(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Numbers in [0, 1), evenly spread over neighbours: the fractional parts of word / 2^32 + place / φ."""
-    place, stride = start, pages.PAGE
-    for axis, size in enumerate((*shape[1:], 1)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        place, stride = place + along * jnp.uint32(stride), stride // size
+    place, stride = start, 1
+    for axis in reversed(range(len(shape))):
+        along = jax.lax.broadcasted_iota(jnp.int32, shape, axis).astype(jnp.uint32)
+        place, stride = place + along * jnp.uint32(stride), stride * shape[axis]
     steps = (word + place * jnp.uint32(0x9E3779B9)) >> jnp.uint32(8)
-    return steps.astype(jnp.float32) * jnp.float32(2.0**-24)
+    # Below 2^24, so that the sign of an int32 says nothing; not every compiler converts a uint32.
+    return steps.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)

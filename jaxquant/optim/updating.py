@@ -1,49 +1,21 @@
 """One update of quantized state: decode, inner update, encode, some pages at a time."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxquant import pages
-from jaxquant.optim.codecs import Codec
+from jaxquant.optim.blocks import block_step, draw_words, in_line, programs_of, wide_of
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
-from jaxquant.optim.layout import Run
-from jaxquant.optim.state import (
-    QuantizedState,
-    bits_of,
-    decoded,
-    draw_word,
-    encode_blocks,
-    joined,
-    kept_where,
-    rooted,
-    with_leaf,
-)
-
-
-def updated(inner: Inner, state: QuantizedState, seed: int) -> tuple[list[Any], QuantizedState]:
-    """The updates, and the state after them."""
-    inner.evaluate(inner.untouched())
-    by_run, _ = pieces_by_run(inner, state.plan)
-    for number, pieces in by_run.items():
-        state = _by_groups(inner, state, number, pieces, seed)
-    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
-    for component in inner.components():
-        if rest & set(component.parameters):
-            state = _whole(inner, state, component, seed)
-    exact = tuple(inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact)
-    updates = [inner.known[n] for n in inner.updates]
-    return updates, state._replace(step=state.step + 1, exact=exact)
-
+from jaxquant.optim.state import QuantizedState, bits_of, decoded, joined, rooted, with_leaf
 
 # ---------------------------------------------------------------------------------------------------
 # By groups of pages
 
 
-def _by_groups(
+def by_groups(
     inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
 ) -> QuantizedState:
     """The update of a run of parameters, group after group; its results become known to `inner`."""
@@ -52,8 +24,8 @@ def _by_groups(
     rows, groups = state.pool.shape[1], run.grid[0] * run.grid[1]
     xs = (
         jnp.arange(groups),
-        [_merged(rooted(table, rows)) for table in state.tables[number]],
-        [_merged(scale) for scale in state.scales[number]],
+        [in_line(rooted(table, rows)) for table in state.tables[number]],
+        [in_line(scale) for scale in state.scales[number]],
     )
     step = _group_step(inner, state, number, pieces, seed)
     pool, (results, scales) = jax.lax.scan(step, joined(state.pool), xs)
@@ -66,57 +38,23 @@ def _by_groups(
     return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
 
-def _merged(x: jax.Array) -> jax.Array:
-    """Shards and groups as one axis."""
-    return x.reshape(-1, *x.shape[2:])
-
-
-def _wide(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
-    """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
-    found = {}
-    for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
-        dtype = next(inner.program.specs[p.wide[kind]].dtype for p in pieces if kind in p.wide)
-        arrays = [
-            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(size, dtype)
-            for piece, size in zip(pieces, run.sizes, strict=True)
-        ]
-        found[kind] = _merged(run.flatten(arrays))
-    return found
-
-
-def _programs(owners: np.ndarray, pieces: Sequence[Piece]) -> np.ndarray:
-    """For each block, the first of the pieces that is like its own."""
-    firsts: dict[Hashable, int] = {}
-    like = [firsts.setdefault(piece.signature, i) for i, piece in enumerate(pieces)]
-    return np.array(like, np.int32)[owners].reshape(-1, *owners.shape[2:])
-
-
 def _group_step(
     inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
 ) -> Callable:
     """Decodes, updates and encodes one group of a run's pages."""
-    run, codecs = state.plan.runs[number], state.plan.codecs[number]
-    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    programs, wide = jnp.asarray(_programs(run.owners(), pieces)), _wide(inner, run, pieces)
-    words = [draw_word(seed, state.step, number, i) for i in range(len(codecs))]
-    dtypes = [slot[0].dtype for slot in run.leaves]
+    run, own = state.plan.runs[number], block_step(state.plan, number, pieces)
+    programs, wide = programs_of(run, pieces), wide_of(inner, run, pieces)
+    words = draw_words(state, number, seed)
 
     def compute(group: jax.Array, codes: list, tables: list, scales: list) -> Any:
-        before = _decoded(codes, tables, scales, codecs, dtypes)
-        own = {kind: x[group] for kind, x in wide.items()}
-        found = [(i, piece(before, own, inner.known)) for i, piece in distinct.values()]
-        return _chosen(found, programs[group])
+        values = {kind: x[group] for kind, x in wide.items()}
+        bits = list(map(bits_of, tables))
+        return own.compute(codes, bits, scales, values, inner.known, programs[group])
 
     def encode(group: jax.Array, after: list, codes: list, tables: list, scales: list) -> Any:
-        before = _decoded(codes, tables, scales, codecs, dtypes)
         start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
-        kept = []
-        for i, table in enumerate(tables):
-            is_same = jnp.all(after[i] == before[i], axis=-1)
-            values = after[i].astype(jnp.float32)
-            new = encode_blocks(values, table, codecs[i], words[i], start)
-            kept.append(kept_where(is_same, (codes[i], scales[i]), new))
-        return kept
+        bits = list(map(bits_of, tables))
+        return own.encode(after, codes, bits, scales, words, start)
 
     def step(pool: jax.Array, xs: Any) -> Any:
         group, tables, scales = xs
@@ -129,32 +67,6 @@ def _group_step(
         return pool, (results, [scale for _, scale in kept])
 
     return step
-
-
-def _decoded(
-    codes: Sequence[jax.Array],
-    tables: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    codecs: Sequence[Codec],
-    dtypes: Sequence[Any],
-) -> list[jax.Array]:
-    """The values of each slot of a group, in the state's types."""
-    found = zip(codes, tables, scales, codecs, dtypes, strict=True)
-    return [
-        codec.decode(code, scale, bits_of(table)).astype(dtype)
-        for code, table, scale, codec, dtype in found
-    ]
-
-
-def _chosen(found: list[tuple[int, Any]], programs: jax.Array) -> Any:
-    """Each block's results from the piece of the parameter that it belongs to."""
-    (_, results), *others = found
-    for number, alternatives in others:
-        is_own = (programs == number)[..., None]
-        results = jax.tree.map(
-            lambda new, old, own=is_own: jnp.where(own, new, old), alternatives, results
-        )
-    return results
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -179,3 +91,27 @@ def _whole(inner: Inner, state: QuantizedState, component: Component, seed: int)
     for (run, slot, place, _), n in zip(own, after, strict=True):
         state = with_leaf(state, run, slot, place, env[n], seed)
     return state
+
+
+# ---------------------------------------------------------------------------------------------------
+# All
+
+
+RunUpdate = Callable[[Inner, QuantizedState, int, Sequence[Piece], int], QuantizedState]
+
+
+def updated(
+    inner: Inner, state: QuantizedState, seed: int, update_run: RunUpdate = by_groups
+) -> tuple[list[Any], QuantizedState]:
+    """The updates, and the state after them; `update_run` does it for a run whose parameters have pieces."""
+    inner.evaluate(inner.untouched())
+    by_run, _ = pieces_by_run(inner, state.plan)
+    for number, pieces in by_run.items():
+        state = update_run(inner, state, number, pieces, seed)
+    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
+    for component in inner.components():
+        if rest & set(component.parameters):
+            state = _whole(inner, state, component, seed)
+    exact = tuple(inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact)
+    updates = [inner.known[n] for n in inner.updates]
+    return updates, state._replace(step=state.step + 1, exact=exact)

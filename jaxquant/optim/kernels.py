@@ -1,0 +1,345 @@
+"""The update of some pages as one Pallas kernel for TPUs: decoded state never leaves the core.
+
+A step of the grid takes some 16 pages.  While it computes, the rows of the next step's pages are on their way
+from the pool, wherever the tables say that they lie, and those of the last go back to where they were: the
+pool is changed in place.  Rows that a page has not are not moved, so its traffic is that of its bits.
+
+Where a kernel wants arrays otherwise than the state holds them:
+
+- Tables come step by step into scalar memory, the next step's beside this one's.  Prefetched whole they
+  would fill it: a page of two slots takes 64 bytes there.
+- What belongs to a block of 128 elements, its scale above all, lies along lanes: block [i, j] of page p at
+  [j, 8 p + i] of [8, 128].  Of an array [8, 8] a page, each row would be filled up with zeros to 128 lanes.
+- Gradients and parameters come as a TPU holds matrices, in tiles of 8 rows and 128 columns, which are taken
+  apart into blocks on their way into registers.  As pages they would be copied first.
+- Bytes are int32 in registers, where everything that is done with them can be had.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxquant import pages
+from jaxquant.optim.blocks import BlockStep
+from jaxquant.optim.codecs import BLOCK
+
+STEP = 16  # pages that a step takes at most: their blocks' 8 · 16 columns are the lanes
+LANES = 128
+_BLOCKS = pages.PAGE // BLOCK  # of a page
+Moved = tuple[pl.BlockSpec, Any]  # what is moved for each step of the grid, and its type
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The update of pages that follow one another.
+
+    Attributes:
+        blocks: what is done to their blocks.
+        first: of the pages, among those of its run.
+        pages: so many.
+        width: blocks in a row of the operands, which come in tiles, [pages · 64, 128]; None where they come
+            as [pages, 8, 8, 128].
+        wide: types of what the pieces take besides state, by kind.
+        results: types of what they give besides state.
+        scalars: types of the values of one element that they take, by number.
+        constants: values of one element that are known, by number.
+    """
+
+    blocks: BlockStep
+    first: int
+    pages: int
+    width: int | None
+    wide: dict[Hashable, Any]
+    results: tuple[Any, ...]
+    scalars: dict[int, Any]
+    constants: dict[int, Any]
+
+    @property
+    def slots(self) -> int:
+        return len(self.blocks.codecs)
+
+    @property
+    def step(self) -> int:
+        """Pages that a step of the grid takes: whole rows of tiles."""
+        unit = unit_of(self.width)
+        return unit * max(1, min(STEP, self.pages) // unit)
+
+    @property
+    def steps(self) -> int:
+        return -(-self.pages // self.step)
+
+    def moved(self) -> dict[str, list[Moved]]:
+        """All that goes between the chip's memory and the core, rows of the pool apart."""
+        table = functools.partial(
+            pl.BlockSpec, (1, 1, self.slots * self.step * pages.PLANES), memory_space=pltpu.SMEM
+        )
+        own, following = (
+            table(lambda i, *_: (i, 0, 0)),
+            table(lambda i, *_: (jnp.minimum(i + 1, self.steps - 1), 0, 0)),
+        )
+        scales = [codec.scale for codec in self.blocks.codecs]
+        program = [(_along((1, 1, 8, LANES)), jnp.int32)] * (len(self.blocks.pieces) > 1)
+        operand = _along(
+            (self.step, *pages.PAGE_SHAPE) if self.width is None else (self.step * _BLOCKS, BLOCK)
+        )
+        return {
+            "tables": [(own, jnp.int32), (following, jnp.int32)],
+            "scales": [(_along((1, x.shape[0], 8, LANES)), x.dtype) for x in scales],
+            "programs": program,
+            "operands": [(operand, dtype) for dtype in self.wide.values()],
+            "results": [(operand, dtype) for dtype in self.results],
+        }
+
+    def __call__(
+        self,
+        pool: jax.Array,
+        tables: jax.Array,
+        scales: list[jax.Array],
+        programs: list[jax.Array],
+        wide: list[jax.Array],
+        numbers: tuple[jax.Array, jax.Array],
+    ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
+        """(pool, scales, results) after the update; on CPU the kernel is interpreted."""
+        specs = {name: [spec for spec, _ in found] for name, found in self.moved().items()}
+        anywhere = pl.BlockSpec(memory_space=pl.ANY)
+        inputs = (anywhere, *specs["tables"], specs["scales"], specs["programs"], specs["operands"])
+        rows = pltpu.VMEM((2, self.slots * self.step * pages.PLANES, *pages.LANES), jnp.uint8)
+        direction = [rows, pltpu.SemaphoreType.DMA((2,)), pltpu.SMEM((2,), jnp.int32)]
+        shape = (
+            (self.pages, *pages.PAGE_SHAPE) if self.width is None else (self.pages * _BLOCKS, BLOCK)
+        )
+
+        def call(is_cpu: bool) -> Callable[..., Any]:
+            return pl.pallas_call(
+                functools.partial(self._run, is_cpu),
+                out_shape=(
+                    jax.ShapeDtypeStruct(pool.shape, pool.dtype),
+                    [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in scales],
+                    [jax.ShapeDtypeStruct(shape, dtype) for dtype in self.results],
+                ),
+                grid_spec=pltpu.PrefetchScalarGridSpec(
+                    num_scalar_prefetch=len(numbers),
+                    grid=(self.steps,),
+                    in_specs=inputs,
+                    out_specs=(anywhere, specs["scales"], specs["results"]),
+                    scratch_shapes=2 * direction,
+                ),
+                input_output_aliases={len(numbers): 0},
+                interpret=is_cpu,
+            )
+
+        operands = (*numbers, pool, tables, tables, scales, programs, wide)
+        return jax.lax.platform_dependent(*operands, tpu=call(False), cpu=call(True))
+
+    def _run(
+        self, is_cpu, whole, real, _, table, following, scales, programs, wide, pool, *refs
+    ) -> None:
+        """One step of the grid."""
+        new_scales, results, *scratch = refs
+        step, last = pl.program_id(0), pl.num_programs(0) - 1
+        side = jax.lax.rem(step, 2)
+        arriving, leaving = _Rows(pool, *scratch[:3]), _Rows(pool, *scratch[3:], leaves=True)
+        pl.when(step == 0)(lambda: arriving.start(table, side))
+        pl.when(step < last)(lambda: arriving.start(following, 1 - side))
+        arriving.wait(side)
+        before, program = ([_widened(ref[0]) for ref in own] for own in (scales, programs))
+        numbers = (
+            [whole[i].astype(jnp.uint32) for i in range(self.slots)],
+            self._known(whole, real),
+        )
+
+        def page(p: jax.Array, kept: list[jax.Array]) -> list[jax.Array]:
+            entries = [(slot * self.step + p) * pages.PLANES for slot in range(self.slots)]
+            widths = [_width(table, entry) for entry in entries]
+            codes = [arriving.codes(side, *x) for x in zip(entries, widths, strict=True)]
+            state = (codes, [jnp.full((1, 1), w) for w in widths], [_column(x, p) for x in before])
+            values = {k: self._block_values(ref, p) for k, ref in zip(self.wide, wide, strict=True)}
+            own = _column(program[0], p) if program else None
+            place = self.first + step * self.step + p
+            always = table[0, 0, 0] >= 0 if is_cpu else None
+            new, found = self._page(always, state, values, own, place, *numbers)
+            for ref, x in zip(results, found, strict=True):
+                self._put_values(ref, p, x)
+            for entry, (code, _) in zip(entries, new, strict=True):
+                leaving.put(side, entry, code)
+            return [_with_column(x, p, scale) for x, (_, scale) in zip(kept, new, strict=True)]
+
+        kept = jax.lax.fori_loop(0, self.step, page, before)
+        for ref, x in zip(new_scales, kept, strict=True):
+            ref[0] = x.astype(ref.dtype)
+        leaving.start(table, side)
+        pl.when(step > 0)(lambda: leaving.wait(1 - side))
+        pl.when(step == last)(lambda: leaving.wait(side))
+
+    def _page(self, always, state, values, program, place, words, known) -> tuple[Any, list]:
+        """(codes and scales, results) of one page.
+
+        Interpreted, both parts are computations of their own, as where XLA is given them: what it makes of
+        them is then the same to the last bit.
+        """
+        start = place.astype(jnp.uint32) * jnp.uint32(pages.PAGE)
+        after, found = _apart(always, self.blocks.compute, *state, values, known, program)
+        return _apart(always, self.blocks.encode, after, *state, words, start), found
+
+    def _known(self, whole: Any, real: Any) -> dict[int, Any]:
+        """The scalars: from where `numbers` has put them, or known."""
+        places, found = {True: 0, False: self.slots}, dict(self.constants)
+        for n, dtype in self.scalars.items():
+            x = (real if is_real(dtype) else whole)[places[is_real(dtype)]]
+            found[n] = x != 0 if jnp.issubdtype(dtype, jnp.bool_) else x.astype(dtype)
+            places[is_real(dtype)] += 1
+        return found
+
+    def _block_values(self, ref: Any, p: jax.Array) -> jax.Array:
+        """A page of an operand, [8, 8, 128]."""
+        if self.width is None:
+            return ref[p]
+        return jnp.stack([ref[self._eight(p, i), :] for i in range(8)])
+
+    def _put_values(self, ref: Any, p: jax.Array, values: jax.Array) -> None:
+        if self.width is None:
+            ref[p] = values
+            return
+        for i in range(8):
+            ref[self._eight(p, i), :] = values[i]
+
+    def _eight(self, p: jax.Array, i: int) -> Any:
+        """Where eight blocks that follow one another lie in tiles: in one row of as many tiles."""
+        assert self.width is not None
+        row, column = jnp.divmod(p * _BLOCKS + 8 * i, self.width)
+        band, row = jnp.divmod(row, 8)
+        return pl.ds(band * 8 * self.width + column * 8 + row, 8, stride=8)
+
+
+def _apart(always: jax.Array | None, function: Callable[..., Any], *operands: Any) -> Any:
+    return function(*operands) if always is None else pages.as_branch(always, function, *operands)
+
+
+def unit_of(width: int | None) -> int:
+    """Pages that fill whole rows of tiles."""
+    return 1 if width is None else math.lcm(8, width) // 8
+
+
+def numbers(words: list[jax.Array], scalars: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """What scalar memory holds throughout: whole numbers, the words first, and the others."""
+    whole = [jax.lax.bitcast_convert_type(word, jnp.int32) for word in words]
+    whole += [x.astype(jnp.int32) for x in scalars if not is_real(x.dtype)]
+    real = [x.astype(jnp.float32) for x in scalars if is_real(x.dtype)]
+    return jnp.stack(whole), jnp.stack(real or [jnp.float32(0)])
+
+
+def is_real(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Rows of the pool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Rows on their way from the pool, or to it: those of two steps, on either side.
+
+    Attributes:
+        pool: in the chip's memory.
+        held: the rows at hand, uint8[2, entries, 8, 128].
+        done: what each side's copies signal.
+        started: copies of each side.
+        leaves: whether rows go to the pool.
+    """
+
+    pool: Any
+    held: Any
+    done: Any
+    started: Any
+    leaves: bool = False
+
+    def start(self, table: Any, side: jax.Array) -> None:
+        """Starts the copies of a step's rows, those that its pages have."""
+
+        def one(entry: jax.Array, count: jax.Array) -> jax.Array:
+            row = table[0, 0, entry]
+            pl.when(row != 0)(lambda: self._copy(row, side, entry).start())
+            return count + (row != 0).astype(jnp.int32)
+
+        self.started[side] = jax.lax.fori_loop(0, table.shape[-1], one, jnp.int32(0))
+
+    def wait(self, side: jax.Array) -> None:
+        """Until all that were started have come to their end; each counts for one."""
+
+        def one(_: jax.Array, nothing: None) -> None:
+            self._copy(0, side, 0).wait()
+
+        jax.lax.fori_loop(0, self.started[side], one, None)
+
+    def codes(self, side: jax.Array, first: jax.Array, width: jax.Array) -> jax.Array:
+        """The codes of a page, int32[8, 8, 128]."""
+        planes = [self.held[side, first + i].astype(jnp.int32) for i in range(pages.PLANES)]
+        # In the place of rows that the page has not, there is what was there before.
+        return jnp.stack(_transposed(planes)) & (jnp.left_shift(jnp.int32(1), width) - 1)
+
+    def put(self, side: jax.Array, first: jax.Array, codes: jax.Array) -> None:
+        """The rows of a page from its codes."""
+        for i, plane in enumerate(_transposed(list(codes))):
+            self.held[side, first + i] = plane.astype(jnp.uint8)
+
+    def _copy(self, row: Any, side: jax.Array, entry: Any) -> Any:
+        there, here = self.pool.at[row], self.held.at[side, entry]
+        source, target = (here, there) if self.leaves else (there, here)
+        return pltpu.make_async_copy(source, target, self.done.at[side])
+
+
+def _transposed(rows: list[jax.Array]) -> list[jax.Array]:
+    """Bit i of a byte in row j becomes bit j of it in row i: as in `pages`, with rows by themselves."""
+    rows = list(rows)
+    for shift, low in ((4, 0x0F), (2, 0x33), (1, 0x55)):
+        for i in (i for i in range(pages.PLANES) if not i & shift):
+            a, b = rows[i], rows[i + shift]
+            rows[i] = (a & low) | ((b << shift) & (0xFF - low))
+            rows[i + shift] = (b & (0xFF - low)) | ((a >> shift) & low)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------
+# Numbers of blocks
+
+
+def _along(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """Such blocks one after another along the first axis."""
+    return pl.BlockSpec(shape, lambda i, *_: (i, *(0,) * (len(shape) - 1)))
+
+
+def _width(table: Any, first: jax.Array) -> jax.Array:
+    """Bits of the page whose entries begin there."""
+    present = [(table[0, 0, first + i] != 0).astype(jnp.int32) for i in range(pages.PLANES)]
+    return functools.reduce(jnp.add, present)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.float32 if is_real(x.dtype) else jnp.int32)
+
+
+def _column(x: jax.Array, p: jax.Array) -> jax.Array:
+    """What belongs to page p's blocks, [8, 8, n], from [n, 8, 128]."""
+    back = jax.lax.rem(LANES - 8 * p, LANES)
+    first = [pltpu.roll(x[n], back, 1) for n in range(x.shape[0])]
+    columns = [jnp.stack([entry[:, i : i + 1] for i in range(8)]) for entry in first]
+    return jnp.concatenate(columns, axis=-1)
+
+
+def _with_column(x: jax.Array, p: jax.Array, column: jax.Array) -> jax.Array:
+    """`_column` set."""
+    lane, entries = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 1), []
+    for n in range(x.shape[0]):
+        entry = x[n]
+        for i in range(8):
+            entry = jnp.where(lane == 8 * p + i, column[i, :, n : n + 1], entry)
+        entries.append(entry)
+    return jnp.stack(entries)
