@@ -73,8 +73,8 @@ class BlockStep:
         """(codes, scale) of each slot; blocks of which no value changed keep theirs."""
         before, kept = self.decode(codes, bits, scales), []
         for i, codec in enumerate(self.codecs):
-            is_same = jnp.all(after[i] == before[i], axis=-1)
             values = after[i].astype(jnp.float32)
+            is_same = jnp.all(values == before[i].astype(jnp.float32), axis=-1)
             old = (codes[i], scales[i])
             new = encode_blocks(values, bits[i], codec, words[i], start)
             new = [x.astype(y.dtype) for x, y in zip(new, old, strict=True)]
