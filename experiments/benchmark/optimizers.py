@@ -7,6 +7,7 @@ in JAX, written after theirs, run always, and are named apart.
 import dataclasses
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -58,6 +59,11 @@ def check_torch() -> None:
             f"config.torch_peers needs {', '.join(missing)}: pip install '.[peers]' in an environment of its "
             "own, or --config.torch_peers=False"
         )
+
+
+def torch_versions() -> dict[str, str]:
+    """Of the packages of the extra `peers`."""
+    return {name: importlib.metadata.version(name) for name in TORCH_PEERS}
 
 
 @dataclasses.dataclass

@@ -22,6 +22,7 @@ from experiments.benchmark.optimizers import (
     OURS,
     check_torch,
     make_runners,
+    torch_versions,
 )
 from experiments.benchmark.serving import (
     DECODE,
@@ -122,9 +123,11 @@ def run(config: Config, workdir: str | Path) -> dict:
     shape = Shape(config.layers, config.width, config.heads)
     decoder = Shape(config.decode_layers, config.decode_width, config.heads)
     cli.check_positive(config, "optim_rows", "optim_columns", "optim_rounds")
-    if config.peers and parts & {TRAIN, SERVE}:
+    uses_peers = config.peers and bool(parts & {TRAIN, SERVE})
+    uses_torch = config.torch_peers and OPTIM in parts
+    if uses_peers:
         check_peers()
-    if config.torch_peers and OPTIM in parts:
+    if uses_torch:
         check_torch()
     workdir = Path(workdir)
     _claim(workdir)
@@ -132,7 +135,7 @@ def run(config: Config, workdir: str | Path) -> dict:
         "study": STUDY,
         "config": vars(config).copy(),
         "machine": _machine(),
-        "versions": versions(config.peers),
+        "versions": versions(uses_peers) | (torch_versions() if uses_torch else {}),
         "linears": len(shape.linears),
         **(_measure_steps(config, shape) if TRAIN in parts else {"steps": [], "rivals": []}),
         "passes": _measure_passes(config) if TRAIN in parts else [],
