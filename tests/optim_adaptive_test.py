@@ -15,6 +15,8 @@ from jaxquant import pages
 from jaxquant.optim import Felt, Statistics, adaptive, fixed, quantize_state, report, state_bytes
 from jaxquant.optim.budget import allocate
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 SCORES = st.lists(st.floats(-20, 20), min_size=3, max_size=3)
 WIDTHS = st.lists(st.integers(2, 8), min_size=3, max_size=3)
 

@@ -13,6 +13,11 @@ import pytest
 from jaxquant.optim import Companded, Logarithmic, fixed, quantize_state
 from jaxquant.optim.codecs import BLOCK
 
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.long,
+]  # looks at our arithmetic, not at versions of others
+
 WIDTHS = range(2, 9)
 LAST = 1 - 2.0**-24  # the largest draw
 # Powers of two by which magnitudes may be multiplied, far from where float32 underflows.

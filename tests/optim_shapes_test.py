@@ -17,6 +17,11 @@ from jaxquant.optim import fixed, quantize_state
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.pages import PAGE
 
+pytestmark = [
+    pytest.mark.exhaustive,
+    pytest.mark.long,
+]  # looks at our arithmetic, not at versions of others
+
 ADAMW = optax.adamw(1e-2)
 SHAPES = [
     (),

@@ -11,6 +11,8 @@ import pytest
 from experiments.harness import peer_codes
 from experiments.harness.peer_codes import Coded, bitsandbytes, decode, eligible, encode, torchao
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 PEERS = {"torchao 4": torchao(4), "torchao 8": torchao(8), "bitsandbytes": bitsandbytes()}
 ROUNDINGS = {
     f"{name} {moment}": (peer, getattr(peer, moment))

@@ -9,6 +9,8 @@ import pytest
 from experiments.harness import peer_optimizers
 from experiments.harness.peer_codes import Coded, bitsandbytes, decode, torchao
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 PEERS = {"torchao 4": torchao(4), "torchao 8": torchao(8), "bitsandbytes": bitsandbytes()}
 OPTIMIZERS = {
     "torchao 4": lambda rate, **rest: peer_optimizers.torchao_adamw(rate, 4, **rest),

@@ -7,6 +7,7 @@ A folder appears whole or not at all.  Arrays have one form however devices shar
 wrote, two read, and the bits are the same.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,20 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
     TraceState(trace={'w': (64, 64)})
     """
     specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
+    leaves = _all_decoded(state)
+    _check_alike(specs, leaves, "the state of tx for these parameters")
+    return structure.unflatten(leaves)
+
+
+@jax.jit
+def _all_decoded(state: QuantizedState) -> list[jax.Array]:
+    """The leaves of the plain state, in its order."""
     found = {leaf.index: x for leaf, x in zip(state.plan.exact, state.exact, strict=True)}
     for number, run in enumerate(state.plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
                 found[leaf.index] = decoded(state, number, i, place)
-    leaves = [found[i] for i in range(len(found))]
-    _check_alike(specs, leaves, "the state of tx for these parameters")
-    return structure.unflatten(leaves)
+    return [found[i] for i in range(len(found))]
 
 
 def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> QuantizedState:
@@ -68,6 +75,12 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
     own = {leaf.index: leaf for leaf in (*state.plan.leaves, *state.plan.exact)}
     specs = [jax.ShapeDtypeStruct(own[i].shape, own[i].dtype) for i in range(len(own))]
     _check_alike(specs, leaves, "the plain state that this one quantizes")
+    return _all_encoded(state, leaves, seed)
+
+
+@functools.partial(jax.jit, static_argnames="seed")
+def _all_encoded(state: QuantizedState, leaves: list[jax.Array], seed: int) -> QuantizedState:
+    """The state with all leaves of a plain one in it."""
     exact = tuple(jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact)
     state = state._replace(exact=exact)
     for number, run in enumerate(state.plan.runs):

@@ -1,7 +1,7 @@
 """One update of quantized state: decode, inner update, encode, some pages at a time."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,8 @@ def by_groups(
     own = jax.tree.map(lambda x: x.reshape(shards, groups, *x.shape[1:]), own)
     shared = {n: inner.known[n] for piece in pieces for n in piece.scalars}
     shared = shared, draw_words(state, number, seed)
-    scan = functools.partial(_scanned, block_step(state.plan, number, pieces))
+    blocks = block_step(state.plan, number, pieces)
+    scan = functools.partial(_scanned, blocks, _in_place(inner, pieces[0]))
     if state.plan.mesh is not None:
         spread, alike = P(state.plan.axis), P()
         specs = spread, spread, spread, spread, alike
@@ -60,10 +61,30 @@ def by_groups(
     return state._replace(pool=pool, scales=scales)
 
 
+def _in_place(inner: Inner, piece: Piece) -> tuple[Hashable | None, ...]:
+    """For each result, its kind where it can take the place of an operand of that kind, or None."""
+    specs = inner.program.specs
+
+    def takes(kind: Hashable) -> bool:
+        own = piece.wide.get(kind)
+        return own is not None and specs[own].dtype == specs[piece.produced[kind]].dtype
+
+    return tuple(kind if takes(kind) else None for kind in piece.results)
+
+
 def _scanned(
-    blocks: BlockStep, pool: jax.Array, tables: Any, scales: Any, own: Any, shared: Any
+    blocks: BlockStep,
+    in_place: tuple[Hashable | None, ...],
+    pool: jax.Array,
+    tables: Any,
+    scales: Any,
+    own: Any,
+    shared: Any,
 ) -> tuple[jax.Array, Any, Any]:
-    """(pool, results, scales) of some shards after the update, group after group."""
+    """(pool, results, scales) of some shards after the update, group after group.
+
+    Updates are written where gradients were, which needs no memory of its own.
+    """
     known, words = shared
     firsts, programs, wide = jax.tree.map(merged, own)
     xs = (
@@ -72,8 +93,10 @@ def _scanned(
         [merged(scale) for scale in scales],
     )
 
-    def compute(group: jax.Array, codes: list, tables: list, scales: list) -> Any:
-        values = {kind: x[group] for kind, x in wide.items()}
+    held = {kind: wide.pop(kind) for kind in in_place if kind is not None}
+
+    def compute(group: jax.Array, held: dict, codes: list, tables: list, scales: list) -> Any:
+        values = {kind: x[group] for kind, x in (wide | held).items()}
         bits = list(map(bits_of, tables))
         return blocks.compute(codes, bits, scales, values, known, programs[group])
 
@@ -81,20 +104,24 @@ def _scanned(
         bits = list(map(bits_of, tables))
         return blocks.encode(after, codes, bits, scales, words, firsts[group])
 
-    def step(pool: jax.Array, xs: Any) -> Any:
-        group, tables, scales = xs
+    def step(carry: Any, xs: Any) -> Any:
+        (pool, held), (group, tables, scales) = carry, xs
         always = pages.is_real(tables[0])
         codes = [pages.read(pool, table) for table in tables]
-        after, results = pages.apart(always, compute, group, codes, tables, scales)
+        after, results = pages.apart(always, compute, group, held, codes, tables, scales)
         kept = pages.apart(always, encode, group, after, codes, tables, scales)
         for table, (new, _) in zip(tables, kept, strict=True):
             pool = pages.write(pool, table, new)
-        return pool, (results, [scale for _, scale in kept])
+        pairs = list(zip(in_place, results, strict=True))
+        held = held | {k: held[k].at[group].set(x) for k, x in pairs if k is not None}
+        rest = [x for kind, x in pairs if kind is None]
+        return (pool, held), (rest, [scale for _, scale in kept])
 
-    joined_pool, (results, new) = jax.lax.scan(step, joined(pool), xs)
-    shape = tables[0].shape[:2]
+    (after, held), (rest, new) = jax.lax.scan(step, (joined(pool), held), xs)
+    shape, others = tables[0].shape[:2], iter(rest)
+    results = [next(others) if kind is None else held[kind] for kind in in_place]
     results, new = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), (results, new))
-    return joined_pool.reshape(pool.shape), results, new
+    return after.reshape(pool.shape), results, new
 
 
 # ---------------------------------------------------------------------------------------------------
