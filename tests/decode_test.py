@@ -12,6 +12,8 @@ import jaxquant as jq
 from jaxquant.packing import nibble_words, nibbles, pack_bits
 from jaxquant.product import product
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 DIMS = (((1,), (0,)), ((), ()))
 SHAPES = [(20, 8), (96, 13), (1408, 24)]  # in fours; a last byte that is not full; several sums
 

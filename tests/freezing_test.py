@@ -115,6 +115,7 @@ def trained(model, x, steps=20):
     return nnx.merge(graphdef, params, rest)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "rules"),
     [

@@ -45,6 +45,7 @@ def weights(params):
     return {k: v for k, v in leaves(params).items() if k.endswith(("kernel", "embedding"))}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("recipe", "name"), PAIRS)
 def test_models_train_quantized_and_serve_frozen_with_the_same_bits(recipe, name):
     module, x = MODELS[name]

@@ -13,6 +13,8 @@ import jaxquant as jq
 from jaxquant.nnx.modules import read, write
 from jaxquant.ptq import solvers
 
+pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+
 WIDTH = 32
 
 
