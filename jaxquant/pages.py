@@ -6,12 +6,12 @@ data, so that a page's precision changes without a change of shape, and nothing 
 
 A page's codes are an array [8, 8, 128].  Code [i, j, k] is spread over bit i of byte [j, k] in each of the
 page's rows, the lowest bit in the first.  Eight codes and eight bytes are a matrix of bits and its transpose,
-which is three exchanges of whole rows.
+which is three rounds of exchanges between whole rows.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -94,8 +94,17 @@ def read(
     >>> bool((read(write(store.pool, store.table, codes), store.table) == codes).all())
     True
     """
-    planes = apart(is_real(table), lambda pool, table: pool[table], pool, table)
-    return apart(is_real(table), _transposed, planes)
+    return read_all(pool, [table])[0]
+
+
+def read_all(
+    pool: jt.UInt8[jax.Array, "rows 8 128"],
+    tables: Sequence[jt.Int32[jax.Array, "pages planes"]],
+) -> list[jt.UInt8[jax.Array, "pages 8 8 128"]]:
+    """The codes of the pages of each table, all read before any is written: a pool need not be copied."""
+    always = is_real(tables[0])
+    planes = apart(always, lambda pool, tables: [pool[t] for t in tables], pool, list(tables))
+    return [apart(always, _transposed, x) for x in planes]
 
 
 def write(
@@ -110,15 +119,23 @@ def write(
 
 
 def _transposed(rows_Px8x8x128: jax.Array) -> jax.Array:
-    """Bit i of byte w in row j becomes bit j of byte w in row i."""
-    x, row = rows_Px8x8x128, np.arange(PLANES).reshape(1, -1, 1, 1)
+    return jnp.stack(transposed([rows_Px8x8x128[:, i] for i in range(PLANES)]), axis=1)
+
+
+def transposed(rows: Sequence[jax.Array]) -> list[jax.Array]:
+    """Bit i of an entry in row j becomes bit j of the entry in row i.
+
+    Args:
+        rows: eight arrays of bytes, or of whole numbers below 256.
+    """
+    found, number = list(rows), rows[0].dtype.type
     for shift, low in ((4, 0x0F), (2, 0x33), (1, 0x55)):
-        high, is_upper = 0xFF - low, (row & shift) != 0
-        pairs = x.reshape(x.shape[0], PLANES // (2 * shift), 2, shift, *LANES)
-        other, by = jnp.flip(pairs, axis=2).reshape(x.shape), jnp.uint8(shift)
-        moved = jnp.where(is_upper, (other >> by) & jnp.uint8(low), (other << by) & jnp.uint8(high))
-        x = (x & jnp.where(is_upper, jnp.uint8(high), jnp.uint8(low))) | moved
-    return x
+        by, low, high = number(shift), number(low), number(0xFF - low)
+        for i in (i for i in range(PLANES) if not i & shift):
+            a, b = found[i], found[i + shift]
+            found[i] = (a & low) | ((b << by) & high)
+            found[i + shift] = (b & high) | ((a >> by) & low)
+    return found
 
 
 def is_real(table: jt.Int32[jax.Array, "pages planes"]) -> jax.Array:

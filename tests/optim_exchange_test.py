@@ -134,13 +134,14 @@ LAYOUTS = """
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={sys.argv[1]}"
     import jax, jax.numpy as jnp, numpy as np, optax
     from jax.sharding import Mesh
-    from jaxquant.optim import fixed, load, quantize_state, save
+    from jaxquant.optim import adaptive, fixed, load, quantize_state, save
 
     count, folder = int(sys.argv[1]), sys.argv[2]
     # Gradients are given: what computes them may round otherwise on other meshes, and is not ours.
     rng = np.random.default_rng(0)
     mesh = Mesh(np.array(jax.devices()), ("data",))
-    tx = quantize_state(optax.adamw(1e-2), fixed(5, 4), shards=8, mesh=mesh)
+    policy = {"fixed": fixed(5, 4), "adaptive": adaptive(5.0, interval=4)}[sys.argv[4]]
+    tx = quantize_state(optax.adamw(1e-2), policy, shards=8, mesh=mesh)
     params = {"w": jax.random.normal(jax.random.key(0), (300, 1024)), "e": jnp.ones((64, 200))}
     gradients = jax.tree.map(lambda p: rng.normal(size=(25, *p.shape)).astype(np.float32), params)
     state = tx.init(params)
@@ -168,10 +169,11 @@ LAYOUTS = """
 
 
 @pytest.mark.long
-def test_one_two_and_eight_devices_give_the_same_bits_and_resume_each_other(tmp_path):
+@pytest.mark.parametrize("policy", ["fixed", "adaptive"])
+def test_one_two_and_eight_devices_give_the_same_bits_and_resume_each_other(tmp_path, policy):
     def run(devices, save_to="", load_from=""):
         code = textwrap.dedent(LAYOUTS)
-        command = [sys.executable, "-c", code, str(devices), str(save_to), str(load_from)]
+        command = [sys.executable, "-c", code, str(devices), str(save_to), str(load_from), policy]
         done = subprocess.run(
             command,
             capture_output=True,

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxquant.optim import Companded, Logarithmic, fixed, quantize_state
+from jaxquant.optim import Codec, Companded, Logarithmic, fixed, quantize_state
 from jaxquant.optim.codecs import BLOCK
 
 pytestmark = [
@@ -36,7 +36,7 @@ def _as_optax_computes():
 
 
 @dataclasses.dataclass(frozen=True)
-class Linear:
+class Linear(Codec):
     """Even steps below the block's largest value, with a level at zero or without, to nearest."""
 
     zero: bool = True
@@ -49,13 +49,18 @@ class Linear:
     def scale(self):
         return jax.ShapeDtypeStruct((1,), self.scales)
 
-    def encode(self, x, bits, draws):
-        scale = jnp.max(x, axis=-1, keepdims=True).astype(self.scales)
+    def measures(self, x):
+        return (jax.lax.bitcast_convert_type(x, jnp.int32),)
+
+    def scaled(self, largest, bits):
+        return jax.lax.bitcast_convert_type(largest[0], jnp.float32).astype(self.scales)
+
+    def codes(self, x, scale, bits, draws):
         s = scale.astype(jnp.float32)
         top = jnp.exp2(bits.astype(jnp.float32))[..., None] - self.zero
         place = jnp.where(s > 0, x / jnp.where(s > 0, s, 1), 0) * top - (not self.zero)
         k = jnp.floor(place) if self.truncates else jnp.round(place)
-        return jnp.clip(k, 0, top).astype(jnp.uint8), scale
+        return jnp.clip(k, 0, top).astype(jnp.uint8)
 
     def decode(self, codes, scale, bits):
         top = jnp.exp2(bits.astype(jnp.float32))[..., None] - self.zero

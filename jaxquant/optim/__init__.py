@@ -3,12 +3,12 @@
     tx = quantize_state(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), adaptive(4.5))
 
 States lie in pages of bit planes (`jaxquant.pages`) whose widths are data.  `Companded` and `Logarithmic` are
-the codecs; `fixed`, `by_role`, `even` and `adaptive` the policies; `whole` says which parameters' state a
-step decodes at once.
+the codecs, `Codec` what others need; `fixed`, `by_role`, `even` and `adaptive` the policies; `whole` says
+which parameters' state a step decodes at once.
 """
 
 from jaxquant.optim.adapting import adaptive
-from jaxquant.optim.codecs import Companded, Logarithmic
+from jaxquant.optim.codecs import Codec, Companded, Logarithmic
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.policies import Policy, by_role, even, fixed
@@ -18,6 +18,7 @@ from jaxquant.optim.scoring import Felt, Statistics
 from jaxquant.optim.state import QuantizedState
 
 __all__ = [
+    "Codec",
     "Companded",
     "Diagnosis",
     "Felt",

@@ -1,5 +1,6 @@
 """Decisions: every so many steps pages are scored, whole bits allocated, and what changes is coded again."""
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from jaxquant.optim.scoring import Felt
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
+    by_shards,
     draw_word,
     encode_blocks,
     joined,
@@ -119,7 +121,7 @@ def _moved(state: QuantizedState, bits: jax.Array, seed: int) -> QuantizedState:
 
 def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedState:
     """The state in the rows of another table; pages of the same width keep their codes."""
-    rows, pool, start = state.pool.shape[1], joined(state.pool), 0
+    pool, start = state.pool, 0
     tables, scales = [], []
     for number, codecs in enumerate(state.plan.codecs):
         new_tables, new_scales = [], []
@@ -130,22 +132,29 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
             start += count
             word = draw_word(seed ^ _SALT, state.step, number, i)
 
-            def step(pool: jax.Array, xs: Any, codec: Codec = codec, word: Any = word) -> Any:
-                group, old, new, scale = xs
-                codes, values = read_blocks(pool, old, scale, codec)
-                first = group.astype(jnp.uint32) * jnp.uint32(old.shape[0] * pages.PAGE % 2**32)
-                found = encode_blocks(values, bits_of(new), codec, word, first)
-                same = jnp.broadcast_to(bits_of(old) == bits_of(new), codes.shape[:-1])
-                codes, scale = kept_where(same, (codes, scale), found)
-                return pages.write(pool, new, codes), scale
-
-            xs = [merged(rooted(t, rows)) for t in (old, new)]
-            groups = jnp.arange(xs[0].shape[0])
-            pool, found = jax.lax.scan(step, pool, (groups, *xs, merged(scale)))
+            recode = functools.partial(_recoded_in_shards, codec)
+            pool, found = by_shards(state.plan, recode, (pool, old, new, scale), word)
             new_tables.append(new)
-            new_scales.append(found.reshape(scale.shape))
+            new_scales.append(found)
         tables.append(tuple(new_tables))
         scales.append(tuple(new_scales))
-    return state._replace(
-        pool=pool.reshape(state.pool.shape), tables=tuple(tables), scales=tuple(scales)
-    )
+    return state._replace(pool=pool, tables=tuple(tables), scales=tuple(scales))
+
+
+def _recoded_in_shards(codec: Codec, own: Any, word: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(pool, scales) of some shards once a slot's pages are in the rows of another table."""
+    pool, old, new, scales = own
+    shards, groups, size, _ = old.shape
+
+    def step(pool: jax.Array, xs: Any) -> Any:
+        first, old, new, scale = xs
+        codes, values = read_blocks(pool, old, scale, codec)
+        found = encode_blocks(values, bits_of(new), codec, word, first)
+        same = jnp.broadcast_to(bits_of(old) == bits_of(new), codes.shape[:-1])
+        codes, scale = kept_where(same, (codes, scale), found)
+        return pages.write(pool, new, codes), scale
+
+    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * pages.PAGE % 2**32)
+    tables = [merged(rooted(table, pool.shape[1])) for table in (old, new)]
+    after, found = jax.lax.scan(step, joined(pool), (first, *tables, merged(scales)))
+    return after.reshape(pool.shape), found.reshape(scales.shape)

@@ -2,20 +2,37 @@
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.optim.codecs import Codec
+from jaxquant.optim.codecs import Codec, largest_of
 from jaxquant.optim.inner import Inner, Piece
 from jaxquant.optim.layout import Run
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.state import QuantizedState, draw_word, encode_blocks, kept_where, merged
+from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
+from jaxquant.pages import PAGE
 
 Arrays = Sequence[jax.Array]
+Apart = Callable[..., Any]  # of a function and its operands
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a step makes of some blocks [..., 128] of a run.
+
+    Attributes:
+        before: the values of each slot, in the state's types.
+        after: the new ones.
+        results: what else the update gives.
+    """
+
+    before: list[jax.Array]
+    after: list[jax.Array]
+    results: list[jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,11 +45,13 @@ class BlockStep:
         codecs: of the slots.
         dtypes: of the slots' values.
         pieces: updates that differ, by the first parameter of the run that has each.
+        largest: of whole numbers in each block.
     """
 
     codecs: tuple[Codec, ...]
     dtypes: tuple[Any, ...]
     pieces: Mapping[int, Piece]
+    largest: Callable[[Sequence[jax.Array]], list[jax.Array]] = largest_of
 
     def compute(
         self,
@@ -42,9 +61,10 @@ class BlockStep:
         wide: Mapping[Hashable, jax.Array],
         known: Mapping[int, Any],
         programs: jax.Array,
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(new values of each slot, results), each block's from the piece that `programs` names."""
-        return self.update(self.decode(codes, bits, scales), wide, known, programs)
+    ) -> Step:
+        """Decodes and updates, each block by the piece that `programs` names."""
+        before = self.decode(codes, bits, scales)
+        return Step(before, *self.update(before, wide, known, programs))
 
     def update(
         self,
@@ -61,26 +81,6 @@ class BlockStep:
             results = jax.tree.map(select, alternatives, results)
         return results
 
-    def encode(
-        self,
-        after: Arrays,
-        codes: Arrays,
-        bits: Arrays,
-        scales: Arrays,
-        words: Arrays,
-        start: jax.Array,
-    ) -> list[Any]:
-        """(codes, scale) of each slot; blocks of which no value changed keep theirs."""
-        before, kept = self.decode(codes, bits, scales), []
-        for i, codec in enumerate(self.codecs):
-            values = after[i].astype(jnp.float32)
-            is_same = jnp.all(values == before[i].astype(jnp.float32), axis=-1)
-            old = (codes[i], scales[i])
-            new = encode_blocks(values, bits[i], codec, words[i], start)
-            new = [x.astype(y.dtype) for x, y in zip(new, old, strict=True)]
-            kept.append(kept_where(is_same, old, new))
-        return kept
-
     def decode(self, codes: Arrays, bits: Arrays, scales: Arrays) -> list[jax.Array]:
         """The values of each slot, in the state's types."""
         found = zip(self.codecs, codes, scales, bits, self.dtypes, strict=True)
@@ -88,6 +88,74 @@ class BlockStep:
             codec.decode(code, scale, width).astype(dtype)
             for codec, code, scale, width, dtype in found
         ]
+
+    def __call__(
+        self,
+        apart: Apart,
+        compute: Callable[..., Step],
+        operands: Any,
+        codes: Arrays,
+        bits: Arrays,
+        scales: Arrays,
+        words: Arrays,
+        start: jax.Array,
+    ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+        """(codes of each slot, scales of each, results); blocks of which no value changed keep theirs.
+
+        Args:
+            apart: evaluates a function of arrays by itself.
+            compute: the step, from the operands.  Scales, results and codes each compute what they need of
+                it anew, which takes less time than writing values in full precision and reading them again.
+            operands: arrays.
+            codes: of each slot.
+            bits: of the codes.
+            scales: of each slot.
+            words: what keys the draws of each slot.
+            start: the element of the run with which the blocks begin.
+        """
+        slots = range(len(self.codecs))
+        found = [
+            apart(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
+            for i in slots
+        ]
+        results = apart(lambda own: compute(*own).results, operands)
+        new = [
+            apart(
+                functools.partial(self._codes, compute, i),
+                *(operands, bits[i], codes[i], *found[i], words[i], start),
+            )
+            for i in slots
+        ]
+        return new, [scale for scale, _ in found], results
+
+    def _scale(
+        self, compute: Callable[..., Step], i: int, operands: Any, bits: jax.Array, scale: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """(a slot's scales, whether a block's values are the same), from one pass over them."""
+        step, codec = compute(*operands), self.codecs[i]
+        before, after = (x.astype(jnp.float32) for x in (step.before[i], step.after[i]))
+        changed = (before != after).astype(jnp.int32)
+        *largest, changed = self.largest((*codec.measures(after), changed))
+        new = codec.scaled(largest, bits).astype(scale.dtype)
+        return jnp.where(changed == 0, scale, new), changed == 0
+
+    def _codes(
+        self,
+        compute: Callable[..., Step],
+        i: int,
+        operands: Any,
+        bits: jax.Array,
+        codes: jax.Array,
+        scale: jax.Array,
+        is_same: jax.Array,
+        word: jax.Array,
+        start: jax.Array,
+    ) -> jax.Array:
+        """A slot's codes."""
+        values = compute(*operands).after[i].astype(jnp.float32)
+        draws = draws_of(word, start, values.shape)
+        new = self.codecs[i].codes(values, scale, bits, draws).astype(codes.dtype)
+        return jnp.where(is_same, codes, new)
 
 
 def block_step(plan: Plan, number: int, pieces: Sequence[Piece]) -> BlockStep:
@@ -115,6 +183,14 @@ def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, j
         ]
         found[kind] = merged(run.flatten(arrays))
     return found
+
+
+def by_group(inner: Inner, run: Run, pieces: Sequence[Piece]) -> Any:
+    """(first element, pieces, operands) of each group, [shards, groups, ...]."""
+    shards, groups, size = run.grid
+    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * PAGE % 2**32)
+    found = first, programs_of(run, pieces), wide_of(inner, run, pieces)
+    return jax.tree.map(lambda x: x.reshape(shards, groups, *x.shape[1:]), found)
 
 
 def draw_words(state: QuantizedState, number: int, seed: int) -> list[jax.Array]:

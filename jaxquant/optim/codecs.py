@@ -5,8 +5,9 @@ bits is data: one program serves them all.  `Companded` is for states of either 
 `Logarithmic` for states that are never negative (second moments).
 """
 
+import abc
 import dataclasses
-from typing import Protocol
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +16,19 @@ import jaxtyping as jt
 BLOCK = 128
 
 Blocks = jt.Float32[jax.Array, "*blocks 128"]
+Numbers = jt.Int32[jax.Array, "*blocks 128"]
+Largest = jt.Int32[jax.Array, "*blocks 1"]
 Codes = jt.UInt8[jax.Array, "*blocks 128"]
 Scale = jt.Shaped[jax.Array, "*blocks entries"]
 Bits = jt.Int32[jax.Array, "*#blocks"]
 Draws = jt.Float32[jax.Array, "*blocks 128"]
 
 
-class Codec(Protocol):
+class Codec(abc.ABC):
     """How blocks of state become codes; a frozen, hashable value.
+
+    A block's scale comes from the largest of some whole numbers, which compilers find many at a time; of
+    floats, they do not: those are in no order where one of them is no number.
 
     Attributes:
         signed: whether it holds negative numbers.
@@ -31,22 +37,56 @@ class Codec(Protocol):
     """
 
     @property
+    @abc.abstractmethod
     def signed(self) -> bool: ...
     @property
+    @abc.abstractmethod
     def least_bits(self) -> int: ...
     @property
+    @abc.abstractmethod
     def scale(self) -> jax.ShapeDtypeStruct: ...
-    def encode(self, x: Blocks, bits: Bits, draws: Draws) -> tuple[Codes, Scale]:
-        """Codes and scales; `draws` are uniform in [0, 1), and unused where rounding is to nearest."""
-        ...
 
+    @abc.abstractmethod
+    def measures(self, x: Blocks) -> tuple[Numbers, ...]:
+        """The whole numbers of which the largest in each block say what its scale is."""
+
+    @abc.abstractmethod
+    def scaled(self, largest: Sequence[Largest], bits: Bits) -> Scale:
+        """The scale, from the largest of each of `measures`."""
+
+    @abc.abstractmethod
+    def codes(self, x: Blocks, scale: Scale, bits: Bits, draws: Draws) -> Codes:
+        """The codes; `draws` are uniform in [0, 1), and unused where rounding is to nearest."""
+
+    @abc.abstractmethod
     def decode(self, codes: Codes, scale: Scale, bits: Bits) -> Blocks:
         """What codes and scales stand for; codes and scales of zero are zeros."""
-        ...
+
+    def encode(self, x: Blocks, bits: Bits, draws: Draws) -> tuple[Codes, Scale]:
+        """Codes and scales."""
+        scale = self.scaled(largest_of(self.measures(x)), bits)
+        return self.codes(x, scale, bits, draws), scale
+
+
+def largest_of(numbers: Sequence[Numbers]) -> list[Largest]:
+    """The largest of each in every block, in one pass."""
+    axis = numbers[0].ndim - 1
+    start = [jnp.iinfo(jnp.int32).min] * len(numbers)
+    found = jax.lax.reduce(tuple(numbers), tuple(map(jnp.int32, start)), _larger, (axis,))
+    return [jnp.expand_dims(x, axis) for x in found]
+
+
+def largest_of_each(numbers: Sequence[Numbers]) -> list[Largest]:
+    """The same, one after another."""
+    return [jnp.max(x, axis=-1, keepdims=True) for x in numbers]
+
+
+def _larger(some: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    return tuple(map(jnp.maximum, some, others))
 
 
 @dataclasses.dataclass(frozen=True)
-class Companded:
+class Companded(Codec):
     r"""Signed levels that lie denser towards zero.
 
     With L = 2^(b−1) − 1 and the block's largest |x| as scale s (bfloat16), code L + k stands for
@@ -87,20 +127,33 @@ class Companded:
     def scale(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((1,), jnp.bfloat16)
 
-    def encode(self, x, bits, draws):
-        scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True).astype(jnp.bfloat16)
-        s = scale.astype(jnp.float32)
-        levels = _levels(bits)
-        y = jnp.minimum(jnp.abs(x) * (1 / jnp.where(s == 0, 1.0, s)), 1.0)
-        if self.stochastic:
-            low = jnp.floor(self._place(y) * levels)
-            below, above = self._value(low / levels), self._value((low + 1) / levels)
-            k = low + (draws * (above - below) < y - below).astype(jnp.float32)
+    def measures(self, x):
+        return (_bits(x) & jnp.int32(0x7FFFFFFF),)
+
+    def scaled(self, largest, bits):
+        return _real(largest[0]).astype(jnp.bfloat16)
+
+    def codes(self, x, scale, bits, draws):
+        s, levels = scale.astype(jnp.float32), _levels(bits)
+        c, curve = self.linear, 1 - self.linear
+        # Midway between two levels in value, not in place: exactly the nearest level.
+        shift = 0.0 if self.stochastic else curve / (4 * levels * levels)
+        inverse = 1 / jnp.where(s == 0, 1.0, s)
+        if curve == 0:
+            place = jnp.abs(x) * (inverse * levels)
         else:
-            # Midway between two levels in value, not in place: exactly the nearest level.
-            k = jnp.round(self._place(y - (1 - self.linear) / (4 * levels * levels)) * levels)
-        k = jnp.minimum(k, levels)
-        return (levels + jnp.where(x < 0, -k, k)).astype(jnp.uint8), scale
+            square = jnp.abs(x) * (4 * curve * inverse) + (c * c - 4 * curve * shift)
+            root = jnp.sqrt(jnp.where(square > c * c, square, c * c))
+            place = (root - c) * (levels / (2 * curve))
+        top = levels.astype(jnp.int32)
+        if self.stochastic:
+            k = jnp.clip(_nearest(place - 0.5), 0, top - 1)
+            low = k.astype(jnp.float32)
+            below, above = self._value(low / levels), self._value((low + 1) / levels)
+            k = k + (draws * (above - below) < jnp.abs(x) * inverse - below).astype(jnp.int32)
+        else:
+            k = jnp.minimum(_nearest(place), top)
+        return (top + jnp.where(x < 0, -k, k)).astype(jnp.uint8)
 
     def decode(self, codes, scale, bits):
         levels = _levels(bits)
@@ -111,12 +164,6 @@ class Companded:
 
     def _value(self, t: jax.Array) -> jax.Array:
         return t * (self.linear + (1 - self.linear) * t)
-
-    def _place(self, y: jax.Array) -> jax.Array:
-        """t with value y; 0 where y is negative."""
-        c, curve = self.linear, 1 - self.linear
-        y = jnp.maximum(y, 0.0)
-        return y if curve == 0 else (jnp.sqrt(c * c + 4 * curve * y) - c) / (2 * curve)
 
 
 def _levels(bits: jax.Array) -> jax.Array:
@@ -129,11 +176,41 @@ def _power(bits: jax.Array) -> jax.Array:
     return jnp.left_shift(jnp.int32(1), bits).astype(jnp.float32)[..., None]
 
 
+def straight_log2(x: jax.Array) -> jax.Array:
+    """ℓ(x) of `Logarithmic`: log₂ x, straight between powers of two, 0 to 0.086 below it.
+
+    It is exact arithmetic, where a logarithm's last bit depends on the shape in which it is computed.
+
+    >>> straight_log2(jnp.array([0.5, 1.0, 3.0]))
+    Array([-1. ,  0. ,  1.5], dtype=float32)
+    """
+    return (_bits(x) - _bits(jnp.float32(1))).astype(jnp.float32) / _MANTISSA
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _real(bits: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _nearest(x: jax.Array) -> jax.Array:
+    """The nearest whole number of an x from 0 to 2^22, halves to even; something below 1 where x is negative.
+
+    Added to 2^23, a float's lowest bit is 1: two operations, where conversions with their special cases are
+    several.
+    """
+    return _bits(x + _MANTISSA) - _bits(jnp.float32(_MANTISSA))
+
+
+_FINE = 2.0**16  # levels lie at multiples of 1/_FINE of a binade
+_MOST = jnp.iinfo(jnp.int32).max
 _MANTISSA = 2.0**23  # a float32's bits, read as an integer, count its logarithm in steps of 2^−23
 
 
 @dataclasses.dataclass(frozen=True)
-class Logarithmic:
+class Logarithmic(Codec):
     r"""Non-negative levels that are even in the logarithm, from a block's smallest to its largest.
 
     Read as an integer, a float32's bits are its logarithm to base 2, straight between powers of two:
@@ -141,10 +218,10 @@ class Logarithmic:
     largest value, 2^h, and the one at or below its smallest that is not zero, 2^l, with h − l ≤ `range`
     and ≤ 2^b − 2.  Code k stands for the x with
 
-        ℓ(x) = l + k (h − l) / (2^b − 1).
+        ℓ(x) = l + k (h − l) / (2^b − 1)
 
-    Smaller values, zeros among them, become 2^l, so that what a second moment divides never explodes; a
-    block of zeros alone stays so.  What is no number becomes infinite.
+    to the nearest 2^−16.  Smaller values, zeros among them, become 2^l, so that what a second moment divides
+    never explodes; a block of zeros alone stays so.  What is no number becomes infinite.
 
     The range keeps an update bounded.  A momentum rounded to nearest stops decaying at its smallest level,
     some hundredth of its block's largest, while v decays on: with 32 binades, updates of a head's unused rows
@@ -187,46 +264,55 @@ class Logarithmic:
     def scale(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((2,), jnp.uint8)
 
-    def encode(self, x, bits, draws):
+    def measures(self, x):
         log = _bits(x)
-        maximum = jnp.max(x, axis=-1, keepdims=True)
-        smallest = _bits(jnp.min(jnp.where(x > 0, x, maximum), axis=-1, keepdims=True))
-        largest = _bits(maximum)
-        high = jnp.minimum((largest + jnp.int32(_MANTISSA - 1)) >> 23, 255)
+        return log, jnp.where(log > 0, -log, -_MOST)
+
+    def scaled(self, largest, bits):
+        maximum, smallest = largest[0], jnp.minimum(-largest[1], largest[0])
+        above = jax.lax.shift_right_logical(maximum + jnp.int32(_MANTISSA - 1), jnp.int32(23))
+        high = jnp.minimum(above, 255)
         span = jnp.clip(jnp.left_shift(1, bits) - 2, 1, self.range)[..., None]
         low = jnp.maximum(jnp.maximum(smallest >> 23, high - span), 1)
-        high = jnp.where(largest == 0, 0, jnp.maximum(high, low + 1))
-        low = jnp.where(largest == 0, 0, low)
+        low = jnp.minimum(low, 254)
+        ends = jnp.concatenate([low, jnp.maximum(high, low + 1)], axis=-1)
+        return jnp.where(maximum == 0, 0, ends).astype(jnp.uint8)
+
+    def codes(self, x, scale, bits, draws):
+        low, high = _ends(scale)
         step, top = _steps(low, high, bits)
-        place = jnp.clip((log - (low << 23)).astype(jnp.float32) * (1 / step), 0.0, top)
+        place = (_bits(x) - (low << 23)).astype(jnp.float32) * (_FINE / _MANTISSA / step)
+        last = top.astype(jnp.int32)
         if self.stochastic:
-            k = jnp.minimum(jnp.floor(place), top - 1)
-            below, above = _at(k, step, low, high), _at(k + 1, step, low, high)
-            k = k + (draws * (above - below) < x - below).astype(jnp.float32)
+            k = jnp.clip(_nearest(place - 0.5), 0, last - 1)
+            below = _at(k.astype(jnp.float32), step, low, high)
+            above = _at((k + 1).astype(jnp.float32), step, low, high)
+            # What is no number is not below anything: it goes up, to infinity.
+            k = jnp.where(draws * (above - below) >= x - below, k, k + 1)
         else:
-            k = jnp.round(place)
-        codes = jnp.where(high == 0, 0.0, k).astype(jnp.uint8)
-        return codes, jnp.concatenate([low, high], axis=-1).astype(jnp.uint8)
+            k = jnp.clip(_nearest(place), 0, last)
+        return jnp.where(high == 0, 0, k).astype(jnp.uint8)
 
     def decode(self, codes, scale, bits):
-        low, high = scale[..., :1].astype(jnp.int32), scale[..., 1:].astype(jnp.int32)
+        low, high = _ends(scale)
         step, _ = _steps(low, high, bits)
         return jnp.where(high == 0, 0.0, _at(codes.astype(jnp.float32), step, low, high))
 
 
-def _bits(x: jax.Array) -> jax.Array:
-    return jax.lax.bitcast_convert_type(x, jnp.int32)
+def _ends(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The exponents of a block's smallest and largest level."""
+    return scale[..., :1].astype(jnp.int32), scale[..., 1:].astype(jnp.int32)
 
 
 def _steps(low: jax.Array, high: jax.Array, bits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A step in units of 2^−23 binades, and the uppermost code."""
+    """A step in units of 2^−16 binades, and the uppermost code."""
     top = _power(bits) - 1
-    return jnp.maximum((high - low).astype(jnp.float32), 1.0) * _MANTISSA / top, top
+    return jnp.maximum((high - low).astype(jnp.float32), 1.0) * _FINE / top, top
 
 
 def _at(k: jax.Array, step: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The value of code k."""
-    log = (low << 23) + (k * step).astype(jnp.int32)
+    log = (low << 23) + (_nearest(k * step) << 7)
     # A compiler that divides by way of the reciprocal makes steps some bits too long.  A value above 2^high
     # would raise `high` by one whenever it is encoded again.
-    return jax.lax.bitcast_convert_type(jnp.minimum(log, high << 23), jnp.float32)
+    return _real(jnp.minimum(log, high << 23))

@@ -28,7 +28,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxquant import pages
 from jaxquant.optim.blocks import BlockStep
-from jaxquant.optim.codecs import BLOCK
+from jaxquant.optim.codecs import BLOCK, largest_of_each
 
 STEP = 16  # pages that a step takes at most: their blocks' 8 · 16 columns are the lanes
 LANES = 128
@@ -181,12 +181,20 @@ class Kernel:
     def _page(self, always, state, values, program, place, words, known) -> tuple[Any, list]:
         """(codes and scales, results) of one page.
 
-        Interpreted, both parts are computations of their own, as where XLA is given them: what it makes of
-        them is then the same to the last bit.
+        Interpreted, each part is a computation of its own, as where XLA is given them: what it makes of them
+        is then the same to the last bit.  A TPU has all values at hand, and computes them once.
         """
         start = place.astype(jnp.uint32) * jnp.uint32(pages.PAGE)
-        after, found = _apart(always, self.blocks.compute, *state, values, known, program)
-        return _apart(always, self.blocks.encode, after, *state, words, start), found
+        codes, bits, scales = state
+        operands, compute = (codes, bits, scales, values, known, program), self.blocks.compute
+        apart = functools.partial(_apart, always)
+        if always is None:
+            found = compute(*operands)
+            compute = lambda *_: found  # noqa: E731
+        # Pallas finds the largest of one array at a time.
+        blocks = dataclasses.replace(self.blocks, largest=largest_of_each)
+        codes, scales, found = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        return list(zip(codes, scales, strict=True)), found
 
     def _known(self, whole: Any, real: Any) -> dict[int, Any]:
         """The scalars: from where `numbers` has put them, or known."""
@@ -283,28 +291,17 @@ class _Rows:
         """The codes of a page, int32[8, 8, 128]."""
         planes = [self.held[side, first + i].astype(jnp.int32) for i in range(pages.PLANES)]
         # In the place of rows that the page has not, there is what was there before.
-        return jnp.stack(_transposed(planes)) & (jnp.left_shift(jnp.int32(1), width) - 1)
+        return jnp.stack(pages.transposed(planes)) & (jnp.left_shift(jnp.int32(1), width) - 1)
 
     def put(self, side: jax.Array, first: jax.Array, codes: jax.Array) -> None:
         """The rows of a page from its codes."""
-        for i, plane in enumerate(_transposed(list(codes))):
+        for i, plane in enumerate(pages.transposed(list(codes))):
             self.held[side, first + i] = plane.astype(jnp.uint8)
 
     def _copy(self, row: Any, side: jax.Array, entry: Any) -> Any:
         there, here = self.pool.at[row], self.held.at[side, entry]
         source, target = (here, there) if self.leaves else (there, here)
         return pltpu.make_async_copy(source, target, self.done.at[side])
-
-
-def _transposed(rows: list[jax.Array]) -> list[jax.Array]:
-    """Bit i of a byte in row j becomes bit j of it in row i: as in `pages`, with rows by themselves."""
-    rows = list(rows)
-    for shift, low in ((4, 0x0F), (2, 0x33), (1, 0x55)):
-        for i in (i for i in range(pages.PLANES) if not i & shift):
-            a, b = rows[i], rows[i + shift]
-            rows[i] = (a & low) | ((b << shift) & (0xFF - low))
-            rows[i + shift] = (b & (0xFF - low)) | ((a >> shift) & low)
-    return rows
 
 
 # ---------------------------------------------------------------------------------------------------

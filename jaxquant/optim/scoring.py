@@ -1,6 +1,7 @@
 """What pages are worth in bits: how much of their rounding the update feels, or their layer's statistics."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -8,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant import pages
-from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
+from jaxquant.optim.blocks import BlockStep, block_step, by_group, draw_words
+from jaxquant.optim.codecs import straight_log2
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
+    by_shards,
     decoded,
     encode_blocks,
     joined,
@@ -48,12 +51,12 @@ class Felt:
     With x the state after this step, Q(x) what its codes stand for, and u(x) the update that the same
     gradient gives from there, a page of b bits in slot s has the error and the score
 
-        d = Σ w (u(x with Q(x) in s) − u(x))²,   score = b + ½ log₂ d,
+        d = Σ w (u(x with Q(x) in s) − u(x))²,   score = b + ½ ℓ(d),
 
-    summed over the page's elements; w is 1, or the gradient's square, which stands for the loss's curvature.
-    Scores are averaged exponentially over decisions.  Where a parameter's state is decoded whole, its pages
-    share the error of all.  A step that updates nothing (`MultiSteps` between two, a rejected one) decides
-    nothing; the next one does.
+    summed over the page's elements, ℓ the logarithm of `Logarithmic`; w is 1, or the gradient's square, which
+    stands for the loss's curvature.  Scores are averaged exponentially over decisions.  Where a parameter's
+    state is decoded whole, its pages share the error of all.  A step that updates nothing (`MultiSteps`
+    between two, a rejected one) decides nothing; the next one does.
 
     Args:
         weight: "update" for w = 1, "loss" for w = g².
@@ -88,7 +91,8 @@ class Felt:
         keep = jnp.where(count == 0, 0.0, self.memory)
         scores = [
             [
-                keep * old + (1 - keep) * (_bits(table) + 0.5 * jnp.log2(jnp.maximum(d, floor)))
+                keep * old
+                + (1 - keep) * (_bits(table) + 0.5 * straight_log2(jnp.maximum(d, floor)))
                 for d, table, old in zip(*rows, strict=True)
             ]
             for rows in zip(errors, state.tables, before, strict=True)
@@ -127,36 +131,72 @@ def _felt_by_groups(
     if "update" not in kinds:
         return [jnp.zeros(run.grid) for _ in own.codecs]
     inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    programs, wide = programs_of(run, pieces), wide_of(inner, run, pieces)
-    gradients = merged(run.flatten([inner.gradient(p) for p in run.parameters]))
-    pool, rows = joined(state.pool), state.pool.shape[1]
-    words = draw_words(state, number, seed)
+    gradients = run.flatten([inner.gradient(p) for p in run.parameters])
+    given = *by_group(inner, run, pieces), gradients
+    stored = state.pool, state.tables[number], state.scales[number]
+    known = {n: inner.known[n] for piece in pieces for n in piece.scalars}
+    scored = functools.partial(_felt_in_shards, own, kinds.index("update"), by_loss)
+    return by_shards(
+        state.plan,
+        scored,
+        (*stored, given),
+        (known, draw_words(state, number, seed)),
+    )
+
+
+def _felt_in_shards(
+    blocks: BlockStep, update: int, by_loss: bool, own: Any, shared: Any
+) -> list[jax.Array]:
+    """d for the pages of some shards, group after group."""
+    pool, tables, scales, given = own
+    known, words = shared
+    firsts, programs, wide, gradients = jax.tree.map(merged, given)
+
+    def updated(group: jax.Array, states: list) -> tuple[list[jax.Array], jax.Array]:
+        """(states after another step, its update)."""
+        values = {kind: x[group] for kind, x in wide.items()}
+        after, results = blocks.update(states, values, known, programs[group])
+        return after, results[update].astype(jnp.float32)
+
+    def stored(slot: int, group: jax.Array, states: list, bits: list) -> list[jax.Array]:
+        """The states, one of them after its rounding."""
+        codec, width = blocks.codecs[slot], bits[slot]
+        x = states[slot].astype(jnp.float32)
+        coded = encode_blocks(x, width, codec, words[slot], firsts[group])
+        found = codec.decode(*coded, width).astype(blocks.dtypes[slot])
+        return [*states[:slot], found, *states[slot + 1 :]]
+
+    def square(group: jax.Array, one: jax.Array, other: jax.Array) -> jax.Array:
+        weight = gradients[group].astype(jnp.float32) ** 2 if by_loss else 1.0
+        return weight * (one - other) ** 2
 
     def step(_: Any, xs: Any) -> Any:
         group, tables, scales = xs
-        values, bits = {kind: x[group] for kind, x in wide.items()}, list(map(bits_of, tables))
-        start = group.astype(jnp.uint32) * jnp.uint32(run.grid[2] * pages.PAGE % 2**32)
-
-        def after(states: Sequence[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
-            states, results = own.update(states, values, inner.known, programs[group])
-            return states, results[kinds.index("update")].astype(jnp.float32)
-
-        codes = [pages.read(pool, table) for table in tables]
-        states, _ = after(own.decode(codes, bits, scales))
-        _, update = after(states)
-        weight = gradients[group].astype(jnp.float32) ** 2 if by_loss else 1.0
+        # Each part by itself, so that compilers round it alike wherever it is computed.
+        apart = functools.partial(pages.apart, pages.is_real(tables[0]))
+        codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
+        states, _ = apart(updated, group, apart(blocks.decode, codes, bits, scales))
+        _, exact = apart(updated, group, states)
         found = []
-        for i, (codec, dtype) in enumerate(zip(own.codecs, own.dtypes, strict=True)):
-            x = states[i].astype(jnp.float32)
-            stored = codec.decode(*encode_blocks(x, bits[i], codec, words[i], start), bits[i])
-            _, other = after([*states[:i], stored.astype(dtype), *states[i + 1 :]])
-            found.append(jnp.sum(weight * (other - update) ** 2, axis=(1, 2, 3)))
+        for i in range(len(blocks.codecs)):
+            others = apart(functools.partial(stored, i), group, states, bits)
+            _, felt = apart(updated, group, others)
+            found.append(_summed(apart(square, group, felt, exact)))
         return None, found
 
-    tables = [merged(rooted(table, rows)) for table in state.tables[number]]
-    scales = [merged(scale) for scale in state.scales[number]]
-    _, found = jax.lax.scan(step, None, (jnp.arange(tables[0].shape[0]), tables, scales))
-    return [x.reshape(run.grid) for x in found]
+    shape, rows = tables[0].shape[:3], pool.shape[1]
+    pool, tables = joined(pool), [merged(rooted(table, rows)) for table in tables]
+    xs = jnp.arange(tables[0].shape[0]), tables, [merged(scale) for scale in scales]
+    _, found = jax.lax.scan(step, None, xs)
+    return [x.reshape(shape) for x in found]
+
+
+def _summed(x: jax.Array) -> jax.Array:
+    """Each page's sum, in an order that no compiler changes: layouts give the same bits."""
+    x = x.reshape(x.shape[0], pages.PAGE)
+    while x.shape[1] > 1:
+        x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
+    return x[:, 0]
 
 
 def _add_felt_whole(
@@ -206,8 +246,8 @@ class Statistics:
         score = b₀ + (log₂ r/r̄ + log₂ c/c̄ + log₂ k/k̄) / 3,
 
     b₀ the same for all.  A page takes the most of its leaves' scores.  Work is O(N) every `interval` steps,
-    and what is kept three numbers.  STQuant's own thresholds are not public; this is our statement of its
-    parts.
+    and what is kept three numbers.  Devices that share a leaf may round its sums otherwise.  STQuant's own
+    thresholds are not public; this is our statement of its parts.
 
     Args:
         memory: what the averages keep of what they were, in [0, 1).

@@ -1,7 +1,7 @@
 """Quantized state as arrays: pages of codes, their scales, and what stays exact."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +79,25 @@ def layout(state: QuantizedState) -> QuantizedState:
     own = {name: jax.tree.map(of, getattr(state, name)) for name in ("pool", "tables", "scales")}
     exact, memory = jax.tree.map(lambda x: alike, (state.exact, state.memory))
     return state._replace(step=alike, exact=exact, memory=memory, **own)
+
+
+def by_shards(plan: Plan, function: Callable[..., Any], own: Any, shared: Any) -> Any:
+    """function(own, shared); where the plan has a mesh, of each device's shards on that device.
+
+    Args:
+        plan: of the state.
+        function: whose results have the shards' axis first, as all arrays of `own` have.
+        own: arrays with an axis of shards.
+        shared: arrays that all shards take whole.
+    """
+    if plan.mesh is None:
+        return function(own, shared)
+    spread, alike = P(plan.axis), P()
+    # The branches of `pages.apart` hold constants, which no device axis varies: nothing to check.
+    mapped = jax.shard_map(
+        function, mesh=plan.mesh, in_specs=(spread, alike), out_specs=spread, check_vma=False
+    )
+    return mapped(own, shared)
 
 
 def joined(pool: jax.Array) -> jax.Array:
@@ -176,7 +195,7 @@ def encode_blocks(
     values: jax.Array, bits: jax.Array, codec: Codec, word: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """(codes, scale) of the values [..., 8, 8, 128] of a page or several, the first at `start` of its run."""
-    return codec.encode(values, bits, _draws(word, start, values.shape))
+    return codec.encode(values, bits, draws_of(word, start, values.shape))
 
 
 def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
@@ -185,7 +204,7 @@ def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
     return mixed(mixed(step.astype(jnp.uint32)) ^ place)
 
 
-def _draws(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def draws_of(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Numbers in [0, 1), evenly spread over neighbours: the fractional parts of word / 2^32 + place / φ."""
     place, stride = start, 1
     for axis in reversed(range(len(shape))):

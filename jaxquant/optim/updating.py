@@ -6,16 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from jaxquant import pages
-from jaxquant.optim.blocks import BlockStep, block_step, draw_words, programs_of, wide_of
+from jaxquant.optim.blocks import BlockStep, Step, block_step, by_group, draw_words
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
+    by_shards,
     decoded,
     joined,
     merged,
@@ -32,28 +32,17 @@ def by_groups(
 ) -> QuantizedState:
     """The update of a run of parameters, group after group; its results become known to `inner`.
 
-    Where the plan has a mesh, each device goes through the groups of its own shards.
+    Each device goes through the groups of its own shards.
     """
     run = state.plan.runs[number]
-    shards, groups, size = run.grid
     inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * pages.PAGE % 2**32)
-    own = (first, programs_of(run, pieces), wide_of(inner, run, pieces))
-    own = jax.tree.map(lambda x: x.reshape(shards, groups, *x.shape[1:]), own)
+    own = by_group(inner, run, pieces)
     shared = {n: inner.known[n] for piece in pieces for n in piece.scalars}
     shared = shared, draw_words(state, number, seed)
     blocks = block_step(state.plan, number, pieces)
     scan = functools.partial(_scanned, blocks, _in_place(inner, pieces[0]))
-    if state.plan.mesh is not None:
-        spread, alike = P(state.plan.axis), P()
-        specs = spread, spread, spread, spread, alike
-        # The branches of `pages.apart` hold constants, which no device axis varies: nothing to check.
-        scan = jax.shard_map(
-            scan, mesh=state.plan.mesh, in_specs=specs, out_specs=spread, check_vma=False
-        )
-    pool, results, scales = scan(
-        state.pool, state.tables[number], state.scales[number], own, shared
-    )
+    stored = state.pool, state.tables[number], state.scales[number]
+    pool, results, scales = by_shards(state.plan, scan, (*stored, own), shared)
     for kind, flat in zip(pieces[0].results, results, strict=True):
         for piece, value in zip(pieces, run.unflatten(flat), strict=True):
             inner.known[piece.produced[kind]] = value
@@ -75,9 +64,6 @@ def _in_place(inner: Inner, piece: Piece) -> tuple[Hashable | None, ...]:
 def _scanned(
     blocks: BlockStep,
     in_place: tuple[Hashable | None, ...],
-    pool: jax.Array,
-    tables: Any,
-    scales: Any,
     own: Any,
     shared: Any,
 ) -> tuple[jax.Array, Any, Any]:
@@ -85,8 +71,9 @@ def _scanned(
 
     Updates are written where gradients were, which needs no memory of its own.
     """
+    pool, tables, scales, given = own
     known, words = shared
-    firsts, programs, wide = jax.tree.map(merged, own)
+    firsts, programs, wide = jax.tree.map(merged, given)
     xs = (
         jnp.arange(firsts.size),
         [merged(rooted(table, pool.shape[1])) for table in tables],
@@ -95,27 +82,22 @@ def _scanned(
 
     held = {kind: wide.pop(kind) for kind in in_place if kind is not None}
 
-    def compute(group: jax.Array, held: dict, codes: list, tables: list, scales: list) -> Any:
-        values = {kind: x[group] for kind, x in (wide | held).items()}
-        bits = list(map(bits_of, tables))
+    def compute(group: jax.Array, own: dict, codes: list, bits: list, scales: list) -> Step:
+        values = own | {kind: x[group] for kind, x in wide.items()}
         return blocks.compute(codes, bits, scales, values, known, programs[group])
-
-    def encode(group: jax.Array, after: list, codes: list, tables: list, scales: list) -> Any:
-        bits = list(map(bits_of, tables))
-        return blocks.encode(after, codes, bits, scales, words, firsts[group])
 
     def step(carry: Any, xs: Any) -> Any:
         (pool, held), (group, tables, scales) = carry, xs
-        always = pages.is_real(tables[0])
-        codes = [pages.read(pool, table) for table in tables]
-        after, results = pages.apart(always, compute, group, held, codes, tables, scales)
-        kept = pages.apart(always, encode, group, after, codes, tables, scales)
-        for table, (new, _) in zip(tables, kept, strict=True):
+        apart = functools.partial(pages.apart, pages.is_real(tables[0]))
+        codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
+        operands = group, {kind: x[group] for kind, x in held.items()}, codes, bits, scales
+        start = firsts[group]
+        codes, scales, results = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        for table, new in zip(tables, codes, strict=True):
             pool = pages.write(pool, table, new)
         pairs = list(zip(in_place, results, strict=True))
         held = held | {k: held[k].at[group].set(x) for k, x in pairs if k is not None}
-        rest = [x for kind, x in pairs if kind is None]
-        return (pool, held), (rest, [scale for _, scale in kept])
+        return (pool, held), ([x for kind, x in pairs if kind is None], scales)
 
     (after, held), (rest, new) = jax.lax.scan(step, (joined(pool), held), xs)
     shape, others = tables[0].shape[:2], iter(rest)
