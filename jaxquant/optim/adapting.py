@@ -133,7 +133,8 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
             word = draw_word(seed ^ _SALT, state.step, number, i)
 
             recode = functools.partial(_recoded_in_shards, codec)
-            pool, found = by_shards(state.plan, recode, (pool, old, new, scale), word)
+            own = pool, old, new, scale, state.plan.runs[number].firsts()
+            pool, found = by_shards(state.plan, recode, own, word)
             new_tables.append(new)
             new_scales.append(found)
         tables.append(tuple(new_tables))
@@ -143,8 +144,7 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
 
 def _recoded_in_shards(codec: Codec, own: Any, word: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(pool, scales) of some shards once a slot's pages are in the rows of another table."""
-    pool, old, new, scales = own
-    shards, groups, size, _ = old.shape
+    pool, old, new, scales, firsts = own
 
     def step(pool: jax.Array, xs: Any) -> Any:
         first, old, new, scale = xs
@@ -154,7 +154,6 @@ def _recoded_in_shards(codec: Codec, own: Any, word: jax.Array) -> tuple[jax.Arr
         codes, scale = kept_where(same, (codes, scale), found)
         return pages.write(pool, new, codes), scale
 
-    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * pages.PAGE % 2**32)
     tables = [merged(rooted(table, pool.shape[1])) for table in (old, new)]
-    after, found = jax.lax.scan(step, joined(pool), (first, *tables, merged(scales)))
+    after, found = jax.lax.scan(step, joined(pool), (merged(firsts), *tables, merged(scales)))
     return after.reshape(pool.shape), found.reshape(scales.shape)

@@ -14,7 +14,6 @@ from jaxquant.optim.inner import Inner, Piece
 from jaxquant.optim.layout import Run
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
-from jaxquant.pages import PAGE
 
 Arrays = Sequence[jax.Array]
 Apart = Callable[..., Any]  # of a function and its operands
@@ -187,10 +186,9 @@ def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, j
 
 def by_group(inner: Inner, run: Run, pieces: Sequence[Piece]) -> Any:
     """(first element, pieces, operands) of each group, [shards, groups, ...]."""
-    shards, groups, size = run.grid
-    first = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * PAGE % 2**32)
-    found = first, programs_of(run, pieces), wide_of(inner, run, pieces)
-    return jax.tree.map(lambda x: x.reshape(shards, groups, *x.shape[1:]), found)
+    found = programs_of(run, pieces), wide_of(inner, run, pieces)
+    found = jax.tree.map(lambda x: x.reshape(*run.grid[:2], *x.shape[1:]), found)
+    return run.firsts(), *found
 
 
 def draw_words(state: QuantizedState, number: int, seed: int) -> list[jax.Array]:

@@ -71,6 +71,12 @@ class Run:
             for start, leaf in zip(self.starts, self.leaves[0], strict=True)
         ]
 
+    def firsts(self) -> jax.Array:
+        """The element, modulo 2^32, with which each group of pages begins, uint32[shards, groups]."""
+        shards, groups, size = self.grid
+        found = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * PAGE % 2**32)
+        return found.reshape(shards, groups)
+
     def owners(self) -> np.ndarray:
         """Which of the run's parameters each block belongs to, int32[shards, groups, pages, 8, 8]."""
         firsts = np.array(self.starts) // BLOCK
