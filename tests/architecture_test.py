@@ -139,10 +139,11 @@ def test_every_file_has_a_floor(package, floors):
 def test_imports_go_down(package, floors):
     order = [name for floor in floors for name in floor]
     for name, path in modules(package).items():
+        targets = imports(path)
         used = {
             other
             for other in order
-            for target in imports(path)
+            for target in targets
             if target == f"{package}.{other}" or target.startswith(f"{package}.{other}.")
         }
         above = {other for other in used if order.index(other) >= order.index(name)}

@@ -80,6 +80,7 @@ def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(smoke, tmp_path
     assert results(tmp_path) == results(smoke.workdir)
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke, tmp_path):
     shutil.copytree(smoke.workdir, tmp_path, dirs_exist_ok=True)

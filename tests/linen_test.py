@@ -174,6 +174,7 @@ def test_init_gives_the_quantized_output_and_apply_takes_all_of_linens_arguments
     assert hash(quantized) == hash(linen.quantize(Transformer(), {".*": "w4a16"}))
 
 
+@pytest.mark.long
 def test_attention_is_quantized_in_full_and_step_by_step():
     x = normal(2, 6, 32)
     rules = {"attention": "kv4", ".*": "w8a16"}
@@ -224,6 +225,7 @@ def test_asymmetric_ranges_and_those_of_stacked_layers():
         np.testing.assert_allclose(y, quantized.apply(variables, x), atol=0.2)
 
 
+@pytest.mark.long
 def test_an_ensemble_is_quantized_member_by_member():
     module, x = MODELS["vmap"]
     variables = module.init(KEY, x)

@@ -108,6 +108,7 @@ def test_misuse_is_named(changes, message):
         make_trials(Config(**{"models": ("vit",), "images": "digits", **changes}))
 
 
+@pytest.mark.long
 def test_a_search_among_two_widths_on_a_small_vision_transformer(tmp_path, monkeypatch):
     name = "searched, the bytes of w3"
     fewer = dataclasses.replace(ARMS["vit"][name], searched=("w2a16", "w4a16"), by_layer=False)

@@ -161,6 +161,7 @@ def test_the_model_given_stays_as_it_is():
     assert model.up.dot_general is slot
 
 
+@pytest.mark.long
 def test_activations_do_not_pile_up():
     """What is alive when a batch is asked for does not grow with the batches before it."""
     model = mlp()

@@ -451,6 +451,7 @@ def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits,
     assert before["total"] == 4 * sum(x.size for x in jax.tree.leaves(nnx.state(model)))
 
 
+@pytest.mark.long
 def test_learned_steps_do_not_decay_and_move_slowly(digits):
     model = lineage.quantized(digits.make(0), digits, Arm("qat", "lsq", "w4a16"), [])
     params = nnx.state(model, nnx.Param)

@@ -153,6 +153,7 @@ print("compared", compared)
 """
 
 
+@pytest.mark.long
 def test_random_rounding_is_the_same_on_one_two_and_eight_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
