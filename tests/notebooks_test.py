@@ -12,6 +12,7 @@ pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of 
 
 # What each prints when it works.
 SAID = {
+    "optimizer_states.ipynb": ("of full precision's", "compilations of the step: 1"),
     "ptq_overtraining.ipynb": ("Does the loss", "w4a8"),
     "quantize_your_model.ipynb": ("bit for bit: True", "verdict: ", "BSD-3-Clause"),
 }
