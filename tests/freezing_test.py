@@ -120,11 +120,13 @@ def trained(model, x, steps=20):
     ("name", "rules"),
     [
         ("transformer", {".*attention": "a8kv8", ".*": "w8a8"}),
-        ("transformer", {".*": "w4a16"}),
+        pytest.param("transformer", {".*": "w4a16"}, marks=pytest.mark.long),
         ("transformer", {"embed": "w8a16", ".*": "w4a4-lsq"}),
-        ("transformer", {".*attention": "kv4", ".*": "w4a4-quest"}),
+        pytest.param(
+            "transformer", {".*attention": "kv4", ".*": "w4a4-quest"}, marks=pytest.mark.long
+        ),
         ("transformer", {"embed": None, ".*": "w4a16g32"}),
-        ("transformer", {"embed": None, ".*": "mxfp4"}),
+        pytest.param("transformer", {"embed": None, ".*": "mxfp4"}, marks=pytest.mark.long),
         ("images", {".*": "w8a8"}),
         ("images", {".*": "w3a16"}),
     ],

@@ -20,7 +20,7 @@ CHAIN = [
     ("cnn", {"head": None, ".*": "w8a8"}, "orbax"),
     ("resnet", {".*": "w8a8"}, "safetensors"),
     ("transformer", {".*attention": "a8kv4", ".*": "w4a8"}, "safetensors"),
-    ("scan", {".*": "w8a8-token"}, "safetensors"),
+    pytest.param("scan", {".*": "w8a8-token"}, "safetensors", marks=pytest.mark.long),
 ]
 
 
@@ -48,7 +48,9 @@ def trained(quantized, x, train):
     return variables
 
 
-@pytest.mark.parametrize(("name", "rules", "format"), CHAIN, ids=[name for name, *_ in CHAIN])
+@pytest.mark.parametrize(
+    ("name", "rules", "format"), CHAIN, ids=["mlp", "cnn", "resnet", "transformer", "scan"]
+)
 def test_quantize_train_calibrate_freeze_save_load_serve(tmp_path, name, rules, format):
     module, x = MODELS[name]
     quantized = linen.quantize(module, rules)

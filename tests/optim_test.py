@@ -43,12 +43,12 @@ def _as_optax_computes():
         yield
 
 
-def problem(seed=0):
+def problem(seed=0, hidden=96):
     """A regression that a two-layer network learns."""
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {
-        "up": {"kernel": jax.random.normal(keys[0], (32, 96)) / 6, "bias": jnp.zeros(96)},
-        "down": {"kernel": jax.random.normal(keys[1], (96, 16)) / 10},
+        "up": {"kernel": jax.random.normal(keys[0], (32, hidden)) / 6, "bias": jnp.zeros(hidden)},
+        "down": {"kernel": jax.random.normal(keys[1], (hidden, 16)) / 10},
     }
     x = jax.random.normal(keys[2], (256, 32))
     y = jnp.sin(x @ jax.random.normal(keys[3], (32, 16)) / 3)

@@ -146,13 +146,16 @@ def _recoded_in_shards(codec: Codec, own: Any, word: jax.Array) -> tuple[jax.Arr
     """(pool, scales) of some shards once a slot's pages are in the rows of another table."""
     pool, old, new, scales, firsts = own
 
-    def step(pool: jax.Array, xs: Any) -> Any:
-        first, old, new, scale = xs
+    def recoded(pool: jax.Array, first: Any, old: Any, new: Any, scale: Any) -> Any:
         codes, values = read_blocks(pool, old, scale, codec)
         found = encode_blocks(values, bits_of(new), codec, word, first)
         same = jnp.broadcast_to(bits_of(old) == bits_of(new), codes.shape[:-1])
         codes, scale = kept_where(same, (codes, scale), found)
         return pages.write(pool, new, codes), scale
+
+    def step(pool: jax.Array, xs: Any) -> Any:
+        _, old, new, scale = xs
+        return jax.lax.cond(jnp.any(old != new), recoded, lambda *x: (x[0], scale), pool, *xs)
 
     tables = [merged(rooted(table, pool.shape[1])) for table in (old, new)]
     after, found = jax.lax.scan(step, joined(pool), (merged(firsts), *tables, merged(scales)))
