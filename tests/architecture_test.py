@@ -78,6 +78,8 @@ EXPERIMENTS = [
         "optimizer_states.analysis",
         "optimizer_states.figures",
         "optimizer_states.report",
+        "optimizer_states.tasks",
+        "optimizer_states.running",
         "optimizer_states.study",
         "optimizer_states.__main__",
     ],

@@ -1,0 +1,105 @@
+"""One trial, trained from its newest checkpoint to a record's results."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+import jaxquant as jq
+from experiments.harness import train, trials
+from experiments.harness.checkpoints import Checkpoints
+from experiments.optimizer_states import arms
+from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(trial: Trial) -> tuple[Task, Any, Any, Any]:
+    """(task, transformation, mesh, step) of an arm: schedules and seeds are data of one compiled step."""
+    task, mesh = make_task(dataclasses.replace(trial, arm="")), train.make_mesh()
+    tx = arms.optimizer(trial.arm, trial.interval)
+    return task, tx, mesh, train.make_step(task.loss, tx, mesh)
+
+
+class _Run:
+    """A trial under way."""
+
+    def __init__(self, trial: Trial, context: trials.Context):
+        self.trial, self.context = trial, context
+        self.task, tx, self._mesh, self._step = _compiled(
+            dataclasses.replace(trial, schedule="", seed=0, peak_lr=0.0, is_tuning=False)
+        )
+        self.state = train.init_state(
+            lambda: nnx.state(self.task.make(trial.seed), nnx.Param), tx, self._mesh
+        )
+        self._batches, self.curve = self.task.batches(trial.seed), []
+
+    def to(self, steps: int) -> None:
+        """Trains to a step, from the newest checkpoint where there is one."""
+        with Checkpoints(self.context.scratch / "run") as checkpoints:
+            self.state, self.curve = train.fit(
+                self._step,
+                self.state,
+                self._batches,
+                self.trial.plan(),
+                steps,
+                self._mesh,
+                history=self.curve,
+                checkpoints=checkpoints,
+                log_every=self.trial.log_every,
+                checkpoint_every=self.trial.checkpoint_every,
+                on_log=lambda n, loss: self.context.progress(
+                    n * step_cost(self.trial), f"{self.trial.arm}: loss {loss:.3f}"
+                ),
+            )
+
+    def widths(self, steps: int) -> dict:
+        """Trains to a step and looks at the widths there."""
+        self.to(steps)
+        return _widths(steps, self.state.opt_state)
+
+
+def run_trial(trial: Trial, context: trials.Context) -> dict:
+    """Trains, looking at the widths now and then, and returns the record's results."""
+    run = _Run(trial, context)
+    elements = sum(x.size for x in jax.tree.leaves(run.state.params))
+    head = {"versions": _versions(), "parameters": elements}
+    stops = sorted({round(trial.steps * (i + 1) / trial.snapshots) for i in range(trial.snapshots)})
+    try:
+        found = [
+            context.remember(f"widths-{stop}", functools.partial(run.widths, stop))
+            for stop in stops
+            if stop > 0
+        ]
+        run.to(trial.steps)
+    except train.Diverged as error:
+        return head | {"status": "diverged", "step": error.step}
+    return head | {
+        "status": "done",
+        "measures": run.task.evaluate(run.state.params),
+        "curve": [list(entry) for entry in run.curve],
+        "state_bytes": jq.optim.state_bytes(arms.state_of(run.state.opt_state)),
+        "snapshots": [x for x in found if x["leaves"]],
+    }
+
+
+def _widths(steps: int, opt_state: Any) -> dict:
+    """Bits of each coded leaf now; none of an arm whose widths are not ours."""
+    rows = jq.optim.report(opt_state).rows if arms.is_quantized(opt_state) else ()
+    leaves = [
+        {"slot": row.slot, "path": row.path, "role": row.role, "bits": row.bits}
+        | {"elements": int(np.prod(row.shape))}
+        for row in rows
+        if not row.reason
+    ]
+    return {"step": steps, "leaves": leaves}
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "jaxquant": jq.__version__,
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+    }
