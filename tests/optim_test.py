@@ -110,6 +110,16 @@ def test_a_step_holds_no_full_precision_copy_of_the_state():
     assert found.temp_size_in_bytes < updates + 0.2 * 2 * updates
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "multi_steps", "hyperparameters"])
+def test_a_traced_init_encodes_no_zeros(name):
+    tx, (params, _) = quantize_state(OPTIMIZERS[name], fixed(5, 4)), problem()
+    operations = str(jax.make_jaxpr(tx.init)(params))
+    assert "reduce" not in operations  # none looks for a block's largest value
+    traced = jax.tree.leaves(jax.jit(tx.init)(params))
+    for one, other in zip(traced, jax.tree.leaves(tx.init(params)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_bytes_are_those_of_the_bits():
     params = {"w": jnp.zeros((512, 256))}
     state = quantize_state(optax.scale_by_adam(), fixed(5, 3)).init(params)

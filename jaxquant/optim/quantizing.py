@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
 from jaxquant.optim.spans import bytes_moved, updated_by_kernels
 from jaxquant.optim.state import QuantizedState, empty, layout, with_leaf
+from jaxquant.optim.tracing import Program
 from jaxquant.optim.updating import updated
 
 KERNELS = {"xla": updated, "pallas": updated_by_kernels}
@@ -83,7 +85,7 @@ def quantize_state(
     def init(params: Any) -> QuantizedState:
         plan = make_plan(tx, policy, codec, params, count)
         plan = dataclasses.replace(plan, mesh=mesh, axis=axis)
-        state = encoded(plan, jax.tree.leaves(tx.init(params)), seed)
+        state = encoded(plan, _first(tx, params), seed)
         return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
@@ -120,9 +122,24 @@ def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:
     return state
 
 
-def _is_zero(leaf: jax.Array) -> bool:
+def _first(tx: Any, params: Any) -> list[Any]:
+    """The leaves of the first state; while it is traced, NumPy's zeros for those that are zeros always.
+
+    A compiler would encode those as constants, which takes it seconds.
+    """
+    leaves = jax.tree.leaves(tx.init(params))
+    if not any(isinstance(leaf, Tracer) for leaf in leaves):
+        return leaves
+    program = Program(tx.init, jax.eval_shape(lambda x: x, params))
+    pairs = zip(leaves, program.outputs, strict=True)
+    return [np.zeros(x.shape, x.dtype) if program.is_zero(n) else x for x, n in pairs]
+
+
+def _is_zero(leaf: Any) -> bool:
     """Whether a leaf is known to be zeros, as most are at first: `empty` holds those already."""
-    return not isinstance(leaf, Tracer) and not bool(jnp.any(leaf))
+    if isinstance(leaf, Tracer):
+        return False
+    return not bool((np if isinstance(leaf, np.ndarray) else jnp).any(leaf))
 
 
 def whole(

@@ -65,6 +65,14 @@ class Program:
         """Elements of a value."""
         return int(np.prod(self.specs[value].shape, dtype=np.int64))
 
+    def is_zero(self, value: int) -> bool:
+        """Whether a value is seen to be zeros, whatever the arguments are: a constant, or one spread."""
+        maker = self.makers.get(value)
+        while maker is not None and maker.name in ("broadcast_in_dim", "convert_element_type"):
+            value = maker.inputs[0]
+            maker = self.makers.get(value)
+        return value in self.constants and not np.any(self.constants[value])
+
     def needed(self, values: Iterable[int], given: Set[int]) -> list[Operation]:
         """The operations, in order, that lead from what is given to some values."""
         wanted, kept = set(values) - given, []
