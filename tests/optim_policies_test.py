@@ -4,15 +4,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import optax
 import pytest
-from optim_test import OPTIMIZERS, problem
+from optim_test import OPTIMIZERS, trained
 
 from jaxquant.optim import Statistics, adaptive, by_role, even, quantize_state, report, state_bytes
 
 pytestmark = [pytest.mark.long, pytest.mark.exhaustive]
 
-STEPS = 120
+HIDDEN = 256
 BUDGET = 14.0
 WIDTHS = {"embedding": 8, "head": 8, "matrix": (6, 5), "vector": None}
 # Vectors lie in pages of their own, nearly empty here, and count: 14 bits a number are 5 to 7 of codes.
@@ -31,31 +30,18 @@ def _as_optax_computes():
         yield
 
 
-def trained(tx):
-    """(loss at first, loss at last, state), 120 steps on."""
-    params, loss = problem(hidden=256)
-
-    def step(carry, _):
-        params, state = carry
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), state), value
-
-    run = jax.jit(lambda carry: jax.lax.scan(step, carry, None, length=STEPS))
-    (params, state), values = run((params, tx.init(params)))
-    return float(values[0]), float(loss(params)), state
-
-
 @functools.cache
 def exact(name):
-    return trained(OPTIMIZERS[name])[:2]
+    *_, last, values = trained(OPTIMIZERS[name], hidden=HIDDEN)
+    return float(values[0]), last
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_learns_within_a_twentieth_of_the_first_loss(name, policy):
     first, last = exact(name)
-    _, found, state = trained(quantize_state(OPTIMIZERS[name], POLICIES[policy]))
+    tx = quantize_state(OPTIMIZERS[name], POLICIES[policy])
+    _, state, found, _ = trained(tx, hidden=HIDDEN)
     assert last < 0.75 * first
     assert found < last + 0.05 * first
     rows = [row for row in report(state).rows if not row.reason]

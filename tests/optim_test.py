@@ -61,8 +61,8 @@ def problem(seed=0, hidden=96):
     return params, loss
 
 
-def trained(tx, steps=120):
-    params, loss = problem()
+def trained(tx, steps=120, hidden=96):
+    params, loss = problem(hidden=hidden)
 
     def step(carry, _):
         params, state = carry

@@ -171,12 +171,8 @@ class Companded(Codec):
 
 def _levels(bits: jax.Array) -> jax.Array:
     """Levels on each side of zero, with an axis for the elements of a block."""
-    return _power(bits) * 0.5 - 1
-
-
-def _power(bits: jax.Array) -> jax.Array:
-    """2^bits, with an axis for the elements of a block; exp2 is not exact on every platform."""
-    return jnp.left_shift(jnp.int32(1), bits).astype(jnp.float32)[..., None]
+    # Shifted: exp2 is not exact on every platform.
+    return (jnp.left_shift(jnp.int32(1), bits).astype(jnp.float32) * 0.5 - 1)[..., None]
 
 
 def straight_log2(x: jax.Array) -> jax.Array:

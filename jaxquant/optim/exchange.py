@@ -21,7 +21,7 @@ import safetensors.numpy
 from jaxquant import artifacts
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
-VERSION = 1
+VERSION = 2  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
 _HEAD, _ARRAYS = "state.json", "arrays.safetensors"
 
