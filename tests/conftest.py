@@ -1,7 +1,7 @@
 """Strictness for every test (no rank or type promotion, CPU only), and one smoke run for all.
 
 Most of the tests' time is the compiler's, so LLVM does not optimize here, which more than halves it.  Whoever
-sets a level in XLA_FLAGS gets that one: CI runs tests at full optimization too.
+sets a level in XLA_FLAGS gets that one, as CI does for the long tests.
 """
 
 import dataclasses

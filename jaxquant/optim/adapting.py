@@ -43,8 +43,8 @@ def adaptive(
     that lower widths lost.
 
     Args:
-        budget_bits: for each element of coded state, with everything counted: codes, scales, tables, empty
-            rows, and what the policy remembers.
+        budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty
+            rows, the leaves that stay exact, and what the policy remembers.
         interval: steps from one decision to the next; the first comes with the first update.
         score: what pages are worth, `Felt()` where not given, or `Statistics()`.
         stay: a page keeps its width while what it wants is within a half and so much more of it, in bits.

@@ -129,8 +129,8 @@ def _rows(plan: Plan) -> int:
 
 def _within(plan: Plan, budget_bits: float) -> Plan:
     """The plan with the rows of a budget, and all pages as wide as these allow."""
-    elements, shards = sum(leaf.size for leaf in plan.leaves), plan.runs[0].shards
-    spent = _overhead(plan)
+    elements = sum(math.prod(leaf.shape) for leaf in (*plan.leaves, *plan.exact))
+    shards, spent = plan.runs[0].shards, _overhead(plan)
     rows = int((budget_bits * elements / 8 - spent) // (ROW * shards))
     alike = [_alike(plan, width) for width in range(1, PLANES + 1)]
     fitting = [p for p in alike if _rows(p) <= rows]
@@ -138,7 +138,7 @@ def _within(plan: Plan, budget_bits: float) -> Plan:
         least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
         raise ValueError(
             f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
-            f"{8 * spent / elements:.2f} are scales, tables and empty rows; got {budget_bits}"
+            f"{8 * spent / elements:.2f} are scales, tables and exact leaves; got {budget_bits}"
         )
     # More rows than pages of 8 bits take would only lie idle.
     return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])), fills=True)
@@ -154,8 +154,9 @@ def _alike(plan: Plan, width: int) -> Plan:
 
 
 def _overhead(plan: Plan) -> int:
-    """Bytes of all but the codes: scales, tables, the row of zeros, counters, what the policy remembers."""
+    """Bytes of all but the codes: scales, tables, exact leaves, what the policy remembers, and the like."""
     found = 8 + ROW * plan.runs[0].shards
+    found += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan.exact)
     for run, codecs in zip(plan.runs, plan.codecs, strict=True):
         count = math.prod(run.grid)
         for codec in codecs:

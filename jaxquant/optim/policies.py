@@ -20,7 +20,7 @@ class Policy:
         name: in a word or two, as reports show it.
         init: bits of a leaf to begin with; None keeps it in full precision.  Where there is a budget, it
             decides the widths instead.
-        budget_bits: for each element of coded state, with everything counted.
+        budget_bits: for each element of the state, with everything counted.
         update: how widths move, where they do.
     """
 
@@ -51,8 +51,8 @@ def even(budget_bits: float) -> Policy:
     Rows that are left go to pages of signed states, in their order, then to the others.
 
     Args:
-        budget_bits: for each element of coded state, with everything counted: codes, scales, tables and
-            empty rows.
+        budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty
+            rows and the leaves that stay exact.
 
     Raises:
         ValueError: no positive number; at `init`, less than the least possible.
