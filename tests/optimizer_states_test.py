@@ -72,7 +72,7 @@ def test_gaps_are_paired_by_seed_and_bits_are_bytes():
 @pytest.mark.parametrize(
     ("gain", "words"),
     [
-        (0.01, "beat an even allocation of the same budget in every comparison"),
+        (0.01, "beat an even allocation of the same budget: better in 1"),
         (0.0, "do not beat an even allocation of the same budget: unresolved in 1"),
         (-0.01, "do not beat an even allocation of the same budget: worse in 1"),
     ],

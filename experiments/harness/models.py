@@ -121,9 +121,13 @@ def _linear(fan_in: int, fan_out: int, config: LMConfig, rngs: nnx.Rngs, gain: f
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions."""
+    """Causal self-attention with rotary positions.
+
+    `attention_fn` is where `jq.nnx.quantize` puts a quantized attention.
+    """
 
     def __init__(self, config: LMConfig, rngs: nnx.Rngs):
+        self.attention_fn = jax.nn.dot_product_attention
         kv_width = config.width // config.heads * config.kv_heads
         self.head_size = config.width // config.heads
         self.query = _linear(config.width, config.width, config, rngs)
@@ -140,7 +144,7 @@ class Attention(nnx.Module):
         q_BxTxHxd = rotate(heads(self.query(x_BxTxD)))
         k_BxTxKxd = rotate(heads(self.key(x_BxTxD)))
         v_BxTxKxd = heads(self.value(x_BxTxD))
-        y_BxTxHxd = jax.nn.dot_product_attention(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, is_causal=True)
+        y_BxTxHxd = self.attention_fn(q_BxTxHxd, k_BxTxKxd, v_BxTxKxd, is_causal=True)
         return self.out(y_BxTxHxd.reshape(x_BxTxD.shape))
 
 

@@ -162,13 +162,21 @@ def init_state(
 
     The numbers do not depend on the mesh.
     """
+    return make_init(make_params, tx, mesh)()
 
-    def init():
-        params = make_params()
-        return TrainState(jnp.int32(0), params, tx.init(params))
 
-    shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), jax.eval_shape(init))
-    return jax.jit(init, out_shardings=shardings)()
+def make_init(
+    make_params: Callable[..., Any], tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[..., TrainState]:
+    """A compiled `init_state`: (*data) -> state, so that one compilation serves every seed that is data."""
+
+    def init(*data):
+        params = make_params(*data)
+        state = TrainState(jnp.int32(0), params, tx.init(params))
+        shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), state)
+        return jax.lax.with_sharding_constraint(state, shardings)
+
+    return jax.jit(init)
 
 
 def _place_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:

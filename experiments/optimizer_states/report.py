@@ -26,6 +26,9 @@ def verdict(summary: dict) -> str:
     """The finding in a few sentences; first whether adaptive widths beat even ones."""
     said = [_contest(summary["contests"])]
     trials = summary["trials"]
+    seeds = min((row["seeds"] for row in summary["gaps"]), default=0)
+    if seeds < _FEWEST_SEEDS:
+        said.append(f"Of {seeds} seeds nothing can be concluded; {_FEWEST_SEEDS} are the fewest.")
     if trials["finished"] < trials["expected"]:
         said.append(f"{trials['finished']} of {trials['expected']} trials are finished.")
     if trials["diverged"]:
@@ -42,6 +45,9 @@ def verdict(summary: dict) -> str:
     return " ".join(said)
 
 
+_FEWEST_SEEDS = 3
+
+
 def _is_within(row: dict) -> bool:
     return row["exact_sd"] is not None and row["gap"] <= row["exact_sd"]
 
@@ -52,7 +58,7 @@ def _contest(rows: list[dict]) -> str:
     counts = {kind: [r for r in rows if answer(r) == kind] for kind in _ANSWERS}
     head = "Adaptive widths do not beat an even allocation of the same budget"
     if len(counts["better"]) == len(rows):
-        head = "Adaptive widths beat an even allocation of the same budget in every comparison"
+        head = "Adaptive widths beat an even allocation of the same budget"
     elif counts["better"]:
         head = "Adaptive widths beat an even allocation of the same budget in some comparisons"
     parts = [

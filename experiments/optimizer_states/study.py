@@ -1,10 +1,14 @@
 """The grid, and the run of it all."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli, data, images, train, trials
+import jax
+from flax import nnx
+
+from experiments.harness import cli, data, images, models, train, trials, vision
 from experiments.optimizer_states import arms, report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
@@ -149,10 +153,15 @@ def _shared(config: Config, task: str) -> dict[str, Any]:
             "steps": config.vision_steps,
             "evaluation": config.evaluation_images,
         }
-        vision_config(config.vision_size, config.grid, dataset)
+        shape = vision_config(config.vision_size, config.grid, dataset)
+        _check_budgets(config, lambda: vision.ViT(shape, nnx.Rngs(0)))
         return made
     corpus = data.load(config.text, config.text_path)
     data.check_length(corpus, config.sequence)
+    language = dataclasses.replace(
+        LANGUAGE_SIZES[config.language_size], vocab_size=corpus.vocab_size
+    )
+    _check_budgets(config, lambda: models.LM(language, nnx.Rngs(0)))
     tokens = (
         config.tokens_per_parameter * LANGUAGE_SIZES[config.language_size].non_embedding_parameters
     )
@@ -165,6 +174,16 @@ def _shared(config: Config, task: str) -> dict[str, Any]:
         "steps": max(1, round(tokens / (config.language_batch * config.sequence))),
         "evaluation": config.evaluation_windows,
     }
+
+
+def _check_budgets(config: Config, make: Callable[[], nnx.Module]) -> None:
+    """Raises a ValueError where an arm's state cannot be made for a model, as with too small a budget."""
+    params = nnx.eval_shape(lambda: nnx.state(make(), nnx.Param))
+    for arm in config.arms:
+        try:
+            jax.eval_shape(arms.moments(arm, config.interval).init, params)
+        except ValueError as error:
+            raise ValueError(f"config.arms: {arm!r} cannot be: {error}") from None
 
 
 def _check(config: Config) -> None:

@@ -11,6 +11,7 @@ from jaxquant.optim.adapting import adaptive
 from jaxquant.optim.codecs import Codec, Companded, Logarithmic
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
+from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.policies import Policy, by_role, even, fixed
 from jaxquant.optim.quantizing import quantize_state, traffic, whole
 from jaxquant.optim.report import Report, report, state_bytes
@@ -22,6 +23,7 @@ __all__ = [
     "Companded",
     "Diagnosis",
     "Felt",
+    "Leaf",
     "Logarithmic",
     "Policy",
     "QuantizedState",

@@ -62,7 +62,7 @@ def adaptive(
     if isinstance(stay, bool) or not isinstance(stay, int | float) or not 0 <= stay < 8:
         raise ValueError(f"stay is a number of bits from 0 to 8; got {stay!r}")
     score = Felt() if score is None else score
-    if not (hasattr(score, "init") and callable(score)):
+    if isinstance(score, type) or not (hasattr(score, "init") and callable(score)):
         raise ValueError(f"score is one such as Felt() or Statistics(); got {score!r}")
     update = Adaptation(interval, score, float(stay))
     return Policy(f"adaptive, {budget_bits} bits", lambda leaf: 0, budget_bits, update)

@@ -260,8 +260,9 @@ class Logarithmic(Codec):
     stochastic: bool = True
 
     def __post_init__(self):
-        if isinstance(self.range, bool) or not 1 <= self.range <= 64:
-            raise ValueError(f"range is 1 to 64 binades; got {self.range!r}")
+        is_whole = isinstance(self.range, int) and not isinstance(self.range, bool)
+        if not is_whole or not 1 <= self.range <= 64:
+            raise ValueError(f"range is a whole number of binades, 1 to 64; got {self.range!r}")
 
     @property
     def signed(self) -> bool:

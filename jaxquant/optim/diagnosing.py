@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxquant.optim.inner import Inner
+from jaxquant.optim.checks import opened
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
 
@@ -65,8 +65,7 @@ def diagnose(
     >>> bool(found["trace/w"].relative_error < 0.02)
     True
     """
-    tx = optax.with_extra_args_support(tx)
-    inner = Inner(tx, state.plan, updates, params, state.exact, extra)
+    inner = opened(tx, state, updates, params, extra)
     places = [
         (run, slot, place, leaf)
         for run, layout in enumerate(state.plan.runs)

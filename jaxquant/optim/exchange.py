@@ -19,6 +19,7 @@ import optax
 import safetensors.numpy
 
 from jaxquant import artifacts
+from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
 VERSION = 2  # what codes stand for is part of it
@@ -43,6 +44,8 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
     >>> jax.tree.map(jnp.shape, to_optax(optax.trace(0.9), state, params))
     TraceState(trace={'w': (64, 64)})
     """
+    check_state(state)
+    check_parameters(state.plan, params, "params")
     specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
     leaves = _all_decoded(state)
     _check_alike(specs, leaves, "the state of tx for these parameters")
@@ -71,10 +74,12 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
     Raises:
         ValueError: a plain state of another transformation or of other parameters.
     """
+    check_state(state)
     leaves = jax.tree.leaves(plain)
     own = {leaf.index: leaf for leaf in (*state.plan.leaves, *state.plan.exact)}
     specs = [jax.ShapeDtypeStruct(own[i].shape, own[i].dtype) for i in range(len(own))]
     _check_alike(specs, leaves, "the plain state that this one quantizes")
+    check_plain(state.plan, plain)
     return _all_encoded(state, leaves, seed)
 
 

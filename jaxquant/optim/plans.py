@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
 from jaxquant.optim.layout import Run, arrange
 from jaxquant.optim.leaves import Exact, Leaf, find
-from jaxquant.optim.policies import Adaptation, Policy
+from jaxquant.optim.policies import Adaptation, Policy, check_bits
 from jaxquant.pages import PAGE, PLANES, ROW
 
 
@@ -101,6 +101,9 @@ def make_plan(
     kept = f"the policy keeps it ({policy.name})"
     exact += [_kept(leaf, kept) for leaf, bits in widths.items() if bits is None]
     chosen = {leaf: bits for leaf, bits in widths.items() if bits is not None}
+    if policy.budget_bits is None:
+        for leaf, bits in chosen.items():
+            check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}")
     if not chosen:
         reasons = "; ".join(sorted({e.reason for e in exact})) or "it is empty"
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {reasons}")

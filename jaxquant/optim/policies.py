@@ -119,6 +119,8 @@ def by_role(widths: Mapping[str, int | tuple[int, int] | None]) -> Policy:
     >>> by_role({"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}).name
     'by role'
     """
+    if not isinstance(widths, Mapping):
+        raise ValueError(f"widths are a mapping from roles to bits; got {widths!r}")
     unknown, missing = set(widths) - set(ROLES), set(ROLES) - set(widths)
     if unknown or missing:
         what = f"unknown: {sorted(unknown)}" if unknown else f"missing: {sorted(missing)}"

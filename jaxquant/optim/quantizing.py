@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from jaxquant.optim.adapting import adapted
+from jaxquant.optim.checks import opened
 from jaxquant.optim.codecs import Codec
-from jaxquant.optim.inner import Inner, pieces_by_run
+from jaxquant.optim.inner import pieces_by_run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
@@ -46,6 +47,11 @@ def quantize_state(
     Updates come from the state before it is encoded: rounding is felt from the next step on.  Blocks whose
     state a step leaves alone keep their codes.  Nothing depends on how arrays are sharded.
 
+    A gradient that is not finite spoils the block of 128 elements that it is in, not its own element alone:
+    wrap `optax.apply_if_finite` around or inside.  Derivatives pass through a step's updates, not through the
+    state from one step to the next.  Scales, tables and half-empty pages weigh on small models: below some
+    100,000 elements a budget buys fewer bits of codes than its number says; `report` shows what they take.
+
     Args:
         tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.
         policy: how many bits each leaf has, as of `fixed` and `by_role`.
@@ -55,14 +61,15 @@ def quantize_state(
             mesh's axis, which it is where not given.  The bits depend on it, not on the mesh: what eight
             devices saved with eight shards, two go on with.
         mesh: whose devices share the state, each going through its own pages; gradients and updates are
-            spread as the compiler sees fit.
+            spread as the compiler sees fit.  Its axes are of the type Auto.
         axis: of the mesh.
         kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`), which CPUs interpret,
             slowly.  Several TPUs take them within `shard_map` only.
 
     Raises:
-        ValueError: no policy, shards that are no whole number, or an unknown kernel; at `init`, nothing that
-            can be coded, or a codec that cannot hold its leaf; at `update`, what a kernel cannot take.
+        ValueError: arguments of another kind than these; at `init`, nothing that can be coded, or a codec
+            that cannot hold its leaf; at `update`, a state, updates or parameters that do not belong
+            together, or what a kernel cannot take.
 
     >>> from jaxquant.optim.policies import fixed
     >>> tx = quantize_state(optax.adam(1e-1), fixed(8))
@@ -71,6 +78,12 @@ def quantize_state(
     >>> bool(jnp.allclose(updates["w"], -0.1))
     True
     """
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"tx is an optax transformation; got {tx!r}")
+    if not callable(codec):
+        raise ValueError(f"codec is a function from a Leaf to its codec; got {codec!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed is a whole number; got {seed!r}")
     if not isinstance(policy, Policy):
         raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
     count = _check_shards(shards, mesh, axis)
@@ -89,7 +102,7 @@ def quantize_state(
         return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
-        inner = Inner(tx, state.plan, updates, params, state.exact, extra)
+        inner = opened(tx, state, updates, params, extra)
         new, state = KERNELS[kernel](inner, adapted(inner, state, seed), seed)
         if mesh is not None:
             state = jax.lax.with_sharding_constraint(state, layout(state))
@@ -100,6 +113,13 @@ def quantize_state(
 
 def _check_shards(shards: Any, mesh: Mesh | None, axis: str) -> int:
     """How many shards there are to be."""
+    if mesh is not None and not isinstance(mesh, Mesh):
+        raise ValueError(f"mesh is a jax.sharding.Mesh; got {mesh!r}")
+    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+        raise ValueError(
+            f"mesh has axes of the type Auto, as jax.sharding.Mesh(devices, names) makes them; got "
+            f"{mesh.axis_types}"
+        )
     if mesh is not None and axis not in mesh.shape:
         raise ValueError(f"axis is one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
     size = 1 if mesh is None else mesh.shape[axis]
@@ -153,8 +173,7 @@ def whole(
         params: the parameters, or their shapes.
         extra: what its update is given by name.
     """
-    tx = optax.with_extra_args_support(tx)
-    return pieces_by_run(Inner(tx, state.plan, params, params, state.exact, extra), state.plan)[1]
+    return pieces_by_run(opened(tx, state, params, params, extra), state.plan)[1]
 
 
 def traffic(
@@ -183,5 +202,4 @@ def traffic(
     >>> found["codes"], found["operands"], found["results"]
     (2.0, 8.0, 4.0)
     """
-    tx = optax.with_extra_args_support(tx)
-    return bytes_moved(Inner(tx, state.plan, params, params, state.exact, extra), state)
+    return bytes_moved(opened(tx, state, params, params, extra), state)

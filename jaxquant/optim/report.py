@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxquant import pages
+from jaxquant.nnx.modules import read
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.state import QuantizedState
 
@@ -79,24 +81,34 @@ class Report:
         lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in table]
         share = self.nbytes / max(self.exact_nbytes, 1)
         total = f"{self.policy}: {self.nbytes:,} bytes, {share:.1%} of {self.exact_nbytes:,}"
+        if self.shared_nbytes > 0:
+            total += "\n(shared): tables, padding, empty rows, counters, what the policy remembers"
         return "\n".join([*(line.rstrip() for line in lines), total])
 
 
 def state_bytes(state: Any) -> int:
     """Bytes of all arrays of a state, whichever: codes, scales, tables, empty rows and what stays exact.
 
+    Shapes will do, as of `jax.eval_shape(tx.init, params)`.
+
     >>> import jax.numpy as jnp, optax
     >>> state_bytes(optax.adam(1e-3).init(jnp.zeros(1000)))
     8004
     """
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def find_states(state: Any) -> list[QuantizedState]:
     """The quantized states within a state, as of a chain or of `TrainState`."""
     is_quantized = lambda x: isinstance(x, QuantizedState)  # noqa: E731
     found = jax.tree.leaves(state, is_leaf=is_quantized)
-    return [x for x in found if is_quantized(x)]
+    return [_unwrapped(x) for x in found if is_quantized(x)]
+
+
+def _unwrapped(state: QuantizedState) -> QuantizedState:
+    """The state with arrays where `nnx.Optimizer` holds variables."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return jax.tree.map(lambda x: read(x) if is_variable(x) else x, state, is_leaf=is_variable)
 
 
 def report(state: Any) -> Report:
@@ -120,6 +132,7 @@ def report(state: Any) -> Report:
     up         0/nu     matrix  128x128  Logarithmic  4.00   8,448
     (shared)                                                 1,156
     fixed 5 + 4 bits: 20,360 bytes, 15.5% of 131,332
+    (shared): tables, padding, empty rows, counters, what the policy remembers
     """
     states = find_states(state)
     if len(states) != 1:
