@@ -40,6 +40,16 @@ LIBRARY = [
         "quality.monitor",
     ],
     ["nnx.saving", "linen.saving", "versions", "serving"],
+    [
+        "laws.law",
+        "laws.forms",
+        "laws.constants",
+        "laws.solving",
+        "laws.fitting",
+        "laws.comparison",
+        "laws.optimum",
+        "laws.planning",
+    ],
     ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
     [
         "optim.tracing",
@@ -89,6 +99,16 @@ EXPERIMENTS = [
         "optimizer_states.running",
         "optimizer_states.study",
         "optimizer_states.__main__",
+    ],
+    [
+        "training_precision.numerics",
+        "training_precision.running",
+        "training_precision.analysis",
+        "training_precision.figures",
+        "training_precision.report",
+        "training_precision.study",
+        "training_precision.__main__",
+        "plan",
     ],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
     [

@@ -1,0 +1,236 @@
+"""What the records say: runs as a table, laws fitted and ranked, the best precision, the summary."""
+
+# pandas' selections and groups are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportIndexIssue=false, reportOperatorIssue=false
+
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from experiments.harness import models
+from jaxquant import laws
+
+CONFIDENCE = 0.9
+BOOTSTRAPS = 200
+TENSORS = {"w": "weights", "a": "activations", "kv": "cache"}
+METHOD_NAMES = {
+    "ste": "straight-through",
+    "lsq": "LSQ",
+    "quest": "QuEST",
+    "float": "floating point",
+}
+
+
+def runs(records: list[dict]) -> pd.DataFrame:
+    """One row per run and length, with the columns of `jaxquant.laws`."""
+    rows = []
+    for record in records:
+        t = record["trial"]
+        own = {k: t[k] for k in ("size", "method", "seed")}
+        own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
+        own |= {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+        own["entropy_rate"] = record.get("entropy_rate")
+        for point in record["points"]:
+            row = {"D": point["tokens"], "d_over_n": point["tokens_per_parameter"]}
+            rows.append(own | row | {"loss": point["loss"]["mean"], "se": point["loss"]["se"]})
+    columns = ["size", "method", "seed", *(f"P_{x}" for x in TENSORS), "N", "trunk"]
+    columns += ["entropy_rate", "D", "d_over_n", "loss", "se"]
+    return pd.DataFrame(rows, columns=columns).astype({"loss": float, "se": float})
+
+
+def served(records: list[dict]) -> pd.DataFrame:
+    """One row per run, length and serving width: the loss that serving adds."""
+    rows = []
+    for record in records:
+        t = record["trial"]
+        own = {k: t[k] for k in ("size", "method", "seed")}
+        own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
+        own |= {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+        for point in record["points"]:
+            at = {"D": point["tokens"], "d_over_n": point["tokens_per_parameter"]}
+            rows += [own | at | {"P_post": s["bits"], "added": s["mean"]} for s in point["served"]]
+    columns = ["size", "method", "seed", *(f"P_{x}" for x in TENSORS), "N", "trunk"]
+    columns += ["D", "d_over_n", "P_post", "added"]
+    return pd.DataFrame(rows, columns=columns).astype({"added": float})
+
+
+def tied(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    """The runs of a method whose tensors have one width, and that are finite."""
+    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
+    return table[is_one & (table["method"] == method) & table["loss"].notna()]
+
+
+def candidates(widths: list[int]) -> list[laws.Law]:
+    """The laws that runs of one width are given."""
+    narrow = [b for b in widths if b < 16]
+    return [laws.KUMAR_ONE, laws.free_efficiency(*narrow), laws.PANFEROV, laws.CHINCHILLA]
+
+
+SEPARATE = (
+    laws.KUMAR,
+    laws.KUMAR_UNBIASED,
+    laws.KUMAR_D,
+    laws.KUMAR_BOTH,
+    laws.KUMAR_UNTIED,
+    laws.ADDITIVE,
+    laws.CHINCHILLA,
+)
+
+
+def method_summary(table: pd.DataFrame, method: str) -> dict:
+    """A method's laws, its best precision and its control; or the reason why there are none."""
+    own = tied(table, method)
+    widths = sorted(map(int, own["P_w"].unique()))
+    found: dict = {"method": method, "runs": len(own), "widths": widths}
+    try:
+        ranked = laws.compare(candidates(widths), own, starts=32)
+        fitted = laws.fit(laws.KUMAR_ONE, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
+        free = laws.free_efficiency(*(b for b in widths if b < 16))
+        levels = laws.fit(free, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
+        control = laws.shuffled_bits(laws.KUMAR_ONE, laws.CHINCHILLA, own, starts=8)
+    except ValueError as error:
+        return found | {"reason": str(error)}
+    return found | {
+        "laws": ranked.rows,
+        "fit": fit_summary(fitted),
+        "optimum": _optimum(laws.optimal_precision(fitted)),
+        "optimum_free": _optimum(laws.optimal_precision(levels)),
+        "efficiencies": [
+            {"bits": b, "value": levels.params[f"eff_{b}"]}
+            | dict(zip(("low", "high"), levels.interval(f"eff_{b}"), strict=True))
+            for b in widths
+            if b < 16
+        ],
+        "control": {
+            "gain": control.gain,
+            "largest_shuffled": float(control.shuffled.max()),
+            "p_value": control.p_value,
+        },
+    }
+
+
+def separate_summary(table: pd.DataFrame) -> dict:
+    """Weights, activations and cache apart: the straight-through runs, all of them."""
+    own = table[(table["method"] == "ste") & table["loss"].notna()]
+    try:
+        ranked = laws.compare(SEPARATE, own, held_out=("N", "D", "P_w", "P_a", "P_kv"), starts=32)
+        fitted = laws.fit(laws.KUMAR, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
+    except ValueError as error:
+        return {"reason": str(error)}
+    return {
+        "laws": ranked.rows,
+        "fit": fit_summary(fitted),
+        "optimum": _optimum(laws.optimal_precision(fitted)),
+    }
+
+
+def fit_summary(fitted: laws.Fit) -> dict:
+    """A fit as JSON values."""
+    return {
+        "law": fitted.law.name,
+        "equation": fitted.law.equation,
+        "runs": fitted.runs,
+        "r2": fitted.r2,
+        "parameters": [
+            {"name": name, "value": value}
+            | dict(zip(("low", "high"), fitted.interval(name, CONFIDENCE), strict=True))
+            for name, value in fitted.params.items()
+        ],
+        "warnings": list(fitted.warnings),
+    }
+
+
+def _optimum(found: laws.Optimum) -> dict:
+    return {
+        "bits": found.bits,
+        "low": found.low,
+        "high": found.high,
+        "is_determined": found.is_determined,
+        "text": str(found),
+    }
+
+
+def robustness(table: pd.DataFrame) -> pd.DataFrame:
+    """Whether training in few bits lowers what serving in fewer adds: δ of P bits less δ of 16 bits.
+
+    Differences are paired by size, length and seed, and their intervals are Student's t over seeds, each of
+    which is the mean over its sizes and lengths.  Serving widths below those of training alone.
+    """
+    rows = []
+    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
+    for method, own in table[is_one].groupby("method", sort=False):
+        pairing = ["size", "d_over_n", "seed", "P_post"]
+        wide = own[own["P_w"] == 16].set_index(pairing)["added"]
+        for bits, narrow in own[own["P_w"] < 16].groupby("P_w"):
+            change = narrow.set_index(pairing)["added"].sub(wide).dropna()
+            for post, values in change.groupby("P_post"):
+                if post < bits:
+                    rows.append({"method": method, "P": bits, "P_post": post} | _over_seeds(values))
+    columns = ["method", "P", "P_post", "mean", "low", "high", "seeds"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _over_seeds(values: pd.Series) -> dict:
+    means = values.groupby("seed").mean().to_numpy()
+    mean, count = float(means.mean()), len(means)
+    if count < 2:
+        return {"mean": mean, "low": None, "high": None, "seeds": count}
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * means.std(ddof=1) / count**0.5)
+    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
+
+
+def entropy_check(table: pd.DataFrame, methods: list[dict]) -> list[dict]:
+    """Where the source's entropy is known: what each method's law found as E, beside it."""
+    known = table["entropy_rate"].dropna()
+    if known.empty:
+        return []
+    rows = []
+    for method in methods:
+        parameters = {p["name"]: p for p in method.get("fit", {}).get("parameters", ())}
+        if "E" in parameters:
+            found = {k: parameters["E"][k] for k in ("value", "low", "high")}
+            rows.append({"method": method["method"], "entropy": float(known.iloc[0])} | found)
+    return rows
+
+
+def summarize(records: list[dict], expected: int) -> dict:
+    """What ``summary.json`` holds."""
+    table = runs(records)
+    names = list(dict.fromkeys(table["method"]))
+    methods = [method_summary(table, name) for name in names]
+    diverged = [
+        {"id": r["id"], "step": r["step"]}
+        | {k: r["trial"][k] for k in ("size", "method", "weights", "activations", "cache", "seed")}
+        for r in records
+        if r["status"] == "diverged"
+    ]
+    return _plain(
+        {
+            "study": "training_precision",
+            "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
+            "runs": len(table),
+            "methods": methods,
+            "separate": separate_summary(table) if "ste" in names else None,
+            "robustness": robustness(served(records)).to_dict("records"),
+            "entropy": entropy_check(table, methods),
+            "parameters": {
+                s: models.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))
+            },
+            "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+        }
+    )
+
+
+def _plain(value):
+    """JSON values: NaN and infinities become null, NumPy's numbers Python's."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

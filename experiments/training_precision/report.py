@@ -1,0 +1,273 @@
+"""The report: the finding in words, tables, and the page that holds it all."""
+
+# pandas' selections are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportIndexIssue=false
+
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.harness import report
+from experiments.training_precision import figures
+from experiments.training_precision.analysis import METHOD_NAMES, runs, summarize, tied
+from jaxquant import laws
+
+
+def verdict(summary: dict) -> str:
+    """The finding in a few sentences."""
+    trials, said = summary["trials"], []
+    if trials["finished"] < trials["expected"]:
+        said.append(f"{trials['finished']} of {trials['expected']} trials are finished.")
+    if trials["diverged"]:
+        said.append(f"{len(trials['diverged'])} runs diverged and are left out.")
+    fitted = [m for m in summary["methods"] if "optimum" in m]
+    if not fitted:
+        reasons = sorted({m["reason"] for m in summary["methods"]})
+        return " ".join([*said, f"No law could be fitted: {'; '.join(reasons) or 'no runs'}."])
+    parts = [
+        f"{METHOD_NAMES[m['method']]} {m['optimum']['text']} by the law and {m['optimum_free']['text']} "
+        "by free efficiencies"
+        for m in fitted
+    ]
+    said.append(f"Compute-optimal bits with 90 % intervals: {'; '.join(parts)}.")
+    said.append(f"Kumar et al. report 7 to 8; here {_holds(fitted)}.")
+    return " ".join(said)
+
+
+def _holds(fitted: list[dict]) -> str:
+    """Whether 7 to 8 bits are best here, by each method's law."""
+    names: dict[str, list[str]] = {"hold": [], "do not": [], "are not settled": []}
+    for m in fitted:
+        names[_answer(m["optimum"])].append(METHOD_NAMES[m["method"]])
+    words = {
+        "hold": "they hold for",
+        "do not": "they do not for",
+        "are not settled": "these runs do not settle it for",
+    }
+    return "; ".join(f"{words[k]} {', '.join(v)}" for k, v in names.items() if v)
+
+
+def _answer(optimum: dict) -> str:
+    low, high = optimum["low"], optimum["high"]
+    if not optimum["is_determined"] or low is None:
+        return "are not settled"
+    if low >= 6.5 and high <= 8.5:
+        return "hold"
+    return "do not" if high < 6.5 or low > 8.5 else "are not settled"
+
+
+def to_text(summary: dict) -> str:
+    """The finding for a terminal."""
+    lines = [verdict(summary)]
+    for method in summary["methods"]:
+        for row in method.get("laws", ()):
+            lines.append(
+                f"  {METHOD_NAMES[method['method']]:17} {row['law']:26} R² {_number(row['r2'])}  "
+                f"held out by N {_number(row['r2_by_N'])}, D {_number(row['r2_by_D'])}, "
+                f"P {_number(row['r2_by_P_w'])}"
+            )
+    return "\n".join(lines)
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "—" if value is None or pd.isna(value) else format(value, form)
+
+
+def _interval(row: dict, form: str = ".3g") -> str:
+    if row.get("low") is None or pd.isna(row["low"]):
+        return _number(row["value"], form)
+    return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+
+
+def _laws_table(rows: list[dict]) -> pd.DataFrame:
+    shown = []
+    for row in rows:
+        held = {
+            f"R² held out by {k.removeprefix('r2_by_')}": _number(v)
+            for k, v in row.items()
+            if k.startswith("r2_by_")
+        }
+        head = {"law": row["law"], "parameters": row["parameters"], "R²": _number(row["r2"])}
+        shown.append(head | held | {"ΔAICc": _number(row["delta_aicc"], ".1f")})
+    return pd.DataFrame(shown)
+
+
+def _fit_table(fit: dict) -> pd.DataFrame:
+    return pd.DataFrame(
+        [{"parameter": p["name"], "value [90 %]": _interval(p)} for p in fit["parameters"]]
+    )
+
+
+def _method_section(method: dict) -> report.Section:
+    name = METHOD_NAMES[method["method"]]
+    title = f"Laws: {name}, all tensors in one width"
+    if "reason" in method:
+        return report.Section(title, [f"Not fitted: {method['reason']}."])
+    control = method["control"]
+    kept = "stays" if control["gain"] > 0 and control["p_value"] <= 0.05 else "is rejected"
+    paragraphs = [
+        f"{method['runs']} runs. P* = {method['optimum']['text']}; by free efficiencies, among the widths "
+        "trained, "
+        f"{method['optimum_free']['text']}.",
+        f"Control: the term of precision gains {control['gain']:.1f} in AICc over Chinchilla's law; with "
+        "bits shuffled "
+        f"among runs, {control['largest_shuffled']:.1f} at most (p = {control['p_value']:.2f}): it {kept}.",
+        *(f"Warning: {text}." for text in method["fit"]["warnings"]),
+    ]
+    tables = [
+        ("Ranked by AICc; R² of the logarithm of the loss", _laws_table(method["laws"])),
+        (method["fit"]["equation"], _fit_table(method["fit"])),
+    ]
+    return report.Section(title, paragraphs, tables)
+
+
+def _separate_section(separate: dict) -> report.Section:
+    title = "Weights, activations and cache apart"
+    if "reason" in separate:
+        return report.Section(title, [f"Not fitted: {separate['reason']}."])
+    paragraphs = [
+        f"Straight-through runs, {separate['fit']['runs']} of them. P* = {separate['optimum']['text']}.",
+        *(f"Warning: {text}." for text in separate["fit"]["warnings"]),
+    ]
+    tables = [
+        ("Ranked by AICc; R² of the logarithm of the loss", _laws_table(separate["laws"])),
+        (separate["fit"]["equation"], _fit_table(separate["fit"])),
+    ]
+    return report.Section(title, paragraphs, tables)
+
+
+def _losses(table: pd.DataFrame) -> pd.DataFrame:
+    parts = pd.concat([tied(table, method) for method in METHOD_NAMES])
+    keys = ["size", "method", "d_over_n"]
+    shown = parts.pivot_table(index=keys, columns="P_w", values="loss", sort=False)
+    shown = shown[sorted(shown.columns)].rename(columns=lambda b: f"{b} bits")
+    shown = shown.map(_number).reset_index()
+    shown["method"] = shown["method"].map(METHOD_NAMES)
+    return shown.rename(columns={"size": "N", "d_over_n": "D/N"})
+
+
+def _robustness_section(rows: list[dict]) -> report.Section:
+    shown = [
+        {
+            "method": METHOD_NAMES[r["method"]],
+            "trained at": r["P"],
+            "served at": r["P_post"],
+            "δ less δ of 16 bits [90 %]": _interval({"value": r["mean"], **r}, "+.4f"),
+            "seeds": r["seeds"],
+        }
+        for r in rows
+    ]
+    lower = [r for r in rows if r["high"] is not None and r["high"] < 0]
+    higher = [r for r in rows if r["low"] is not None and r["low"] > 0]
+    text = (
+        "Kumar et al. claim that training in few bits makes a model more robust to quantization afterwards. "
+        f"Of {len(rows)} pairs of widths, what serving adds is lower in {len(lower)}, higher in "
+        f"{len(higher)}, and "
+        f"unresolved in {len(rows) - len(lower) - len(higher)}."
+    )
+    tables = [("Loss added by serving, in nats per token", pd.DataFrame(shown))] if shown else []
+    return report.Section("Does training in few bits help serving in fewer?", [text], tables)
+
+
+def _errata() -> report.Section:
+    table = pd.DataFrame(laws.ERRATA, columns=["of", "printed", "derived"])
+    kumar, without = laws.optimal_precision(laws.KUMAR_2024), _without_biases()
+    text = (
+        f"Computed from Table 2: P* = {kumar.bits:.2f} with the biases and {without:.2f} without."
+    )
+    return report.Section("Printed and derived", [text], [("Kumar et al. 2024", table)])
+
+
+def _without_biases() -> float:
+    names = laws.KUMAR_UNBIASED.names
+    params = {k: v for k, v in laws.KUMAR_2024.params.items() if k in names}
+    return laws.optimal_precision(laws.KUMAR_UNBIASED, params).bits
+
+
+def write(workdir: Path, records: list[dict], expected: int) -> dict:
+    """Writes summary, report and figures of the records, and returns the summary.
+
+    Args:
+        workdir: where.
+        records: of finished trials.
+        expected: how many trials the grid has.
+    """
+    summary, table = summarize(records, expected), runs(records)
+    sections = []
+    if not table.empty:
+        worth = figures.efficiencies(summary["methods"])
+        sections.append(
+            report.Section(
+                "What bits cost",
+                tables=[("Loss in nats per token, means over seeds", _losses(table))],
+                figures=[figures.loss_by_bits(table), *([worth] if worth else [])],
+            )
+        )
+    sections += map(_method_section, summary["methods"])
+    if summary["separate"]:
+        sections.append(_separate_section(summary["separate"]))
+    if summary["robustness"]:
+        sections.append(_robustness_section(summary["robustness"]))
+    if summary["entropy"]:
+        sections.append(_entropy_section(summary["entropy"]))
+    sections += [_errata(), _method(summary, records)]
+    report.write(workdir, "Training in few bits", verdict(summary), sections, summary)
+    return summary
+
+
+def _entropy_section(rows: list[dict]) -> report.Section:
+    shown = [
+        {
+            "method": METHOD_NAMES[r["method"]],
+            "entropy": f"{r['entropy']:.4f}",
+            "E [90 %]": _interval(r),
+        }
+        for r in rows
+    ]
+    text = "The source's entropy is known exactly: no law should find an E whose interval leaves it out."
+    return report.Section(
+        "Is E found where it is known?", [text], [("nats per token", pd.DataFrame(shown))]
+    )
+
+
+_METHOD = (
+    "Measured: the loss is the mean cross-entropy per token over the same held-out windows, with the "
+    "forward pass "
+    "as it was trained. Simulated: operands of the blocks' linears, and keys and values, are rounded to "
+    "their grids "
+    "and multiplied in floating point, forward alone; weights share a scale for each output channel, "
+    "activations for "
+    "each tensor (for each window in evaluation), keys and values for each token and head. LSQ learns both "
+    "scales, "
+    "started from the first batch. QuEST rotates blocks by Hadamard's matrix. Floats of 4, 6, 8 and 16 "
+    "bits are E2M1, "
+    "E3M2, E4M3 and E5M10. Fitted: Huber's loss on log L (δ = 1e-3) from many starts; intervals are of 200 "
+    "bootstraps "
+    "over trunks, since lengths of one run share a trunk. Bits at 16 stand for full precision. One peak rate "
+    "serves all widths."
+)
+
+
+def _method(summary: dict, records: list[dict]) -> report.Section:
+    trials = summary["trials"]
+    paragraphs = [
+        _METHOD,
+        f"{trials['finished']} of {trials['expected']} trials finished, {len(trials['diverged'])} diverged; "
+        f"{summary['runs']} runs (trials × lengths).",
+        "Versions: "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in summary["versions"])
+        + ".",
+    ]
+    if records:
+        t = records[0]["trial"]
+        paragraphs.insert(
+            2,
+            f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
+            f"{t['sequence']} "
+            f"tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, peak "
+            "learning rate "
+            f"{t['peak_lr']}, warm-up, constant, linear cooldown over the last tenth of each length; "
+            f"{t['dtype']}.",
+        )
+    return report.Section("How this was measured", paragraphs)

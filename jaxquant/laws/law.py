@@ -1,0 +1,170 @@
+"""What a law is: named parameters with bounds and units, and a pure function of them and of runs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Values = Mapping[str, Any]  # a number for each parameter, or an array for each column
+Columns = dict[str, np.ndarray]
+
+COLUMNS = {
+    "N": "parameters without embeddings",
+    "D": "training tokens",
+    "P_w": "bits of weights in training",
+    "P_a": "bits of activations in training",
+    "P_kv": "bits of keys and values in training",
+    "P_post": "bits that weights are served at",
+    "P_forward": "bits of the forward products",
+    "P_backward": "bits of the gradients' products",
+    "P_state": "bits of the optimizer's state",
+    "exponent_bits": "of a floating-point format",
+    "mantissa_bits": "of a floating-point format",
+    "block": "elements that share a scale",
+    "loss": "validation loss, nats per token",
+    "added": "loss added by quantizing after training, nats per token",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A parameter of a law, positive, and fitted by its logarithm between bounds.
+
+    The coefficient of a power law means little by itself: its logarithm moves with the exponent, since runs
+        are far from N = 1.  So a fit takes the term that it makes at the runs' middle instead, in units of
+        the target's middle; `term` says how, and bounds and starts are of that.
+
+    Attributes:
+        name: as in the source.
+        low, high: what a fit keeps it, or its term, within.
+        start: the range, (low, high), that a fit's starts are drawn from, evenly in the logarithm.
+        unit: of its value.
+        term: what multiplies it there: (exponent, column, sign) for each power column^(sign · exponent).
+    """
+
+    name: str
+    low: float
+    high: float
+    start: tuple[float, float]
+    unit: str = "1"
+    term: tuple[tuple[str, str, int], ...] = ()
+
+    def __post_init__(self):
+        least, most = self.start
+        if not 0 < self.low <= least <= most <= self.high < math.inf:
+            raise ValueError(
+                f"{self.name} needs 0 < low ≤ start ≤ high; got low {self.low}, start {self.start}, "
+                f"high {self.high}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """A scaling law as data.
+
+    Attributes:
+        name: in a word or two.
+        equation: as text.
+        parameters: what is fitted.
+        log_prediction: (parameters, columns) -> the target's natural logarithm, by run.
+        columns: what it reads of each run, of `COLUMNS`.
+        target: what it predicts, ``"loss"`` or ``"added"``.
+        source: paper, section.
+        efficiency: (parameters, bits) -> f(P), the part of N that counts where weights, activations and cache
+            all have P bits; None where the law has no such number.
+        widths: where f is known at these bits and at full precision alone; None where it is at any.
+    """
+
+    name: str
+    equation: str
+    parameters: tuple[Parameter, ...]
+    log_prediction: Callable[[Values, Values], jax.Array]
+    columns: tuple[str, ...]
+    source: str
+    target: str = "loss"
+    efficiency: Callable[[Values, Any], Any] | None = None
+    widths: tuple[int, ...] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(p.name for p in self.parameters)
+
+    def predict(self, params: Values, runs: Any) -> np.ndarray:
+        """The target in nats per token, float64[runs].
+
+        Args:
+            params: a number for each parameter.
+            runs: a mapping of columns, such as a data frame.
+
+        Raises:
+            ValueError: parameters or columns that are missing or not finite.
+
+        >>> from jaxquant.laws.constants import KUMAR_2024
+        >>> runs = {"N": [1e8], "D": [2e9], "P_w": [16.0], "P_a": [16.0], "P_kv": [16.0]}
+        >>> KUMAR_2024.law.predict(KUMAR_2024.params, runs).round(3)
+        array([3.66])
+        """
+        check_params(self, params)
+        columns = read_columns(runs, self.columns)
+        with x64():
+            return np.exp(np.asarray(self.log_prediction(dict(params), columns)))
+
+
+def x64() -> Any:
+    """A context in which arrays are float64, as fits of near-degenerate laws need."""
+    own = getattr(jax, "enable_x64", None)
+    if own is None:  # before jax 0.8
+        from jax.experimental import enable_x64 as own  # pyright: ignore[reportAttributeAccessIssue]
+    return own(True)
+
+
+def check_params(law: Law, params: Any) -> None:
+    """Raises a ValueError unless there is a finite, positive number for each of the law's parameters."""
+    if not isinstance(params, Mapping):
+        raise ValueError(f"params map {', '.join(law.names)} to numbers; got {params!r}")
+    missing, unknown = set(law.names) - set(params), set(params) - set(law.names)
+    if missing or unknown:
+        what = f"missing: {sorted(missing)}" if missing else f"unknown: {sorted(unknown)}"
+        raise ValueError(f"{law.name} has the parameters {', '.join(law.names)}; {what}")
+    for name, value in params.items():
+        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        if not is_number or not 0 <= float(value) < math.inf:  # pyright: ignore[reportArgumentType]
+            raise ValueError(
+                f"{name} of {law.name} is a finite number of at least 0; got {value!r}"
+            )
+
+
+def read_columns(runs: Any, names: tuple[str, ...]) -> Columns:
+    """Columns of runs as float64 arrays of one length.
+
+    Raises:
+        ValueError: a column that is missing, of another length, or holds what is no positive finite number.
+    """
+    found: Columns = {}
+    for name in names:
+        try:
+            column = runs[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            known = f" ({COLUMNS[name]})" if name in COLUMNS else ""
+            raise ValueError(f"runs have no column {name!r}{known}") from None
+        try:
+            found[name] = np.atleast_1d(np.asarray(column, np.float64))
+        except (TypeError, ValueError):
+            raise ValueError(f"column {name!r} holds numbers; got {column!r}") from None
+        bad = np.flatnonzero(~(np.isfinite(found[name]) & (found[name] > 0)))
+        if found[name].ndim != 1 or bad.size:
+            where = f"run {bad[0]} has {found[name][bad[0]]}" if bad.size else "it has several axes"
+            raise ValueError(f"column {name!r} holds positive finite numbers, one a run; {where}")
+    lengths = {name: len(column) for name, column in found.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"columns have one length; got {lengths}")
+    return found
+
+
+def log_sum(*terms: Any) -> jax.Array:
+    """log Σ exp(term)."""
+    return jax.nn.logsumexp(jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, terms))), axis=0)

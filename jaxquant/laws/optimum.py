@@ -1,0 +1,303 @@
+"""The precision that a budget is best spent at, and what follows from it.
+
+Of L = A (N f(P))^−α + B D^−β + E under a budget C = 6 N D c(P), only N f(P) counts: at any D it is largest
+where c(P) / f(P) is least.  So P* = argmin c(P)/f(P) depends on neither A, B, α, β, E nor C.  With P* known,
+
+    N^(α+β) = (α A / (β B)) f^−α (C / 6c)^β,    D = C / (6 N c).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.laws.constants import Published
+from jaxquant.laws.fitting import Fit, central, given
+from jaxquant.laws.law import Law, Values, x64
+
+FULL_BITS = 16
+MAC_FLOPS = 6  # training, forward and backward, for each parameter and token
+_STEP = 0.01  # bits between points of the search
+_AT_BOUNDARY = 0.05  # the share of bootstraps at an end of the range beyond which it counts as open
+
+# What is printed, and what follows from the law that the same paper fits (Kumar et al. 2024, arXiv
+# 2411.04330).
+ERRATA = (
+    (
+        "optimal precision",
+        "f(P) = (1 − exp(−P/γ))³, the biases left out for clarity: with Table 2's γ, P* = 3.47",
+        "f(P) = Π_x (1 − exp(−P/γ_x + n_x)): with Table 2's γ and n, P* = 7.00, as the text says",
+    ),
+    (
+        "what P* depends on",
+        "equations 6/17, 7 and 28 give optima that differ from each other",
+        "P* = argmin P/f(P) under C = (6/16) N D P, whatever A, B, α, β, E and C are",
+    ),
+    (
+        "critical data size",
+        "equation 12: D_crit without β in the numerator and without the table's b",
+        "D_crit = (β B N^γ_N e^(P_post/γ_post − b) / (γ_D C_T))^(1/(γ_D + β))",
+    ),
+)
+
+
+def bits_linear(bits: Any) -> Any:
+    """c(P) = P/16: products cost as their bits, beside 16-bit ones.  Source: Kumar et al. 2024, section 4.
+
+    >>> bits_linear(4)
+    0.25
+    """
+    return bits / FULL_BITS
+
+
+def throughput(relative: Mapping[int, float]) -> Callable[[Any], Any]:
+    """c(P) = 1/speed of the narrowest format that holds P bits: what hardware has, as measured.
+
+    Args:
+        relative: from the bits of a format to its speed beside the 16-bit one's, 16 among them.
+
+    Raises:
+        ValueError: no 16 bits, or a speed that is no positive number.
+
+    >>> cost = throughput({16: 1.0, 8: 1.9, 4: 3.5})
+    >>> cost(np.array([3.0, 5.0, 9.0])).round(2)
+    array([0.29, 0.53, 1.  ])
+    """
+    if FULL_BITS not in relative:
+        raise ValueError(f"throughput needs the speed of {FULL_BITS} bits; got {dict(relative)}")
+    for bits, speed in relative.items():
+        if not 0 < speed < math.inf or bits <= 0:
+            raise ValueError(f"speeds are positive numbers; got {speed!r} for {bits!r} bits")
+    widths = np.array(sorted(relative), float)
+    costs = np.array([1 / relative[int(w)] for w in widths])
+
+    def cost(bits: Any) -> Any:
+        return costs[np.minimum(np.searchsorted(widths, bits), len(widths) - 1)]
+
+    return cost
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimum:
+    """A precision and how well it is known.
+
+    Attributes:
+        bits: P*.
+        low, high: its interval over bootstraps; NaN where there are none.
+        is_determined: False where P*, or too many of its bootstraps, lie at an end of the range searched.
+        note: why not.
+    """
+
+    bits: float
+    low: float
+    high: float
+    is_determined: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        if not self.is_determined:
+            return f"not determined ({self.note})"
+        of = "" if math.isnan(self.low) else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.bits:.2f}{of}"
+
+
+def optimal_precision(
+    law: Law | Fit | Published,
+    params: Values | None = None,
+    *,
+    cost: Callable[[Any], Any] = bits_linear,
+    low: float = 1.0,
+    high: float = float(FULL_BITS),
+    confidence: float | None = None,
+) -> Optimum:
+    """P* = argmin c(P) / f(P), all tensors alike; with an interval where a fit has bootstraps.
+
+    Args:
+        law: a form, with `params`; or a fit, or published constants, which bring theirs.
+        params: a number for each of the law's parameters.
+        cost: c(P), of a product beside a 16-bit one.
+        low, high: the bits between which it is sought.
+        confidence: of the interval; the fit's where not given.
+
+    Raises:
+        ValueError: a law without an efficiency; parameters missing; an empty range.
+
+    Source: Kumar et al. 2024, arXiv 2411.04330, section 4.3; see `ERRATA`.
+
+    >>> from jaxquant.laws.constants import KUMAR_2024
+    >>> print(optimal_precision(KUMAR_2024))
+    7.00
+    """
+    form, numbers, samples, own = _parts(law, params)
+    if form.efficiency is None:
+        raise ValueError(
+            f"{form.name} has no efficiency f(P) that multiplies N alone, so no P* for every budget"
+        )
+    if not 0 < low < high:
+        raise ValueError(f"low and high are bits, 0 < low < high; got {low} and {high}")
+    grid = _candidates(form, low, high)
+    best = _argmin(form, numbers, grid, cost)
+    drawn = np.array([])
+    if samples:
+        drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
+    return _optimum(float(best), drawn, grid, own if confidence is None else confidence)
+
+
+def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any, float]:
+    """(form, numbers, bootstraps, confidence)."""
+    if isinstance(law, Fit):
+        return law.law, dict(law.params), law.samples, law.confidence
+    if isinstance(law, Published):
+        return law.law, dict(law.params), {}, 0.9
+    if not isinstance(law, Law):
+        raise ValueError(f"law is one of jaxquant.laws, a fit or published constants; got {law!r}")
+    return law, given(law, {} if params is None else params), {}, 0.9
+
+
+def _candidates(law: Law, low: float, high: float) -> np.ndarray:
+    if law.widths is None:
+        return np.linspace(low, high, round((high - low) / _STEP) + 1)
+    widths = np.array([*law.widths, FULL_BITS], float)
+    found = widths[(widths >= low) & (widths <= high)]
+    if len(found) < 2:
+        raise ValueError(f"{law.name} knows {law.widths} bits, of which {found} lie in the range")
+    return found
+
+
+def _argmin(law: Law, params: Any, grid: np.ndarray, cost: Any) -> np.ndarray:
+    assert law.efficiency is not None
+    with x64():
+        efficiency = np.asarray(law.efficiency(params, grid), float)
+    with np.errstate(divide="ignore"):  # an efficiency of nothing costs without end
+        return grid[np.argmin(np.asarray(cost(grid)) / efficiency, axis=-1)]
+
+
+def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, confidence: float) -> Optimum:
+    low, high = central(drawn, confidence)
+    for end, value in (("low", grid[0]), ("high", grid[-1])):
+        share = float(np.mean(drawn == value)) if len(drawn) else float(best == value)
+        if best == value or share > _AT_BOUNDARY:
+            many = f", as in {share:.0%} of the bootstraps" if len(drawn) else ""
+            note = f"it runs to the {end} end of the range, {value:g} bits{many}"
+            return Optimum(best, low, high, False, note)
+    return Optimum(best, low, high, True)
+
+
+def efficiency_from_losses(
+    losses: Mapping[int, float], reference: float, *, A: float, alpha: float, N: float
+) -> dict[int, float]:
+    """eff(P) of models of one size: A (N eff)^−α − A N^−α = L(P) − L(reference).
+
+    Args:
+        losses: from bits to the loss, nats per token.
+        reference: the loss in full precision.
+        A, alpha: of the law.
+        N: parameters without embeddings.
+
+    Raises:
+        ValueError: a loss so far below the reference that no efficiency gives it.
+
+    Source: Panferov et al. 2025 (QuEST), arXiv 2502.05003.
+
+    >>> from jaxquant.laws import constants as c
+    >>> law = {"A": c.QUEST_2025_A, "alpha": c.QUEST_2025_ALPHA, "N": c.QUEST_2025_N}
+    >>> found = efficiency_from_losses(c.QUEST_2025_LOSSES["quest"], c.QUEST_2025_BF16, **law)
+    >>> max(found, key=lambda bits: found[bits] / bits)
+    5
+    """
+    term = A * N**-alpha
+    found = {}
+    for bits, loss in losses.items():
+        share = 1 + (loss - reference) / term
+        if not share > 0:
+            raise ValueError(f"a loss of {loss} at {bits} bits is below what the law can have")
+        found[bits] = share ** (-1 / alpha)
+    return found
+
+
+def optimal_sizes(
+    law: Law | Fit | Published,
+    params: Values | None = None,
+    *,
+    flops: Any,
+    bits: Any = FULL_BITS,
+    cost: Callable[[Any], Any] = bits_linear,
+) -> tuple[Any, Any]:
+    """(N*, D*), the parameters and tokens with the least loss for a budget, C = 6 N D c(P).
+
+    Args:
+        law, params: as of `optimal_precision`; with A, α, B, β.
+        flops: C, in operations that cost as 16-bit ones.
+        bits: P of training.
+        cost: c(P).
+
+    Raises:
+        ValueError: a law of another form; a budget that is not positive.
+
+    >>> from jaxquant.laws.constants import KUMAR_2024
+    >>> n, d = optimal_sizes(KUMAR_2024, flops=1e20, bits=7.0)
+    >>> f"{n:.2g} {d:.2g}"
+    '1.7e+09 2.3e+10'
+    """
+    form, numbers, _, _ = _parts(law, params)
+    return _sizes(form, numbers, flops, bits, cost)
+
+
+def _sizes(law: Law, p: Any, flops: Any, bits: Any, cost: Any) -> tuple[Any, Any]:
+    missing = {"A", "alpha", "B", "beta"} - set(law.names)
+    if missing:
+        raise ValueError(f"{law.name} has no {', '.join(sorted(missing))}, so no N* and D*")
+    if not np.all(np.asarray(flops) > 0):
+        raise ValueError(f"flops is a number above 0; got {flops!r}")
+    with x64():
+        f = 1.0 if law.efficiency is None else np.asarray(law.efficiency(p, bits), float)
+    tokens = flops / (MAC_FLOPS * cost(bits))  # N · D
+    ratio = p["alpha"] * p["A"] / (p["beta"] * p["B"]) * f ** -p["alpha"] * tokens ** p["beta"]
+    n = ratio ** (1 / (p["alpha"] + p["beta"]))
+    return n, tokens / n
+
+
+def critical_tokens(loss: Values, added: Values, *, N: Any, P_post: Any) -> Any:
+    """D_crit, the tokens beyond which more training makes the quantized model worse.
+
+    D_crit = (β B N^γ_N e^(P_post/γ_post) / (γ_D C_T))^(1/(γ_D + β)), where ∂/∂D of B D^−β and of δ cancel.
+
+    Args:
+        loss: with B and beta.
+        added: the parameters of `KUMAR_PTQ`.
+        N: parameters without embeddings.
+        P_post: bits that weights are served at.
+
+    Source: Kumar et al. 2024, arXiv 2411.04330, section 3; see `ERRATA`.
+
+    >>> from jaxquant.laws.constants import KUMAR_2024, KUMAR_2024_PTQ
+    >>> f"{critical_tokens(KUMAR_2024.params, KUMAR_2024_PTQ.params, N=1e9, P_post=4):.1e}"
+    '9.6e+10'
+    """
+    top = loss["beta"] * loss["B"] * N ** added["gamma_N"] * np.exp(P_post / added["gamma_post"])
+    below = added["gamma_D"] * added["C_T"]
+    return (top / below) ** (1 / (added["gamma_D"] + loss["beta"]))
+
+
+QAT_CONSTANT = 6.7297  # Apple 2025, arXiv 2509.22935
+
+
+def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
+    """The share of training that is best spent on quantization-aware training: f* = exp(−a / ln S).
+
+    S = D / (N bits/8) are tokens for each byte of weights; there is none for S ≤ 1.
+
+    Args:
+        N: parameters.
+        D: tokens of all training.
+        bits: that weights are served at.
+
+    Source: Dremov et al. 2025, arXiv 2509.22935, a = 6.7297.
+
+    >>> round(float(qat_share(N=1e9, D=1e11, bits=4)), 3)
+    0.281
+    """
+    tokens_per_byte = np.maximum(D / (N * bits / 8), 1 + 1e-12)
+    return np.exp(-QAT_CONSTANT / np.log(tokens_per_byte))

@@ -1,0 +1,115 @@
+"""Many small robust fits at once: Levenberg-Marquardt on Huber's loss of log residuals, within bounds.
+
+The objective of a fit is Σ_i w_i H_δ(log ŷ_i − log y_i), H_δ(r) = r²/2 up to |r| = δ and δ (|r| − δ/2)
+beyond, in the parameters' logarithms.  A step solves (Jᵀ W J + μ diag) s = −Jᵀ W r with the weights W = w ·
+min(1, δ/|r|) of iterated least squares, is cut at the bounds, and is taken if the objective falls; μ falls
+with success and rises with failure.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Residual = Callable[[jax.Array, Any], jax.Array]  # (logs of parameters, columns) -> log ŷ
+# Steps of all starts by least squares; starts that go on; their steps at δ's that shrink to the one wanted.
+_SCREENING, _KEPT, _POLISHING = 15, 6, ((30.0, 8), (5.0, 12), (1.0, 40))
+
+
+def huber(residual: jax.Array, delta: float) -> jax.Array:
+    """H_δ of each residual.
+
+    Source: Huber 1964, "Robust Estimation of a Location Parameter".
+
+    >>> huber(jnp.array([0.1, 2.0]), 1.0)
+    Array([0.005, 1.5  ], dtype=float32)
+    """
+    size = jnp.abs(residual)
+    return jnp.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
+
+
+@functools.partial(jax.jit, static_argnames=("predict", "delta"))
+def solve(
+    predict: Residual,
+    columns: Any,
+    log_target: jax.Array,
+    weights: jax.Array,
+    starts: jax.Array,
+    low: jax.Array,
+    high: jax.Array,
+    delta: float,
+) -> tuple[jax.Array, jax.Array]:
+    """The best fit of each set of weights over all starts.
+
+    All starts take some steps, and the best few go on until they stand still.
+
+    Args:
+        predict: from the logarithms of the parameters and the columns to the prediction's.
+        columns: arrays [runs].
+        log_target: [runs].
+        weights: of the runs in each fit, [fits, runs].
+        starts: logarithms of the parameters, [fits, starts, parameters].
+        low, high: their bounds, [parameters].
+        delta: δ.
+
+    Returns:
+        (logarithms of the parameters [fits, parameters], objectives [fits]).
+    """
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        own, own_starts = inputs
+        improve = functools.partial(_improved, predict, columns, log_target, own, low, high)
+        screened = jax.vmap(lambda x: improve(1.0, x, _SCREENING))(own_starts)
+        order = jnp.argsort(screened[1])[:_KEPT]
+        x, value = screened[0][order], screened[1][order]
+        for factor, steps in _POLISHING:
+            polish = functools.partial(improve, factor * delta, steps=steps)
+            x, value = jax.vmap(polish)(x)
+        best = jnp.argmin(value)
+        return x[best], value[best]
+
+    return jax.lax.map(one, (weights, starts))
+
+
+def _improved(
+    predict, columns, log_target, weights, low, high, delta, start, steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """(x, objective) after some steps."""
+
+    def residual(x: jax.Array) -> jax.Array:
+        return predict(x, columns) - log_target
+
+    def objective(x: jax.Array) -> jax.Array:
+        value = jnp.sum(weights * huber(residual(x), delta))
+        return jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+    def step(state, _):
+        x, value, damping = state
+        r, pushforward = jax.linearize(residual, x)
+        jacobian = jax.vmap(pushforward)(jnp.eye(x.size, dtype=x.dtype))  # [parameters, runs]
+        w = weights * jnp.minimum(1.0, delta / jnp.maximum(jnp.abs(r), 1e-300))
+        weighted = jacobian * w
+        gradient = weighted @ r
+        # What a bound holds back takes no part.
+        is_held = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))
+        matrix = weighted @ jacobian.T
+        diagonal = jnp.diagonal(matrix)
+        matrix = matrix + jnp.diag(damping * (diagonal + 1e-9 * jnp.max(diagonal) + 1e-30))
+        matrix = jnp.where(is_held[:, None] | is_held[None, :], 0.0, matrix)
+        matrix = matrix + jnp.diag(is_held.astype(x.dtype))
+        move = jax.scipy.linalg.cho_solve(
+            (jnp.linalg.cholesky(matrix), True), jnp.where(is_held, 0.0, -gradient)
+        )
+        there = jnp.clip(x + jnp.clip(move, -3.0, 3.0), low, high)
+        new = jnp.where(jnp.all(jnp.isfinite(there)), objective(there), jnp.inf)
+        is_better = new < value
+        x = jnp.where(is_better, there, x)
+        damping = jnp.clip(jnp.where(is_better, damping * 0.2, damping * 5.0), 1e-10, 1e8)
+        return (x, jnp.where(is_better, new, value), damping), None
+
+    start = jnp.clip(start, low, high)
+    state = start, objective(start), jnp.asarray(1e-2, start.dtype)
+    (x, value, _), _ = jax.lax.scan(step, state, None, length=steps)
+    return x, value
