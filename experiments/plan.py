@@ -1,6 +1,6 @@
 """What to train for a budget: python -m experiments.plan --flops=1e21 --serve_bits=4 --fit=kumar2024.
 
-Prints a table of runs by precision, the best of them, and what is not known; --workdir keeps it, with a figure.
+Prints runs by precision, the best of them, and what is not known; --workdir keeps that, with a figure.
 `--fit` is published constants or the records of a study of our own (its workdir).
 """
 

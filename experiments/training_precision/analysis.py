@@ -16,6 +16,7 @@ from jaxquant import laws
 
 CONFIDENCE = 0.9
 BOOTSTRAPS = 200
+STARTS = 16  # of every fit here: with one number, each law is compiled once
 TENSORS = {"w": "weights", "a": "activations", "kv": "cache"}
 METHOD_NAMES = {
     "ste": "straight-through",
@@ -87,11 +88,11 @@ def method_summary(table: pd.DataFrame, method: str) -> dict:
     widths = sorted(map(int, own["P_w"].unique()))
     found: dict = {"method": method, "runs": len(own), "widths": widths}
     try:
-        ranked = laws.compare(candidates(widths), own, starts=32)
-        fitted = laws.fit(laws.KUMAR_ONE, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
+        ranked = laws.compare(candidates(widths), own, starts=STARTS)
+        fitted = laws.fit(laws.KUMAR_ONE, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
         free = laws.free_efficiency(*(b for b in widths if b < 16))
-        levels = laws.fit(free, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
-        control = laws.shuffled_bits(laws.KUMAR_ONE, laws.CHINCHILLA, own, starts=8)
+        levels = laws.fit(free, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+        control = laws.shuffled_bits(laws.KUMAR_ONE, laws.CHINCHILLA, own, starts=STARTS)
     except ValueError as error:
         return found | {"reason": str(error)}
     return found | {
@@ -117,8 +118,10 @@ def separate_summary(table: pd.DataFrame) -> dict:
     """Weights, activations and cache apart: the straight-through runs, all of them."""
     own = table[(table["method"] == "ste") & table["loss"].notna()]
     try:
-        ranked = laws.compare(SEPARATE, own, held_out=("N", "D", "P_w", "P_a", "P_kv"), starts=32)
-        fitted = laws.fit(laws.KUMAR, own, bootstraps=BOOTSTRAPS, starts=16, groups="trunk")
+        ranked = laws.compare(
+            SEPARATE, own, held_out=("N", "D", "P_w", "P_a", "P_kv"), starts=STARTS
+        )
+        fitted = laws.fit(laws.KUMAR, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
     except ValueError as error:
         return {"reason": str(error)}
     return {

@@ -200,13 +200,13 @@ class Space:
             _predictor(self.law),
             jax.tree.map(jnp.asarray, data),
             jnp.log(jnp.asarray(self.target)),
-            jnp.asarray(weights),
-            jnp.asarray(starts),
+            weights,
+            starts,
             jnp.asarray(self.low if low is None else low),
             jnp.asarray(self.high if high is None else high),
             delta,
         )
-        return np.asarray(found[0]), np.asarray(found[1])
+        return found
 
 
 def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """What a law is: named parameters with bounds and units, and a pure function of them and of runs."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -114,12 +115,14 @@ class Law:
             return np.exp(np.asarray(self.log_prediction(dict(params), columns)))
 
 
-def x64() -> Any:
-    """A context in which arrays are float64, as fits of near-degenerate laws need."""
+@contextlib.contextmanager
+def x64() -> Iterator[None]:
+    """Arrays are float64 within, as fits of near-degenerate laws need, and broadcast as NumPy's do."""
     own = getattr(jax, "enable_x64", None)
     if own is None:  # before jax 0.8
         from jax.experimental import enable_x64 as own  # pyright: ignore[reportAttributeAccessIssue]
-    return own(True)
+    with own(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def check_params(law: Law, params: Any) -> None:

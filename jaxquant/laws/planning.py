@@ -245,9 +245,7 @@ def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, list])
 
 def _warnings(law, ptq, rows, best: Row, serve_bits) -> tuple[str, ...]:
     said = list(best.notes)
-    for source in (law, ptq):
-        if source is None:
-            continue
+    for source in (law, *([ptq] if ptq is not None and serve_bits is not None else [])):
         values = {"N": best.N, "D": best.D, "P_post": serve_bits}
         values |= {name: best.bits for name in source.within if name in ("P_w", "P_a", "P_kv")}
         for name, (low, high) in source.within.items():

@@ -7,11 +7,16 @@ with success and rises with failure.
 """
 
 import functools
+import os
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.laws.law import x64
 
 Residual = Callable[[jax.Array, Any], jax.Array]  # (logs of parameters, columns) -> log ŷ
 # Steps of all starts by least squares; starts that go on; their steps at δ's that shrink to the one wanted.
@@ -30,20 +35,21 @@ def huber(residual: jax.Array, delta: float) -> jax.Array:
     return jnp.where(size <= delta, 0.5 * residual**2, delta * (size - 0.5 * delta))
 
 
-@functools.partial(jax.jit, static_argnames=("predict", "delta"))
 def solve(
     predict: Residual,
     columns: Any,
     log_target: jax.Array,
-    weights: jax.Array,
-    starts: jax.Array,
+    weights: np.ndarray,
+    starts: np.ndarray,
     low: jax.Array,
     high: jax.Array,
     delta: float,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """The best fit of each set of weights over all starts.
 
-    All starts take some steps, and the best few go on until they stand still.
+    All starts take some steps, and the best few go on until they stand still.  One program serves every
+    number of fits, which threads share among them: a small fit does not fill a core's vectors, let alone two
+    cores.
 
     Args:
         predict: from the logarithms of the parameters and the columns to the prediction's.
@@ -58,19 +64,33 @@ def solve(
         (logarithms of the parameters [fits, parameters], objectives [fits]).
     """
 
-    def one(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        own, own_starts = inputs
-        improve = functools.partial(_improved, predict, columns, log_target, own, low, high)
-        screened = jax.vmap(lambda x: improve(1.0, x, _SCREENING))(own_starts)
-        order = jnp.argsort(screened[1])[:_KEPT]
-        x, value = screened[0][order], screened[1][order]
-        for factor, steps in _POLISHING:
-            polish = functools.partial(improve, factor * delta, steps=steps)
-            x, value = jax.vmap(polish)(x)
-        best = jnp.argmin(value)
-        return x[best], value[best]
+    one = functools.partial(_solve_one, predict, delta)
 
-    return jax.lax.map(one, (weights, starts))
+    def run(i: int) -> tuple[np.ndarray, np.ndarray]:
+        with x64():  # of this thread
+            found = one(columns, log_target, weights[i], starts[i], low, high)
+            return np.asarray(found[0]), np.asarray(found[1])
+
+    first = run(0)  # compiles
+    with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = [first, *pool.map(run, range(1, len(weights)))]
+    return np.stack([x for x, _ in found]), np.stack([value for _, value in found])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _solve_one(
+    predict, delta: float, columns, log_target, weights, starts, low, high
+) -> tuple[jax.Array, jax.Array]:
+    """(best point, its objective) over all starts."""
+    improve = functools.partial(_improved, predict, columns, log_target, weights, low, high)
+    screened = jax.vmap(lambda x: improve(1.0, x, _SCREENING))(starts)
+    order = jnp.argsort(screened[1])[:_KEPT]
+    x, value = screened[0][order], screened[1][order]
+    for factor, steps in _POLISHING:
+        polish = functools.partial(improve, factor * delta, steps=steps)
+        x, value = jax.vmap(polish)(x)
+    best = jnp.argmin(value)
+    return x[best], value[best]
 
 
 def _improved(
@@ -90,7 +110,7 @@ def _improved(
         r, pushforward = jax.linearize(residual, x)
         jacobian = jax.vmap(pushforward)(jnp.eye(x.size, dtype=x.dtype))  # [parameters, runs]
         w = weights * jnp.minimum(1.0, delta / jnp.maximum(jnp.abs(r), 1e-300))
-        weighted = jacobian * w
+        weighted = jacobian * w[None, :]
         gradient = weighted @ r
         # What a bound holds back takes no part.
         is_held = ((x <= low) & (gradient > 0)) | ((x >= high) & (gradient < 0))

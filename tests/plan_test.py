@@ -1,0 +1,39 @@
+"""The planner's door."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+def plan(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.plan", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_plan_is_printed_and_kept(tmp_path):
+    done = plan("--flops=1e20", "--serve_bits=4", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert "D_crit" in done.stdout
+    assert "warning: N = " in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {row["bits"] for row in summary["rows"]} >= {4, 8, 16}
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--flops=-1"], "flops is a number above 0"),
+        (["--flops=x"], "could not convert"),
+        (["--flops=1e20", "--fit=nowhere"], "--fit is one of kumar2024, quest2025"),
+        (["--flops=1e20", "--precisions=a"], "--precisions are numbers"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(flags, words):
+    done = plan(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,169 @@
+"""The study of training precision: its numerics, its grid, and what its report says of records."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments.harness import models
+from experiments.training_precision import PRESETS, analysis, report, running, study
+from experiments.training_precision.numerics import METHODS, Numerics, Precision
+from jaxquant import laws
+
+TINY = models.LMConfig(layers=1, width=16, heads=2, kv_heads=2, hidden=32, vocab_size=32)
+TOKENS = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
+
+
+def start(method, bits):
+    numerics, precision = Numerics(TINY, method), Precision.of(bits, bits, bits)
+    return numerics, precision, numerics.init(jax.random.key(1), precision, TOKENS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_at_16_bits_nothing_is_lost(method):
+    numerics, precision, params = start(method, 16)
+    plain = Numerics(TINY, "ste")
+    exact = plain.losses(
+        dataclasses.replace(params, steps={}), TOKENS, Precision.of(16, 16, 16), jnp.float32(16)
+    )
+    found = numerics.losses(params, TOKENS, precision, precision.weights)
+    np.testing.assert_allclose(found, exact, atol=5e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_bits_change_more_and_all_have_gradients(method):
+    errors = []
+    for bits in (4, 8):
+        numerics, precision, params = start(method, bits)
+        plain = Numerics(TINY, "ste").losses(
+            dataclasses.replace(params, steps={}), TOKENS, Precision.of(16, 16, 16), jnp.float32(16)
+        )
+        found = numerics.losses(params, TOKENS, precision, precision.weights)
+        errors.append(float(jnp.mean(jnp.abs(found - plain))))
+        gradients = jax.grad(numerics.loss)(params, TOKENS, precision)
+        for path, x in jax.tree.leaves_with_path(gradients):
+            assert bool(jnp.isfinite(x).all() & (x != 0).any()), path
+    assert errors[0] > 3 * errors[1]
+
+
+@pytest.mark.parametrize("part", ["weights", "activations", "cache"])
+def test_each_part_has_bits_of_its_own(part):
+    numerics, precision, params = start("ste", 16)
+    losses = [
+        numerics.losses(params, TOKENS, changed, changed.weights)
+        for changed in (precision, dataclasses.replace(precision, **{part: jnp.float32(3)}))
+    ]
+    assert float(jnp.max(jnp.abs(losses[0] - losses[1]))) > 1e-4
+
+
+def test_served_as_trained_lsq_is_what_it_was():
+    numerics, precision, params = start("lsq", 4)
+    own = numerics.losses(params, TOKENS, precision, jnp.float32(4))
+    fewer = numerics.losses(params, TOKENS, precision, jnp.float32(2))
+    trained = numerics.loss(params, TOKENS, precision)
+    assert float(own.mean()) == pytest.approx(float(trained))
+    assert float(jnp.max(jnp.abs(own - fewer))) > 1e-3
+
+
+def test_the_grid_has_each_precision_once():
+    grid = study.make_trials(PRESETS["smoke"])
+    assert len(set(grid)) == len(grid) == 6 + 3 + 6
+    full = study.make_trials(PRESETS["full"])
+    assert len(full) == 279
+    assert sum(len(t.tokens_per_parameter) for t in full) >= 150
+    assert {t.method for t in full if t.size == "332k"} == {"ste"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("methods", ("pact",), "config.methods are of"),
+        ("tied", (0,), "from 1 to 16; got 0"),
+        ("tied", (2, 3), "has nothing for 'float'"),
+        ("single", (1,), "from 2 to 16; got 1"),
+        ("sizes", ("9k",), "model size is one of"),
+        ("thin", ("332k",), "config.thin is of config.sizes"),
+        ("tokens_per_parameter", (30, 10), "rising order"),
+        ("longest", (10,), "one number for each"),
+        ("seeds", 0, "config.seeds is a number above 0"),
+        ("batch", 4096, "would come out as"),
+    ],
+)
+def test_bad_grids_are_refused(field, value, words):
+    config = dataclasses.replace(PRESETS["laptop"], **{field: value})
+    with pytest.raises(ValueError, match=words):
+        study.make_trials(config)
+
+
+def records(seeds=2):
+    """Records whose losses a law made: what the report must find again."""
+    params = {"A": 60.0, "alpha": 0.35, "B": 120.0, "beta": 0.35, "E": 0.9, "gamma": 2.5, "n": 0.3}
+    rng, found = np.random.default_rng(0), []
+    config = dataclasses.replace(
+        PRESETS["laptop"], methods=("ste",), seeds=seeds, tied=(2, 3, 4, 6, 8, 16), single=()
+    )
+    for number, trial in enumerate(study.make_trials(config)):
+        n, points = models.SIZES[trial.size].non_embedding_parameters, []
+        for d in trial.tokens_per_parameter:
+            row = {"N": [n], "D": [d * n], "P_w": [trial.weights]}
+            loss = laws.KUMAR_ONE.predict(params, row)[0] * np.exp(0.003 * rng.normal())
+            served = [
+                {"bits": b, "mean": max(0.0, trial.weights - b) / 100, "se": 0.001}
+                for b in trial.serving
+            ]
+            point = {"tokens_per_parameter": d, "tokens": d * n, "windows": 8}
+            points.append(point | {"loss": {"mean": loss, "se": 0.01}, "served": served})
+        head = {"id": str(number), "trial": dataclasses.asdict(trial), "status": "done"}
+        head |= {"versions": {"jax": "x"}, "entropy_rate": None}
+        found.append(head | {"points": points})
+    return found
+
+
+def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "BOOTSTRAPS", 40)
+    monkeypatch.setattr(analysis, "STARTS", 6)
+    made = records()
+    summary = report.write(tmp_path, made, expected=len(made))
+    (method,) = summary["methods"]
+    assert method["laws"][0]["r2"] > 0.98
+    assert method["control"]["p_value"] <= 0.05
+    values = {p["name"]: p for p in method["fit"]["parameters"]}
+    assert values["gamma"]["low"] < 2.5 < values["gamma"]["high"]
+    assert "Compute-optimal bits" in report.verdict(summary)
+    html = (tmp_path / "report.html").read_text()
+    assert "Printed and derived" in html
+    assert "Weights, activations and cache apart" in html
+    # Served in fewer bits, models of fewer bits lose less in these records.
+    assert all(row["mean"] < 0 for row in summary["robustness"])
+
+
+def test_a_grid_that_no_law_fits_says_why():
+    made = [r for r in records() if r["trial"]["size"] == "14k"]
+    summary = analysis.summarize(made, expected=len(made))
+    assert "No law could be fitted: all runs have N = 13824" in report.verdict(summary)
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
+def test_the_grid_compiles_once_for_a_method_and_pays_three_times(tmp_path):
+    """Against the same grid with a compilation for each precision, as static bits would need."""
+    running.programs.cache_clear()
+    start = time.monotonic()
+    study.run(PRESETS["smoke"], tmp_path / "traced", workers=1)
+    traced = time.monotonic() - start
+    for method in PRESETS["smoke"].methods:
+        own = running.programs("3k", method, "float32", 256)
+        counts = [f._cache_size() for f in (own.init, own.step, own.evaluate)]
+        assert counts == [1, 1, 1]
+    start = time.monotonic()
+    for number, trial in enumerate(study.make_trials(PRESETS["smoke"])):
+        running.programs.cache_clear()
+        context = running.trials.Context(tmp_path / str(number), lambda amount, note: None)
+        (tmp_path / str(number)).mkdir()
+        running.run_trial(trial, context)
+    apart = time.monotonic() - start
+    print(f"traced bits {traced:.0f} s, a compilation each {apart:.0f} s: {apart / traced:.1f} x")
+    assert apart > 3 * traced
