@@ -150,6 +150,11 @@ def test_a_grid_that_no_law_fits_says_why():
 @pytest.mark.exhaustive
 def test_the_grid_compiles_once_for_a_method_and_pays_three_times(tmp_path):
     """Against the same grid with a compilation for each precision, as static bits would need."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        _compile_once_and_apart(tmp_path)
+
+
+def _compile_once_and_apart(tmp_path):
     running.programs.cache_clear()
     start = time.monotonic()
     study.run(PRESETS["smoke"], tmp_path / "traced", workers=1)
