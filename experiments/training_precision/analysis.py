@@ -53,16 +53,18 @@ def served(records: list[dict]) -> pd.DataFrame:
         own |= {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
         for point in record["points"]:
             at = {"D": point["tokens"], "d_over_n": point["tokens_per_parameter"]}
-            rows += [own | at | {"P_post": s["bits"], "added": s["mean"]} for s in point["served"]]
+            at["trained"] = point["loss"]["mean"]
+            for entry in point["served"]:
+                rows.append(own | at | {"P_post": entry["bits"], "added": entry["mean"]})
     columns = ["size", "method", "seed", *(f"P_{x}" for x in TENSORS), "N", "trunk"]
-    columns += ["D", "d_over_n", "P_post", "added"]
-    return pd.DataFrame(rows, columns=columns).astype({"added": float})
+    columns += ["D", "d_over_n", "trained", "P_post", "added"]
+    table = pd.DataFrame(rows, columns=columns).astype({"added": float, "trained": float})
+    return table.assign(loss=table["trained"] + table["added"])
 
 
 def tied(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """The runs of a method whose tensors have one width, and that are finite."""
-    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
-    return table[is_one & (table["method"] == method) & table["loss"].notna()]
+    return _one_width(table, method)
 
 
 def candidates(widths: list[int]) -> list[laws.Law]:
@@ -129,6 +131,46 @@ def separate_summary(table: pd.DataFrame) -> dict:
         "fit": fit_summary(fitted),
         "optimum": _optimum(laws.optimal_precision(fitted)),
     }
+
+
+def post_training_summary(table: pd.DataFrame) -> dict:
+    """What serving in fewer bits adds to models of full precision: the laws of it, ranked and fitted.
+
+    Where nothing is added, the logarithm of δ has no value: those runs are counted and left out.
+    """
+    own = _one_width(table, "ste")
+    own = own[own["P_w"] == 16]
+    kept = own[own["added"] > 0]
+    found = {"runs": len(kept), "left_out": len(own) - len(kept)}
+    held_out = ("N", "D", "P_post")
+    try:
+        ranked = laws.compare((laws.KUMAR_PTQ, laws.QID), kept, held_out=held_out, starts=STARTS)
+        fitted = laws.fit(
+            laws.KUMAR_PTQ, kept, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk"
+        )
+    except ValueError as error:
+        return found | {"reason": str(error)}
+    return found | {"laws": ranked.rows, "fit": fit_summary(fitted)}
+
+
+def unified_summary(table: pd.DataFrame) -> dict:
+    """Training and serving in one law: all straight-through models of one width, as they are served."""
+    own = _one_width(table, "ste")
+    own = own[own["P_post"] <= own["P_w"]]
+    held_out = ("N", "D", "P_w", "P_post")
+    try:
+        ranked = laws.compare(
+            (laws.UNIFIED, laws.KUMAR_UNBIASED), own, held_out=held_out, starts=STARTS
+        )
+        fitted = laws.fit(laws.UNIFIED, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+    except ValueError as error:
+        return {"reason": str(error)}
+    return {"laws": ranked.rows, "fit": fit_summary(fitted)}
+
+
+def _one_width(table: pd.DataFrame, method: str) -> pd.DataFrame:
+    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
+    return table[is_one & (table["method"] == method) & table["loss"].notna()]
 
 
 def fit_summary(fitted: laws.Fit) -> dict:
@@ -202,7 +244,7 @@ def entropy_check(table: pd.DataFrame, methods: list[dict]) -> list[dict]:
 
 def summarize(records: list[dict], expected: int) -> dict:
     """What ``summary.json`` holds."""
-    table = runs(records)
+    table, after = runs(records), served(records)
     names = list(dict.fromkeys(table["method"]))
     methods = [method_summary(table, name) for name in names]
     diverged = [
@@ -218,7 +260,9 @@ def summarize(records: list[dict], expected: int) -> dict:
             "runs": len(table),
             "methods": methods,
             "separate": separate_summary(table) if "ste" in names else None,
-            "robustness": robustness(served(records)).to_dict("records"),
+            "post_training": post_training_summary(after) if "ste" in names else None,
+            "unified": unified_summary(after) if "ste" in names else None,
+            "robustness": robustness(after).to_dict("records"),
             "entropy": entropy_check(table, methods),
             "parameters": {
                 s: models.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))

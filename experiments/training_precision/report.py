@@ -137,6 +137,20 @@ def _separate_section(separate: dict) -> report.Section:
     return report.Section(title, paragraphs, tables)
 
 
+def _served_section(title: str, text: str, found: dict) -> report.Section:
+    """A law of what serving adds, or of loss as served."""
+    if "reason" in found:
+        return report.Section(title, [text, f"Not fitted: {found['reason']}."])
+    if found.get("left_out"):
+        text += f" {found['left_out']} of {found['left_out'] + found['runs']} add nothing and are left out."
+    warnings = [f"Warning: {w}." for w in found["fit"]["warnings"]]
+    tables = [
+        ("Ranked by AICc; R² of the logarithm", _laws_table(found["laws"])),
+        (found["fit"]["equation"], _fit_table(found["fit"])),
+    ]
+    return report.Section(title, [text, *warnings], tables)
+
+
 def _losses(table: pd.DataFrame) -> pd.DataFrame:
     parts = pd.concat([tied(table, method) for method in METHOD_NAMES])
     keys = ["size", "method", "d_over_n"]
@@ -207,6 +221,17 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
     sections += map(_method_section, summary["methods"])
     if summary["separate"]:
         sections.append(_separate_section(summary["separate"]))
+    if summary["post_training"]:
+        text = "Weights of models trained in 16 bits, straight-through, served in fewer (rounded to nearest)."
+        sections.append(
+            _served_section("What serving in fewer bits adds", text, summary["post_training"])
+        )
+        text = (
+            "Models of one width, straight-through, served at that width or below: loss as served."
+        )
+        sections.append(
+            _served_section("Training and serving in one law", text, summary["unified"])
+        )
     if summary["robustness"]:
         sections.append(_robustness_section(summary["robustness"]))
     if summary["entropy"]:
