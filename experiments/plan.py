@@ -36,7 +36,7 @@ def define_flags() -> None:
     flags.DEFINE_string("method", "ste", "Of the study's fit: whose law.")
     flags.DEFINE_list("precisions", list(map(str, laws.PRECISIONS)), "Bits to look at.")
     flags.DEFINE_string(
-        "workdir", None, "Where plan.json and report.html go; nowhere if not given."
+        "workdir", None, "Where summary.json and report.html go; nowhere if not given."
     )
 
 
@@ -80,8 +80,8 @@ def _quest() -> laws.Published:
     return laws.Published(
         law,
         kumar | levels,
-        "efficiencies of arXiv 2502.05003; A, B, α, β, E of arXiv 2411.04330, Table 2",
-        {"N": (30e6, 800e6)},
+        "efficiencies of arXiv 2502.05003; A, B, α, β, E and the range of arXiv 2411.04330, Table 2",
+        {name: laws.KUMAR_2024.within[name] for name in ("N", "D")},
     )
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 from scipy import stats
 
 import jaxquant as jq
-from experiments.harness import data, images
+from experiments.harness import data, images, train
 from experiments.qat_efficiency import analysis, latency, lineage, measuring, report, study, tasks
 from experiments.qat_efficiency.lineage import Arm
 
@@ -455,7 +455,7 @@ def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits,
 def test_learned_steps_do_not_decay_and_move_slowly(digits):
     model = lineage.quantized(digits.make(0), digits, Arm("qat", "lsq", "w4a16"), [])
     params = nnx.state(model, nnx.Param)
-    tx = lineage.optimizer()
+    tx = train.adamw_and_steps()
 
     def update(gradients, params):
         with jax.numpy_dtype_promotion("standard"):  # as optax needs it

@@ -1,6 +1,7 @@
 """The study of training precision: its numerics, its grid, and what its report says of records."""
 
 import dataclasses
+import os
 import time
 
 import jax
@@ -146,23 +147,35 @@ def test_a_grid_that_no_law_fits_says_why():
     assert "No law could be fitted: all runs have N = 13824" in report.verdict(summary)
 
 
+@pytest.fixture
+def _own_promotion():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.mark.long
 @pytest.mark.exhaustive
-def test_the_grid_compiles_once_for_a_method_and_pays_three_times(tmp_path):
+@pytest.mark.usefixtures("_own_promotion")
+def test_the_grid_compiles_once_for_a_method(tmp_path):
+    running.programs.cache_clear()
+    study.run(PRESETS["smoke"], tmp_path, workers=1)
+    for method in PRESETS["smoke"].methods:
+        own = running.programs("3k", method, "float32", 256)
+        assert [f._cache_size() for f in (own.init, own.step, own.evaluate)] == [1, 1, 1]
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
+@pytest.mark.usefixtures("_own_promotion")
+@pytest.mark.skipif(
+    "JAXQUANT_TIMINGS" not in os.environ, reason="a timing: set JAXQUANT_TIMINGS on a quiet machine"
+)
+def test_traced_bits_pay_three_times(tmp_path):
     """Against the same grid with a compilation for each precision, as static bits would need."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        _compile_once_and_apart(tmp_path)
-
-
-def _compile_once_and_apart(tmp_path):
     running.programs.cache_clear()
     start = time.monotonic()
     study.run(PRESETS["smoke"], tmp_path / "traced", workers=1)
     traced = time.monotonic() - start
-    for method in PRESETS["smoke"].methods:
-        own = running.programs("3k", method, "float32", 256)
-        counts = [f._cache_size() for f in (own.init, own.step, own.evaluate)]
-        assert counts == [1, 1, 1]
     start = time.monotonic()
     for number, trial in enumerate(study.make_trials(PRESETS["smoke"])):
         running.programs.cache_clear()

@@ -114,6 +114,35 @@ def adamw(
     )
 
 
+# LSQ's steps learn more slowly than the weights: they are small, and Adam's updates are not.
+_STEP_RATE = 0.1
+
+
+@functools.lru_cache
+def adamw_and_steps() -> optax.GradientTransformationExtraArgs:
+    """`adamw`, but learned step sizes do not decay and move at a tenth of the weights' rate.
+
+    A step size is a parameter with "step" in its path.
+    """
+
+    def is_step(path: Any) -> bool:
+        return "step" in jax.tree_util.keystr(path)
+
+    def decayed(params):
+        return jax.tree_util.tree_map_with_path(lambda k, x: x.ndim > 1 and not is_step(k), params)
+
+    def steps(params):
+        return jax.tree_util.tree_map_with_path(lambda k, x: is_step(k), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.scale_by_adam(0.9, 0.95),
+        optax.add_decayed_weights(0.1, decayed),
+        optax.masked(optax.scale(_STEP_RATE), steps),
+        scale_by_schedule_argument(),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------
 # State and its layout
 

@@ -173,7 +173,7 @@ def run(
     workers: int = 1,
     shard: tuple[int, int] = (0, 1),
     keep_checkpoints: bool = False,
-) -> None:
+) -> list[dict]:
     """Runs the trials that have no record yet, the costly ones first.
 
     Args:
@@ -184,6 +184,9 @@ def run(
         workers: processes on this machine; each has its share of the cores.
         shard: (i, n) runs every n-th trial from the i-th, as one of n jobs.
         keep_checkpoints: whether scratch folders stay after their record is written.
+
+    Returns:
+        The records of all trials that have one, in the order of the trials.
 
     Raises:
         RuntimeError: trials failed; the others are finished and recorded.
@@ -203,6 +206,7 @@ def run(
                 bar.finish(trial)
         else:
             _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar)
+    return [record for trial in trials if (record := ledger.read(trial)) is not None]
 
 
 def worker_count(asked: int | None, configured: int) -> int:

@@ -247,7 +247,7 @@ def run(
         if batch % devices:
             raise ValueError(f"config.{task}_batch {batch} does not divide over {devices} devices")
     ledger = trials.Ledger(workdir, STUDY)
-    trials.run(
+    records = trials.run(
         grid,
         run_trial,
         ledger,
@@ -256,5 +256,4 @@ def run(
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
-    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     return report.write(ledger.workdir, records, expected=len(grid))

@@ -160,7 +160,7 @@ def run(
     """
     grid = make_trials(config)
     ledger = trials.Ledger(workdir, STUDY)
-    trials.run(
+    records = trials.run(
         grid,
         run_trial,
         ledger,
@@ -169,5 +169,4 @@ def run(
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
-    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     return report.write(ledger.workdir, records, expected=len(grid))

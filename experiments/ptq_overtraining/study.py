@@ -456,7 +456,7 @@ def run(
     if config.batch % mesh.size:
         raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
     ledger = trials.Ledger(workdir, STUDY)
-    trials.run(
+    records = trials.run(
         grid,
         run_trial,
         ledger,
@@ -465,5 +465,4 @@ def run(
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
-    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     return report.write(ledger.workdir, records, expected=len(grid))

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import jaxquant as jq
@@ -23,8 +22,6 @@ ESTIMATORS = tuple(tasks.SUFFIXES)
 REFERENCE, AGAIN = "float", "float again"
 _AGAIN_SEED = 1_000_000  # beyond the seeds of training
 _WARMUP = 0.1  # the share of a run in which the learning rate rises
-# LSQ's steps learn more slowly than the weights: they are small, and Adam's updates are not.
-_STEP_RATE = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,29 +104,6 @@ def _arm_cost(trial: Trial, arm: Arm) -> float:
 
 
 @functools.lru_cache
-def optimizer() -> optax.GradientTransformationExtraArgs:
-    """`train.adamw`, but learned steps do not decay and move at a tenth of the weights' rate."""
-
-    def decayed(params):
-        return jax.tree_util.tree_map_with_path(lambda k, x: x.ndim > 1 and not _is_step(k), params)
-
-    def steps(params):
-        return jax.tree_util.tree_map_with_path(lambda k, x: _is_step(k), params)
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(0.9, 0.95),
-        optax.add_decayed_weights(0.1, decayed),
-        optax.masked(optax.scale(_STEP_RATE), steps),
-        train.scale_by_schedule_argument(),
-    )
-
-
-def _is_step(path: Any) -> bool:
-    return "_step" in jax.tree_util.keystr(path)
-
-
-@functools.lru_cache
 def _mesh():
     return train.make_mesh()
 
@@ -137,7 +111,7 @@ def _mesh():
 @functools.lru_cache
 def _step(loss: Callable[[nnx.GraphDef], train.Loss], graphdef: nnx.GraphDef):
     """One compiled step for every seed and schedule of a model as it is quantized."""
-    return train.make_step(loss(graphdef), optimizer(), _mesh())
+    return train.make_step(loss(graphdef), train.adamw_and_steps(), _mesh())
 
 
 def run_trial(trial: Trial, context: trials.Context) -> dict:
@@ -202,7 +176,7 @@ class _Lineage:
         graphdef, params = nnx.split(model)
         # The step donates its state, and the model's arrays are still wanted.
         params = jax.tree.map(jnp.copy, params)
-        tx = optimizer()
+        tx = train.adamw_and_steps()
         state = train.TrainState(jnp.int32(0), params, tx.init(params))
 
         def on_log(count: int, loss: float) -> None:

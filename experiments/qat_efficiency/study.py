@@ -259,7 +259,7 @@ def run(
                 f"config.{name} {getattr(config, name)} does not divide over {devices} devices"
             )
     ledger = trials.Ledger(workdir, STUDY)
-    trials.run(
+    records = trials.run(
         grid,
         run_trial,
         ledger,
@@ -268,6 +268,5 @@ def run(
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
-    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     rows = latency.measure(ledger.workdir, grid, config.latency_rounds) if shard[1] == 1 else []
     return report.write(ledger.workdir, records, rows, expected=len(grid))

@@ -30,10 +30,7 @@ def runs(records: list[dict]) -> pd.DataFrame:
     """One row per run and length, with the columns of `jaxquant.laws`."""
     rows = []
     for record in records:
-        t = record["trial"]
-        own = {k: t[k] for k in ("size", "method", "seed")}
-        own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
-        own |= {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+        own = _trial(record)
         own["entropy_rate"] = record.get("entropy_rate")
         for point in record["points"]:
             row = {"D": point["tokens"], "d_over_n": point["tokens_per_parameter"]}
@@ -47,10 +44,7 @@ def served(records: list[dict]) -> pd.DataFrame:
     """One row per run, length and serving width: the loss that serving adds."""
     rows = []
     for record in records:
-        t = record["trial"]
-        own = {k: t[k] for k in ("size", "method", "seed")}
-        own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
-        own |= {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+        own = _trial(record)
         for point in record["points"]:
             at = {"D": point["tokens"], "d_over_n": point["tokens_per_parameter"]}
             at["trained"] = point["loss"]["mean"]
@@ -62,9 +56,18 @@ def served(records: list[dict]) -> pd.DataFrame:
     return table.assign(loss=table["trained"] + table["added"])
 
 
+def _trial(record: dict) -> dict:
+    """What all rows of a record share."""
+    t = record["trial"]
+    own = {k: t[k] for k in ("size", "method", "seed")}
+    own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
+    return own | {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+
+
 def tied(table: pd.DataFrame, method: str) -> pd.DataFrame:
     """The runs of a method whose tensors have one width, and that are finite."""
-    return _one_width(table, method)
+    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
+    return table[is_one & (table["method"] == method) & table["loss"].notna()]
 
 
 def candidates(widths: list[int]) -> list[laws.Law]:
@@ -138,7 +141,7 @@ def post_training_summary(table: pd.DataFrame) -> dict:
 
     Where nothing is added, the logarithm of δ has no value: those runs are counted and left out.
     """
-    own = _one_width(table, "ste")
+    own = tied(table, "ste")
     own = own[own["P_w"] == 16]
     kept = own[own["added"] > 0]
     found = {"runs": len(kept), "left_out": len(own) - len(kept)}
@@ -155,7 +158,7 @@ def post_training_summary(table: pd.DataFrame) -> dict:
 
 def unified_summary(table: pd.DataFrame) -> dict:
     """Training and serving in one law: all straight-through models of one width, as they are served."""
-    own = _one_width(table, "ste")
+    own = tied(table, "ste")
     own = own[own["P_post"] <= own["P_w"]]
     held_out = ("N", "D", "P_w", "P_post")
     try:
@@ -166,11 +169,6 @@ def unified_summary(table: pd.DataFrame) -> dict:
     except ValueError as error:
         return {"reason": str(error)}
     return {"laws": ranked.rows, "fit": fit_summary(fitted)}
-
-
-def _one_width(table: pd.DataFrame, method: str) -> pd.DataFrame:
-    is_one = (table["P_w"] == table["P_a"]) & (table["P_a"] == table["P_kv"])
-    return table[is_one & (table["method"] == method) & table["loss"].notna()]
 
 
 def fit_summary(fitted: laws.Fit) -> dict:

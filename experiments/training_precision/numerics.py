@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import models, train
+from experiments.harness import models
 from jaxquant import calibration, estimators
 
 # From a method to the smallest bits that it has a grid for.
@@ -26,8 +26,6 @@ METHODS = {"ste": 2, "lsq": 2, "quest": 1, "float": 4}
 MOST_BITS = 16  # as good as float32 here
 # Exponent bits of a float of so many bits: E2M1, E2M2, E3M2, E3M3, E4M3; from 9 bits on five, as in float16.
 _EXPONENT_BITS = (0, 0, 0, 0, 2, 2, 3, 3, 4, *[5] * 8)
-# LSQ's steps are small, and Adam's updates are not: they move at a tenth of the weights' rate.
-_STEP_RATE = 0.1
 
 
 @jax.tree_util.register_dataclass
@@ -194,25 +192,3 @@ def _mean_inputs(model: nnx.Module, tokens_BxT: jax.Array) -> dict[str, jax.Arra
         linear.dot_general = seen_by("/".join(map(str, path)))
     model(tokens_BxT)
     return found
-
-
-@functools.lru_cache
-def optimizer() -> optax.GradientTransformationExtraArgs:
-    """`train.adamw`, but learned steps do not decay and move at a tenth of the weights' rate."""
-
-    def decayed(params: Params) -> Params:
-        matrices = jax.tree.map(lambda x: x.ndim > 1, params.model)
-        return Params(matrices, jax.tree.map(lambda x: False, params.steps))
-
-    def steps(params: Params) -> Params:
-        return Params(
-            jax.tree.map(lambda x: False, params.model), jax.tree.map(lambda x: True, params.steps)
-        )
-
-    return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.scale_by_adam(0.9, 0.95),
-        optax.add_decayed_weights(0.1, decayed),
-        optax.masked(optax.scale(_STEP_RATE), steps),
-        train.scale_by_schedule_argument(),
-    )

@@ -12,7 +12,7 @@ import numpy as np
 import jaxquant as jq
 from experiments.harness import data, models, train, trials
 from experiments.harness.checkpoints import Checkpoints
-from experiments.training_precision.numerics import Numerics, Precision, optimizer
+from experiments.training_precision.numerics import Numerics, Precision
 
 COOLDOWN = 0.1  # the share of a run in which the learning rate falls
 FEWEST_STEPS = 10
@@ -121,8 +121,8 @@ def programs(size: str, method: str, dtype: str, vocab_size: int) -> Programs:
         return jax.lax.map(mean_loss, tokens_WxT1, batch_size=together)
 
     return Programs(
-        init=train.make_init(numerics.init, optimizer(), mesh),
-        step=train.make_step(numerics.loss, optimizer(), mesh),
+        init=train.make_init(numerics.init, train.adamw_and_steps(), mesh),
+        step=train.make_step(numerics.loss, train.adamw_and_steps(), mesh),
         evaluate=evaluate,
         mesh=mesh,
     )

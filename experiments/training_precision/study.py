@@ -225,7 +225,7 @@ def run(
     if config.batch % devices:
         raise ValueError(f"config.batch {config.batch} does not divide over {devices} devices")
     ledger = trials.Ledger(workdir, STUDY)
-    trials.run(
+    records = trials.run(
         grid,
         run_trial,
         ledger,
@@ -234,5 +234,4 @@ def run(
         shard=shard,
         keep_checkpoints=keep_checkpoints,
     )
-    records = [record for trial in grid if (record := ledger.read(trial)) is not None]
     return report.write(ledger.workdir, records, expected=len(grid))

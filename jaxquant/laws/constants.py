@@ -30,9 +30,7 @@ class Published:
         object.__setattr__(self, "within", MappingProxyType(dict(self.within)))
 
 
-_TABLE_2 = (
-    "arXiv 2411.04330, Table 2: over 465 runs, Transformer++ on Dolma, integers, forward only"
-)
+_TABLE_2 = "arXiv 2411.04330, Table 2: 465 runs and more, Transformer++, integers, forward only"
 _KUMAR_RANGE = {"N": (30e6, 220e6), "D": (1.5e9, 26e9)}
 
 KUMAR_2024 = Published(
@@ -65,7 +63,7 @@ KUMAR_2024_PTQ = Published(
         "gamma_post": 0.5907,
     },
     f"{_TABLE_2}; C_T = 0.0598 e^b with the table's b = {_KUMAR_B}",
-    _KUMAR_RANGE | {"P_post": (3, 8)},
+    _KUMAR_RANGE,
 )
 
 # QuEST's own efficiencies (W = A bits), beside bfloat16's 1; its A and α, with E = 0.0014, are a joint fit

@@ -109,21 +109,21 @@ KUMAR_UNBIASED = _kumar(
     "Kumar, N_eff without biases", "L = A (N Π_x (1 − exp(−P_x/γ_x)))^−α + B D^−β + E", False, "N"
 )
 KUMAR_D = _kumar(
-    "Kumar, D_eff", "L = A N^−α + B (D Π_x (1 − exp(−P_x/γ_x)))^−β + E", False, "D", ", appendix"
+    "Kumar, D_eff", "L = A N^−α + B (D Π_x (1 − exp(−P_x/γ_x)))^−β + E", False, "D", ""
 )
 KUMAR_BOTH = _kumar(
     "Kumar, N_eff and D_eff tied",
     "L = A (N f)^−α + B (D f)^−β + E, f = Π_x (1 − exp(−P_x/γ_x))",
     False,
     "N and D",
-    ", appendix",
+    "",
 )
 KUMAR_UNTIED = _kumar(
     "Kumar, N_eff and D_eff untied",
     "L = A (N f_N)^−α + B (D f_D)^−β + E, each f = Π_x (1 − exp(−P_x/γ_x)) with γ of its own",
     False,
     "N and D, untied",
-    ", appendix",
+    "",
 )
 
 
@@ -192,7 +192,7 @@ KUMAR_PTQ = Law(
     parameters=(_C_T, _GAMMA_D, _GAMMA_N, _GAMMA_POST),
     log_prediction=_added,
     columns=("N", "D", "P_post"),
-    source=f"{_KUMAR}, section 3, equation 2",
+    source=f"{_KUMAR}, section 3",
     target="added",
 )
 

@@ -124,7 +124,7 @@ def optimal_precision(
     Raises:
         ValueError: a law without an efficiency; parameters missing; an empty range.
 
-    Source: Kumar et al. 2024, arXiv 2411.04330, section 4.3; see `ERRATA`.
+    Source: Kumar et al. 2024, arXiv 2411.04330, section 4; see `ERRATA`.
 
     >>> from jaxquant.laws.constants import KUMAR_2024
     >>> print(optimal_precision(KUMAR_2024))
@@ -294,7 +294,7 @@ def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
         D: tokens of all training.
         bits: that weights are served at.
 
-    Source: Dremov et al. 2025, arXiv 2509.22935, a = 6.7297.
+    Source: Apple 2025, arXiv 2509.22935, a = 6.7297.
 
     >>> round(float(qat_share(N=1e9, D=1e11, bits=4)), 3)
     0.281
