@@ -44,6 +44,7 @@ LIBRARY = [
         "laws.law",
         "laws.forms",
         "laws.constants",
+        "laws.intervals",
         "laws.solving",
         "laws.fitting",
         "laws.comparison",

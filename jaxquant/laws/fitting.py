@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.laws.intervals import central, expanded
 from jaxquant.laws.law import Columns, Law, Values, check_params, read_columns, x64
 from jaxquant.laws.solving import solve
 
@@ -28,6 +29,7 @@ class Fit:
         samples: of each parameter over bootstraps, float64[bootstraps]; empty where there are none.
         confidence: of intervals, unless another is asked for.
         runs: how many.
+        units: how many were resampled: the runs, or groups of them.
         objective: the sum of Huber's loss at the optimum.
         delta: of that loss.
         r2: of the target's logarithm, 1 − Σ r² / Σ (log y − mean)².
@@ -41,6 +43,7 @@ class Fit:
     samples: Mapping[str, np.ndarray]
     confidence: float
     runs: int
+    units: int
     objective: float
     delta: float
     r2: float
@@ -49,14 +52,23 @@ class Fit:
     within: Mapping[str, tuple[float, float]]
 
     def interval(self, name: str, confidence: float | None = None) -> tuple[float, float]:
-        """The central interval of a parameter over bootstraps; NaN where there are none.
+        """The expanded percentile interval of a parameter over bootstraps; NaN where there are none.
 
         Raises:
             ValueError: a parameter that the law has not; a confidence outside (0, 1).
         """
         if name not in self.params:
             raise ValueError(f"{self.law.name} has {', '.join(self.law.names)}; got {name!r}")
-        return central(self.samples.get(name, np.empty(0)), confidence or self.confidence)
+        return central(self.samples.get(name, np.empty(0)), self.expanded(confidence))
+
+    def expanded(self, confidence: float | None = None) -> float:
+        """The share of bootstraps that an interval takes in to hold what it should; see `intervals.expanded`.
+
+        Raises:
+            ValueError: a confidence outside (0, 1).
+        """
+        wanted = self.confidence if confidence is None else confidence
+        return expanded(wanted, self.units, self.runs, len(self.params))
 
     def predict(self, runs: Any) -> np.ndarray:
         """The target in nats per token, float64[runs]."""
@@ -71,21 +83,6 @@ class Fit:
             lines.append(f"  {name:10} {value:.4g}{of}" + (f"  {unit}" if unit != "1" else ""))
         lines.append(f"  {self.runs} runs, R² {self.r2:.4f}, AICc {self.aicc:.1f}")
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
-
-
-def central(samples: np.ndarray, confidence: float) -> tuple[float, float]:
-    """The central interval of samples; NaN without any.
-
-    Raises:
-        ValueError: a confidence outside (0, 1).
-    """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is between 0 and 1; got {confidence!r}")
-    if not len(samples):
-        return math.nan, math.nan
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(samples, [tail, 1 - tail])
-    return float(low), float(high)
 
 
 def fit(
@@ -135,6 +132,8 @@ def fit(
     """
     columns, target = check_runs(law, runs)
     _check_numbers(starts, bootstraps, delta)
+    place = _places(runs, groups, len(target))
+    units = int(place.max()) + 1
     rng = np.random.default_rng(seed)
     space = Space(law, columns, target)
     with x64():
@@ -143,24 +142,26 @@ def fit(
         found = space.natural(logs)
         samples: dict[str, np.ndarray] = {}
         if bootstraps:
-            weights = resampled(rng, runs, groups, len(target), bootstraps)
+            weights = _resampled(rng, place, bootstraps)
             first = space.starts(rng, bootstraps, starts)
             # One start is the fit itself, so that no bootstrap misses its own neighbourhood.
             first[:, 0] = logs[0]
             samples = space.natural(space.solve(weights, first, delta)[0])
     params = {name: float(column[0]) for name, column in found.items()}
     residual = np.log(law.predict(params, columns)) - np.log(target)
+    asked = expanded(confidence, units, len(target), len(params))
     return Fit(
         law,
         params,
         samples,
         confidence,
         len(target),
+        units,
         float(values[0]),
         delta,
         r2(residual, np.log(target)),
         _aicc(residual, len(law.parameters)),
-        _warnings(law, space, logs[0], params, samples, confidence, target),
+        _warnings(law, space, logs[0], params, samples, asked, target),
         {name: (float(c.min()), float(c.max())) for name, c in columns.items()},
     )
 
@@ -234,25 +235,28 @@ def _predictor(law: Law) -> Any:
     return predict
 
 
-def resampled(
-    rng: np.random.Generator, runs: Any, groups: str | None, count: int, bootstraps: int
-) -> np.ndarray:
-    """How often each run counts in each bootstrap, float64[bootstraps, runs].
+def _places(runs: Any, groups: str | None, count: int) -> np.ndarray:
+    """The number of the unit that each run belongs to: itself, or its group.
 
     Raises:
         ValueError: a column of groups that is not there, or has one group alone.
     """
     if groups is None:
-        return rng.multinomial(count, np.full(count, 1 / count), bootstraps).astype(float)
+        return np.arange(count)
     try:
         column = np.asarray(runs[groups])
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"runs have no column {groups!r} to group by") from None
     _, place = np.unique(column, return_inverse=True)
-    number = int(place.max()) + 1
-    if number < 2:
+    if place.max() < 1:
         raise ValueError(f"column {groups!r} has one group alone; resampling needs several")
-    drawn = rng.multinomial(number, np.full(number, 1 / number), bootstraps)
+    return place
+
+
+def _resampled(rng: np.random.Generator, place: np.ndarray, bootstraps: int) -> np.ndarray:
+    """How often each run counts in each bootstrap, float64[bootstraps, runs]."""
+    units = int(place.max()) + 1
+    drawn = rng.multinomial(units, np.full(units, 1 / units), bootstraps)
     return drawn[:, place].astype(float)
 
 

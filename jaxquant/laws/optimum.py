@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxquant.laws.constants import Published
-from jaxquant.laws.fitting import Fit, central, given
+from jaxquant.laws.fitting import Fit, given
+from jaxquant.laws.intervals import central
 from jaxquant.laws.law import Law, Values, x64
 
 FULL_BITS = 16
@@ -130,7 +131,7 @@ def optimal_precision(
     >>> print(optimal_precision(KUMAR_2024))
     7.00
     """
-    form, numbers, samples, own = _parts(law, params)
+    form, numbers, samples = _parts(law, params)
     if form.efficiency is None:
         raise ValueError(
             f"{form.name} has no efficiency f(P) that multiplies N alone, so no P* for every budget"
@@ -142,18 +143,25 @@ def optimal_precision(
     drawn = np.array([])
     if samples:
         drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
-    return _optimum(float(best), drawn, grid, own if confidence is None else confidence)
+    return _optimum(float(best), drawn, grid, _asked(law, confidence))
 
 
-def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any, float]:
-    """(form, numbers, bootstraps, confidence)."""
+def _asked(law: Any, confidence: float | None) -> float:
+    """The share of bootstraps that an interval takes in."""
     if isinstance(law, Fit):
-        return law.law, dict(law.params), law.samples, law.confidence
+        return law.expanded(confidence)
+    return 0.9 if confidence is None else confidence
+
+
+def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]:
+    """(form, numbers, bootstraps)."""
+    if isinstance(law, Fit):
+        return law.law, dict(law.params), law.samples
     if isinstance(law, Published):
-        return law.law, dict(law.params), {}, 0.9
+        return law.law, dict(law.params), {}
     if not isinstance(law, Law):
         raise ValueError(f"law is one of jaxquant.laws, a fit or published constants; got {law!r}")
-    return law, given(law, {} if params is None else params), {}, 0.9
+    return law, given(law, {} if params is None else params), {}
 
 
 def _candidates(law: Law, low: float, high: float) -> np.ndarray:
@@ -174,8 +182,8 @@ def _argmin(law: Law, params: Any, grid: np.ndarray, cost: Any) -> np.ndarray:
         return grid[np.argmin(np.asarray(cost(grid)) / efficiency, axis=-1)]
 
 
-def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, confidence: float) -> Optimum:
-    low, high = central(drawn, confidence)
+def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> Optimum:
+    low, high = central(drawn, asked)
     for end, value in (("low", grid[0]), ("high", grid[-1])):
         share = float(np.mean(drawn == value)) if len(drawn) else float(best == value)
         if best == value or share > _AT_BOUNDARY:
@@ -241,7 +249,7 @@ def optimal_sizes(
     >>> f"{n:.2g} {d:.2g}"
     '1.7e+09 2.3e+10'
     """
-    form, numbers, _, _ = _parts(law, params)
+    form, numbers, _ = _parts(law, params)
     return _sizes(form, numbers, flops, bits, cost)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 
 from jaxquant.laws.constants import Published
-from jaxquant.laws.fitting import Fit, central
+from jaxquant.laws.fitting import Fit
+from jaxquant.laws.intervals import central
 from jaxquant.laws.law import Law, x64
 from jaxquant.laws.optimum import (
     FULL_BITS,
     MAC_FLOPS,
     Optimum,
+    _asked,
     _parts,
     _sizes,
     bits_linear,
@@ -135,7 +137,8 @@ def plan(
     (7, '7.00')
     """
     _check(flops, N, D, serve_bits, memory, precisions)
-    form, numbers, samples, confidence = _parts(law, None)
+    form, numbers, samples = _parts(law, None)
+    asked = _asked(law, None)
     if form.efficiency is None or not {"A", "alpha", "B", "beta", "E"} <= set(form.names):
         raise ValueError(
             f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
@@ -159,7 +162,7 @@ def plan(
     rows = []
     for bits in known:
         n, d, notes = _run(form, numbers, flops, N, D, bits, serve_bits, memory, cost)
-        rows.append(_row(form, numbers, samples, confidence, ptq, bits, n, d, serve_bits, notes))
+        rows.append(_row(form, numbers, samples, asked, ptq, bits, n, d, serve_bits, notes))
     best = min(rows, key=lambda row: row.loss)
     is_free = N is None and D is None and memory is None and serve_bits is None
     optimum = optimal_precision(law, cost=cost) if is_free else None
@@ -207,12 +210,12 @@ def _run(form, numbers, flops, N, D, bits, serve_bits, memory, cost) -> tuple[fl
     return float(n), float(d), tuple(notes)
 
 
-def _row(form, numbers, samples, confidence, ptq, bits, n, d, serve_bits, notes) -> Row:
+def _row(form, numbers, samples, asked, ptq, bits, n, d, serve_bits, notes) -> Row:
     is_quantized = serve_bits is not None and serve_bits < bits
     served = min(bits, serve_bits) if serve_bits is not None else bits
     added, drawn, post_numbers = 0.0, np.empty(0), {}
     if is_quantized:
-        post, post_numbers, post_samples, _ = _parts(ptq, None)
+        post, post_numbers, post_samples = _parts(ptq, None)
         run = {"N": [n], "D": [d], "P_post": [serve_bits]}
         added = float(post.predict(post_numbers, run)[0])
         drawn = _drawn(post, post_samples, run)
@@ -224,7 +227,7 @@ def _row(form, numbers, samples, confidence, ptq, bits, n, d, serve_bits, notes)
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = central(losses, confidence)
+    low, high = central(losses, asked)
     critical = qat = math.nan
     if is_quantized:
         critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=serve_bits))
