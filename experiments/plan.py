@@ -14,7 +14,7 @@ import altair as alt
 import pandas as pd
 from absl import flags
 
-from experiments.harness import cli, files, report
+from experiments.harness import cli, report, trials
 from experiments.training_precision import analysis
 from experiments.training_precision.study import STUDY
 from jaxquant import laws
@@ -50,13 +50,10 @@ def source(name: str, method: str) -> tuple[Any, Any, str]:
         return laws.KUMAR_2024, laws.KUMAR_2024_PTQ, laws.KUMAR_2024.source
     if name == "quest2025":
         return _quest(), laws.KUMAR_2024_PTQ, _quest().source
-    folder = Path(name)
-    records = [files.read_json(path) for path in sorted(folder.glob("trials/*.json"))]
-    own = [r for r in records if isinstance(r, dict) and r.get("study") == STUDY]
-    if not own:
-        raise ValueError(
-            f"--fit is one of {', '.join(PUBLISHED)}, or the workdir of a {STUDY} study; got {name!r}"
-        )
+    try:
+        own = trials.read_records(name, STUDY)
+    except ValueError as error:
+        raise ValueError(f"--fit is one of {', '.join(PUBLISHED)}, or: {error}") from None
     table = analysis.tied(analysis.runs(own), method)
     fitted = laws.fit(laws.KUMAR_ONE, table, bootstraps=analysis.BOOTSTRAPS, groups="trunk")
     return fitted, _added(own, method), f"{len(table)} runs of {name} ({method})"

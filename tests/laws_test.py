@@ -82,6 +82,7 @@ def test_beyond_the_critical_tokens_the_quantized_model_gets_worse():
     assert total[1] == total.min()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("law", "params"),
     [
@@ -101,6 +102,7 @@ def test_a_law_without_noise_is_found_again(law, params):
         assert found.params[name] == pytest.approx(value, rel=0.02), name
 
 
+@pytest.mark.exhaustive
 def test_intervals_hold_what_made_the_runs_and_reach_the_optimum():
     runs = made(laws.KUMAR_ONE, ONE, grid(200))
     found = laws.fit(laws.KUMAR_ONE, runs, bootstraps=100, starts=8)
@@ -117,6 +119,7 @@ def test_intervals_hold_what_made_the_runs_and_reach_the_optimum():
     assert "gamma" in str(found)
 
 
+@pytest.mark.exhaustive
 def test_what_runs_together_is_resampled_together():
     runs = made(laws.CHINCHILLA, {k: ONE[k] for k in laws.CHINCHILLA.names}, grid(60))
     runs["trunk"] = np.repeat(np.arange(12), 5)
@@ -129,6 +132,7 @@ def test_what_runs_together_is_resampled_together():
         laws.fit(laws.CHINCHILLA, runs, bootstraps=5, groups="family")
 
 
+@pytest.mark.exhaustive
 def test_laws_are_ranked_and_the_true_one_is_first():
     runs = made(laws.KUMAR_ONE, ONE, grid(150))
     found = laws.compare(
@@ -142,6 +146,7 @@ def test_laws_are_ranked_and_the_true_one_is_first():
     assert "delta_aicc" in str(found)
 
 
+@pytest.mark.exhaustive
 def test_on_shuffled_bits_the_term_of_precision_is_rejected():
     runs = made(laws.KUMAR_ONE, ONE, grid(100))
     kept = laws.shuffled_bits(laws.KUMAR_ONE, laws.CHINCHILLA, runs, starts=4)
@@ -201,6 +206,7 @@ def test_too_few_runs_are_refused():
         laws.fit(laws.KUMAR_ONE, runs)
 
 
+@pytest.mark.exhaustive
 def test_what_runs_do_not_tell_is_a_warning():
     law = laws.CHINCHILLA
     runs = grid(60)

@@ -139,6 +139,7 @@ class Typed(nn.Module):
         return sum(head(x).astype(jnp.float32) for head in self.heads)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("saved", "here", "message"),
     [

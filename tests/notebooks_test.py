@@ -15,6 +15,7 @@ SAID = {
     "optimizer_states.ipynb": ("of full precision's", "compilations of the step: 1"),
     "ptq_overtraining.ipynb": ("Does the loss", "w4a8"),
     "quantize_your_model.ipynb": ("bit for bit: True", "verdict: ", "BSD-3-Clause"),
+    "training_precision.ipynb": ("best bits: ", "bits gain", "D_crit"),
 }
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
@@ -51,7 +52,10 @@ def test_what_it_imports_is_there(path):
     assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and not is_read(n)}
     found = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and is_read(n)]
     texts = {ast.unparse(n) for n in found if root(n) in set(names) - assigned}
-    assert any(text.startswith(("jq.", "quality.", "ptq_overtraining.", "nnx.")) for text in texts)
+    assert any(
+        text.startswith(("jq.", "quality.", "analysis.", "ptq_overtraining.", "nnx."))
+        for text in texts
+    )
     for text in texts:
         eval(text, names)
 

@@ -22,6 +22,7 @@ def test_a_plan_is_printed_and_kept(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -23,6 +23,7 @@ def start(method, bits):
     return numerics, precision, numerics.init(jax.random.key(1), precision, TOKENS)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_at_16_bits_nothing_is_lost(method):
     numerics, precision, params = start(method, 16)
@@ -34,6 +35,7 @@ def test_at_16_bits_nothing_is_lost(method):
     np.testing.assert_allclose(found, exact, atol=5e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_bits_change_more_and_all_have_gradients(method):
     errors = []
@@ -123,6 +125,8 @@ def records(seeds=2):
     return found
 
 
+@pytest.mark.long
+@pytest.mark.exhaustive
 def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
     monkeypatch.setattr(analysis, "BOOTSTRAPS", 40)
     monkeypatch.setattr(analysis, "STARTS", 6)

@@ -131,6 +131,26 @@ class Ledger:
             yield folder
 
 
+def read_records(workdir: str | Path, study: str) -> list[dict]:
+    """All whole records of a study that lie in a folder, whichever grid they are of.
+
+    Raises:
+        ValueError: no such record lies there.
+    """
+    found = []
+    for path in sorted(Path(workdir).glob("trials/*.json")):
+        record = files.read_json(path)
+        if not isinstance(record, dict) or record.get("study") != study:
+            continue
+        if record.pop("checksum", None) != _checksum(record):
+            _log.warning("%s is left out: its content is not what was recorded", path)
+            continue
+        found.append(record)
+    if not found:
+        raise ValueError(f"'{workdir}' is not the workdir of a {study} study: no record lies there")
+    return found
+
+
 def _checksum(record: dict) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportIndexIssue=false, reportOptionalMemberAccess=false
 
 import altair as alt
+import numpy as np
 import pandas as pd
 
 from experiments.harness.report import Figure
@@ -42,7 +43,7 @@ def loss_by_bits(table: pd.DataFrame) -> Figure:
 
 
 def efficiencies(methods: list[dict]) -> Figure | None:
-    """N_eff / N of each width, ours and QuEST's published."""
+    """N_eff / N of each width: ours, and as published for QuEST's models and by Kumar's law."""
     rows = [
         {"method": METHOD_NAMES[m["method"]], "P_w": e["bits"]}
         | {k: e[k] for k in ("value", "low", "high")}
@@ -63,9 +64,9 @@ def efficiencies(methods: list[dict]) -> Figure | None:
     ).properties(title="These runs, with 90 % intervals")
     theirs = (
         alt.Chart(published)
-        .mark_line(point=True)
-        .encode(x=_BITS, y=y, color=color)
-        .properties(title="Published: QuEST's 30M models")
+        .mark_line()
+        .encode(x=_BITS, y=y, color=color, strokeDash=alt.StrokeDash("of:N", title="published by"))
+        .properties(title="Published: QuEST's 30M models; Kumar's law")
     )
     caption = "The share of parameters that counts, free for each width. Above 1.2 it is cut."
     return Figure("efficiencies", "What bits are worth", caption, [ours, theirs])
@@ -73,8 +74,15 @@ def efficiencies(methods: list[dict]) -> Figure | None:
 
 def _published_rows() -> list[dict]:
     law = {"A": laws.QUEST_2025_A, "alpha": laws.QUEST_2025_ALPHA, "N": laws.QUEST_2025_N}
-    return [
-        {"method": METHOD_NAMES[name], "P_w": bits, "value": value}
+    rows = [
+        {"method": METHOD_NAMES[name], "P_w": bits, "value": value, "of": "QuEST"}
         for name, losses in laws.QUEST_2025_LOSSES.items()
         for bits, value in laws.efficiency_from_losses(losses, laws.QUEST_2025_BF16, **law).items()
+    ]
+    efficiency, bits = laws.KUMAR.efficiency, np.arange(2.0, 16.1, 0.25)
+    assert efficiency is not None
+    values = np.asarray(efficiency(laws.KUMAR_2024.params, bits))
+    of = {"method": METHOD_NAMES["ste"], "of": "Kumar et al."}
+    return rows + [
+        of | {"P_w": float(b), "value": float(v)} for b, v in zip(bits, values, strict=True)
     ]

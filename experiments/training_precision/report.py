@@ -184,6 +184,26 @@ def _robustness_section(rows: list[dict]) -> report.Section:
     return report.Section("Does training in few bits help serving in fewer?", [text], tables)
 
 
+# What these runs do not vary, so that no fit could tell what it does.
+_NOT_FITTED = (
+    (
+        "Sun et al. 2025, floats",
+        "the block that shares a scale: here a channel, of each linear's own length",
+    ),
+    ("Chen et al. 2025, QAT", "the block that shares a scale"),
+    (
+        "Quartet",
+        "the precision of the gradients' products: here the forward pass alone is quantized",
+    ),
+    ("precision of the optimizer's state", "bits of the state: the study optimizer_states does"),
+)
+
+
+def _not_fitted() -> report.Section:
+    table = pd.DataFrame(_NOT_FITTED, columns=["law", "what these runs hold fixed"])
+    return report.Section("Laws that these runs say nothing of", tables=[("not fitted", table)])
+
+
 def _errata() -> report.Section:
     table = pd.DataFrame(laws.ERRATA, columns=["of", "printed", "derived"])
     kumar, without = laws.optimal_precision(laws.KUMAR_2024), _without_biases()
@@ -236,7 +256,7 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
         sections.append(_robustness_section(summary["robustness"]))
     if summary["entropy"]:
         sections.append(_entropy_section(summary["entropy"]))
-    sections += [_errata(), _method(summary, records)]
+    sections += [_not_fitted(), _errata(), _method(summary, records)]
     report.write(workdir, "Training in few bits", verdict(summary), sections, summary)
     return summary
 

@@ -9,6 +9,7 @@ from experiments.training_precision.numerics import METHODS, MOST_BITS
 from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, run_trial
 
 STUDY = "training_precision"
+PUBLISHED = Path(__file__).parents[1] / "results" / STUDY / "full"  # records of our own run of it
 _LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 
 
@@ -93,6 +94,15 @@ PRESETS = {
         workers=1,
     ),
 }
+
+
+def load(workdir: str | Path = PUBLISHED) -> list[dict]:
+    """The records of a study's folder, or those published with the code.
+
+    Raises:
+        ValueError: no such record lies there.
+    """
+    return trials.read_records(workdir, STUDY)
 
 
 def make_trials(config: Config) -> list[Trial]:
