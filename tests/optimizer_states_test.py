@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, study_command
 
-from experiments.optimizer_states import analysis, report, study
+from experiments.optimizer_states import analysis, law, report, study
 from experiments.optimizer_states.arms import budget_of, moments
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -37,7 +37,7 @@ def test_it_runs_to_its_report_and_goes_on_where_it_stopped(tmp_path):
 def record(arm, seed, loss, nbytes=100, **trial):
     settings = {"task": "language", "schedule": "wsd", "arm": arm, "seed": seed, "is_tuning": False}
     settings |= {"peak_lr": 1.0, "size": "94k", "data": "sotu", "data_fingerprint": "", "steps": 1}
-    settings |= {"batch": 1, "interval": 1}
+    settings |= {"batch": 1, "sequence": 1, "interval": 1}
     leaf = {"slot": "mu", "path": "w", "role": "matrix", "bits": 4.0, "elements": 1}
     return {
         "trial": settings | trial,
@@ -83,6 +83,33 @@ def test_the_first_line_says_whether_moving_widths_pay(gain, words):
     assert "felt-5.0" in report.to_text(summary)
 
 
+def law_records(cost):
+    """Records at several N, D and bits, whose state costs as many tokens as `cost` says of some bits."""
+    rng, found = np.random.default_rng(0), []
+    for size, n in (("10k", 10240), ("20k", 20480), ("41k", 40960)):
+        for tokens in (10 * n, 20 * n, 40 * n):
+            for arm, bits in (("fp32", 32), *((f"fixed-{b}", b) for b in (2, 3, 4, 6, 8))):
+                for seed in range(2):
+                    loss = 60 * n**-0.35 + 120 * (tokens * cost(bits)) ** -0.35 + 0.9
+                    loss *= np.exp(0.002 * rng.normal())
+                    found.append(record(arm, seed, loss, size=size, steps=tokens))
+    return found
+
+
+@pytest.mark.long
+def test_a_law_says_whether_bits_of_the_state_cost_tokens_or_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(law, "BOOTSTRAPS", 20)
+    monkeypatch.setattr(law, "STARTS", 6)
+    made = law_records(lambda bits: 1 - np.exp(-bits / 1.5))
+    summary = report.write(tmp_path, made, expected=len(made))
+    assert "act like fewer tokens" in law.text(summary["law"])
+    assert "cost parameters or tokens?" in (tmp_path / "report.html").read_text()
+    nothing = law.summarize(analysis.runs(law_records(lambda bits: 1.0)))
+    assert nothing is not None
+    assert nothing["control"]["is_rejected"]
+    assert "do not show" in law.text(nothing)
+
+
 def test_the_report_is_written_of_any_records(tmp_path):
     for found in ([], records(0.01)[:1], records(0.01)):
         report.write(tmp_path, found, expected=10)
@@ -97,7 +124,9 @@ def test_the_report_is_written_of_any_records(tmp_path):
         ({"arms": ("fp32", "nf4")}, "config.arms are of fp32, fixed-B"),
         ({"arms": ("fp32", "fp32")}, "each once"),
         ({"schedules": ("linear",)}, "config.schedules are of wsd, cosine"),
-        ({"language_size": "1k"}, "config.language_size is one of"),
+        ({"language_sizes": ("1k",)}, "config.language_sizes are of"),
+        ({"vision_size": "1k"}, "config.vision_size is one of"),
+        ({"tokens_per_parameter": (0,)}, "whole numbers of at least 1"),
         ({"tuning": (1.0,)}, "config.tuning holds factors other than 1"),
         ({"snapshots": 0}, "snapshots"),
     ],

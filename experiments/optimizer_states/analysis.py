@@ -10,18 +10,22 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.optimizer_states import law
 from experiments.optimizer_states.arms import EXACT, budget_of
+from experiments.optimizer_states.tasks import LANGUAGE_SIZES
 
 CONFIDENCE = 0.9
 PRIMARY = {"language": "loss valid", "vision": "loss test"}
 _KEYS = ["task", "schedule", "arm"]
+GROUP = ["task", "size", "steps", "schedule"]  # runs that differ in arm and seed alone
 
 
 def runs(records: list[dict]) -> pd.DataFrame:
     """A row for each finished run that is not tuning."""
     rows = [
-        {k: r["trial"][k] for k in (*_KEYS, "seed")}
+        {k: r["trial"][k] for k in (*_KEYS, "seed", "size", "steps")}
         | {"loss": r["measures"][PRIMARY[r["trial"]["task"]]]}
+        | _scale(r["trial"])
         | {f"measure {k}": v for k, v in r["measures"].items()}
         | {"bytes": r["state_bytes"], "parameters": r["parameters"]}
         for r in records
@@ -30,12 +34,21 @@ def runs(records: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _scale(trial: dict) -> dict[str, Any]:
+    """N and D of a language run, and what shares initial weights and data; nothing of other tasks."""
+    if trial["task"] != "language":
+        return {}
+    n = LANGUAGE_SIZES[trial["size"]].non_embedding_parameters
+    tokens = trial["steps"] * trial["batch"] * trial["sequence"]
+    return {"N": n, "D": tokens, "pair": f"{trial['size']} {trial['seed']}"}
+
+
 def gaps(table: pd.DataFrame) -> list[dict]:
     """Each arm against full precision: paired loss gap, its SD and interval, beside full precision's SD."""
     if table.empty:
         return []
     found = []
-    for (task, schedule), group in table.groupby(["task", "schedule"], sort=False):
+    for key, group in table.groupby(GROUP, sort=False):
         exact = group[group["arm"] == EXACT].set_index("seed")
         spread = _sd(exact["loss"].to_numpy())
         for arm, rows in group.groupby("arm", sort=False):
@@ -47,7 +60,8 @@ def gaps(table: pd.DataFrame) -> list[dict]:
             nbytes = float(rows["bytes"].mean())
             whole = float(exact["bytes"].mean())
             found.append(
-                {"task": task, "schedule": schedule, "arm": arm, "seeds": len(shared)}
+                dict(zip(GROUP, key, strict=True))
+                | {"arm": arm, "seeds": len(shared)}
                 | {"loss": float(rows["loss"].mean()), "exact_sd": spread}
                 | _interval(difference)
                 | {"bytes": nbytes, "share": nbytes / whole, "bits": 32 * nbytes / whole}
@@ -73,7 +87,7 @@ def contests(table: pd.DataFrame) -> list[dict]:
     found = []
     if table.empty:
         return found
-    for (task, schedule), group in table.groupby(["task", "schedule"], sort=False):
+    for key, group in table.groupby(GROUP, sort=False):
         losses = {arm: rows.set_index("seed")["loss"] for arm, rows in group.groupby("arm")}
         for arm, own in losses.items():
             kind, budget = budget_of(str(arm)) or ("even", 0.0)
@@ -84,7 +98,7 @@ def contests(table: pd.DataFrame) -> list[dict]:
             if not shared:
                 continue
             gain = (other[shared] - own[shared]).to_numpy()
-            row = {"task": task, "schedule": schedule, "arm": arm, "even": f"even-{budget}"}
+            row = dict(zip(GROUP, key, strict=True)) | {"arm": arm, "even": f"even-{budget}"}
             found.append(row | {"seeds": len(shared)} | _interval(gain))
     return found
 
@@ -103,6 +117,8 @@ def tuning(records: list[dict]) -> pd.DataFrame:
     rows = [
         {
             "task": r["trial"]["task"],
+            "size": r["trial"]["size"],
+            "steps": r["trial"]["steps"],
             "schedule": r["trial"]["schedule"],
             "learning rate": r["trial"]["peak_lr"],
             "loss": r["measures"][PRIMARY[r["trial"]["task"]]] if r["status"] == "done" else None,
@@ -112,13 +128,13 @@ def tuning(records: list[dict]) -> pd.DataFrame:
         if r["trial"]["arm"] == EXACT and r["trial"]["seed"] == 0
     ]
     table = pd.DataFrame(rows)
-    return table if table.empty else table.sort_values(["task", "schedule", "learning rate"])
+    return table if table.empty else table.sort_values([*GROUP, "learning rate"])
 
 
 def widths(records: list[dict]) -> pd.DataFrame:
     """Bits of each leaf over time, means over seeds, of arms with a budget."""
     rows = [
-        {k: r["trial"][k] for k in (*_KEYS, "seed")}
+        {k: r["trial"][k] for k in (*_KEYS, "seed", "size", "steps")}
         | {"step": snapshot["step"], "leaf": f"{leaf['slot']}/{leaf['path']}", "bits": leaf["bits"]}
         | {"role": leaf["role"], "slot": leaf["slot"], "elements": leaf["elements"]}
         for r in records
@@ -146,6 +162,7 @@ def summarize(records: list[dict], expected: int) -> dict[str, Any]:
         },
         "gaps": rows,
         "contests": contests(table),
+        "law": law.summarize(table),
         "versions": _distinct([r["versions"] for r in records]),
     }
 

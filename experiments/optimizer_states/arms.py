@@ -50,6 +50,16 @@ def budget_of(arm: str) -> tuple[str, float] | None:
     return None
 
 
+def fixed_bits(arm: str) -> int | None:
+    """The bits of both moments of an arm where they are one and stay.
+
+    >>> fixed_bits("fixed-8"), fixed_bits("fixed-5-4"), fixed_bits("felt-5.0")
+    (8, None, None)
+    """
+    match = re.fullmatch(r"fixed-(\d)", arm)
+    return int(match[1]) if match else None
+
+
 def moments(arm: str, interval: int) -> Any:
     """The transformation that has the arm's state: Adam's, without decay, rate or clipping.
 

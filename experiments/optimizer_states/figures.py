@@ -10,12 +10,14 @@ import pandas as pd
 
 from experiments.harness.report import Figure
 
+_GROUP = ["task", "size", "steps", "schedule"]
+
 
 def against_bits(gaps: list[dict]) -> Figure:
     """Gap to full precision against bits a number, everything counted."""
     table = pd.DataFrame([row for row in gaps if row["arm"] != "fp32"])
     panels = []
-    for (task, schedule), rows in table.groupby(["task", "schedule"], sort=False):
+    for (task, size, steps, schedule), rows in table.groupby(_GROUP, sort=False):
         rows = rows.assign(
             low=rows["low"].fillna(rows["gap"]), high=rows["high"].fillna(rows["gap"])
         )
@@ -34,7 +36,7 @@ def against_bits(gaps: list[dict]) -> Figure:
                 base.mark_point(filled=True, size=70).encode(
                     y="gap:Q", tooltip=["arm", "bits", "gap", "low", "high"]
                 ),
-            ).properties(title=f"{task}, {schedule}")
+            ).properties(title=f"{task} {size}, {steps} steps, {schedule}")
         )
     caption = (
         "Points: mean paired gap; rules: 90 % intervals over seeds; grey: one SD of full precision's "
@@ -50,7 +52,7 @@ def widths_over_time(table: pd.DataFrame) -> Figure | None:
         return None
     schedule = "wsd" if "wsd" in set(table["schedule"]) else table["schedule"].iloc[0]
     table = table[table["schedule"] == schedule]
-    keys = ["task", "arm", "leaf", "step"]
+    keys = ["task", "size", "steps", "arm", "leaf", "step"]
     means = table.groupby(keys, sort=False)["bits"].mean().reset_index()
     panels = [
         alt.Chart(rows)
@@ -63,8 +65,8 @@ def widths_over_time(table: pd.DataFrame) -> Figure | None:
             color=alt.Color("bits:Q", scale=alt.Scale(scheme="viridis", domain=[1, 8])),
             tooltip=["leaf", "step", "bits"],
         )
-        .properties(title=f"{task}, {arm}")
-        for (task, arm), rows in means.groupby(["task", "arm"], sort=False)
+        .properties(title=f"{task} {size}, {steps} steps, {arm}")
+        for (task, size, steps, arm), rows in means.groupby(keys[:4], sort=False)
     ]
     caption = f"Mean bits of a leaf's codes over seeds, under {schedule}; a leaf may share pages."
     return Figure("widths_over_time", "Where the bits go", caption, panels)

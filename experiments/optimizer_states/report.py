@@ -8,9 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.harness import report
-from experiments.optimizer_states import figures
+from experiments.harness.law_tables import control_text, fit_table, laws_table
+from experiments.optimizer_states import figures, law
 from experiments.optimizer_states.analysis import (
     CONFIDENCE,
+    GROUP,
     PRIMARY,
     answer,
     gaps,
@@ -39,7 +41,7 @@ def verdict(summary: dict) -> str:
         least = min(within, key=lambda row: row["bits"])
         said.append(
             f"The fewest bits whose mean gap is at most full precision's spread over seeds: "
-            f"{least['arm']} on {least['task']} under {least['schedule']}, {least['bits']:.2f} bits, "
+            f"{least['arm']} on {_place(least)}, {least['bits']:.2f} bits, "
             f"{least['share']:.1%} of full precision's bytes, gap {_interval(least)} nats."
         )
     return " ".join(said)
@@ -73,7 +75,12 @@ _ANSWERS = ("better", "worse", "unresolved")
 
 
 def _named(row: dict) -> str:
-    return f"{row['arm']} on {row['task']} under {row['schedule']} {_interval(row)}"
+    return f"{row['arm']} on {_place(row)} {_interval(row)}"
+
+
+def _place(row: dict) -> str:
+    """What a comparison is of."""
+    return f"{row['task']} {row['size']} under {row['schedule']} for {row['steps']} steps"
 
 
 def _interval(row: dict) -> str:
@@ -88,8 +95,8 @@ def to_text(summary: dict) -> str:
     for row in summary["gaps"]:
         spread = "—" if row["exact_sd"] is None else f"{row['exact_sd']:.4f}"
         lines.append(
-            f"  {row['task']:9} {row['schedule']:7} {row['arm']:18} {row['bits']:6.2f} bits  "
-            f"{_interval(row)}  (spread {spread})"
+            f"  {row['task']:9} {row['size']:5} {row['steps']:6} {row['schedule']:7} {row['arm']:18} "
+            f"{row['bits']:6.2f} bits  {_interval(row)}  (spread {spread})"
         )
     return "\n".join(lines)
 
@@ -98,8 +105,7 @@ def _gap_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "task": row["task"],
-                "schedule": row["schedule"],
+                **{k: row[k] for k in GROUP},
                 "state": row["arm"],
                 "bits": f"{row['bits']:.2f}",
                 "bytes": f"{row['bytes']:,.0f}",
@@ -119,8 +125,7 @@ def _contest_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "task": row["task"],
-                "schedule": row["schedule"],
+                **{k: row[k] for k in GROUP},
                 "adaptive": row["arm"],
                 "against": row["even"],
                 "gain": _interval(row),
@@ -155,9 +160,29 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
         heat = figures.widths_over_time(widths(records))
         title = "Do moving widths pay?"
         sections.append(report.Section(title, [], [contest], [heat] if heat else []))
+    if summary["law"]:
+        sections.append(_law(summary["law"]))
     sections.append(_method(summary, records))
     report.write(workdir, "Optimizer state in few bits", verdict(summary), sections, summary)
     return summary
+
+
+def _law(found: dict) -> report.Section:
+    title = "Do bits of the state cost parameters or tokens?"
+    if "reason" in found:
+        return report.Section(title, [f"Not fitted: {found['reason']}."])
+    paragraphs = [
+        law.text(found),
+        f"{found['runs']} runs under {found['schedule']}, both moments at {found['widths']} bits, 32 being "
+        "full precision.",
+        control_text(found["control"]),
+        *(f"Warning ({f['law']}): {w}." for f in found["fits"] for w in f["warnings"]),
+    ]
+    tables = [
+        ("Ranked by AICc; R² of the logarithm of the loss", laws_table(found["laws"])),
+        *((f["equation"], fit_table(f)) for f in found["fits"]),
+    ]
+    return report.Section(title, paragraphs, tables)
 
 
 _BYTES = (
@@ -174,12 +199,12 @@ _METHOD = (
 
 def _method(summary: dict, records: list[dict]) -> report.Section:
     paragraphs = [_METHOD]
-    for task in dict.fromkeys(r["trial"]["task"] for r in records):
-        t = next(r["trial"] for r in records if r["trial"]["task"] == task)
+    for key in dict.fromkeys(tuple(r["trial"][k] for k in GROUP[:3]) for r in records):
+        t = next(r["trial"] for r in records if tuple(r["trial"][k] for k in GROUP[:3]) == key)
         paragraphs.append(
-            f"{task.capitalize()}: size {t['size']}, data {t['data']} (fingerprint "
+            f"{t['task'].capitalize()}: size {t['size']}, data {t['data']} (fingerprint "
             f"{t['data_fingerprint']}), {t['steps']} steps in batches of {t['batch']}, peak rate "
-            f"{t['peak_lr']:g}, decisions every {t['interval']} steps, metric {PRIMARY[task]}."
+            f"{t['peak_lr']:g}, decisions every {t['interval']} steps, metric {PRIMARY[t['task']]}."
         )
     versions = "; ".join(
         ", ".join(f"{k} {v}" for k, v in one.items()) for one in summary["versions"]

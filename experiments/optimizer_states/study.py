@@ -37,9 +37,9 @@ class Config:
     arms: tuple[str, ...] = _LAPTOP_ARMS
     schedules: tuple[str, ...] = SCHEDULES
     seeds: int = 3
-    language_size: str = "94k"  # by the weights of the blocks' products
+    language_sizes: tuple[str, ...] = ("94k",)  # by the weights of the blocks' products
+    tokens_per_parameter: tuple[int, ...] = (20,)  # of each of those sizes
     vision_size: str = "98k"
-    tokens_per_parameter: int = 20
     vision_steps: int = 1000
     text: str = "sotu"  # sotu, text
     text_path: str = ""
@@ -67,9 +67,9 @@ PRESETS = {
         arms=(arms.EXACT, "torchao-4bit", "felt-5.0", "even-5.0"),
         schedules=("wsd",),
         seeds=2,
-        language_size="10k",
+        language_sizes=("10k",),
         vision_size="8k",
-        tokens_per_parameter=5,
+        tokens_per_parameter=(5,),
         vision_steps=60,
         images="digits",
         tuning=(),
@@ -80,7 +80,7 @@ PRESETS = {
     ),
     "laptop": Config(),
     "full": Config(
-        language_size="803k",
+        language_sizes=("803k",),
         vision_size="442k",
         seeds=5,
         vision_steps=8000,
@@ -89,8 +89,17 @@ PRESETS = {
         evaluation_images=10_000,
         snapshots=20,
     ),
+    # Sizes, lengths and widths that a law of the state's bits can be fitted to.
+    "law": Config(
+        tasks=("language",),
+        arms=(arms.EXACT, *(f"fixed-{bits}" for bits in (2, 3, 4, 6, 8))),
+        schedules=("wsd",),
+        language_sizes=("10k", "20k", "41k"),
+        tokens_per_parameter=(10, 20, 40),
+        tuning=(),
+    ),
     "tpu": Config(
-        language_size="30m",
+        language_sizes=("30m",),
         vision_size="1.8m",
         seeds=5,
         sequence=1024,
@@ -116,56 +125,68 @@ def make_trials(config: Config) -> list[Trial]:
     """
     _check(config)
     made = []
-    for task in config.tasks:
-        shared = _shared(config, task)
+    shared = [s for task in config.tasks for s in _shared(config, task)]
+    for own in shared:
         for schedule in config.schedules:
             for arm in config.arms:
                 made += [
-                    Trial(arm=arm, schedule=schedule, seed=seed, is_tuning=False, **shared)
+                    Trial(arm=arm, schedule=schedule, seed=seed, is_tuning=False, **own)
                     for seed in range(config.seeds)
                 ]
             for factor in config.tuning:
-                own = shared | {"peak_lr": factor * shared["peak_lr"]}
-                made.append(Trial(arm=arms.EXACT, schedule=schedule, seed=0, is_tuning=True, **own))
+                other = own | {"peak_lr": factor * own["peak_lr"]}
+                made.append(
+                    Trial(arm=arms.EXACT, schedule=schedule, seed=0, is_tuning=True, **other)
+                )
     return made
 
 
-def _shared(config: Config, task: str) -> dict[str, Any]:
-    """What a task's trials have in common, once its data is there and its model can be made."""
+def _shared(config: Config, task: str) -> list[dict[str, Any]]:
+    """What trials of a model and a length have in common, once their data is there and the model can be."""
     common = {
         "task": task,
         "peak_lr": getattr(config, f"{task}_lr"),
         "batch": getattr(config, f"{task}_batch"),
-        "size": getattr(config, f"{task}_size"),
         "interval": config.interval,
         "snapshots": config.snapshots,
         "log_every": config.log_every,
         "checkpoint_every": config.checkpoint_every,
     }
     if task == "vision":
-        dataset = images.load(config.images, config.images_path)
-        made = common | {
-            "data": config.images,
-            "data_path": config.images_path,
-            "data_fingerprint": dataset.fingerprint,
-            "grid": config.grid,
-            "sequence": 0,
-            "steps": config.vision_steps,
-            "evaluation": config.evaluation_images,
-        }
-        shape = vision_config(config.vision_size, config.grid, dataset)
-        _check_budgets(config, lambda: vision.ViT(shape, nnx.Rngs(0)))
-        return made
+        return [common | _vision(config)]
     corpus = data.load(config.text, config.text_path)
     data.check_length(corpus, config.sequence)
-    language = dataclasses.replace(
-        LANGUAGE_SIZES[config.language_size], vocab_size=corpus.vocab_size
-    )
-    _check_budgets(config, lambda: models.LM(language, nnx.Rngs(0)))
-    tokens = (
-        config.tokens_per_parameter * LANGUAGE_SIZES[config.language_size].non_embedding_parameters
-    )
-    return common | {
+    return [
+        common | _language(config, corpus, size, d)
+        for size in config.language_sizes
+        for d in config.tokens_per_parameter
+    ]
+
+
+def _vision(config: Config) -> dict[str, Any]:
+    dataset = images.load(config.images, config.images_path)
+    shape = vision_config(config.vision_size, config.grid, dataset)
+    _check_budgets(config, lambda: vision.ViT(shape, nnx.Rngs(0)))
+    return {
+        "size": config.vision_size,
+        "data": config.images,
+        "data_path": config.images_path,
+        "data_fingerprint": dataset.fingerprint,
+        "grid": config.grid,
+        "sequence": 0,
+        "steps": config.vision_steps,
+        "evaluation": config.evaluation_images,
+    }
+
+
+def _language(
+    config: Config, corpus: data.Corpus, size: str, tokens_per_parameter: int
+) -> dict[str, Any]:
+    shape = dataclasses.replace(LANGUAGE_SIZES[size], vocab_size=corpus.vocab_size)
+    _check_budgets(config, lambda: models.LM(shape, nnx.Rngs(0)))
+    tokens = tokens_per_parameter * shape.non_embedding_parameters
+    return {
+        "size": size,
         "data": config.text,
         "data_path": config.text_path,
         "data_fingerprint": corpus.fingerprint,
@@ -187,8 +208,8 @@ def _check_budgets(config: Config, make: Callable[[], nnx.Module]) -> None:
 
 
 def _check(config: Config) -> None:
-    choices = {"tasks": TASKS, "schedules": SCHEDULES}
-    for name in (*choices, "arms"):
+    choices = {"tasks": TASKS, "schedules": SCHEDULES, "language_sizes": tuple(LANGUAGE_SIZES)}
+    for name in (*choices, "arms", "tokens_per_parameter"):
         values = getattr(config, name)
         if not values or len(set(values)) != len(values):
             raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
@@ -206,14 +227,18 @@ def _check(config: Config) -> None:
     for factor in config.tuning:
         if not factor > 0 or factor == 1:
             raise ValueError(f"config.tuning holds factors other than 1 above 0; got {factor!r}")
-    for task, sizes in (("language", LANGUAGE_SIZES), ("vision", VISION_SIZES)):
-        size = getattr(config, f"{task}_size")
-        if size not in sizes:
-            raise ValueError(f"config.{task}_size is one of {', '.join(sizes)}; got {size!r}")
+    if config.vision_size not in VISION_SIZES:
+        known = ", ".join(VISION_SIZES)
+        raise ValueError(f"config.vision_size is one of {known}; got {config.vision_size!r}")
+    for value in config.tokens_per_parameter:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f"config.tokens_per_parameter holds whole numbers of at least 1; got {value!r}"
+            )
 
 
 _POSITIVE = (
-    *("seeds", "tokens_per_parameter", "vision_steps", "grid", "sequence", "language_batch"),
+    *("seeds", "vision_steps", "grid", "sequence", "language_batch"),
     *("vision_batch", "language_lr", "vision_lr", "interval", "snapshots", "evaluation_windows"),
     *("evaluation_images", "log_every", "checkpoint_every"),
 )

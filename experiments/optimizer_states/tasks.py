@@ -13,9 +13,11 @@ from experiments.harness import data, images, models, train, vision
 
 COOLDOWN = 0.2  # the share of a WSD run in which the learning rate falls
 WARMUP = 0.05
-# Every matrix has at least 4096 elements, below which torchao's codecs leave a leaf exact.
+# From 41k on every matrix has at least 4096 elements, below which torchao's codecs leave a leaf exact.
 LANGUAGE_SIZES = {
     "10k": models.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
+    "20k": models.LMConfig(layers=2, width=32, heads=2, kv_heads=2, hidden=64),
+    "41k": models.LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128),
     "94k": models.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
     "803k": models.LMConfig(layers=4, width=128, heads=4, kv_heads=4, hidden=352),
     "30m": models.sized("30m"),

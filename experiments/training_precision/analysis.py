@@ -5,16 +5,13 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
-import math
-
-import numpy as np
 import pandas as pd
 from scipy import stats
 
 from experiments.harness import models
+from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary, plain
 from jaxquant import laws
 
-CONFIDENCE = 0.9
 BOOTSTRAPS = 200
 STARTS = 16  # of every fit here: with one number, each law is compiled once
 TENSORS = {"w": "weights", "a": "activations", "kv": "cache"}
@@ -111,11 +108,7 @@ def method_summary(table: pd.DataFrame, method: str) -> dict:
             for b in widths
             if b < 16
         ],
-        "control": {
-            "gain": control.gain,
-            "largest_shuffled": float(control.shuffled.max()),
-            "p_value": control.p_value,
-        },
+        "control": control_summary(control),
     }
 
 
@@ -169,22 +162,6 @@ def unified_summary(table: pd.DataFrame) -> dict:
     except ValueError as error:
         return {"reason": str(error)}
     return {"laws": ranked.rows, "fit": fit_summary(fitted)}
-
-
-def fit_summary(fitted: laws.Fit) -> dict:
-    """A fit as JSON values."""
-    return {
-        "law": fitted.law.name,
-        "equation": fitted.law.equation,
-        "runs": fitted.runs,
-        "r2": fitted.r2,
-        "parameters": [
-            {"name": name, "value": value}
-            | dict(zip(("low", "high"), fitted.interval(name, CONFIDENCE), strict=True))
-            for name, value in fitted.params.items()
-        ],
-        "warnings": list(fitted.warnings),
-    }
 
 
 def _optimum(found: laws.Optimum) -> dict:
@@ -251,7 +228,7 @@ def summarize(records: list[dict], expected: int) -> dict:
         for r in records
         if r["status"] == "diverged"
     ]
-    return _plain(
+    return plain(
         {
             "study": "training_precision",
             "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
@@ -268,14 +245,3 @@ def summarize(records: list[dict], expected: int) -> dict:
             "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
         }
     )
-
-
-def _plain(value):
-    """JSON values: NaN and infinities become null, NumPy's numbers Python's."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.harness import report
+from experiments.harness.law_tables import control_text, fit_table, interval, laws_table, number
 from experiments.training_precision import figures
 from experiments.training_precision.analysis import METHOD_NAMES, runs, summarize, tied
 from jaxquant import laws
@@ -63,40 +64,11 @@ def to_text(summary: dict) -> str:
     for method in summary["methods"]:
         for row in method.get("laws", ()):
             lines.append(
-                f"  {METHOD_NAMES[method['method']]:17} {row['law']:26} R² {_number(row['r2'])}  "
-                f"held out by N {_number(row['r2_by_N'])}, D {_number(row['r2_by_D'])}, "
-                f"P {_number(row['r2_by_P_w'])}"
+                f"  {METHOD_NAMES[method['method']]:17} {row['law']:26} R² {number(row['r2'])}  "
+                f"held out by N {number(row['r2_by_N'])}, D {number(row['r2_by_D'])}, "
+                f"P {number(row['r2_by_P_w'])}"
             )
     return "\n".join(lines)
-
-
-def _number(value: float | None, form: str = ".3f") -> str:
-    return "—" if value is None or pd.isna(value) else format(value, form)
-
-
-def _interval(row: dict, form: str = ".3g") -> str:
-    if row.get("low") is None or pd.isna(row["low"]):
-        return _number(row["value"], form)
-    return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
-
-
-def _laws_table(rows: list[dict]) -> pd.DataFrame:
-    shown = []
-    for row in rows:
-        held = {
-            f"R² held out by {k.removeprefix('r2_by_')}": _number(v)
-            for k, v in row.items()
-            if k.startswith("r2_by_")
-        }
-        head = {"law": row["law"], "parameters": row["parameters"], "R²": _number(row["r2"])}
-        shown.append(head | held | {"ΔAICc": _number(row["delta_aicc"], ".1f")})
-    return pd.DataFrame(shown)
-
-
-def _fit_table(fit: dict) -> pd.DataFrame:
-    return pd.DataFrame(
-        [{"parameter": p["name"], "value [90 %]": _interval(p)} for p in fit["parameters"]]
-    )
 
 
 def _method_section(method: dict) -> report.Section:
@@ -104,20 +76,16 @@ def _method_section(method: dict) -> report.Section:
     title = f"Laws: {name}, all tensors in one width"
     if "reason" in method:
         return report.Section(title, [f"Not fitted: {method['reason']}."])
-    control = method["control"]
-    kept = "stays" if control["gain"] > 0 and control["p_value"] <= 0.05 else "is rejected"
     paragraphs = [
         f"{method['runs']} runs. P* = {method['optimum']['text']}; by free efficiencies, among the widths "
         "trained, "
         f"{method['optimum_free']['text']}.",
-        f"Control: the term of precision gains {control['gain']:.1f} in AICc over Chinchilla's law; with "
-        "bits shuffled "
-        f"among runs, {control['largest_shuffled']:.1f} at most (p = {control['p_value']:.2f}): it {kept}.",
+        control_text(method["control"]),
         *(f"Warning: {text}." for text in method["fit"]["warnings"]),
     ]
     tables = [
-        ("Ranked by AICc; R² of the logarithm of the loss", _laws_table(method["laws"])),
-        (method["fit"]["equation"], _fit_table(method["fit"])),
+        ("Ranked by AICc; R² of the logarithm of the loss", laws_table(method["laws"])),
+        (method["fit"]["equation"], fit_table(method["fit"])),
     ]
     return report.Section(title, paragraphs, tables)
 
@@ -131,8 +99,8 @@ def _separate_section(separate: dict) -> report.Section:
         *(f"Warning: {text}." for text in separate["fit"]["warnings"]),
     ]
     tables = [
-        ("Ranked by AICc; R² of the logarithm of the loss", _laws_table(separate["laws"])),
-        (separate["fit"]["equation"], _fit_table(separate["fit"])),
+        ("Ranked by AICc; R² of the logarithm of the loss", laws_table(separate["laws"])),
+        (separate["fit"]["equation"], fit_table(separate["fit"])),
     ]
     return report.Section(title, paragraphs, tables)
 
@@ -145,8 +113,8 @@ def _served_section(title: str, text: str, found: dict) -> report.Section:
         text += f" {found['left_out']} of {found['left_out'] + found['runs']} add nothing and are left out."
     warnings = [f"Warning: {w}." for w in found["fit"]["warnings"]]
     tables = [
-        ("Ranked by AICc; R² of the logarithm", _laws_table(found["laws"])),
-        (found["fit"]["equation"], _fit_table(found["fit"])),
+        ("Ranked by AICc; R² of the logarithm", laws_table(found["laws"])),
+        (found["fit"]["equation"], fit_table(found["fit"])),
     ]
     return report.Section(title, [text, *warnings], tables)
 
@@ -156,7 +124,7 @@ def _losses(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["size", "method", "d_over_n"]
     shown = parts.pivot_table(index=keys, columns="P_w", values="loss", sort=False)
     shown = shown[sorted(shown.columns)].rename(columns=lambda b: f"{b} bits")
-    shown = shown.map(_number).reset_index()
+    shown = shown.map(number).reset_index()
     shown["method"] = shown["method"].map(METHOD_NAMES)
     return shown.rename(columns={"size": "N", "d_over_n": "D/N"})
 
@@ -167,7 +135,7 @@ def _robustness_section(rows: list[dict]) -> report.Section:
             "method": METHOD_NAMES[r["method"]],
             "trained at": r["P"],
             "served at": r["P_post"],
-            "δ less δ of 16 bits [90 %]": _interval({"value": r["mean"], **r}, "+.4f"),
+            "δ less δ of 16 bits [90 %]": interval({"value": r["mean"], **r}, "+.4f"),
             "seeds": r["seeds"],
         }
         for r in rows
@@ -266,7 +234,7 @@ def _entropy_section(rows: list[dict]) -> report.Section:
         {
             "method": METHOD_NAMES[r["method"]],
             "entropy": f"{r['entropy']:.4f}",
-            "E [90 %]": _interval(r),
+            "E [90 %]": interval(r),
         }
         for r in rows
     ]
