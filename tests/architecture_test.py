@@ -82,7 +82,7 @@ EXPERIMENTS = [
         "harness.pretrained.minilm",
         "harness.pretrained.references",
     ],
-    ["harness.train", "harness.trials"],
+    ["harness.train", "harness.wsd", "harness.trials"],
     [
         "pretrained_quantization.arms",
         "pretrained_quantization.subjects",

@@ -95,9 +95,9 @@ def test_long_runs_of_the_largest_size_are_left_out():
         if t.schedule == "wsd"
     }
     assert lengths == {
-        "21k": (20, 60, 100, 200, 600),
-        "83k": (20, 60, 100, 200, 600),
-        "332k": (20, 60, 100),
+        "21k": (20, 60, 200, 600),
+        "83k": (20, 60, 200, 600),
+        "332k": (20, 60),
     }
 
 

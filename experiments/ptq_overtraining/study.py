@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import cli, data, models, train, trials
+from experiments.harness import cli, data, models, train, trials, wsd
 from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
 from jaxquant.groups import Granularity
@@ -68,8 +68,8 @@ PRESETS = {
     "laptop": Config(),
     "full": Config(
         sizes=("21k", "83k", "332k"),
-        tokens_per_parameter=(20, 60, 100, 200, 600),
-        longest=(600, 600, 100),
+        tokens_per_parameter=(20, 60, 200, 600),
+        longest=(600, 600, 60),
         peak_lr=4e-3,
         evaluation_windows=512,
     ),
@@ -356,14 +356,13 @@ class _Run:
         self.trial, self.context, self.corpus = trial, context, corpus
         identity = (trial.size, trial.dtype, corpus.vocab_size)
         self.graphdef, config = _model(*identity)
-        self._step, self._mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
-        self._state = train.init_state(
+        step, mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
+        state = train.init_state(
             lambda: nnx.state(models.LM(config, nnx.Rngs(trial.seed)), nnx.Param),
             train.adamw(),
-            self._mesh,
+            mesh,
         )
-        self._history: train.History = []
-        self._batches = data.train_batches(
+        batches = data.train_batches(
             corpus,
             trial.sequence,
             trial.batch,
@@ -371,24 +370,21 @@ class _Run:
             jax.process_index(),
             jax.process_count(),
         )
+        self._trunk = wsd.Trunk(
+            step,
+            state,
+            batches,
+            mesh,
+            lambda name: Checkpoints(context.scratch / name),
+            {
+                "log_every": trial.log_every,
+                "checkpoint_every": trial.checkpoint_every,
+                "on_log": self._say,
+            },
+        )
 
-    def _fit(self, state, plan: train.Schedule, steps: int, folder: str):
-        with Checkpoints(self.context.scratch / folder) as checkpoints:
-            return train.fit(
-                self._step,
-                state,
-                self._batches,
-                plan,
-                steps,
-                self._mesh,
-                history=self._history,
-                checkpoints=checkpoints,
-                log_every=self.trial.log_every,
-                checkpoint_every=self.trial.checkpoint_every,
-                on_log=lambda n, loss: self.context.progress(
-                    n * _step_cost(self.trial), f"loss {loss:.3f}"
-                ),
-            )
+    def _say(self, steps: int, loss: float) -> None:
+        self.context.progress(steps * _step_cost(self.trial), f"loss {loss:.3f}")
 
     def point(self, tokens_per_parameter: int) -> dict:
         """Trains to a length and measures there. Under WSD the trunk stays where the branch left it."""
@@ -396,15 +392,11 @@ class _Run:
         if trial.schedule == "wsd":
             warmup = max(1, trial.steps(trial.tokens_per_parameter[0]) // 10)
             start = trial.cooldown_start(tokens_per_parameter)
-            trunk = train.stable(trial.peak_lr, warmup)
-            self._state, self._history = self._fit(self._state, trunk, start, "trunk")
+            self._trunk.grow(train.stable(trial.peak_lr, warmup), start)
             plan = train.cooldown(trial.peak_lr, warmup, start, steps)
         else:
             plan = train.cosine(trial.peak_lr, steps, max(1, steps // 10))
-        position = self._batches.get_state()
-        copy = train.copy_state(self._state)
-        end, curve = self._fit(copy, plan, steps, f"branch-{tokens_per_parameter}")
-        self._batches.set_state(position)
+        end, curve = self._trunk.branch(plan, steps, f"branch-{tokens_per_parameter}")
         tokens = steps * trial.batch * trial.sequence
         return {
             "tokens_per_parameter": tokens_per_parameter,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from experiments.harness import data, models, train, trials
+from experiments.harness import data, models, train, trials, wsd
 from experiments.harness.checkpoints import Checkpoints
 from experiments.training_precision.numerics import Numerics, Precision
 
@@ -157,7 +157,7 @@ class _Run:
     def __init__(self, trial: Trial, context: trials.Context, corpus: data.Corpus):
         self.trial, self.context, self.corpus = trial, context, corpus
         self._programs = programs(trial.size, trial.method, trial.dtype, corpus.vocab_size)
-        self._batches = data.train_batches(
+        batches = data.train_batches(
             corpus,
             trial.sequence,
             trial.batch,
@@ -165,28 +165,22 @@ class _Run:
             jax.process_index(),
             jax.process_count(),
         )
-        position = self._batches.get_state()
-        first = jnp.asarray(next(self._batches))
-        self._batches.set_state(position)
-        self._state = self._programs.init(jax.random.key(trial.seed), trial.precision, first)
-        self._history: train.History = []
-
-    def _fit(self, state: train.TrainState, plan: train.Schedule, steps: int, folder: str):
-        with self._checkpoints(folder) as checkpoints:
-            return train.fit(
-                self._programs.step,
-                state,
-                self._batches,
-                plan,
-                steps,
-                self._programs.mesh,
-                history=self._history,
-                checkpoints=checkpoints,
-                log_every=self.trial.log_every,
-                checkpoint_every=self.trial.checkpoint_every,
-                on_log=self._say,
-                data=(self.trial.precision,),
-            )
+        position = batches.get_state()
+        first = jnp.asarray(next(batches))
+        batches.set_state(position)
+        self._trunk = wsd.Trunk(
+            self._programs.step,
+            self._programs.init(jax.random.key(trial.seed), trial.precision, first),
+            batches,
+            self._programs.mesh,
+            self._checkpoints,
+            {
+                "log_every": trial.log_every,
+                "checkpoint_every": trial.checkpoint_every,
+                "on_log": self._say,
+                "data": (trial.precision,),
+            },
+        )
 
     def _say(self, steps: int, loss: float) -> None:
         trial = self.trial
@@ -205,13 +199,9 @@ class _Run:
         trial, steps = self.trial, self.trial.steps(tokens_per_parameter)
         warmup = max(1, trial.steps(trial.tokens_per_parameter[0]) // 10)
         start = trial.cooldown_start(tokens_per_parameter)
-        trunk = train.stable(trial.peak_lr, warmup)
-        self._state, self._history = self._fit(self._state, trunk, start, "trunk")
-        position = self._batches.get_state()
-        copy = train.copy_state(self._state)
+        self._trunk.grow(train.stable(trial.peak_lr, warmup), start)
         plan = train.cooldown(trial.peak_lr, warmup, start, steps)
-        end, curve = self._fit(copy, plan, steps, f"branch-{tokens_per_parameter}")
-        self._batches.set_state(position)
+        end, curve = self._trunk.branch(plan, steps, f"branch-{tokens_per_parameter}")
         tokens = steps * trial.batch * trial.sequence
         return {
             "tokens_per_parameter": tokens_per_parameter,
