@@ -9,20 +9,25 @@ checkpoints; stopped at any point, the same command goes on, on the same mesh or
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from experiments.harness import cli, data, files, models, train
+import jaxquant as jq
+from experiments.harness import cli, data, files, models, sharding, train
 from experiments.harness.checkpoints import Checkpoints
+from experiments.optimizer_states import arms
 
 # What may differ between a run and the run that goes on from its checkpoint.
-_LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "checkpoint_every")
+_LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
 
 
 @dataclasses.dataclass
@@ -31,6 +36,12 @@ class Config:
 
     size: str = "83k"  # of harness/models.py, by N
     kv_heads: int = 0  # grouped-query attention; 0: as many as heads
+    scan: bool = False  # one program for all blocks: deep models compile sooner
+    remat: bool = False  # blocks computed again in the backward pass: less memory
+    recipe: str = ""  # of the blocks' linears, as "int8_train"; "": float
+    state: str = "fp32"  # of the optimizer, as "fixed-5" or "felt-5.0"
+    interval: int = 100  # steps between decisions of a state whose widths adapt
+    state_shards: int = 0  # parts that devices share the state's pages by; 0: the mesh's fsdp
     steps: int = 2000
     schedule: str = "wsd"  # wsd, cosine
     seed: int = 0
@@ -48,6 +59,7 @@ class Config:
     checkpoint_every: int = 500
     mesh_data: int = 1
     mesh_fsdp: int = -1
+    mesh_tensor: int = 1
 
 
 PRESETS = {
@@ -107,6 +119,84 @@ def _claim(workdir: Path, config: Config) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is trained, and how.
+
+    Attributes:
+        model: its shape.
+        init: seed -> parameters.
+        loss: (params, tokens) -> scalar, activations spread over the mesh.
+        evaluate: the same, wherever they lie.
+        tx: the optimizer.
+    """
+
+    model: models.LMConfig
+    init: Callable[[int], Any]
+    loss: train.Loss
+    evaluate: train.Loss
+    tx: Any
+
+
+def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
+    """The model, its loss and its optimizer, as they lie on a mesh.
+
+    Raises:
+        ValueError: a recipe or a state that there is not; a batch or a model that the mesh does not divide.
+    """
+    if config.batch % sharding.batch_size(mesh):
+        raise ValueError(
+            f"config.batch {config.batch} does not divide over {sharding.batch_size(mesh)} devices"
+        )
+    shape = models.sized(
+        config.size,
+        vocab_size=vocab_size,
+        dtype=config.dtype,
+        scan=config.scan,
+        remat=config.remat,
+    )
+    shape = dataclasses.replace(shape, kv_heads=config.kv_heads or shape.heads)
+    if shape.kv_heads % config.mesh_tensor:
+        raise ValueError(
+            f"config.mesh_tensor {config.mesh_tensor} does not divide {shape.kv_heads} heads of keys and "
+            f"values, as {config.size} has"
+        )
+
+    def make(seed: int) -> nnx.Module:
+        model = models.LM(shape, nnx.Rngs(seed))
+        return jq.nnx.quantize(model, {"blocks/.*": config.recipe}) if config.recipe else model
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
+    return Program(
+        shape,
+        lambda seed: nnx.state(make(seed), nnx.Param),
+        train.next_token_loss(graphdef, mesh),
+        train.next_token_loss(graphdef),
+        train.adamw(0.9, 0.95, config.weight_decay, config.clip, _moments(config, mesh)),
+    )
+
+
+def _moments(config: Config, mesh: Mesh) -> Any:
+    """Adam's moments, in pages that the devices along fsdp share where there are several."""
+    layout: dict[str, Any] = {"mesh": mesh, "axis": "fsdp"} if mesh.size > 1 else {}
+    return arms.moments(config.state, config.interval, shards=config.state_shards or None, **layout)
+
+
+def check(config: Config) -> None:
+    """Raises a ValueError for a field that no run could use."""
+    cli.check_positive(
+        config, "steps", "sequence", "batch", "evaluation_windows", "peak_lr", "clip"
+    )
+    cli.check_positive(config, "log_every", "checkpoint_every", "interval", "mesh_tensor")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
+    if not 0 <= config.weight_decay < float("inf"):
+        raise ValueError(f"config.weight_decay is a number from 0; got {config.weight_decay}")
+    if config.state_shards < 0:
+        raise ValueError(f"config.state_shards is a number from 0; got {config.state_shards}")
+    make_schedule(config)
+
+
 def run(config: Config, workdir: str | Path) -> dict:
     """Trains, going on from a checkpoint where there is one, and evaluates.
 
@@ -122,34 +212,15 @@ def run(config: Config, workdir: str | Path) -> dict:
         Diverged: a loss that is not finite.
     """
     workdir = Path(workdir)
-    cli.check_positive(
-        config, "steps", "sequence", "batch", "evaluation_windows", "peak_lr", "clip"
-    )
-    cli.check_positive(config, "log_every", "checkpoint_every")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
-    if not 0 <= config.weight_decay < float("inf"):
-        raise ValueError(f"config.weight_decay is a number from 0; got {config.weight_decay}")
-    schedule = make_schedule(config)
-    mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
-    if config.batch % mesh.size:
-        raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
+    check(config)
+    mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     corpus = data.load(config.data, config.data_path, config.shift_path)
+    program = make_program(config, mesh, corpus.vocab_size)
     batches = data.train_batches(
         corpus, config.sequence, config.batch, config.seed, jax.process_index(), jax.process_count()
     )
-    model = models.sized(config.size, vocab_size=corpus.vocab_size, dtype=config.dtype)
-    model = dataclasses.replace(model, kv_heads=config.kv_heads or model.heads)
     _claim(workdir, config)
-
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: models.LM(model, nnx.Rngs(0))))
-    loss, tx = (
-        train.next_token_loss(graphdef),
-        train.adamw(0.9, 0.95, config.weight_decay, config.clip),
-    )
-    state = train.init_state(
-        lambda: nnx.state(models.LM(model, nnx.Rngs(config.seed)), nnx.Param), tx, mesh
-    )
+    state = train.init_state(lambda: program.init(config.seed), program.tx, mesh)
     with (
         Checkpoints(workdir / "checkpoints") as checkpoints,
         tqdm(total=config.steps, unit="step") as bar,
@@ -160,10 +231,10 @@ def run(config: Config, workdir: str | Path) -> dict:
             bar.update(steps)
 
         state, history = train.fit(
-            train.make_step(loss, tx, mesh),
+            train.make_step(program.loss, program.tx, mesh),
             state,
             batches,
-            schedule,
+            make_schedule(config),
             config.steps,
             mesh,
             checkpoints=checkpoints,
@@ -171,10 +242,11 @@ def run(config: Config, workdir: str | Path) -> dict:
             checkpoint_every=config.checkpoint_every,
             on_log=on_log,
         )
-    return _finish(workdir, config, corpus, model, jax.jit(loss), state, history)
+    return _finish(workdir, config, corpus, program, state, history)
 
 
-def _finish(workdir, config, corpus, model, loss, state, history) -> dict:
+def _finish(workdir, config, corpus, program, state, history) -> dict:
+    loss, model = jax.jit(program.evaluate), program.model
     evaluate = functools.partial(
         data.evaluation_windows, corpus, length=config.sequence, count=config.evaluation_windows
     )

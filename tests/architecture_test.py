@@ -65,7 +65,7 @@ LIBRARY = [
     ["optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
-    ["harness.files", "harness.cli"],
+    ["harness.files", "harness.cli", "harness.sharding"],
     [
         "harness.data",
         "harness.models",
@@ -91,7 +91,7 @@ EXPERIMENTS = [
         "pretrained_quantization.__main__",
     ],
     ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
-    ["ptq_overtraining.study", "ptq_overtraining.__main__", "train"],
+    ["ptq_overtraining.study", "ptq_overtraining.__main__"],
     [
         "optimizer_states.arms",
         "optimizer_states.tasks",
@@ -102,6 +102,7 @@ EXPERIMENTS = [
         "optimizer_states.running",
         "optimizer_states.study",
         "optimizer_states.__main__",
+        "train",
     ],
     [
         "training_precision.numerics",

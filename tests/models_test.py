@@ -21,7 +21,7 @@ def test_sizes_are_what_their_names_say(name):
     embedding_and_head = 2 * config.vocab_size * config.width
     n = parameters(model) - norms - embedding_and_head
     assert n == config.non_embedding_parameters
-    digits, unit = float(name[:-1]), {"k": 1e3, "m": 1e6}[name[-1]]
+    digits, unit = float(name[:-1]), {"k": 1e3, "m": 1e6, "b": 1e9}[name[-1]]
     assert abs(n / (digits * unit) - 1) < 0.16
 
 
@@ -72,7 +72,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: models.sized("7b"), "one of 3k, 14k"),
+        (lambda: models.sized("9b"), "one of 3k, 14k"),
         (lambda: models.LMConfig(1, 30, 4, 4, 64), "width 30"),
         (lambda: models.LMConfig(1, 12, 4, 4, 64), "even size"),
         (lambda: models.LMConfig(1, 32, 4, 3, 64), "3 kv_heads"),

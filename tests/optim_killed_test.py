@@ -16,7 +16,7 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 import jaxquant as jq
-from experiments.harness import train
+from experiments.harness import sharding, train
 from experiments.harness.checkpoints import Checkpoints
 
 class Batches:
@@ -30,7 +30,7 @@ class Batches:
 
 adam = jq.optim.quantize_state(optax.scale_by_adam(), jq.optim.adaptive(5.0, interval=3))
 tx = optax.chain(adam, train.scale_by_schedule_argument())
-mesh = train.make_mesh()
+mesh = sharding.make_mesh()
 loss = lambda p, x: jnp.mean((jnp.tanh(x @ p["a"]) @ p["b"] - x) ** 2)
 rng = np.random.default_rng(0)
 params = {k: jnp.asarray(rng.normal(size=s) * 0.1, jnp.float32)

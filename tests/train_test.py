@@ -1,4 +1,6 @@
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models, train
+from experiments.harness import data, models, sharding, train
 from experiments.harness.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,7 @@ def quadratic(params, batch):
 
 @pytest.fixture
 def toy():
-    mesh, tx = train.make_mesh(), train.adamw()
+    mesh, tx = sharding.make_mesh(), train.adamw()
 
     def start():
         return train.init_state(lambda: {"x": jnp.ones(3)}, tx, mesh)
@@ -146,7 +148,7 @@ def test_a_training_step_with_traced_bits_is_traced_once():
     config = models.sized("3k")
     graphdef, mesh = (
         nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))),
-        train.make_mesh(),
+        sharding.make_mesh(),
     )
 
     @chex.assert_max_traces(n=1)
@@ -179,7 +181,7 @@ def test_a_training_step_with_traced_bits_is_traced_once():
 )
 def test_a_mesh_that_does_not_fit_is_named(sizes, message):
     with pytest.raises(ValueError, match=message):
-        train.make_mesh(*sizes)
+        sharding.make_mesh(*sizes)
 
 
 def train_binary(workdir, devices, steps=50, **config):
@@ -202,9 +204,10 @@ def losses(workdir) -> np.ndarray:
 @pytest.mark.exhaustive
 @pytest.mark.long
 def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
-    layouts = {"one": (1, 1, 1), "fsdp": (8, 1, 8), "both": (8, 2, 4)}
-    for name, (devices, by_data, by_fsdp) in layouts.items():
-        done = train_binary(tmp_path / name, devices, mesh_data=by_data, mesh_fsdp=by_fsdp)
+    layouts = {"one": (1, 1, 1), "fsdp": (1, 8, 1), "both": (2, 4, 1), "all": (2, 2, 2)}
+    for name, sizes in layouts.items():
+        mesh = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), sizes, strict=True))
+        done = train_binary(tmp_path / name, math.prod(sizes), **mesh)
         assert done.returncode == 0, done.stderr[-2000:]
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / "one"), rtol=2e-4)
     assert losses(tmp_path / "one").size == 50
@@ -216,6 +219,48 @@ def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     np.testing.assert_allclose(losses(tmp_path / "fsdp"), losses(tmp_path / "one"), rtol=2e-4)
     assert "50%" in done.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.long
+def test_a_quantized_run_with_its_state_in_pages_is_the_same_on_every_layout(tmp_path):
+    quantized = {"recipe": "int8_train", "state": "fixed-5", "state_shards": 4, "scan": True}
+    for name, sizes in {"one": (1, 1, 1), "fsdp": (2, 4, 1), "tensor": (1, 4, 2)}.items():
+        mesh = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), sizes, strict=True))
+        done = train_binary(tmp_path / name, math.prod(sizes), steps=30, **mesh, **quantized)
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, others = losses(tmp_path / "one"), [losses(tmp_path / n) for n in ("fsdp", "tensor")]
+    for other in others:
+        np.testing.assert_allclose(other, one, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"recipe": "w9a9"}, "widths are 2 to 8, or 16"),
+        ({"state": "fixed-9"}, "bits is a whole number"),
+        ({"mesh_tensor": 2}, "does not cover 1 device(s) exactly"),
+        ({"mesh_tensor": 0}, "config.mesh_tensor is a number above 0"),
+    ],
+)
+def test_what_no_run_could_use_is_named(tmp_path, change, words):
+    done = train_binary(tmp_path, 1, **change)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_model_that_is_scanned_computes_as_one_that_is_not():
+    listed = models.sized("3k")
+    stacked = dataclasses.replace(listed, scan=True, remat=True)
+    one, other = (models.LM(config, nnx.Rngs(0)) for config in (listed, stacked))
+    blocks = nnx.state(other.blocks)
+    for i, block in enumerate(one.blocks):
+        nnx.update(block, jax.tree.map(lambda x, i=i: x[i], blocks))
+    for name in ("embed", "norm", "head"):
+        nnx.update(getattr(one, name), nnx.state(getattr(other, name)))
+    tokens = jnp.arange(24).reshape(2, 12)
+    np.testing.assert_allclose(one(tokens), other(tokens), rtol=1e-5, atol=1e-5)
 
 
 def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path):

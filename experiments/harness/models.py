@@ -5,7 +5,8 @@ Shape suffixes: B batch, T tokens, D width, H query heads, K key-value heads, d 
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ class LMConfig:
         hidden: width of the SwiGLU.
         vocab_size: tokens.
         dtype: what the matrix products compute in; parameters are float32.
+        scan: one program for all blocks, whose parameters are stacked: deep models compile sooner.
+        remat: blocks are computed again in the backward pass, and only what goes between them is kept.
     """
 
     layers: int
@@ -33,6 +36,8 @@ class LMConfig:
     hidden: int
     vocab_size: int = 256
     dtype: Literal["float32", "bfloat16"] = "float32"
+    scan: bool = False
+    remat: bool = False
 
     def __post_init__(self):
         for name in ("layers", "width", "heads", "kv_heads", "hidden", "vocab_size"):
@@ -82,6 +87,8 @@ SIZES = {
     "57m": _shape(8, 768, 6),
     "113m": _shape(16, 768, 6),
     "223m": _shape(14, 1152, 9),
+    "1.7b": _shape(27, 2304, 18),
+    "7b": LMConfig(32, 4096, 32, 32, 11008),
 }
 
 
@@ -189,13 +196,46 @@ class LM(nnx.Module):
             embedding_init=nnx.initializers.normal(1.0),
             rngs=rngs,
         )
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.config = config
+        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.head = _linear(config.width, config.vocab_size, config, rngs)
 
-    def __call__(self, tokens_BxT: jax.Array) -> jax.Array:
-        """Logits of the next token, float32[B, T, vocabulary]."""
-        x_BxTxD = self.embed(tokens_BxT)
-        for block in self.blocks:
-            x_BxTxD = block(x_BxTxD)
+    def __call__(
+        self, tokens_BxT: jax.Array, constrain: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> jax.Array:
+        """Logits of the next token, float32[B, T, vocabulary].
+
+        Args:
+            tokens_BxT: integers below the vocabulary's size.
+            constrain: where activations between blocks lie, [B, T, D] -> [B, T, D].
+        """
+
+        def apply(block: Block, x_BxTxD: jax.Array) -> jax.Array:
+            return constrain(block(x_BxTxD))
+
+        if self.config.remat:
+            apply = nnx.remat(apply)
+        x_BxTxD = constrain(self.embed(tokens_BxT))
+        if self.config.scan:
+            along = nnx.scan(apply, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+            x_BxTxD = along(self.blocks, x_BxTxD)
+        else:
+            for block in self.blocks:
+                x_BxTxD = apply(block, x_BxTxD)
         return self.head(self.norm(x_BxTxD)).astype(jnp.float32)
+
+
+def _listed(config: LMConfig, rngs: nnx.Rngs) -> Any:
+    return nnx.List([Block(config, rngs) for _ in range(config.layers)])
+
+
+def _stacked(config: LMConfig, rngs: nnx.Rngs) -> Any:
+    """All blocks as one module, its parameters with an axis of layers in front."""
+
+    @nnx.split_rngs(splits=config.layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs)
+
+    return stack(rngs)

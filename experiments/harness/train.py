@@ -1,13 +1,12 @@
 """The training loop: a loss function, an optax transformation, batches, a schedule; nothing else.
 
 It knows nothing of quantization.  What varies between runs of one model (the schedule, bits) is data
-of the compiled step, so a sweep compiles once per model.  States are sharded over a mesh with the axes
-``data`` and ``fsdp``; numbers agree between layouts to float accumulation.
+of the compiled step, so a sweep compiles once per model.  Where arrays lie is `harness.sharding`'s to say.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
+from experiments.harness import sharding
 from experiments.harness.checkpoints import Checkpoints
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
@@ -103,12 +102,19 @@ def scale_by_schedule_argument() -> optax.GradientTransformationExtraArgs:
 
 @functools.lru_cache
 def adamw(
-    b1: float = 0.9, b2: float = 0.95, weight_decay: float = 0.1, clip: float = 1.0
+    b1: float = 0.9,
+    b2: float = 0.95,
+    weight_decay: float = 0.1,
+    clip: float = 1.0,
+    moments: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping by global norm; weight decay on matrices only; the schedule comes as data."""
+    """AdamW with clipping by global norm; weight decay on matrices only; the schedule comes as data.
+
+    `moments` stands for Adam's own where it is given, as with its state in few bits.
+    """
     return optax.chain(
         optax.clip_by_global_norm(clip),
-        optax.scale_by_adam(b1, b2),
+        moments or optax.scale_by_adam(b1, b2),
         optax.add_decayed_weights(weight_decay, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
         scale_by_schedule_argument(),
     )
@@ -157,33 +163,6 @@ class TrainState:
     opt_state: Any
 
 
-def make_mesh(data: int = 1, fsdp: int = -1) -> Mesh:
-    """A mesh over all devices with the axes (data, fsdp); one of them may be −1, "what is left".
-
-    Raises:
-        ValueError: sizes that do not multiply to the number of devices.
-    """
-    count, sizes = jax.device_count(), [data, fsdp]
-    for i in range(2):
-        if sizes[i] == -1 and sizes[1 - i] > 0 and count % sizes[1 - i] == 0:
-            sizes[i] = count // sizes[1 - i]
-    if min(sizes) < 1 or sizes[0] * sizes[1] != count:
-        raise ValueError(
-            f"a mesh of data={data} × fsdp={fsdp} does not cover {count} device(s) exactly"
-        )
-    return Mesh(np.array(jax.devices()).reshape(sizes), ("data", "fsdp"))
-
-
-def _sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-    """The largest axis that fsdp divides is split over it; what has none is replicated."""
-    size = mesh.shape["fsdp"]
-    axes = [a for a in range(len(shape)) if shape[a] % size == 0 and shape[a] >= size]
-    if size == 1 or not axes:
-        return NamedSharding(mesh, P())
-    largest = max(axes, key=lambda a: shape[a])
-    return NamedSharding(mesh, P(*[None] * largest, "fsdp"))
-
-
 def init_state(
     make_params: Callable[[], Any], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
@@ -202,27 +181,21 @@ def make_init(
     def init(*data):
         params = make_params(*data)
         state = TrainState(jnp.int32(0), params, tx.init(params))
-        shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), state)
-        return jax.lax.with_sharding_constraint(state, shardings)
+        return jax.lax.with_sharding_constraint(state, sharding.of_state(mesh, state))
 
     return jax.jit(init)
-
-
-def _place_batch(mesh: Mesh, batch: np.ndarray) -> jax.Array:
-    """Spreads a batch's rows over all devices; each process brings its own rows."""
-    sharding = NamedSharding(mesh, P(("data", "fsdp")))
-    return jax.make_array_from_process_local_data(sharding, batch)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Step and loop
 
 
-def next_token_loss(graphdef: nnx.GraphDef) -> Loss:
-    """Mean cross-entropy, in nats, of tokens 1 … T given those before."""
+def next_token_loss(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Loss:
+    """Mean cross-entropy, in nats, of tokens 1 … T given those before; activations spread over a mesh."""
+    by_rows = functools.partial(sharding.rows, mesh=mesh)
 
     def loss(params, tokens_BxT1: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(tokens_BxT1[:, :-1])
+        logits = nnx.merge(graphdef, params)(tokens_BxT1[:, :-1], by_rows)
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]).mean()
 
     return loss
@@ -234,7 +207,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
     Args:
         loss: (params, tokens, *data) to a scalar; `data` is traced, so that bits, say, may vary.
         tx: any optax transformation; its update is given `learning_rate` as an extra argument.
-        mesh: with the axes (data, fsdp).
+        mesh: of `sharding.make_mesh`.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -244,8 +217,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
             gradients, state.opt_state, state.params, learning_rate=schedule(state.step)
         )
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
-        shardings = jax.tree.map(lambda x: _sharding(mesh, x.shape), new)
-        return jax.lax.with_sharding_constraint(new, shardings), value
+        return jax.lax.with_sharding_constraint(new, sharding.of_state(mesh, new)), value
 
     return jax.jit(step, donate_argnums=0)
 
@@ -302,7 +274,7 @@ def fit(
     schedule = jax.tree.map(jnp.asarray, schedule)
     at, losses = int(state.step), []
     while at < steps:
-        state, loss = step(state, _place_batch(mesh, next(batches)), schedule, data)
+        state, loss = step(state, sharding.place(mesh, next(batches)), schedule, data)
         losses.append(loss)
         at += 1
         if at % log_every == 0 or at == steps:

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, D width, H heads, d head size.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -12,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
+
+from experiments.harness import sharding
 
 Pooling = Literal["mean", "token"]
 
@@ -197,8 +201,14 @@ class ViT(nnx.Module):
         self.norm = nnx.LayerNorm(config.width, dtype=dtype, rngs=rngs)
         self.head = _linear(config.width, config.classes, config, rngs)
 
-    def __call__(self, pixels_BxHxWxC: jax.Array) -> jax.Array:
+    def __call__(
+        self, pixels_BxHxWxC: jax.Array, constrain: Callable[[jax.Array], jax.Array] = lambda x: x
+    ) -> jax.Array:
         """Logits of the classes, float32[B, classes], from pixels in [0, 1].
+
+        Args:
+            pixels_BxHxWxC: images.
+            constrain: where activations between blocks lie, [B, T, D] -> [B, T, D].
 
         Raises:
             ValueError: images of another shape than the model's.
@@ -213,19 +223,22 @@ class ViT(nnx.Module):
             shape = (x_BxTxD.shape[0], 1, x_BxTxD.shape[-1])
             token_Bx1xD = jnp.broadcast_to(self.token[...].astype(x_BxTxD.dtype)[None], shape)
             x_BxTxD = jnp.concatenate([token_Bx1xD, x_BxTxD], axis=1)
-        x_BxTxD = x_BxTxD + self.positions[...].astype(x_BxTxD.dtype)[None]
+        x_BxTxD = constrain(x_BxTxD + self.positions[...].astype(x_BxTxD.dtype)[None])
         for block in self.blocks:
-            x_BxTxD = block(x_BxTxD)
+            x_BxTxD = constrain(block(x_BxTxD))
         x_BxTxD = self.norm(x_BxTxD)
         pooled_BxD = x_BxTxD.mean(axis=1) if self.token is None else x_BxTxD[:, 0]
         return self.head(pooled_BxD).astype(jnp.float32)
 
 
-def classification_loss(graphdef: nnx.GraphDef) -> Callable[..., jax.Array]:
+def classification_loss(
+    graphdef: nnx.GraphDef, mesh: Mesh | None = None
+) -> Callable[..., jax.Array]:
     """Mean cross-entropy, in nats, of a batch's labels: (params, batch of `images.train_batches`)."""
+    by_rows = functools.partial(sharding.rows, mesh=mesh)
 
     def loss(params, batch: Mapping[str, jax.Array]) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(batch["pixels"])
+        logits = nnx.merge(graphdef, params)(batch["pixels"], by_rows)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"]).mean()
 
     return loss

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 
 from experiments.harness import peer_optimizers, train
@@ -20,7 +19,6 @@ from jaxquant.optim import (
 
 EXACT = "fp32"
 B1, B2, EPS = 0.9, 0.95, 1e-8
-WEIGHT_DECAY, CLIP = 0.1, 1.0
 _PEERS = {
     "torchao-4bit": peer_optimizers.torchao(4),
     "torchao-8bit": peer_optimizers.torchao(8),
@@ -60,12 +58,13 @@ def fixed_bits(arm: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def moments(arm: str, interval: int) -> Any:
+def moments(arm: str, interval: int, **layout: Any) -> Any:
     """The transformation that has the arm's state: Adam's, without decay, rate or clipping.
 
     Args:
         arm: its name.
         interval: steps between decisions of adaptive arms.
+        layout: of state in pages, `quantize_state`'s shards, mesh and axis.
 
     Raises:
         ValueError: an unknown name.
@@ -77,21 +76,16 @@ def moments(arm: str, interval: int) -> Any:
         return peer_optimizers.scale_by_coded_adam(_PEERS[arm], B1, B2, EPS)
     if match := re.fullmatch(r"fixed-(\d)(?:-(\d))?", arm):
         second = int(match[2]) if match[2] else None
-        return quantize_state(adam, fixed(int(match[1]), second))
+        return quantize_state(adam, fixed(int(match[1]), second), **layout)
     if found := budget_of(arm):
         kind, bits = found
-        return quantize_state(adam, _BUDGETS[kind](bits, interval))
+        return quantize_state(adam, _BUDGETS[kind](bits, interval), **layout)
     raise ValueError(f"config.arms are of {KNOWN}, with B bits; got {arm!r}")
 
 
 def optimizer(arm: str, interval: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping by global norm; decay on matrices only; the schedule comes as data."""
-    return optax.chain(
-        optax.clip_by_global_norm(CLIP),
-        moments(arm, interval),
-        optax.add_decayed_weights(WEIGHT_DECAY, lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
-        train.scale_by_schedule_argument(),
-    )
+    """AdamW with the arm's state."""
+    return train.adamw(B1, B2, moments=moments(arm, interval))
 
 
 def state_of(opt_state: Any) -> Any:

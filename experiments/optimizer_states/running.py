@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import train, trials
+from experiments.harness import sharding, train, trials
 from experiments.harness.checkpoints import Checkpoints
 from experiments.optimizer_states import arms
 from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
@@ -18,7 +18,7 @@ from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 @functools.lru_cache(maxsize=8)
 def _compiled(trial: Trial) -> tuple[Task, Any, Any, Any]:
     """(task, transformation, mesh, step) of an arm: schedules and seeds are data of one compiled step."""
-    task, mesh = make_task(dataclasses.replace(trial, arm="")), train.make_mesh()
+    task, mesh = make_task(dataclasses.replace(trial, arm="")), sharding.make_mesh()
     tx = arms.optimizer(trial.arm, trial.interval)
     return task, tx, mesh, train.make_step(task.loss, tx, mesh)
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.harness import cli, data, images, models, train, trials, vision
+from experiments.harness import cli, data, images, models, sharding, trials, vision
 from experiments.optimizer_states import arms, report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
@@ -266,7 +266,7 @@ def run(
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
-    devices = train.make_mesh().size
+    devices = sharding.make_mesh().size
     for task in config.tasks:
         batch = getattr(config, f"{task}_batch")
         if batch % devices:

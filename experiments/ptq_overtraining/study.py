@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import cli, data, models, train, trials, wsd
+from experiments.harness import cli, data, models, sharding, train, trials, wsd
 from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
 from jaxquant.groups import Granularity
@@ -255,7 +255,7 @@ def _model(size: str, dtype: str, vocab_size: int) -> tuple[nnx.GraphDef, models
 def _step(size: str, dtype: str, vocab_size: int, mesh_data: int, mesh_fsdp: int):
     """One compiled step for every trial of a size: schedules and seeds are data."""
     graphdef, _ = _model(size, dtype, vocab_size)
-    mesh = train.make_mesh(mesh_data, mesh_fsdp)
+    mesh = sharding.make_mesh(mesh_data, mesh_fsdp)
     return train.make_step(train.next_token_loss(graphdef), train.adamw(), mesh), mesh
 
 
@@ -444,7 +444,7 @@ def run(
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
-    mesh = train.make_mesh(config.mesh_data, config.mesh_fsdp)
+    mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp)
     if config.batch % mesh.size:
         raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
     ledger = trials.Ledger(workdir, STUDY)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import train, trials
+from experiments.harness import sharding, train, trials
 from experiments.harness.checkpoints import Checkpoints
 from experiments.qat_efficiency import tasks
 from experiments.qat_efficiency.measuring import all_logits, bit_operations, measure
@@ -105,7 +105,7 @@ def _arm_cost(trial: Trial, arm: Arm) -> float:
 
 @functools.lru_cache
 def _mesh():
-    return train.make_mesh()
+    return sharding.make_mesh()
 
 
 @functools.lru_cache

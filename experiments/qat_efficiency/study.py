@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli, corruptions, data, images, train, trials
+from experiments.harness import cli, corruptions, data, images, sharding, trials
 from experiments.qat_efficiency import latency, report, tasks
 from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, run_trial
 
@@ -252,7 +252,7 @@ def run(
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
-    devices = train.make_mesh().size
+    devices = sharding.make_mesh().size
     for name in ("vision_batch", "language_batch"):
         if getattr(config, name) % devices:
             raise ValueError(

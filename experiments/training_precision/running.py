@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from experiments.harness import data, models, train, trials, wsd
+from experiments.harness import data, models, sharding, train, trials, wsd
 from experiments.harness.checkpoints import Checkpoints
 from experiments.training_precision.numerics import Numerics, Precision
 
@@ -108,7 +108,7 @@ class Programs:
 def programs(size: str, method: str, dtype: str, vocab_size: int) -> Programs:
     """The programs of a size and a method."""
     numerics = Numerics(models.sized(size, dtype=dtype, vocab_size=vocab_size), method)
-    mesh = train.make_mesh()
+    mesh = sharding.make_mesh()
 
     @jax.jit
     def evaluate(params, precision: Precision, serving: jax.Array, tokens_WxT1: jax.Array):

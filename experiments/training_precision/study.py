@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.harness import cli, data, models, train, trials
+from experiments.harness import cli, data, models, sharding, trials
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
 from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, run_trial
@@ -231,7 +231,7 @@ def run(
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
-    devices = train.make_mesh().size
+    devices = sharding.make_mesh().size
     if config.batch % devices:
         raise ValueError(f"config.batch {config.batch} does not divide over {devices} devices")
     ledger = trials.Ledger(workdir, STUDY)

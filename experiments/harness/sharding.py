@@ -1,0 +1,133 @@
+"""Where arrays lie on a mesh: all rules, for language and vision models and their optimizers' state.
+
+The mesh has the axes ``data``, ``fsdp`` and ``tensor``.  A batch's rows are spread over data and fsdp.  Of a
+parameter, the axis that `_TENSOR` names is split over tensor, as Megatron does it (Shoeybi et al. 2019, arXiv
+1909.08053), and the largest other one over fsdp (Rajbhandari et al. 2020, arXiv 1910.02054).  Optimizer state
+lies as the parameter that it is of; state in pages is spread over fsdp by its own shards.  Numbers agree
+between layouts to float accumulation.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxquant.optim import QuantizedState
+from jaxquant.optim.state import layout
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = P(("data", "fsdp"))  # of a batch, and of activations
+
+# From a parameter's path to the axis that tensor splits, counted from the last: heads and hidden units on
+# their way out and, after them, in; the vocabulary.
+_TENSOR = (
+    (r"(query|key|value|gate|up|head)/(kernel|bias)", -1),
+    (r"(out|down)/kernel", -2),
+    (r"embed/embedding", -2),
+)
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over all devices with the axes (data, fsdp, tensor); one of them may be −1, "what is left".
+
+    Args:
+        data, fsdp, tensor: sizes.
+        devices: all that there are where not given.
+
+    Raises:
+        ValueError: sizes that do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, sizes = len(devices), [data, fsdp, tensor]
+    open_ = [i for i, size in enumerate(sizes) if size == -1]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    if len(open_) == 1 and known > 0 and count % known == 0:
+        sizes[open_[0]] = count // known
+    if min(sizes) < 1 or int(np.prod(sizes)) != count:
+        raise ValueError(
+            f"a mesh of data={data} × fsdp={fsdp} × tensor={tensor} does not cover {count} device(s) exactly"
+        )
+    return Mesh(np.array(devices).reshape(sizes), AXES)
+
+
+def batch_size(mesh: Mesh) -> int:
+    """How many parts a batch is cut into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def of_state(mesh: Mesh, state: Any) -> Any:
+    """The sharding of each array of a train state, real or abstract.
+
+    Raises:
+        ValueError: a parameter that tensor does not divide.
+    """
+    is_coded = lambda x: isinstance(x, QuantizedState)  # noqa: E731
+
+    def of(path: Any, x: Any) -> Any:
+        if not is_coded(x):
+            return NamedSharding(mesh, spec(mesh, _name(path), x.shape))
+        if x.plan.mesh is not None:
+            return layout(x)
+        return jax.tree.map(lambda _: NamedSharding(mesh, P()), x)
+
+    return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_coded)
+
+
+def spec(mesh: Mesh, name: str, shape: Sequence[int]) -> P:
+    """How one array is split.
+
+    Args:
+        mesh: with `AXES`.
+        name: its path, of words with slashes between.
+        shape: of it.
+
+    Raises:
+        ValueError: a parameter that tensor does not divide.
+
+    >>> mesh = jax.sharding.AbstractMesh((1, 4, 2), AXES)
+    >>> spec(mesh, "blocks/0/attention/query/kernel", (64, 64)) == P("fsdp", "tensor")
+    True
+    >>> spec(mesh, "norm/scale", (3,)) == P()
+    True
+    """
+    parts: list[str | None] = [None] * len(shape)
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    axis = next((a for pattern, a in _TENSOR if re.search(rf"(^|/){pattern}(/|$)", name)), None)
+    if axis is not None and tensor > 1 and len(shape) >= -axis:
+        if shape[axis] % tensor:
+            raise ValueError(
+                f"a mesh with tensor={tensor} does not divide {name}, {tuple(shape)}, along axis {axis}"
+            )
+        parts[axis] = "tensor"
+    free = [a for a in range(len(shape)) if parts[a] is None and shape[a] % fsdp == 0]
+    free = [a for a in free if shape[a] >= fsdp]
+    if fsdp > 1 and free:
+        parts[max(free, key=lambda a: shape[a])] = "fsdp"
+    while parts and parts[-1] is None:
+        parts.pop()
+    return P(*parts)
+
+
+def _name(path: Any) -> str:
+    """A path's words with slashes between."""
+    words = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+    return "/".join(words)
+
+
+def rows(x: Any, mesh: Mesh | None) -> Any:
+    """Activations or a batch, their first axis spread over data and fsdp; as they are without a mesh."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
+
+
+def place(mesh: Mesh, batch: Any) -> Any:
+    """Spreads a batch's rows over all devices; each process brings its own rows."""
+    sharding = NamedSharding(mesh, ROWS)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
