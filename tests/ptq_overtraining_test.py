@@ -119,7 +119,7 @@ def test_wsd_branches_leave_the_trunk_in_order():
         ({"bits": (33,)}, "2 to 16"),
         ({"bits": ()}, "at least one"),
         ({"bits": (4, 4)}, "each once"),
-        ({"sizes": ("7b",)}, "model size"),
+        ({"sizes": ("70b",)}, "model size"),
         ({"schedules": ("linear",)}, "wsd, cosine"),
         ({"granularities": ("row",)}, "granularities"),
         ({"granularities": ("7",)}, "blocks of 7"),
