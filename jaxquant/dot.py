@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxquant import estimators, rounding
 from jaxquant.hadamard import hadamard
-from jaxquant.product import is_float8, is_integer, product
+from jaxquant.integers import is_integer
+from jaxquant.product import is_float8, product
 from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from jaxquant.dot import Operands
 from jaxquant.formats import Float, Int
-from jaxquant.product import as_int8, check_accumulation, is_float8, is_integer
+from jaxquant.integers import as_int8, check_accumulation, is_integer
+from jaxquant.product import is_float8
 from jaxquant.qarray import QArray, dequantize
 from jaxquant.quantizer import Quantizer
 

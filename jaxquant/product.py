@@ -1,7 +1,7 @@
 """The product of two operands of which at least one is quantized: which numbers are multiplied, and where
 the scales go.
 
-    Σ_k s_l (l_k − z_l) · s_r (r_k − z_r)  =  s_l s_r (Σ l_k r_k − z_l Σ r_k − z_r Σ l_k + K z_l z_r)
+    Σ_k s_l (l_k − z_l) · s_r (r_k − z_r)  =  s_l s_r Σ_k (l_k − z_l) (r_k − z_r)
 
 Scales that do not vary along k factor out, and what remains is a product of 8-bit numbers.  Scales in
 blocks along k are applied block by block.
@@ -18,21 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.formats import Float, Format, Int, is_static
+from jaxquant.integers import Dims, full, integers, is_integer, laid_out, split
 from jaxquant.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.qarray import QArray, dequantize
-
-Dims = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), tuples of tuples of ints
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
 _LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
 _TERMS = 16  # products that one pass adds up
-
-
-def is_integer(format: Format) -> bool:
-    """Whether the format's values are, up to an offset, 8-bit integers."""
-    if not isinstance(format, Int) or not is_static(format.bits):
-        return False
-    return int(format.bits) <= (7 if format.levels == "midrise" else 8)
 
 
 def is_float8(format: Format) -> bool:
@@ -239,7 +231,7 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
 def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     """A product whose scales do not vary along the contracting axes, float32."""
     if is_integer(lhs.element) and is_integer(rhs.element):
-        result = _integers(lhs, rhs, dims, options).astype(jnp.float32)
+        result = integers(lhs, rhs, dims, options)
     elif is_float8(lhs.element) and is_float8(rhs.element):
         result = jax.lax.dot_general(
             lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32, **options
@@ -249,8 +241,8 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
             f"no product multiplies {lhs.element} by {rhs.element}: native arithmetic takes two Ints of at "
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
-    left = laid_out(_full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
-    right = laid_out(_full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
+    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
     if not isinstance(result.size, int) or result.size < _LARGE:
         return scaled(result * left, right)
     return jax.lax.platform_dependent(
@@ -290,133 +282,6 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
     return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
 
 
-def _full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Scales with one entry per element along every axis where they have several, as tiles may need."""
-    for axis, (groups, n) in enumerate(zip(scale.shape, shape, strict=True)):
-        if groups not in (1, n):
-            scale = jnp.repeat(scale, n // groups, axis=axis)
-    return scale
-
-
-def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
-    """One operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
-
-    A scale has size 1 along its contracting axes, so those are dropped.
-    """
-    side = 0 if is_lhs else 1
-    contracting, batch = dims[0][side], dims[1][side]
-    free = [a for a in range(scale.ndim) if a not in contracting and a not in batch]
-    ordered = jnp.transpose(scale, (*batch, *free, *contracting))
-    sizes = ordered.shape[: len(batch) + len(free)]
-    others = [1] * (other_ndim - len(dims[0][1 - side]) - len(dims[1][1 - side]))
-    if is_lhs:
-        return ordered.reshape(*sizes, *others)
-    return ordered.reshape(*sizes[: len(batch)], *others, *sizes[len(batch) :])
-
-
-def _integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
-    """Σ (l − z_l)(r − z_r) in int32."""
-    (left, left_zero), (right, right_zero) = as_int8(lhs), as_int8(rhs)
-    terms = math.prod(lhs.shape[a] for a in dims[0][0])
-    check_accumulation(lhs, rhs, terms)
-    result = integer_dot(left, right, dims, options)
-    left_sum = right_sum = None
-    if right_zero is not None:
-        left_sum = jnp.sum(left.astype(jnp.int32), dims[0][0], keepdims=True)
-        right_zero = laid_out(_full(right_zero, rhs.shape), dims, False, lhs.ndim)
-        result = result - right_zero * laid_out(left_sum, dims, True, rhs.ndim)
-    if left_zero is not None:
-        right_sum = jnp.sum(right.astype(jnp.int32), dims[0][1], keepdims=True)
-        left_zero = laid_out(_full(left_zero, lhs.shape), dims, True, rhs.ndim)
-        result = result - left_zero * laid_out(right_sum, dims, False, lhs.ndim)
-        if right_zero is not None:
-            result = result + terms * left_zero * right_zero
-    return result
-
-
-def as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
-    """Values as int8, and the int32 zero point that they then have."""
-    format = x.element
-    assert isinstance(format, Int)
-    zero = None if x.zero_point is None else format.load(x.zero_point).astype(jnp.int32)
-    if format.levels == "midrise":
-        return 2 * x.qvalue.astype(jnp.int8) + jnp.int8(1), zero
-    if format.levels == "unsigned" and format.bits == 8:
-        # 0 … 255 is −128 … 127 with a zero point of −128.
-        shifted = (x.qvalue ^ jnp.uint8(128)).astype(jnp.int8)
-        return shifted, (jnp.zeros((1,) * x.ndim, jnp.int32) if zero is None else zero) - 128
-    return x.qvalue.astype(jnp.int8), zero
-
-
-def check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
-    """Raises a ValueError where a sum of so many products could leave int32."""
-
-    def largest(x: QArray) -> int:
-        low, high = int(x.element.min_value), int(x.element.max_value)
-        if (
-            x.zero_point is not None
-        ):  # the corrections together are bounded by the widest difference
-            return high - low
-        return max(-low, high)
-
-    biggest = max(1, largest(lhs) * largest(rhs))
-    if terms * biggest >= 2**31:
-        raise ValueError(
-            f"a native product over {terms} terms of up to {biggest} could overflow int32, which holds "
-            f"{2**31 // biggest} of them; use arithmetic='simulated' or split the contraction"
-        )
-
-
-def integer_dot(
-    lhs: jax.Array, rhs: jax.Array, dims: Dims, options: dict | None = None
-) -> jax.Array:
-    """The int32 product of two int8 arrays, computed the way that suits the platform.
-
-    The numbers are the same everywhere.  TPU and GPU multiply int8 as given.  A CPU does so only where the
-    left operand's contracting axes come last; other layouts fall to a loop some thirty times slower, so
-    there the operand is transposed first.
-    """
-    options = dict(options or {}, preferred_element_type=jnp.int32)
-
-    def plain(lhs, rhs):
-        return jax.lax.dot_general(lhs, rhs, dims, **options)
-
-    def on_cpu(lhs, rhs):
-        return _contracting_last(lhs, rhs, dims, plain)
-
-    if "out_sharding" in options:
-        return plain(lhs, rhs)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=plain)
-
-
-def _contracting_last(lhs: jax.Array, rhs: jax.Array, dims: Dims, plain: Any) -> jax.Array:
-    (contracting, rhs_contracting), (batch, rhs_batch) = dims
-    free = [a for a in range(lhs.ndim) if a not in contracting and a not in batch]
-    terms = math.prod(lhs.shape[a] for a in contracting)
-    moved = [a for a in (*batch, *free, *contracting) if lhs.shape[a] != 1]
-    if moved == sorted(moved) or terms < 2 or lhs.size == 0:
-        return plain(lhs, rhs)
-    lhs_shape = [lhs.shape[a] for a in (*batch, *free)]
-    left = jnp.transpose(lhs, (*batch, *free, *contracting)).reshape(*lhs_shape, terms)
-    rhs_free = [a for a in range(rhs.ndim) if a not in rhs_contracting and a not in rhs_batch]
-    rhs_shape = [rhs.shape[a] for a in rhs_free]
-    right = jnp.transpose(rhs, (*rhs_batch, *rhs_contracting, *rhs_free))
-    right = right.reshape(*(rhs.shape[a] for a in rhs_batch), terms, *rhs_shape)
-    n, last = len(batch), left.ndim - 1
-    # In two halves: the compiler folds a whole transpose back into the product, and not a slice of one.
-    half = terms // 2
-    parts = (
-        jax.lax.dot_general(
-            jax.lax.slice_in_dim(left, start, stop, axis=last),
-            jax.lax.slice_in_dim(right, start, stop, axis=n),
-            (((last,), (n,)), (tuple(range(n)), tuple(range(n)))),
-            preferred_element_type=jnp.int32,
-        )
-        for start, stop in ((0, half), (half, terms))
-    )
-    return sum(parts)  # pyright: ignore[reportReturnType]
-
-
 def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     """Σ over blocks of the block's product times its scales, float32."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
@@ -428,7 +293,7 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array
             f"contracting axis of {lhs.shape[lhs_axes[0]]} do not split it into blocks of one size"
         )
     # Each block is a product like any other; the scan's axis comes first and is gone within.
-    parts = (_split(lhs, lhs_axes[0], blocks), _split(rhs, rhs_axes[0], blocks))
+    parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
         return total + _scaled(pair[0], pair[1], dims, options), None
@@ -462,19 +327,3 @@ def _one_axis(lhs: QArray, rhs: QArray, dims: Dims) -> tuple[QArray, QArray, Dim
         batches.append(tuple(kept.index(a) for a in batch))
     left, right = merged
     return left, right, (((left.ndim - 1,), (right.ndim - 1,)), tuple(batches))
-
-
-def _split(x: QArray, axis: int, blocks: int) -> QArray:
-    """A QArray of blocks along a new first axis, each with one scale along `axis`."""
-
-    def split(array):
-        n = array.shape[axis] // blocks
-        view = array.reshape(*array.shape[:axis], blocks, n, *array.shape[axis + 1 :])
-        return jnp.moveaxis(view, axis, 0)
-
-    def per_block(scale):
-        return split(jnp.repeat(scale, blocks // scale.shape[axis], axis=axis))
-
-    zero = None if x.zero_point is None else per_block(x.zero_point)
-    scale = per_block(x.float_scale())
-    return QArray(split(x.qvalue), scale, zero, None, format=x.element, dtype=x.dtype)

@@ -15,7 +15,8 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, estimators, rounding
-from jaxquant.product import integer_dot
+from jaxquant.integers import integer_dot
+from jaxquant.product import product as multiply
 
 MATMUL = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)
@@ -445,9 +446,24 @@ def test_gradients_add_one_pass_for_each_of_their_products():
 
 
 def test_accumulation_cannot_overflow():
-    assert jq.recipe("w8a8")(jnp.ones((1, 133_000)), jnp.ones((133_000, 1)), MATMUL) == 133_000
-    with pytest.raises(ValueError, match=r"134000 terms.*overflow int32"):
-        jq.recipe("w8a8")(jnp.ones((1, 134_000)), jnp.ones((134_000, 1)), MATMUL)
+    for terms in (133_000, 134_000, 500_000):  # all products 127², the largest
+        assert jq.recipe("w8a8")(jnp.ones((1, terms)), jnp.ones((terms, 1)), MATMUL) == terms
+    prime = 134_033  # no parts of one size
+    with pytest.raises(ValueError, match=r"134033 terms.*overflow int32"):
+        jq.recipe("w8a8")(jnp.ones((1, prime)), jnp.ones((prime, 1)), MATMUL)
+
+
+@pytest.mark.parametrize("calibration", ["absmax", "minmax"])
+def test_a_sum_of_parts_is_the_sum(calibration):
+    """A weight's gradient over 3 · 60,000 rows: one contracting axis does not divide by 2, the other does."""
+    lhs = jax.random.normal(jax.random.key(0), (3, 60_000, 2))
+    rhs = 1 + jax.random.normal(jax.random.key(1), (3, 60_000, 5))
+    dims = (((0, 1), (0, 1)), ((), ()))
+    quantizer = jq.Quantizer(jq.INT8, "channel", calibration=calibration)
+    stored = [jq.quantize(x, quantizer, axis=(0, 1)) for x in (lhs, rhs)]
+    values = [np.asarray(jq.dequantize(x), np.float64) for x in stored]
+    expected = np.einsum("abk,abn->kn", *values)
+    np.testing.assert_allclose(multiply(*stored, dims), expected, rtol=3e-5, atol=1e-1)
 
 
 def test_nan_is_loud_in_native_arithmetic():
