@@ -1,5 +1,6 @@
 """Laws of precision: published numbers come out, fits find what made the runs, and bad runs are refused."""
 
+import dataclasses
 import math
 from typing import Any, cast
 
@@ -117,6 +118,15 @@ def test_intervals_hold_what_made_the_runs_and_reach_the_optimum():
     assert low < found.params["gamma"] < high
     assert high / low < 2
     assert "gamma" in str(found)
+
+
+def test_an_interval_holds_its_estimate():
+    params = {k: ONE[k] for k in laws.CHINCHILLA.names}
+    found = laws.fit(laws.CHINCHILLA, made(laws.CHINCHILLA, params, grid(30)), bootstraps=0)
+    low, high = found.params["E"] / 2, found.params["E"] / 3
+    found = dataclasses.replace(found, samples={"E": np.array([low, high])})
+    assert found.interval("E")[1] == found.params["E"]
+    assert all(map(np.isnan, found.interval("A")))
 
 
 @pytest.mark.exhaustive

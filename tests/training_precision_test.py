@@ -89,6 +89,7 @@ def test_the_grid_has_each_precision_once():
         ("single", (1,), "from 2 to 16; got 1"),
         ("sizes", ("9k",), "model size is one of"),
         ("thin", ("332k",), "config.thin is of config.sizes"),
+        ("separate", ("rtn",), "config.separate are of ste, lsq"),
         ("tokens_per_parameter", (30, 10), "rising order"),
         ("longest", (10,), "one number for each"),
         ("seeds", 0, "config.seeds is a number above 0"),

@@ -112,9 +112,15 @@ def method_summary(table: pd.DataFrame, method: str) -> dict:
     }
 
 
-def separate_summary(table: pd.DataFrame) -> dict:
-    """Weights, activations and cache apart: the straight-through runs, all of them."""
-    own = table[(table["method"] == "ste") & table["loss"].notna()]
+def separate_summaries(table: pd.DataFrame) -> dict[str, dict]:
+    """Weights, activations and cache apart, for each method that has such runs: all of its runs."""
+    apart = table[(table["P_w"] != table["P_a"]) | (table["P_a"] != table["P_kv"])]
+    own = table[table["loss"].notna()]
+    return {m: separate_summary(own[own["method"] == m]) for m in apart["method"].unique()}
+
+
+def separate_summary(own: pd.DataFrame) -> dict:
+    """The laws of three widths, ranked and fitted."""
     try:
         ranked = laws.compare(
             SEPARATE, own, held_out=("N", "D", "P_w", "P_a", "P_kv"), starts=STARTS
@@ -234,7 +240,7 @@ def summarize(records: list[dict], expected: int) -> dict:
             "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
             "runs": len(table),
             "methods": methods,
-            "separate": separate_summary(table) if "ste" in names else None,
+            "separate": separate_summaries(table),
             "post_training": post_training_summary(after) if "ste" in names else None,
             "unified": unified_summary(after) if "ste" in names else None,
             "robustness": robustness(after).to_dict("records"),

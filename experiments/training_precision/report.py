@@ -90,12 +90,12 @@ def _method_section(method: dict) -> report.Section:
     return report.Section(title, paragraphs, tables)
 
 
-def _separate_section(separate: dict) -> report.Section:
-    title = "Weights, activations and cache apart"
+def _separate_section(method: str, separate: dict) -> report.Section:
+    title = f"Weights, activations and cache apart: {METHOD_NAMES[method]}"
     if "reason" in separate:
         return report.Section(title, [f"Not fitted: {separate['reason']}."])
     paragraphs = [
-        f"Straight-through runs, {separate['fit']['runs']} of them. P* = {separate['optimum']['text']}.",
+        f"{separate['fit']['runs']} runs. P* = {separate['optimum']['text']}.",
         *(f"Warning: {text}." for text in separate["fit"]["warnings"]),
     ]
     tables = [
@@ -207,8 +207,7 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
             )
         )
     sections += map(_method_section, summary["methods"])
-    if summary["separate"]:
-        sections.append(_separate_section(summary["separate"]))
+    sections += [_separate_section(*item) for item in summary["separate"].items()]
     if summary["post_training"]:
         text = "Weights of models trained in 16 bits, straight-through, served in fewer (rounded to nearest)."
         sections.append(

@@ -17,8 +17,8 @@ _LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 class Config:
     """The grid, and what all its runs share.
 
-    Weights, activations and cache have the same bits in `tied` runs; in the others one of them has `single`
-    bits, the straight-through method alone, and the rest are as good as unquantized.
+    Weights, activations and cache have the same bits in `tied` runs; in the others, of the methods in
+    `separate`, one of them has `single` bits, and the rest are as good as unquantized.
     """
 
     sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
@@ -27,6 +27,7 @@ class Config:
     thin: tuple[str, ...] = ()  # sizes that get the tied runs of the first method alone
     methods: tuple[str, ...] = ("ste", "lsq", "quest", "float")
     tied: tuple[int, ...] = (2, 3, 4, 6, 8, 16)
+    separate: tuple[str, ...] = ("ste",)
     single: tuple[int, ...] = (2, 3, 4)
     serving: tuple[int, ...] = (2, 3, 4, 6, 8)
     seeds: int = 1
@@ -59,6 +60,7 @@ PRESETS = {
         longest=(150, 60, 25, 10),
         thin=("332k",),
         tied=(1, 2, 3, 4, 6, 8, 16),
+        separate=("ste", "lsq", "quest"),
         single=(2, 4),
         serving=(2, 3, 4, 5, 6, 8),
         seeds=3,
@@ -138,11 +140,12 @@ def make_trials(config: Config) -> list[Trial]:
 def _precisions(config: Config, method: str, is_thin: bool) -> list[tuple[int, int, int]]:
     """(weights, activations, cache) of a method's runs."""
     found = [(b, b, b) for b in config.tied if b >= METHODS[method]]
-    if method == "ste" and not is_thin:
+    if method in config.separate and not is_thin:
         most = MOST_BITS
         found += [
             bits
             for b in config.single
+            if b >= METHODS[method]
             for bits in ((b, most, most), (most, b, most), (most, most, b))
         ]
     return list(dict.fromkeys(found))
@@ -171,9 +174,10 @@ def _check(config: Config) -> None:
             raise ValueError(f"config.{name} has each value once; got {values}")
     cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
     cli.check_positive(config, "log_every", "checkpoint_every")
-    for method in config.methods:
-        if method not in METHODS:
-            raise ValueError(f"config.methods are of {', '.join(METHODS)}; got {method!r}")
+    for name in ("methods", "separate"):
+        for method in getattr(config, name):
+            if method not in METHODS:
+                raise ValueError(f"config.{name} are of {', '.join(METHODS)}; got {method!r}")
     for name, least in (("tied", 1), ("single", 2), ("serving", 1)):
         for bits in getattr(config, name):
             if (

@@ -54,12 +54,16 @@ class Fit:
     def interval(self, name: str, confidence: float | None = None) -> tuple[float, float]:
         """The expanded percentile interval of a parameter over bootstraps; NaN where there are none.
 
+        It is drawn out to the estimate itself where all resampled runs lead to one side of that.
+
         Raises:
             ValueError: a parameter that the law has not; a confidence outside (0, 1).
         """
         if name not in self.params:
             raise ValueError(f"{self.law.name} has {', '.join(self.law.names)}; got {name!r}")
-        return central(self.samples.get(name, np.empty(0)), self.expanded(confidence))
+        low, high = central(self.samples.get(name, np.empty(0)), self.expanded(confidence))
+        value = float(self.params[name])
+        return float(np.minimum(low, value)), float(np.maximum(high, value))
 
     def expanded(self, confidence: float | None = None) -> float:
         """The share of bootstraps that an interval takes in to hold what it should; see `intervals.expanded`.
