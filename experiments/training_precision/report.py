@@ -37,10 +37,12 @@ def verdict(summary: dict) -> str:
 
 
 def _holds(fitted: list[dict]) -> str:
-    """Whether 7 to 8 bits are best here, by each method's law."""
+    """Whether 7 to 8 bits are best here: settled where each method's law and its free efficiencies agree."""
     names: dict[str, list[str]] = {"hold": [], "do not": [], "are not settled": []}
     for m in fitted:
-        names[_answer(m["optimum"])].append(METHOD_NAMES[m["method"]])
+        answers = {_answer(m["optimum"]), _answer(m["optimum_free"])}
+        answer = answers.pop() if len(answers) == 1 else "are not settled"
+        names[answer].append(METHOD_NAMES[m["method"]])
     words = {
         "hold": "they hold for",
         "do not": "they do not for",
