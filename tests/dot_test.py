@@ -453,13 +453,13 @@ def test_accumulation_cannot_overflow():
         jq.recipe("w8a8")(jnp.ones((1, prime)), jnp.ones((prime, 1)), MATMUL)
 
 
-@pytest.mark.parametrize("calibration", ["absmax", "minmax"])
-def test_a_sum_of_parts_is_the_sum(calibration):
+@pytest.mark.parametrize("calibrate", [calibration.absmax, calibration.minmax])
+def test_a_sum_of_parts_is_the_sum(calibrate):
     """A weight's gradient over 3 · 60,000 rows: one contracting axis does not divide by 2, the other does."""
     lhs = jax.random.normal(jax.random.key(0), (3, 60_000, 2))
     rhs = 1 + jax.random.normal(jax.random.key(1), (3, 60_000, 5))
     dims = (((0, 1), (0, 1)), ((), ()))
-    quantizer = jq.Quantizer(jq.INT8, "channel", calibration=calibration)
+    quantizer = jq.Quantizer(jq.INT8, "channel", calibration=calibrate)
     stored = [jq.quantize(x, quantizer, axis=(0, 1)) for x in (lhs, rhs)]
     values = [np.asarray(jq.dequantize(x), np.float64) for x in stored]
     expected = np.einsum("abk,abn->kn", *values)
