@@ -61,10 +61,9 @@ def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, i
         for which, size in enumerate(sizes)
         if size % parts == 0
     )
-    found = next(fitting, None)
-    if found is None:
-        check_accumulation(lhs, rhs, math.prod(sizes))
-    return found  # pyright: ignore[reportReturnType]
+    for parts, which in fitting:
+        return parts, which
+    raise _too_long(lhs, rhs, math.prod(sizes))
 
 
 def _beneath(sharding: Any) -> Any:
@@ -109,11 +108,15 @@ def as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
 
 def check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
     """Raises a ValueError where a sum of so many products could leave int32."""
-    if terms > (held := _most_terms(lhs, rhs)):
-        raise ValueError(
-            f"a native product over {terms} terms could overflow int32, which holds {held} of these, and is "
-            "not split into parts here; use arithmetic='simulated' or split the contraction"
-        )
+    if terms > _most_terms(lhs, rhs):
+        raise _too_long(lhs, rhs, terms)
+
+
+def _too_long(lhs: QArray, rhs: QArray, terms: int) -> ValueError:
+    return ValueError(
+        f"a native product over {terms} terms could overflow int32, which holds {_most_terms(lhs, rhs)} of "
+        "these, and does not split into equal parts here; use arithmetic='simulated' or split the contraction"
+    )
 
 
 def _most_terms(lhs: QArray, rhs: QArray) -> int:
