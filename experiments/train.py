@@ -41,7 +41,9 @@ class Config:
     recipe: str = ""  # of the blocks' linears, as "int8_train"; "": float
     state: str = "fp32"  # of the optimizer, as "fixed-5" or "felt-5.0"
     interval: int = 100  # steps between decisions of a state whose widths adapt
-    state_shards: int = 0  # parts that devices share the state's pages by; 0: the mesh's fsdp
+    state_shards: tuple[
+        int, ...
+    ] = ()  # of the state's pages, along fsdp and tensor; (): the mesh's
     steps: int = 2000
     schedule: str = "wsd"  # wsd, cosine
     seed: int = 0
@@ -94,7 +96,8 @@ def _claim(workdir: Path, config: Config) -> None:
     Raises:
         ValueError: it cannot be written, or holds another run.
     """
-    content = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
+    own = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
+    content = {k: [*v] if isinstance(v, tuple) else v for k, v in own.items()}  # as JSON has it
     try:
         found = files.read_json(workdir / "config.json")
         if not isinstance(found, dict) and any((workdir / "checkpoints").glob("[0-9]*")):
@@ -167,19 +170,15 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         return jq.nnx.quantize(model, {"blocks/.*": config.recipe}) if config.recipe else model
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
+    layout = sharding.of_pages(mesh, config.state_shards)
+    moments = arms.moments(config.state, config.interval, **layout)
     return Program(
         shape,
         lambda seed: nnx.state(make(seed), nnx.Param),
         train.next_token_loss(graphdef, mesh),
         train.next_token_loss(graphdef),
-        train.adamw(0.9, 0.95, config.weight_decay, config.clip, _moments(config, mesh)),
+        train.adamw(0.9, 0.95, config.weight_decay, config.clip, moments),
     )
-
-
-def _moments(config: Config, mesh: Mesh) -> Any:
-    """Adam's moments, in pages that the devices along fsdp share where there are several."""
-    layout: dict[str, Any] = {"mesh": mesh, "axis": "fsdp"} if mesh.size > 1 else {}
-    return arms.moments(config.state, config.interval, shards=config.state_shards or None, **layout)
 
 
 def check(config: Config) -> None:
@@ -192,8 +191,11 @@ def check(config: Config) -> None:
         raise ValueError(f"config.seed is 0 to 2**32 − 1; got {config.seed}")
     if not 0 <= config.weight_decay < float("inf"):
         raise ValueError(f"config.weight_decay is a number from 0; got {config.weight_decay}")
-    if config.state_shards < 0:
-        raise ValueError(f"config.state_shards is a number from 0; got {config.state_shards}")
+    if len(config.state_shards) not in (0, 2) or any(n < 1 for n in config.state_shards):
+        raise ValueError(
+            "config.state_shards is a number above 0 for each of fsdp and tensor, or empty; got "
+            f"{config.state_shards}"
+        )
     make_schedule(config)
 
 

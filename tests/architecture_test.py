@@ -62,7 +62,14 @@ LIBRARY = [
         "laws.optimum",
         "laws.planning",
     ],
-    ["optim.codecs", "optim.leaves", "optim.layout", "optim.policies", "optim.plans"],
+    [
+        "optim.codecs",
+        "optim.cutting",
+        "optim.leaves",
+        "optim.layout",
+        "optim.policies",
+        "optim.plans",
+    ],
     [
         "optim.tracing",
         "optim.inner",

@@ -111,7 +111,7 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
         load(tmp_path / "state", like)
     head = tmp_path / "state" / "state.json"
     head.write_text(json.dumps(json.loads(head.read_text()) | {"version": 1}))
-    with pytest.raises(ValueError, match="of version 1; this is version 2"):
+    with pytest.raises(ValueError, match="of version 1; this is version 3"):
         load(tmp_path / "state", like)
     with pytest.raises(ValueError, match="is missing"):
         load(tmp_path / "nothing", like)

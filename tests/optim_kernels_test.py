@@ -59,9 +59,9 @@ def three_steps(tx: Any, shapes: Shapes) -> tuple[Any, Any, Any]:
     return updates, params, state
 
 
-def by_both(tx: Any, policy: Any, shapes: Shapes, shards: int = 1) -> list[Any]:
+def by_both(tx: Any, policy: Any, shapes: Shapes) -> list[Any]:
     return [
-        three_steps(quantize_state(tx, policy, kernel=kernel, shards=shards), shapes)
+        three_steps(quantize_state(tx, policy, kernel=kernel), shapes)
         for kernel in ("xla", "pallas")
     ]
 
@@ -77,7 +77,7 @@ def test_interpreted_they_give_the_bits_of_xla(name, bits):
 @pytest.mark.parametrize("name", ["momentum"])
 def test_interpreted_they_give_the_bits_of_xla_where_widths_differ(name):
     widths = {"embedding": (6, 3), "head": 8, "matrix": (5, 4), "vector": (8, 7)}
-    chex.assert_trees_all_equal(*by_both(OPTIMIZERS[name], by_role(widths), MORE, shards=2))
+    chex.assert_trees_all_equal(*by_both(OPTIMIZERS[name], by_role(widths), MORE))
 
 
 @pytest.mark.long

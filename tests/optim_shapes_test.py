@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jaxquant.optim import fixed, quantize_state
+from jaxquant.optim import fixed, from_optax, quantize_state, to_optax
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.pages import PAGE
 
@@ -291,18 +292,51 @@ def test_a_seed_decides_every_bit():
     assert differ == {"0/mu": False, "0/nu": True}
 
 
-def test_shards_change_no_bit():
-    specs = {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32)
-        for name, shape in {"w": (150, 129), "v": (64, 64), "s": (9,)}.items()
-    }
+def test_each_shard_holds_its_own_part_of_every_parameter():
+    """Momentum, which is rounded to nearest, so that no draw depends on where an element lies."""
+    shapes = {"w": (30, 1024), "u": (64, 48), "s": (9,), "odd": (7, 129)}
+    specs = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    params, spec = filled(specs, 0), {"w": P(None, "fsdp"), "u": P("tensor", "fsdp")}
 
-    def run(shards):
-        tx: Any = quantize_state(ADAMW, fixed(5, 4), shards=shards)
-        updates, params, state = stepped(tx, filled(specs, 0), 10)
-        assert state.pool.shape[0] == shards
-        return updates, params
+    def run(params, gradients, **layout):
+        tx: Any = quantize_state(optax.sgd(0.1, momentum=0.9), fixed(4), **layout)
+        state, found = tx.init(params), []
+        for gradient in gradients:
+            updates, state = jax.jit(tx.update)(gradient, state, params)
+            found.append(updates)
+        return found, state
 
-    alone = run(1)
-    for shards in (2, 8):
-        assert_same_bits(run(shards), alone)
+    gradients = [filled(specs, i) for i in range(5)]
+    layout = {"axis": ("fsdp", "tensor"), "shards": (2, 4)}
+    found, state = run(params, gradients, spec=lambda path, _: spec.get(path, P()), **layout)
+    assert state.pool.shape[0] == 8
+    cut = [leaf.path for run in state.plan.runs if run.lines == 8 for leaf in run.leaves[0]]
+    assert cut == ["u", "w"]
+
+    def parts(tree):
+        """w along its last axis by fsdp, and along its longest, the same, by tensor; u along both."""
+        w = jnp.split(tree["w"], 8, axis=1)
+        u = [y for x in jnp.split(tree["u"], 2, axis=1) for y in jnp.split(x, 4)]
+        return {"w": w, "u": u, "s": tree["s"], "odd": tree["odd"]}
+
+    alone, _ = run(parts(params), map(parts, gradients))
+    assert_same_bits([parts(x) for x in found], alone)
+    plain = to_optax(optax.sgd(0.1, momentum=0.9), state, params)
+    again = from_optax(state, plain)
+    assert_same_bits(coded_parts(again), coded_parts(state))
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [
+        ({"axis": ("a", "b"), "shards": 4}, r"a number for each axis of \('a', 'b'\); got 4"),
+        ({"axis": ("a", "b"), "shards": (4, 0)}, "whole number from 1 on; got 0"),
+        ({"axis": ("a", "a")}, "several different names"),
+        ({"axis": ()}, "several different names"),
+        ({"spec": P("a")}, "spec is a function"),
+        ({"kernel": "pallas", "shards": 2}, "takes one shard, got shards=2"),
+    ],
+)
+def test_layouts_that_there_are_not_are_refused(layout, words):
+    with pytest.raises(ValueError, match=words):
+        quantize_state(ADAMW, fixed(5), **layout)

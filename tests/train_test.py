@@ -224,7 +224,7 @@ def test_eight_devices_follow_one_and_checkpoints_change_layout(tmp_path):
 @pytest.mark.exhaustive
 @pytest.mark.long
 def test_a_quantized_run_with_its_state_in_pages_is_the_same_on_every_layout(tmp_path):
-    quantized = {"recipe": "int8_train", "state": "fixed-5", "state_shards": 4, "scan": True}
+    quantized = {"recipe": "int8_train", "state": "fixed-5", "state_shards": "(4, 2)", "scan": True}
     for name, sizes in {"one": (1, 1, 1), "fsdp": (2, 4, 1), "tensor": (1, 4, 2)}.items():
         mesh = dict(zip(("mesh_data", "mesh_fsdp", "mesh_tensor"), sizes, strict=True))
         done = train_binary(tmp_path / name, math.prod(sizes), steps=30, **mesh, **quantized)
@@ -239,6 +239,7 @@ def test_a_quantized_run_with_its_state_in_pages_is_the_same_on_every_layout(tmp
     [
         ({"recipe": "w9a9"}, "widths are 2 to 8, or 16"),
         ({"state": "fixed-9"}, "bits is a whole number"),
+        ({"state_shards": "(4,)"}, "for each of fsdp and tensor"),
         ({"mesh_tensor": 2}, "does not cover 1 device(s) exactly"),
         ({"mesh_tensor": 0}, "config.mesh_tensor is a number above 0"),
     ],

@@ -3,17 +3,19 @@
 The mesh has the axes ``data``, ``fsdp`` and ``tensor``.  A batch's rows are spread over data and fsdp.  Of a
 parameter, the axis that `_TENSOR` names is split over tensor, as Megatron does it (Shoeybi et al. 2019, arXiv
 1909.08053), and the largest other one over fsdp (Rajbhandari et al. 2020, arXiv 1910.02054).  Optimizer state
-lies as the parameter that it is of; state in pages is spread over fsdp by its own shards.  Numbers agree
-between layouts to float accumulation.
+lies as the parameter that it is of; state in pages is cut into shards as its parameter is, over fsdp and
+tensor.  Numbers agree between layouts to float accumulation.
 """
 
+import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.optim import QuantizedState
@@ -79,7 +81,24 @@ def of_state(mesh: Mesh, state: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of, state, is_leaf=is_coded)
 
 
-def spec(mesh: Mesh, name: str, shape: Sequence[int]) -> P:
+def of_pages(mesh: Mesh, shards: Sequence[int] = ()) -> dict[str, Any]:
+    """How state in pages lies: `quantize_state`'s arguments for it.
+
+    Args:
+        mesh: whose devices share the state.
+        shards: of it along fsdp and tensor; as many as the mesh has where not given.  The state's bits depend
+            on them and not on the mesh, of which they are multiples.
+    """
+    axes = AXES[1:]
+    sizes = tuple(shards) or tuple(mesh.shape[axis] for axis in axes)
+    if math.prod(sizes) == 1:
+        return {}
+    cut = AbstractMesh((1, *sizes), AXES)
+    found = {"shards": sizes, "axis": axes, "spec": functools.partial(spec, cut)}
+    return found | ({"mesh": mesh} if mesh.size > 1 else {})
+
+
+def spec(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> P:
     """How one array is split.
 
     Args:
@@ -90,7 +109,7 @@ def spec(mesh: Mesh, name: str, shape: Sequence[int]) -> P:
     Raises:
         ValueError: a parameter that tensor does not divide.
 
-    >>> mesh = jax.sharding.AbstractMesh((1, 4, 2), AXES)
+    >>> mesh = AbstractMesh((1, 4, 2), AXES)
     >>> spec(mesh, "blocks/0/attention/query/kernel", (64, 64)) == P("fsdp", "tensor")
     True
     >>> spec(mesh, "norm/scale", (3,)) == P()

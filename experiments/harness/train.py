@@ -213,6 +213,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
 
     def step(state: TrainState, tokens, schedule: Schedule, data: tuple = ()):
         value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
+        # Each device sums its own part of a gradient and no more.
+        gradients = jax.lax.with_sharding_constraint(gradients, sharding.of_state(mesh, gradients))
         updates, opt_state = tx.update(
             gradients, state.opt_state, state.params, learning_rate=schedule(state.step)
         )

@@ -177,8 +177,8 @@ def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, j
     for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
         dtype = next(inner.program.specs[p.wide[kind]].dtype for p in pieces if kind in p.wide)
         arrays = [
-            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(size, dtype)
-            for piece, size in zip(pieces, run.sizes, strict=True)
+            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(leaf.shape, dtype)
+            for piece, leaf in zip(pieces, run.leaves[0], strict=True)
         ]
         found[kind] = merged(run.flatten(arrays))
     return found

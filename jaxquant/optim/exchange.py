@@ -22,7 +22,7 @@ from jaxquant import artifacts
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
-VERSION = 2  # what codes stand for is part of it
+VERSION = 3  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
 _HEAD, _ARRAYS = "state.json", "arrays.safetensors"
 

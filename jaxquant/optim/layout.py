@@ -1,14 +1,20 @@
-"""How coded leaves lie in pages: leaves with the same slots side by side, each from a new block on."""
+"""How coded leaves lie in pages: leaves with the same slots side by side, each from a new block on.
+
+Shards hold parts of each leaf, cut along its own axes (`jaxquant.optim.cutting`); leaves that cannot be cut
+so go through the shards in one line.
+"""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.codecs import BLOCK
+from jaxquant.optim.cutting import Cut, collected, dealt
 from jaxquant.optim.leaves import Leaf
 from jaxquant.pages import PAGE, PAGE_SHAPE
 
@@ -18,14 +24,15 @@ BLOCKS = PAGE_SHAPE[:-1]  # of a page: (8, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Parameters whose state has the same slots and types, one after another in pages.
+    """Parameters whose state has the same slots and types, one after another in lines of pages.
 
     Attributes:
         slots: of their state, in order.
         parameters: their indices.
         leaves: for each slot, the state's leaf of each parameter.
-        starts: the element of the run at which each parameter begins, a multiple of a block.
+        starts: the element of a line at which each parameter begins, a multiple of a block.
         shards: parts of as many pages each, which devices can share among them.
+        cuts: of each parameter; empty where they go through all shards in one line.
     """
 
     slots: tuple[str, ...]
@@ -33,43 +40,56 @@ class Run:
     leaves: tuple[tuple[Leaf, ...], ...]
     starts: tuple[int, ...]
     shards: int
+    cuts: tuple[Cut, ...]
+
+    @property
+    def lines(self) -> int:
+        """Lines of pages, through which parts of each parameter go side by side."""
+        return self.shards if any(self.cuts) else 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each parameter."""
-        return tuple(leaf.size for leaf in self.leaves[0])
+        """Elements of each parameter in a line."""
+        return tuple(leaf.size // self.lines for leaf in self.leaves[0])
 
     @property
     def pages(self) -> int:
-        """Pages that hold elements."""
+        """Pages of a line that hold elements."""
         return -(-(self.starts[-1] + self.sizes[-1]) // PAGE)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """(shards, groups in each, pages in each); the last pages may be without elements."""
-        own = -(-self.pages // self.shards)
+        own = -(-self.pages * self.lines // self.shards)
         groups = -(-own // GROUP)
         return self.shards, groups, -(-own // groups)
 
+    def lined(self, x: Any) -> Any:
+        """An array [shards, groups, pages, ...] as [lines, pages of each, ...]."""
+        return x.reshape(self.lines, -1, *x.shape[3:])
+
     def flatten(self, arrays: Sequence[jax.Array]) -> jax.Array:
         """The parameters' arrays as [shards, groups, pages, 8, 8, 128]; zeros between and behind them."""
-        total = math.prod(self.grid) * PAGE
-        if len(arrays) == 1 and self.sizes[0] == total:
-            return arrays[0].reshape(*self.grid, *PAGE_SHAPE)
+        total = math.prod(self.grid) * PAGE // self.lines
         ends = (*self.starts[1:], total)
         parts = [
-            jnp.pad(x.ravel(), (0, end - start - size))
-            for x, start, end, size in zip(arrays, self.starts, ends, self.sizes, strict=True)
+            jnp.pad(dealt(x, cut), ((0, 0), (0, end - start - size)))
+            for x, cut, start, end, size in zip(
+                arrays, self.cuts, self.starts, ends, self.sizes, strict=True
+            )
         ]
-        return jnp.concatenate(parts).reshape(*self.grid, *PAGE_SHAPE)
+        whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+        return whole.reshape(*self.grid, *PAGE_SHAPE)
 
     def unflatten(self, flat: jax.Array) -> list[jax.Array]:
         """The parameters' arrays back from `flatten`'s."""
-        flat = flat.ravel()
-        return [
-            jax.lax.slice(flat, (start,), (start + leaf.size,)).reshape(leaf.shape)
-            for start, leaf in zip(self.starts, self.leaves[0], strict=True)
-        ]
+        lines = flat.reshape(self.lines, -1)
+        return [self.collected(lines, place, s) for place, s in enumerate(self.starts)]
+
+    def collected(self, lines: jax.Array, place: int, start: int) -> jax.Array:
+        """The array of the parameter at `place`, which begins at an element of lines [lines, elements]."""
+        own = jax.lax.slice_in_dim(lines, start, start + self.sizes[place], axis=1)
+        return collected(own, self.leaves[0][place].shape, self.cuts[place])
 
     def firsts(self) -> jax.Array:
         """The element, modulo 2^32, with which each group of pages begins, uint32[shards, groups]."""
@@ -80,46 +100,59 @@ class Run:
     def owners(self) -> np.ndarray:
         """Which of the run's parameters each block belongs to, int32[shards, groups, pages, 8, 8]."""
         firsts = np.array(self.starts) // BLOCK
-        blocks = np.arange(math.prod(self.grid) * PAGE // BLOCK)
+        blocks = np.arange(math.prod(self.grid) * PAGE // self.lines // BLOCK)
         found = np.searchsorted(firsts, blocks, side="right") - 1
-        return found.astype(np.int32).reshape(*self.grid, *BLOCKS)
+        return np.tile(found.astype(np.int32), self.lines).reshape(*self.grid, *BLOCKS)
 
     def pages_of(self, place: int) -> slice:
-        """The pages that hold elements of the run's parameter at `place`."""
+        """The pages of each line that hold elements of the run's parameter at `place`."""
         start, size = self.starts[place], self.sizes[place]
         return slice(start // PAGE, -(-(start + size) // PAGE))
 
     def by_page(self, values: Sequence[int]) -> np.ndarray:
         """The largest value among the parameters of each page, int[shards, groups, pages]; 0 where none."""
-        found = np.zeros(math.prod(self.grid), int)
+        found = np.zeros((self.lines, math.prod(self.grid) // self.lines), int)
         for place, value in enumerate(values):
             own = self.pages_of(place)
-            found[own] = np.maximum(found[own], value)
+            found[:, own] = np.maximum(found[:, own], value)
         return found.reshape(self.grid)
 
 
-def arrange(leaves: Sequence[Leaf], dtypes: Sequence[np.dtype], shards: int) -> tuple[Run, ...]:
+def arrange(
+    leaves: Sequence[Leaf],
+    dtypes: Sequence[np.dtype],
+    shards: int,
+    cut: Callable[[Leaf], Cut | None],
+) -> tuple[Run, ...]:
     """The runs of some leaves.
 
     Args:
         leaves: to be coded.
         dtypes: of the parameters, by their index.
         shards: parts of each run.
+        cut: how a leaf is dealt out to them; None where it cannot be.
     """
     slots: dict[int, list[Leaf]] = {}
     for leaf in leaves:
         slots.setdefault(leaf.parameter, []).append(leaf)
+    cuts = {p: cut(own[0]) if shards > 1 else None for p, own in slots.items()}
     alike: dict[tuple, list[int]] = {}
     for parameter, own in slots.items():
         # Pages of vectors apart from those of matrices: their updates differ more often (decay's mask).
-        kind = (len(own[0].shape) > 1, dtypes[parameter])
+        kind = (cuts[parameter] is None, len(own[0].shape) > 1, dtypes[parameter])
         alike.setdefault((kind, *((x.slot, x.dtype) for x in own)), []).append(parameter)
-    return tuple(_run(parameters, slots, shards) for parameters in alike.values())
+    return tuple(_run(parameters, slots, cuts, shards) for parameters in alike.values())
 
 
-def _run(parameters: Sequence[int], slots: dict[int, list[Leaf]], shards: int) -> Run:
-    sizes = [slots[p][0].size for p in parameters]
-    whole = [-(-size // BLOCK) * BLOCK for size in sizes]
+def _run(
+    parameters: Sequence[int],
+    slots: dict[int, list[Leaf]],
+    cuts: dict[int, Cut | None],
+    shards: int,
+) -> Run:
+    own = tuple(cuts[p] or () for p in parameters)
+    lines = shards if any(own) else 1
+    whole = [-(-slots[p][0].size // lines // BLOCK) * BLOCK for p in parameters]
     starts = np.concatenate([[0], np.cumsum(whole)[:-1]])
     return Run(
         slots=tuple(leaf.slot for leaf in slots[parameters[0]]),
@@ -127,4 +160,5 @@ def _run(parameters: Sequence[int], slots: dict[int, list[Leaf]], shards: int) -
         leaves=tuple(zip(*(slots[p] for p in parameters), strict=True)),
         starts=tuple(int(s) for s in starts),
         shards=shards,
+        cuts=own,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
+from jaxquant.optim.cutting import Spec, cut_of
 from jaxquant.optim.layout import Run, arrange
 from jaxquant.optim.leaves import Exact, Leaf, find
 from jaxquant.optim.policies import Adaptation, Policy, check_bits
@@ -30,7 +31,7 @@ class Plan:
         rows: of each shard's pool.
         adaptation: how widths move, where they do.
         mesh: whose devices share the shards, or None for no layout of ours.
-        axis: of the mesh, over which they do.
+        axis: of the mesh, over which they do; or several.
         fills: whether rows beyond those bits widen pages to begin with.
     """
 
@@ -43,7 +44,7 @@ class Plan:
     adaptation: Adaptation | None = None
     # Where devices lie is no part of what a state means: `exchange` compares what plans print.
     mesh: Mesh | None = dataclasses.field(default=None, repr=False)
-    axis: str = dataclasses.field(default="data", repr=False)
+    axis: tuple[str, ...] = dataclasses.field(default=("data",), repr=False)
     fills: bool = False
 
     @property
@@ -88,9 +89,14 @@ def default_codec(leaf: Leaf) -> Codec:
 
 
 def make_plan(
-    tx: Any, policy: Policy, codec: Callable[[Leaf], Codec], params: Any, shards: int
+    tx: Any,
+    policy: Policy,
+    codec: Callable[[Leaf], Codec],
+    params: Any,
+    shards: Mapping[str, int],
+    spec: Spec,
 ) -> Plan:
-    """The plan for some parameters.
+    """The plan for some parameters, in so many shards along each axis, and cut as they are.
 
     Raises:
         ValueError: no leaf that can be coded; a codec that cannot hold what its leaf may be; a budget below
@@ -108,7 +114,8 @@ def make_plan(
         reasons = "; ".join(sorted({e.reason for e in exact})) or "it is empty"
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {reasons}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
-    runs = arrange(list(chosen), dtypes, shards)
+    cut = lambda leaf: cut_of(leaf.shape, spec(leaf.path, leaf.shape), shards)  # noqa: E731
+    runs = arrange(list(chosen), dtypes, math.prod(shards.values()), cut)
     plan = Plan(
         policy.name,
         runs,

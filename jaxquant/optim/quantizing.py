@@ -1,7 +1,7 @@
 """`quantize_state`: any optax transformation, its state held in pages of few bits."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxquant.optim.adapting import adapted
 from jaxquant.optim.checks import opened
 from jaxquant.optim.codecs import Codec
+from jaxquant.optim.cutting import Spec
 from jaxquant.optim.inner import pieces_by_run
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import default_codec, make_plan
@@ -26,15 +28,20 @@ from jaxquant.optim.updating import updated
 KERNELS = {"xla": updated, "pallas": updated_by_kernels}
 
 
+def _unsplit(path: str, shape: tuple[int, ...]) -> P:
+    return P()
+
+
 def quantize_state(
     tx: optax.GradientTransformation,
     policy: Policy,
     *,
     codec: Callable[[Leaf], Codec] = default_codec,
     seed: int = 0,
-    shards: int | None = None,
+    shards: int | Sequence[int] | None = None,
     mesh: Mesh | None = None,
-    axis: str = "data",
+    axis: str | Sequence[str] = "data",
+    spec: Spec = _unsplit,
     kernel: str = "xla",
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
@@ -58,13 +65,15 @@ def quantize_state(
         codec: which codec serves a leaf.
         seed: of the draws, which are keyed by it, by the step and by the element's place.
         shards: the leading axis of every array of codes and scales, for devices to share: a multiple of the
-            mesh's axis, which it is where not given.  The bits depend on it, not on the mesh: what eight
-            devices saved with eight shards, two go on with.
-        mesh: whose devices share the state, each going through its own pages; gradients and updates are
-            spread as the compiler sees fit.  Its axes are of the type Auto.
-        axis: of the mesh.
-        kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`), which CPUs interpret,
-            slowly.  Several TPUs take them within `shard_map` only.
+            mesh's axis, which it is where not given; one number for each of several axes.  The bits depend on
+            it, not on the mesh: what eight devices saved with eight shards, two go on with.
+        mesh: whose devices share the state, each going through its own pages.  Its axes are of the type Auto.
+        axis: of the mesh, or several.
+        spec: how a parameter of some path and shape is sharded.  Its state is cut along the same axes, so
+            that no gradient moves to where its state is; what `spec` leaves whole is cut along the longest
+            axis that the shards divide.
+        kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`) and one shard, which CPUs
+            interpret, slowly.  Several TPUs take them within `shard_map` only.
 
     Raises:
         ValueError: arguments of another kind than these; at `init`, nothing that can be coded, or a codec
@@ -86,17 +95,24 @@ def quantize_state(
         raise ValueError(f"seed is a whole number; got {seed!r}")
     if not isinstance(policy, Policy):
         raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
-    count = _check_shards(shards, mesh, axis)
+    axis = (axis,) if isinstance(axis, str) else tuple(axis)
+    counts = _check_shards(shards, mesh, axis)
+    if not callable(spec):
+        raise ValueError(
+            f"spec is a function from a path and a shape to its sharding; got {spec!r}"
+        )
     if kernel not in KERNELS:
         raise ValueError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "pallas" and mesh is not None:
         raise ValueError(
             "kernel='pallas' takes no mesh; call it within jax.shard_map, or use 'xla'"
         )
+    if kernel == "pallas" and max(counts.values()) > 1:
+        raise ValueError(f"kernel='pallas' takes one shard, got shards={shards}; 'xla' takes more")
     tx = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> QuantizedState:
-        plan = make_plan(tx, policy, codec, params, count)
+        plan = make_plan(tx, policy, codec, params, counts, spec)
         plan = dataclasses.replace(plan, mesh=mesh, axis=axis)
         state = encoded(plan, _first(tx, params), seed)
         return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
@@ -111,8 +127,8 @@ def quantize_state(
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
 
-def _check_shards(shards: Any, mesh: Mesh | None, axis: str) -> int:
-    """How many shards there are to be."""
+def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict[str, int]:
+    """How many shards there are to be along each axis."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is a jax.sharding.Mesh; got {mesh!r}")
     if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
@@ -120,15 +136,21 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: str) -> int:
             f"mesh has axes of the type Auto, as jax.sharding.Mesh(devices, names) makes them; got "
             f"{mesh.axis_types}"
         )
-    if mesh is not None and axis not in mesh.shape:
-        raise ValueError(f"axis is one of the mesh's {tuple(mesh.shape)}; got {axis!r}")
-    size = 1 if mesh is None else mesh.shape[axis]
-    shards = size if shards is None else shards
-    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
-        raise ValueError(f"shards is a whole number from 1 on; got {shards!r}")
-    if shards % size:
-        raise ValueError(f"shards is a multiple of {size}, the mesh's {axis}; got {shards}")
-    return shards
+    for name in axis:
+        if mesh is not None and name not in mesh.shape:
+            raise ValueError(f"axis is one of the mesh's {tuple(mesh.shape)}; got {name!r}")
+    if not axis or len(set(axis)) != len(axis):
+        raise ValueError(f"axis is one or several different names; got {axis}")
+    sizes = [1 if mesh is None else mesh.shape[name] for name in axis]
+    given = sizes if shards is None else [shards] if np.ndim(shards) == 0 else list(shards)
+    if len(given) != len(axis):
+        raise ValueError(f"shards has a number for each axis of {axis}; got {shards}")
+    for count, size, name in zip(given, sizes, axis, strict=True):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"shards is a whole number from 1 on; got {count!r}")
+        if count % size:
+            raise ValueError(f"shards is a multiple of {size}, the mesh's {name}; got {count}")
+    return dict(zip(axis, given, strict=True))
 
 
 def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:

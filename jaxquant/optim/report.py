@@ -162,14 +162,15 @@ def report(state: Any) -> Report:
 def _coded(state: QuantizedState) -> Iterator[tuple[int, Row]]:
     for number, (run, codecs) in enumerate(zip(state.plan.runs, state.plan.codecs, strict=True)):
         for i, (slot, codec) in enumerate(zip(run.leaves, codecs, strict=True)):
-            widths = np.asarray(pages.widths(state.tables[number][i])).ravel()
+            widths = run.lined(np.asarray(pages.widths(state.tables[number][i])))
             scale = state.scales[number][i]
             per_block = scale.nbytes * BLOCK // (widths.size * pages.PAGE)
             for place, leaf in enumerate(slot):
-                own = run.pages_of(place)
-                held = _elements_by_page(run.starts[place], leaf.size)
-                bits = float((widths[own] * held).sum() / leaf.size)
-                nbytes = bits * leaf.size / 8 + per_block * -(-leaf.size // BLOCK)
+                own, size = run.pages_of(place), run.sizes[place]
+                held = _elements_by_page(run.starts[place], size)
+                bits = float((widths[:, own] * held).sum() / leaf.size)
+                blocks = -(-size // BLOCK) * run.lines
+                nbytes = bits * leaf.size / 8 + per_block * blocks
                 kind = type(codec).__name__
                 row = Row(leaf.path, leaf.slot, leaf.role, leaf.shape, kind, bits, nbytes, "")
                 yield leaf.index, row

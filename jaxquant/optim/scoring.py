@@ -223,9 +223,10 @@ def _add_felt_whole(
         stored = decoded(with_leaf(state, run, slot, place, after[number], seed), run, slot, place)
         env = inner.program.evaluate(updates, {**known, **after, number: stored})
         error = sum(jnp.sum(weights[n] * (env[n] - exact[n]) ** 2) for n in updates)
-        span, flat = state.plan.runs[run].pages_of(place), errors[run][slot].ravel()
-        share = jnp.float32(error) / (span.stop - span.start)
-        errors[run][slot] = flat.at[span].add(share).reshape(errors[run][slot].shape)
+        layout, before = state.plan.runs[run], errors[run][slot]
+        span = layout.pages_of(place)
+        share = jnp.float32(error) / ((span.stop - span.start) * layout.lines)
+        errors[run][slot] = layout.lined(before).at[:, span].add(share).reshape(before.shape)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -292,8 +293,9 @@ class Statistics:
         score = jnp.mean(jnp.log2(factors / average[None, :]), axis=1)
         found = _per_page(state.plan, -jnp.inf)
         for (run, slot, place, _), own in zip(leaves, score, strict=True):
-            span, flat = state.plan.runs[run].pages_of(place), found[run][slot].ravel()
-            found[run][slot] = flat.at[span].max(own).reshape(found[run][slot].shape)
+            layout, before = state.plan.runs[run], found[run][slot]
+            span = layout.pages_of(place)
+            found[run][slot] = layout.lined(before).at[:, span].max(own).reshape(before.shape)
         found = [[jnp.maximum(x, jnp.min(score)) for x in slots] for slots in found]
         usable = jnp.all(jnp.isfinite(score))
         return found, (average, count + 1), usable

@@ -189,7 +189,7 @@ def _span(
         parameters=run.parameters[own],
         leaves=tuple(slot[own] for slot in run.leaves),
         starts=tuple(start - first * pages.PAGE for start in run.starts[own]),
-        shards=1,
+        cuts=run.cuts[own],
     )
     known = {n: inner.known.get(n) for piece in pieces for n in piece.scalars}
     constants = {n: x for n, x in known.items() if not isinstance(x, jax.Array | None)}

@@ -1,5 +1,6 @@
 """Quantized state as arrays: pages of codes, their scales, and what stays exact."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxquant import pages
 from jaxquant.optim.codecs import BLOCK, Codec
+from jaxquant.optim.cutting import dealt
 from jaxquant.optim.layout import BLOCKS
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
@@ -133,46 +135,71 @@ def bits_of(table: jax.Array) -> jax.Array:
 def decoded(state: QuantizedState, run: int, slot: int, place: int) -> jax.Array:
     """The leaf of one slot and of the run's parameter at some place, in full precision."""
     layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
-    leaf, own = layout.leaves[slot][place], layout.pages_of(place)
-    pool, table, scale = _span(state, run, slot, own)
-    _, values = read_blocks(pool, table, scale, codec)
-    start = layout.starts[place] - own.start * pages.PAGE
-    flat = jax.lax.slice(values.ravel(), (start,), (start + leaf.size,))
-    return flat.reshape(leaf.shape).astype(leaf.dtype)
+    own = layout.pages_of(place)
+    read = jax.vmap(lambda *x: read_blocks(*x, codec)[1])
+    values = read(*_span(state, run, slot, own)).reshape(layout.lines, -1)
+    found = layout.collected(values, place, layout.starts[place] - own.start * pages.PAGE)
+    return found.astype(layout.leaves[slot][place].dtype)
 
 
 def _span(
     state: QuantizedState, run: int, slot: int, own: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(pool, table, scale) of some pages of a slot, in line over the shards."""
-    table = rooted(state.tables[run][slot], state.pool.shape[1])
-    scale = state.scales[run][slot]
-    table = table.reshape(-1, pages.PLANES)[own]
-    return joined(state.pool), table, scale.reshape(-1, *scale.shape[3:])[own]
+    """(pool, table, scale) of some pages of a slot, for each of the run's lines."""
+    layout = state.plan.runs[run]
+    shards, rows = layout.shards // layout.lines, state.pool.shape[1]
+    table = state.tables[run][slot]
+    table = table.reshape(layout.lines, shards, *table.shape[1:])
+    table = layout.lined(jax.vmap(lambda t: rooted(t, rows))(table).reshape(-1, *table.shape[2:]))
+    pool = state.pool.reshape(layout.lines, -1, *pages.LANES)
+    return pool, table[:, own], layout.lined(state.scales[run][slot])[:, own]
 
 
 def with_leaf(
     state: QuantizedState, run: int, slot: int, place: int, value: jax.Array, seed: int
 ) -> QuantizedState:
     """The state with another value in one leaf; blocks of it that are the same keep their codes."""
-    layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
-    leaf, own = layout.leaves[slot][place], layout.pages_of(place)
-    pool, table, scale = _span(state, run, slot, own)
-    codes, before = read_blocks(pool, table, scale, codec)
-    start = layout.starts[place] - own.start * pages.PAGE
-    after = before.ravel().at[start : start + leaf.size].set(value.astype(jnp.float32).ravel())
-    same = _round_trip(before, leaf) == after.reshape(before.shape)
+    layout, leaf = state.plan.runs[run], state.plan.runs[run].leaves[slot][place]
+    own, size = layout.pages_of(place), layout.sizes[place]
     word = draw_word(seed, state.step, run, slot)
-    element = jnp.uint32(own.start * pages.PAGE % 2**32)
-    encoded = encode_blocks(after.reshape(before.shape), bits_of(table), codec, word, element)
-    first, last = start // BLOCK, -(-(start + leaf.size) // BLOCK)
+    start = layout.starts[place] - own.start * pages.PAGE
+    set_ = functools.partial(
+        _set, state.plan.codecs[run][slot], leaf, word, slice(start, start + size)
+    )
+    whole = state.scales[run][slot]
+    length = math.prod(layout.grid) // layout.lines
+    elements = (np.arange(layout.lines) * length + own.start) * pages.PAGE % 2**32
+    pool, scale = jax.vmap(set_)(
+        *_span(state, run, slot, own),
+        dealt(value.astype(jnp.float32), layout.cuts[place]),
+        jnp.asarray(elements, jnp.uint32),
+    )
+    lined = layout.lined(whole).at[:, own].set(scale).reshape(whole.shape)
+    scales = _replaced(state.scales, run, slot, lined)
+    return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
+
+
+def _set(
+    codec: Codec,
+    leaf: Leaf,
+    word: jax.Array,
+    where: slice,
+    pool: jax.Array,
+    table: jax.Array,
+    scale: jax.Array,
+    values: jax.Array,
+    element: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """(pool, scale) of some pages in line, with other values in some of their elements."""
+    codes, before = read_blocks(pool, table, scale, codec)
+    after = before.ravel().at[where].set(values).reshape(before.shape)
+    same = _round_trip(before, leaf) == after
+    encoded = encode_blocks(after, bits_of(table), codec, word, element)
+    first, last = where.start // BLOCK, -(-where.stop // BLOCK)
     block = jnp.arange(math.prod(codes.shape[:-1])).reshape(codes.shape[:-1])
     keeps = jnp.all(same, axis=-1) | (block < first) | (block >= last)
     codes, scale = kept_where(keeps, (codes, scale), encoded)
-    pool = pages.write(pool, table, codes).reshape(state.pool.shape)
-    whole = state.scales[run][slot]
-    lined = whole.reshape(-1, *whole.shape[3:]).at[own].set(scale).reshape(whole.shape)
-    return state._replace(pool=pool, scales=_replaced(state.scales, run, slot, lined))
+    return pages.write(pool, table, codes), scale
 
 
 def _round_trip(values: jax.Array, leaf: Leaf) -> jax.Array:
