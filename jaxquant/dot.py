@@ -348,10 +348,13 @@ def _dot_backward(dims, options, residuals, gradient):
     (lhs, rhs), (dlhs, drhs), (lhs_like, rhs_like) = residuals
     options = {"precision": dict(options)["precision"]}
     left = right = jnp.zeros(0)
+    # Names for profiles and compiled text: both gradients come from the same line of a model.
     if lhs_like is not None:
-        left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
+        with jax.named_scope("dlhs"):
+            left = _lhs_gradient(dims, options, dlhs, gradient, lhs, rhs).astype(lhs_like.dtype)
     if rhs_like is not None:
-        right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
+        with jax.named_scope("drhs"):
+            right = _rhs_gradient(dims, options, drhs, gradient, lhs, rhs).astype(rhs_like.dtype)
     witnesses = (lhs_like, rhs_like)
     return None, first_order(left, witnesses), first_order(right, witnesses)
 

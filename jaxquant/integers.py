@@ -3,7 +3,9 @@
     Σ_k (l_k − z_l) (r_k − z_r)  =  Σ l_k r_k − z_l Σ r_k − z_r Σ l_k + K z_l z_r
 
 A sum with more terms than int32 is sure to hold (133,144 of int8 numbers), as a weight's gradient over a
-large batch has, is one of parts: each exact in int32, added up in float32.
+large batch has, is one of parts: each exact in int32, added up in float32.  Where a mesh is set, with
+`jax.set_mesh` say, each of its devices has parts of its own where sizes allow it, so that the parts' sum and
+nothing else travels.
 """
 
 import math
@@ -11,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxquant.formats import Format, Int, is_static
 from jaxquant.qarray import QArray
@@ -55,15 +57,21 @@ def integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
 def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, int]:
     """How many parts of one size, and along which of the contracting axes: the fewest that suffice."""
     sizes = [lhs.shape[a] for a in dims[0][0]]
-    fitting = (
-        (parts, which)
-        for parts in range(needed, _MOST_PARTS * needed + 1)
-        for which, size in enumerate(sizes)
-        if size % parts == 0
-    )
-    for parts, which in fitting:
-        return parts, which
+    most, devices = _MOST_PARTS * needed, _devices()
+    # Devices share the first axis, a batch's rows.
+    shared = ((n, 0) for n in range(devices, max(most, devices) + 1, devices))
+    others = ((n, which) for n in range(needed, most + 1) for which in range(len(sizes)))
+    for parts, which in (*shared, *others):
+        if parts >= needed and sizes[which] % parts == 0:
+            return parts, which
     raise _too_long(lhs, rhs, math.prod(sizes))
+
+
+def _devices() -> int:
+    """How many devices share an array here: those of the mesh that is set, but for axes of a shard_map."""
+    mesh = jax.sharding.get_abstract_mesh()
+    pairs = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return math.prod(size for size, kind in pairs if kind != AxisType.Manual)
 
 
 def _beneath(sharding: Any) -> Any:

@@ -83,7 +83,7 @@ LIBRARY = [
     ["optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
-    ["harness.files", "harness.cli", "harness.sharding"],
+    ["harness.files", "harness.cli", "harness.sharding", "harness.hlo", "harness.chips"],
     [
         "harness.data",
         "harness.models",
@@ -120,7 +120,11 @@ EXPERIMENTS = [
         "optimizer_states.running",
         "optimizer_states.study",
         "optimizer_states.__main__",
-        "train",
+        "train.program",
+        "train.ahead",
+        "train.ahead_table",
+        "train.running",
+        "train.__main__",
     ],
     [
         "training_precision.numerics",

@@ -466,6 +466,17 @@ def test_a_sum_of_parts_is_the_sum(calibrate):
     np.testing.assert_allclose(multiply(*stored, dims), expected, rtol=3e-5, atol=1e-1)
 
 
+@pytest.mark.parametrize(("devices", "parts"), [(1, 4), (8, 8), (3, 6), (32, 4)])
+def test_devices_of_the_mesh_add_up_parts_of_their_own(devices, parts):
+    """24 · 20,000 terms need four parts; 24 does not divide into 32."""
+    shape = jax.ShapeDtypeStruct((24, 20_000, 2), jnp.float32)
+    dims = (((0, 1), (0, 1)), ((), ()))
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(lambda a, b: jq.recipe("w8a8")(a, b, dims))(shape, shape)
+    assert f"i8[{parts},{24 // parts},20000,2]" in str(traced)
+
+
 def test_nan_is_loud_in_native_arithmetic():
     lhs = jnp.ones((2, 4)).at[0, 1].set(jnp.nan)
     assert jnp.isnan(jq.recipe("w8a8")(lhs, jnp.ones((4, 2)), MATMUL)).all()

@@ -20,6 +20,8 @@ import aot
 import pytest
 from conftest import ROOT
 
+from experiments.harness import hlo
+
 WIDTH = 256
 WEIGHT_SHAPES = {(WIDTH, WIDTH), (WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)}
 HEAD_SHAPES = {(WIDTH, aot.VOCABULARY), (aot.VOCABULARY, WIDTH)}
@@ -34,86 +36,25 @@ needs_tpu_compiler = pytest.mark.skipif(
 # ---- compiled text
 
 
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array in compiled text: ``s8[256,512]``."""
-
-    kind: str
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A matrix product in compiled text, where it is a convolution."""
-
-    operands: tuple[Array, Array]
-    result: Array
-    origin: str  # the JAX operations that it came from
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The operands' types; the compiler swaps operands as it likes."""
-        return tuple(sorted(x.kind for x in self.operands))
-
-    @property
-    def layer(self) -> str:
-        if "BTNH" in self.origin:  # the einsums of jax.nn.dot_product_attention
-            return "attention"
-        is_head = any(aot.VOCABULARY in x.shape for x in (*self.operands, self.result))
-        return "head" if is_head else "linear"
-
-    @property
-    def phase(self) -> str:
-        if "transpose(" not in self.origin:
-            return "forward"
-        shape = tuple(n for n in self.result.shape if n > 1)
-        return "wgrad" if shape in WEIGHT_SHAPES else "dgrad"
+def layer(product: hlo.Product) -> str:
+    if "BTNH" in product.origin:  # the einsums of jax.nn.dot_product_attention
+        return "attention"
+    is_head = any(aot.VOCABULARY in x.shape for x in (*product.operands, product.result))
+    return "head" if is_head else "linear"
 
 
-def arrays(text: str) -> list[Array]:
-    """Every array type in a piece of compiled text.
-
-    >>> arrays("(s8[256,512]{1,0:T(32,128)(4,1)}, f32[])")
-    [Array(kind='s8', shape=(256, 512)), Array(kind='f32', shape=())]
-    """
-    return [
-        Array(kind, tuple(map(int, filter(None, shape.split(",")))))
-        for kind, shape in re.findall(r"\b([a-z]+\d+\w*)\[([\d,]*)\]", text)
-    ]
+def phase(product: hlo.Product) -> str:
+    """Of products in bfloat16 too, which no scope tells apart."""
+    if product.phase != "backward":
+        return product.phase
+    shape = tuple(n for n in product.result.shape if n > 1)
+    return "wgrad" if shape in WEIGHT_SHAPES else "dgrad"
 
 
-def products(text: str) -> list[Product]:
-    """The matrix products of a program; names are looked up in the computation that they stand in."""
-    found, types = [], {}
-    for line in text.splitlines():
-        if line.startswith("}"):
-            types = {}
-        instruction = re.match(r"\s+(?:ROOT )?%([\w.-]+) = (\S+) ([\w-]+)\((.*)", line)
-        if instruction is None:
-            continue
-        name, result, opcode, rest = instruction.groups()
-        types[name] = next(iter(arrays(result)), None)
-        if opcode in ("convolution", "dot"):
-            left, right = re.findall(r"%([\w.-]+)", rest.split(")")[0])
-            origin = re.search(r'op_name="([^"]*)"', rest)
-            found.append(
-                Product((types[left], types[right]), types[name], origin[1] if origin else "")
-            )
-    return found
-
-
-def gathered(text: str) -> Counter[Array]:
-    """What all-gathers bring together, those of scales and other small things left out.
-
-    An asynchronous one appears in each fusion that it overlaps with, under one channel.
-    """
-    channels = {}
-    for line in text.splitlines():
-        gather = re.match(r"\s+(?:ROOT )?%[\w.-]+ = (.*?) all-gather(?:-start)?\(", line)
-        if gather is not None:
-            channels[re.search(r"channel_id=(\d+)", line)[1]] = arrays(gather[1])
-    everything = (x for results in channels.values() for x in results)
-    return Counter(x for x in everything if math.prod(x.shape) >= WIDTH**2)
+def gathered(text: str) -> Counter[hlo.Array]:
+    """What all-gathers bring together, those of scales and other small things left out."""
+    found = (x for x in hlo.parse(text).collectives() if x.kind == "all-gather")
+    return Counter(x for one in found for x in one.arrays if math.prod(x.shape) >= WIDTH**2)
 
 
 # ---- compiled for TPU
@@ -168,14 +109,14 @@ def step(compiled, topology: str, recipe: str | None, layers: int) -> Compiled:
 def test_a_training_step_on_tpu_multiplies_what_the_recipe_says(
     compiled, topology, recipe, layers, kinds
 ):
-    found = products(step(compiled, topology, recipe, layers).text)
-    linear = Counter((p.phase, p.kinds) for p in found if p.layer == "linear")
+    found = hlo.parse(step(compiled, topology, recipe, layers).text).products()
+    linear = Counter((phase(p), p.kinds) for p in found if layer(p) == "linear")
     assert linear == {
         (phase, kinds): aot.LINEARS * layers for phase in ("forward", "dgrad", "wgrad")
     }
     # The head and attention are nobody's rule.
-    assert [p.kinds for p in found if p.layer == "head"] == 3 * [BOTH_BF16]
-    attention = [p.kinds for p in found if p.layer == "attention"]
+    assert [p.kinds for p in found if layer(p) == "head"] == 3 * [BOTH_BF16]
+    attention = [p.kinds for p in found if layer(p) == "attention"]
     assert len(attention) >= 6 * layers  # some are computed twice instead of being kept
     assert set(attention) <= {BOTH_BF16, ("bf16", "f32")}
 
@@ -210,7 +151,7 @@ def test_sharded_weights_travel_as_the_numbers_that_are_multiplied(
 )
 def test_one_linear_and_its_gradients_on_tpu7x(compiled, topology, recipe, forward, backward):
     text = compiled(topology, "linear", recipe=recipe, width=WIDTH).text
-    assert sorted((p.phase, p.kinds) for p in products(text)) == [
+    assert sorted((phase(p), p.kinds) for p in hlo.parse(text).products()) == [
         ("dgrad", backward),
         ("forward", forward),
         ("wgrad", backward),
@@ -225,10 +166,10 @@ def test_stored_int4_takes_half_a_byte_on_tpu(compiled):
     activations, weight, scales = 2 * aot.BATCH * width, width * 2 * width // 2, 4 * 2 * width
     assert program.argument_bytes == activations + weight + scales
     (entry,) = re.findall(r"^ENTRY .* \((.*)\) ->", program.text, re.MULTILINE)
-    assert Array("s4", (width, 2 * width)) in arrays(entry)
+    assert hlo.Array("s4", (width, 2 * width)) in hlo.arrays(entry)
     # Converted within the product's fusion: no bfloat16 copy of the weight is ever in memory.
     main = program.text[program.text.index("\nENTRY ") :]
-    assert Array("bf16", (width, 2 * width)) not in arrays(main)
+    assert hlo.Array("bf16", (width, 2 * width)) not in hlo.arrays(main)
 
 
 # ---- lowered for CUDA

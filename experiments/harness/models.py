@@ -68,6 +68,19 @@ class LMConfig:
         """Weights that a token meets in a matrix product: N and the head. Proportional to time."""
         return self.non_embedding_parameters + self.width * self.vocab_size
 
+    def step_flops(self, batch: int, sequence: int) -> int:
+        """Operations of a training step that the model needs: what is computed twice counts once.
+
+        Six for each weight and token, and 12 · layers · width · T for attention, in which no mask is seen.
+
+        Source: Chowdhery et al. 2022, arXiv 2204.02311, Appendix B.
+
+        >>> SIZES["83k"].step_flops(1, 1)
+        573696
+        """
+        attention = 12 * self.layers * self.width * sequence
+        return batch * sequence * (6 * self.step_cost + attention)
+
 
 def _shape(layers: int, width: int, heads: int) -> LMConfig:
     """The usual proportions: a SwiGLU of about 8/3 the width makes N about 12 · layers · width²."""
@@ -87,7 +100,8 @@ SIZES = {
     "57m": _shape(8, 768, 6),
     "113m": _shape(16, 768, 6),
     "223m": _shape(14, 1152, 9),
-    "1.7b": _shape(27, 2304, 18),
+    # In multiples of 256, so that each of 256 chips has whole rows of a TPU's tiles.
+    "1.7b": LMConfig(33, 2048, 16, 16, 5632),
     "7b": LMConfig(32, 4096, 32, 32, 11008),
 }
 

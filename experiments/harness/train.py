@@ -173,14 +173,19 @@ def init_state(
     return make_init(make_params, tx, mesh)()
 
 
+def fresh(make_params: Callable[[], Any], tx: optax.GradientTransformation) -> TrainState:
+    """A state of no steps."""
+    params = make_params()
+    return TrainState(jnp.int32(0), params, tx.init(params))
+
+
 def make_init(
     make_params: Callable[..., Any], tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[..., TrainState]:
     """A compiled `init_state`: (*data) -> state, so that one compilation serves every seed that is data."""
 
     def init(*data):
-        params = make_params(*data)
-        state = TrainState(jnp.int32(0), params, tx.init(params))
+        state = fresh(lambda: make_params(*data), tx)
         return jax.lax.with_sharding_constraint(state, sharding.of_state(mesh, state))
 
     return jax.jit(init)
@@ -212,7 +217,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, tokens, schedule: Schedule, data: tuple = ()):
-        value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
         # Each device sums its own part of a gradient and no more.
         gradients = jax.lax.with_sharding_constraint(gradients, sharding.of_state(mesh, gradients))
         updates, opt_state = tx.update(

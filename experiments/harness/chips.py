@@ -1,0 +1,47 @@
+"""What is published of TPU chips: memory, peak rates and links.  Nothing here is measured."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip.
+
+    Attributes:
+        name: as topologies have it.
+        hbm: bytes of memory.
+        hbm_rate: bytes a second to and from it.
+        link_rate: bytes a second over all of its links to other chips, both ways together.
+        peak: operations a second in matrix products, by the type of the operands.
+        cores: devices that JAX sees in it.
+    """
+
+    name: str
+    hbm: int
+    hbm_rate: float
+    link_rate: float
+    peak: dict[str, float]
+    cores: int = 1
+
+
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; by JAX's device_kind.
+CHIPS = {
+    "TPU v5 lite": Chip("v5e", 16 * 2**30, 819e9, 400e9, {"bf16": 197e12, "s8": 393e12}),
+    "TPU v5": Chip("v5p", 95 * 2**30, 2765e9, 1200e9, {"bf16": 459e12, "s8": 918e12}),
+    "TPU v6 lite": Chip("v6e", 32 * 2**30, 1638e9, 800e9, {"bf16": 918e12, "s8": 1836e12}),
+    "TPU7x": Chip("tpu7x", 192 * 2**30, 7380e9, 1200e9, {"bf16": 2307e12, "f8": 4614e12}, cores=2),
+}
+
+
+def of_kind(device_kind: str) -> Chip:
+    """The chip of a JAX device.
+
+    Raises:
+        ValueError: one of which nothing is written here.
+
+    >>> of_kind("TPU v5 lite").peak["s8"] / 1e12
+    393.0
+    """
+    if device_kind not in CHIPS:
+        raise ValueError(f"figures are known of {', '.join(CHIPS)}; got {device_kind!r}")
+    return CHIPS[device_kind]

@@ -1,0 +1,340 @@
+"""What a compiled program multiplies and sends between devices, read from its text.
+
+The compiler's own totals count a loop's body once.  Here each instruction comes with the number of times that
+it is executed, from the bounds of the loops around it.
+"""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+_COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+def _bits(kind: str) -> int:
+    """Of an element in memory."""
+    digits = re.search(r"\d+", kind)
+    return int(digits[0]) if digits else 8  # pred
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array in compiled text: ``s8[256,512]``."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of its elements; layouts may pad them.
+
+        >>> Array("s4", (3, 5)).nbytes
+        7.5
+        """
+        return math.prod(self.shape) * _bits(self.kind) / 8
+
+    def of(self, kind: str) -> "Array":
+        """The same bytes as numbers of another type, in line.
+
+        >>> Array("u32", (2, 3)).of("s8")
+        Array(kind='s8', shape=(24,))
+        """
+        return Array(kind, (int(8 * self.nbytes) // _bits(kind),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of compiled text: ``%name = results opcode(arguments), attributes``."""
+
+    name: str
+    opcode: str
+    results: tuple[Array, ...]
+    arguments: str
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Their names."""
+        return re.findall(r"%([\w.-]+)", self.arguments)
+
+    @property
+    def origin(self) -> str:
+        """The JAX operations that it came from."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def called(self, attribute: str) -> str | None:
+        """The computation that an attribute such as ``body`` names."""
+        found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
+        return found[1] if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A matrix product.
+
+    Attributes:
+        operands: what is multiplied.
+        result: of it.
+        terms: of each sum.
+        origin: the JAX operations that it came from.
+        times: that it is executed.
+    """
+
+    operands: tuple[Array, Array]
+    result: Array
+    terms: int
+    origin: str
+    times: int
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions, all times together."""
+        return 2 * math.prod(self.result.shape) * self.terms * self.times
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The operands' types; the compiler swaps operands as it likes."""
+        return tuple(sorted(x.kind for x in self.operands))
+
+    @property
+    def phase(self) -> str:
+        """ "forward", "recomputed" for the backward pass, "dgrad" and "wgrad", or "backward" for either."""
+        for scope, name in (("dlhs", "dgrad"), ("drhs", "wgrad")):
+            if re.search(rf"\b{scope}\b", self.origin):
+                return name
+        if "rematted_computation" in self.origin:
+            return "recomputed"
+        return "backward" if "transpose(" in self.origin else "forward"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """Arrays that devices bring together.
+
+    Attributes:
+        kind: "all-gather", "all-reduce" and so on.
+        arrays: the results on one device, in the types of the numbers that travel.
+        devices: that take part in each group.
+        origin: the JAX operations that it came from.
+        times: that it is executed.
+    """
+
+    kind: str
+    arrays: tuple[Array, ...]
+    devices: int
+    origin: str
+    times: int
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes that one device receives, all times together, where devices pass them on in rings."""
+        size = sum(x.nbytes for x in self.arrays) * self.times
+        share = (self.devices - 1) / self.devices
+        passes = {
+            "all-reduce": 2 * share,
+            "reduce-scatter": self.devices - 1,
+            "collective-permute": 1,
+            "collective-broadcast": 1,
+        }
+        return size * passes.get(self.kind, share)
+
+
+def arrays(text: str) -> list[Array]:
+    """Every array type in a piece of compiled text.
+
+    >>> arrays("(s8[256,512]{1,0:T(32,128)(4,1)}, f32[])")
+    [Array(kind='s8', shape=(256, 512)), Array(kind='f32', shape=())]
+    """
+    return [
+        Array(kind, tuple(map(int, filter(None, shape.split(",")))))
+        for kind, shape in re.findall(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]", text)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled program.
+
+    Attributes:
+        computations: their instructions, by name.
+        times: that each is executed.
+    """
+
+    computations: Mapping[str, Mapping[str, Instruction]]
+    times: Mapping[str, int]
+
+    def instructions(self) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int]]:
+        """(instruction, the computation that it stands in, times) of all that are executed."""
+        for name, own in self.computations.items():
+            if times := self.times.get(name, 0):
+                yield from ((x, own, times) for x in own.values())
+
+    def products(self) -> list[Product]:
+        """The matrix products."""
+        found = []
+        for x, own, times in self.instructions():
+            if x.opcode in ("convolution", "dot"):
+                left, right = (own[name].results[0] for name in x.operands[:2])
+                terms = _terms(x, left, right)
+                found.append(Product((left, right), x.results[0], terms, x.origin, times))
+        return found
+
+    def collectives(self) -> list[Collective]:
+        """What travels between devices.
+
+        An asynchronous one appears in each fusion that it overlaps with, under one channel: it is counted
+        once.
+        """
+        found: dict[str, Collective] = {}
+        for x, own, times in self.instructions():
+            kind = x.opcode.removesuffix("-start")
+            if kind in _COLLECTIVES:
+                channel = re.search(r"channel_id=(\d+)", x.attributes)
+                one = Collective(kind, _results(x, own), _group(x), x.origin, times)
+                found.setdefault(channel[1] if channel else x.name, one)
+        return list(found.values())
+
+
+def parse(text: str) -> Program:
+    """A program from the text that a compiler gives of it.
+
+    Raises:
+        ValueError: no entry computation, or a loop whose bounds cannot be read.
+    """
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, own = None, dict[str, Instruction]()
+    for line in text.splitlines():
+        if head := re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            own = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif instruction := _instruction(line):
+            own[instruction.name] = instruction
+    if entry is None:
+        raise ValueError("this is no compiled program: it has no ENTRY computation")
+    times = collections.Counter[str]()
+    _count(computations, entry, 1, times)
+    return Program(computations, times)
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = re.match(r"\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)", line)
+    if found is None:
+        return None
+    name, results, opcode, rest = found.groups()
+    end = _closing(rest)
+    return Instruction(name, opcode, tuple(arrays(results)), rest[:end], rest[end:])
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis is that closes one before the text."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return place
+    return len(text)
+
+
+def _count(
+    computations: Mapping[str, Mapping[str, Instruction]],
+    name: str,
+    times: int,
+    found: collections.Counter[str],
+) -> None:
+    """Adds the times that a computation and those that it calls are executed."""
+    found[name] += times
+    for x in computations.get(name, {}).values():
+        if x.opcode == "while":
+            condition, body = x.called("condition"), x.called("body")
+            assert condition is not None
+            assert body is not None
+            _count(computations, body, times * _trips(computations, x, condition), found)
+            continue
+        for callee in _callees(x):
+            _count(computations, callee, times, found)
+
+
+def _callees(x: Instruction) -> list[str]:
+    """The computations that an instruction executes once, alternatives each."""
+    if x.opcode == "conditional":
+        listed = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
+        names = (
+            listed[1]
+            if listed
+            else " ".join(f"%{x.called(a)}" for a in ("true_computation", "false_computation"))
+        )
+        return re.findall(r"%?([\w.-]+)", names)
+    if x.opcode in ("fusion", "call", "async-start", "custom-call"):
+        called = x.called("calls") or x.called("to_apply") or x.called("called_computations")
+        return [called] if called else []
+    return []
+
+
+def _trips(
+    computations: Mapping[str, Mapping[str, Instruction]], loop: Instruction, condition: str
+) -> int:
+    """How often a loop's body is executed: as the text says, or as long as a count is below a constant."""
+    known = re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', loop.attributes)
+    if known:
+        return int(known[1])
+    pending, constants = [condition], []
+    while pending:
+        for x in computations.get(pending.pop(), {}).values():
+            pending += _callees(x)
+            if x.opcode == "constant" and x.results[0].kind in ("s32", "u32"):
+                constants.append(x.arguments)
+    if len(constants) != 1:
+        raise ValueError(f"the bounds of {loop.name} cannot be read from its condition {condition}")
+    return int(constants[0])
+
+
+def _terms(x: Instruction, left: Array, right: Array) -> int:
+    """Terms of each sum of a product."""
+    if x.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
+        return math.prod(left.shape[int(a)] for a in axes[1].split(",") if a) if axes else 1
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->", x.attributes)
+    assert labels is not None
+    terms = left.shape[labels[1].index("f")]
+    if "lhs_dilate" in x.attributes:
+        return terms  # a batch of products, each of which meets one place of the window
+    window = (size for size, label in zip(right.shape, labels[2], strict=True) if label.isdigit())
+    return terms * math.prod(window)
+
+
+def _results(x: Instruction, own: Mapping[str, Instruction]) -> tuple[Array, ...]:
+    """A collective's results; those of the same bytes in other words are what they were before."""
+    results, count = list(x.results), len(x.operands)
+    if x.opcode.endswith("-start") and len(results) >= 2 * count:
+        results = results[count : 2 * count]
+    for place, name in enumerate(x.operands[: len(results)]):
+        source = own.get(name)
+        if source is not None and source.opcode == "bitcast":
+            before = own.get(source.operands[0])
+            if before is not None and before.results[0].kind != results[place].kind:
+                results[place] = results[place].of(before.results[0].kind)
+    return tuple(results)
+
+
+def _group(x: Instruction) -> int:
+    """How many devices take part in each group of a collective."""
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", x.attributes)
+    if mesh:
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh[2]))
+    tiled = re.search(r"replica_groups=\[\d+,(\d+)\]<=", x.attributes)
+    if tiled:
+        return int(tiled[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", x.attributes)
+    return len(listed[1].split(",")) if listed else 2

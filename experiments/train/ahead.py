@@ -1,0 +1,265 @@
+"""A run's step, compiled for TPUs that are not there, and what the compiler says of it.
+
+The TPU's compiler needs no TPU.  It proves that a step lowers, what it takes of a chip's memory, and what it
+multiplies and sends; it says nothing of time.  It runs in a process of its own, since some programs abort it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.harness import chips, data, hlo, sharding, train
+from experiments.train.program import Config, Program, check, make_program, make_schedule
+
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",  # it would look for a TPU's host on the network
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def compiled(config: Config, topology: str) -> dict[str, Any]:
+    """What the step of a run takes of each chip of a topology.
+
+    Args:
+        config: of the run.
+        topology: of TPUs, as ``v5e:16x16``.
+
+    Returns:
+        A record for `ahead_table.to_text`: bytes, products, collectives and operations on each device, and
+        whether they fit.
+
+    Raises:
+        ValueError: no TPU compiler, a topology that it does not know, or settings that no run could use.
+        RuntimeError: the compiler failed otherwise.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(
+            "--compile_only needs the TPU's compiler, libtpu (no TPU): pip install -e '.[tpu]'"
+        )
+    check(config)
+    request = json.dumps({"config": dataclasses.asdict(config), "topology": topology})
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.train.ahead"],
+        input=request,
+        capture_output=True,
+        text=True,
+        env=os.environ | _ENVIRONMENT,
+        check=False,
+    )
+    answer = _answer(done.stdout)
+    if answer is None:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise RuntimeError(
+            f"the compiler ended with exit status {done.returncode}: {' '.join(lines[-1:])[:500]}"
+        )
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer
+
+
+def _answer(text: str) -> dict[str, Any] | None:
+    """The JSON on the last line."""
+    with contextlib.suppress(ValueError, IndexError):
+        found = json.loads(text.splitlines()[-1])
+        return found if isinstance(found, dict) else None
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------
+# In the child
+
+
+def _main() -> None:
+    request = json.load(sys.stdin)
+    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()}
+    try:
+        found = _measured(Config(**fields), request["topology"])
+    except ValueError as error:
+        found = {"error": " ".join(str(error).split())}
+    print(json.dumps(found))
+
+
+def _measured(config: Config, topology: str) -> dict[str, Any]:
+    devices = _devices(topology)
+    mesh = sharding.make_mesh(
+        config.mesh_data, config.mesh_fsdp, config.mesh_tensor, devices=devices
+    )
+    vocabulary = config.vocab_size or data.load(config.data, config.data_path).vocab_size
+    program = make_program(config, mesh, vocabulary)
+    arguments = _arguments(config, program, mesh)
+    chip = chips.of_kind(devices[0].device_kind)
+    found = {
+        "topology": topology,
+        "chip": chip.name,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "config": dataclasses.asdict(config),
+        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "parameters": sum(x.size for x in jax.tree.leaves(arguments[0].params)),
+        "hbm": chip.hbm // chip.cores,
+        "bytes": _argument_bytes(arguments[0]),
+        "model_flops": program.model.step_flops(config.batch, config.sequence),
+    }
+    traced = train.make_step(program.loss, program.tx, mesh).trace(*arguments)
+    try:
+        return found | {"fits": True} | _compiled(traced.lower().compile())
+    except jax.errors.JaxRuntimeError as error:
+        return found | _out_of_memory(str(error), config)
+
+
+def _devices(topology: str) -> list[Any]:
+    """The devices of a topology.
+
+    Raises:
+        ValueError: none that the compiler knows.
+    """
+    known = re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", topology)
+    try:
+        if known:
+            return list(topologies.get_topology_desc(topology, "tpu").devices)
+        raise ValueError("it is none")
+    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"--topology is one of TPUs that the compiler knows, as v5e:16x16, v6e:4x4 or v5p:4x4x4; got "
+            f"{topology!r} ({reason})"
+        ) from None
+
+
+def _arguments(config: Config, program: Program, mesh: Mesh) -> tuple[Any, ...]:
+    """The step's arguments, as shapes with their shardings."""
+    state = jax.eval_shape(lambda: train.fresh(lambda: program.init(config.seed), program.tx))
+    state = jax.tree.map(_placed, state, sharding.of_state(mesh, state))
+    alike = NamedSharding(mesh, P())
+    tokens = jax.ShapeDtypeStruct(
+        (config.batch, config.sequence + 1), jnp.int32, sharding=NamedSharding(mesh, sharding.ROWS)
+    )
+    schedule = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_schedule(config)))
+    return state, tokens, jax.tree.map(lambda x: _placed(x, alike), schedule)
+
+
+def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+
+def _argument_bytes(state: Any) -> dict[str, float]:
+    """Bytes on one device of the parameters, of the optimizer's state, and of it in float32."""
+
+    def held(tree: Any) -> int:
+        return sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+
+    parameters = held(state.params)
+    elements = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(state.params)
+    )
+    return {"parameters": parameters, "state": held(state.opt_state), "state_float32": 8 * elements}
+
+
+def _compiled(executable: Any) -> dict[str, Any]:
+    memory, costs = executable.memory_analysis(), executable.cost_analysis()
+    program = hlo.parse(executable.as_text())
+    held = {
+        "arguments": memory.argument_size_in_bytes,
+        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+    return {
+        "memory": held,
+        "products": list(_products(program)),
+        "collectives": list(_collectives(program)),
+        "compiler": {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]},
+    }
+
+
+def _products(program: hlo.Program) -> Iterator[dict[str, Any]]:
+    count, flops = collections.Counter(), collections.Counter()
+    for x in program.products():
+        count[x.phase, x.kinds] += x.times
+        flops[x.phase, x.kinds] += x.flops
+    for (phase, kinds), times in sorted(count.items()):
+        yield {
+            "phase": phase, "operands": kinds, "times": times, "flops": flops[phase, kinds],
+        }  # fmt: skip
+
+
+def _collectives(program: hlo.Program) -> Iterator[dict[str, Any]]:
+    times, moved = collections.Counter(), collections.Counter()
+    for x in program.collectives():
+        kinds = " + ".join(sorted({a.kind for a in x.arrays}))
+        times[x.kind, kinds, x.devices] += x.times
+        moved[x.kind, kinds, x.devices] += x.nbytes
+    for key, nbytes in moved.most_common():
+        kind, kinds, devices = key
+        yield {
+            "kind": kind, "types": kinds, "devices": devices, "times": times[key], "bytes": nbytes,
+        }  # fmt: skip
+
+
+def _out_of_memory(message: str, config: Config) -> dict[str, Any]:
+    """What a compiler that ran out of memory says, and what to change.
+
+    Raises:
+        RuntimeError: it failed for another reason.
+    """
+    size = r"([\d.]+)([KMGT])"
+    found = re.search(rf"Used {size} of {size} hbm.*?hbm capacity by {size}", message, re.DOTALL)
+    if found is None:
+        raise RuntimeError(" ".join(message.split())[:500])
+    used, usable, beyond = (_bytes(found[i], found[i + 1]) for i in (1, 3, 5))
+    return {
+        "fits": False,
+        "used": used,
+        "usable": usable,
+        "beyond": beyond,
+        "advice": _advice(beyond, config),
+    }
+
+
+def _bytes(number: str, unit: str) -> float:
+    return float(number) * 1024 ** (" KMGT".index(unit))
+
+
+def _advice(beyond: float, config: Config) -> str:
+    """What would take less memory, the cheapest first."""
+    changes = []
+    if not config.remat:
+        changes.append("--config.remat=True (blocks are computed again instead of kept)")
+    if not config.scan:
+        changes.append("--config.scan=True (one block's temporaries at a time)")
+    if config.state == "fp32":
+        changes.append("--config.state=fixed-5 (the optimizer's state in a sixth of the bytes)")
+    if config.dtype == "float32":
+        changes.append("--config.dtype=bfloat16 (activations in half the bytes)")
+    if config.mesh_data > 1:
+        changes.append("a smaller --config.mesh_data, which leaves more to fsdp")
+    changes += [
+        f"--config.mesh_tensor={2 * config.mesh_tensor} (heads, hidden units and vocabulary over more chips)",
+        f"--config.batch={config.batch // 2}",
+        "more chips",
+    ]
+    return f"the step does not fit: {beyond / 2**30:.2f} GiB too much; try {'; '.join(changes)}"
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,129 @@
+"""A run: from a corpus and its newest checkpoint to its losses."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from experiments.harness import data, files, sharding, train
+from experiments.harness.checkpoints import Checkpoints
+from experiments.train.program import Config, check, make_program, make_schedule
+
+# What may differ between a run and the run that goes on from its checkpoint.
+_LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
+
+
+def run(config: Config, workdir: str | Path) -> dict:
+    """Trains, going on from a checkpoint where there is one, and evaluates.
+
+    Args:
+        config: the run.
+        workdir: its folder.
+
+    Returns:
+        What ``result.json`` holds.
+
+    Raises:
+        ValueError: bad input.
+        Diverged: a loss that is not finite.
+    """
+    workdir = Path(workdir)
+    check(config)
+    mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
+    corpus = data.load(config.data, config.data_path, config.shift_path)
+    vocabulary = config.vocab_size or corpus.vocab_size
+    if vocabulary < corpus.vocab_size:
+        raise ValueError(
+            f"config.vocab_size is at least the corpus's {corpus.vocab_size}; got {vocabulary}"
+        )
+    program = make_program(config, mesh, vocabulary)
+    batches = data.train_batches(
+        corpus, config.sequence, config.batch, config.seed, jax.process_index(), jax.process_count()
+    )
+    _claim(workdir, config)
+    state = train.init_state(lambda: program.init(config.seed), program.tx, mesh)
+    with (
+        Checkpoints(workdir / "checkpoints") as checkpoints,
+        tqdm(total=config.steps, unit="step") as bar,
+    ):
+
+        def on_log(steps: int, loss: float) -> None:
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update(steps)
+
+        state, history = train.fit(
+            train.make_step(program.loss, program.tx, mesh),
+            state,
+            batches,
+            make_schedule(config),
+            config.steps,
+            mesh,
+            checkpoints=checkpoints,
+            log_every=config.log_every,
+            checkpoint_every=config.checkpoint_every,
+            on_log=on_log,
+        )
+    return _finish(workdir, config, corpus, program, state, history)
+
+
+def _finish(workdir, config, corpus, program, state, history) -> dict:
+    loss, model = jax.jit(program.evaluate), program.model
+    evaluate = functools.partial(
+        data.evaluation_windows, corpus, length=config.sequence, count=config.evaluation_windows
+    )
+    tokens = config.steps * config.batch * config.sequence
+    result = {
+        "parameters": model.non_embedding_parameters,
+        "tokens": tokens,
+        "tokens_per_parameter": tokens / model.non_embedding_parameters,
+        "epochs": corpus.epochs(tokens),
+        "loss": {
+            split: _mean_loss(loss, state.params, evaluate(split=split), config.batch)
+            for split in corpus.evaluation
+        },
+    }
+    files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
+    files.write_json(workdir / "result.json", result)
+    return result
+
+
+def _mean_loss(loss, params, windows: np.ndarray, batch: int) -> float:
+    """The mean over windows, a batch at a time; the last may be smaller."""
+    parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
+    total = sum(float(loss(params, jnp.asarray(part))) * len(part) for part in parts)
+    return total / len(windows)
+
+
+def _claim(workdir: Path, config: Config) -> None:
+    """Marks the folder as this run's, or finds that it is.
+
+    Raises:
+        ValueError: it cannot be written, or holds another run.
+    """
+    own = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
+    content = {k: [*v] if isinstance(v, tuple) else v for k, v in own.items()}  # as JSON has it
+    try:
+        found = files.read_json(workdir / "config.json")
+        if not isinstance(found, dict) and any((workdir / "checkpoints").glob("[0-9]*")):
+            raise ValueError(
+                f"workdir '{workdir}' holds checkpoints, but no whole config.json saying of which run; "
+                "choose another --workdir"
+            )
+        if found is None and (workdir / "study.json").exists():
+            raise ValueError(
+                f"workdir '{workdir}' holds a study's records; choose another --workdir"
+            )
+        files.write_json(workdir / "config.json", found if isinstance(found, dict) else content)
+    except OSError as error:
+        raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
+    there = found if isinstance(found, dict) else content
+    changed = ", ".join(
+        f"{k} {there.get(k)!r} there, {v!r} here" for k, v in content.items() if there.get(k) != v
+    )
+    if changed:
+        raise ValueError(
+            f"workdir '{workdir}' holds another run ({changed}); choose another --workdir"
+        )
