@@ -4,8 +4,8 @@
 
 A sum with more terms than int32 is sure to hold (133,144 of int8 numbers), as a weight's gradient over a
 large batch has, is one of parts: each exact in int32, added up in float32.  Where a mesh is set, with
-`jax.set_mesh` say, each of its devices has parts of its own where sizes allow it, so that the parts' sum and
-nothing else travels.
+`jax.set_mesh` say, each of its devices multiplies parts of its own where sizes allow it, and adds up all
+parts of its own share of the result: half of what an all-reduce would send, and in one order everywhere.
 """
 
 import math
@@ -51,7 +51,8 @@ def integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     contracting, batch = (tuple(tuple(a + 1 for a in axes) for axes in both) for both in dims)
     dims = (contracting, tuple((0, *axes) for axes in batch))
     options = {name: _beneath(value) for name, value in options.items()}
-    return jnp.sum(_exact(left, right, dims, options).astype(jnp.float32), axis=0)
+    found = _spread(_exact(left, right, dims, options))
+    return jnp.sum(found.astype(jnp.float32), axis=0)
 
 
 def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, int]:
@@ -68,10 +69,26 @@ def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, i
 
 
 def _devices() -> int:
-    """How many devices share an array here: those of the mesh that is set, but for axes of a shard_map."""
+    """How many devices share an array here."""
+    return math.prod(_axes().values())
+
+
+def _axes() -> dict[str, int]:
+    """The axes of the mesh that is set whose use is the compiler's to choose, and their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
-    pairs = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return math.prod(size for size, kind in pairs if kind != AxisType.Manual)
+    kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
+
+
+def _spread(parts: jax.Array) -> jax.Array:
+    """Parts of sums [parts, ...], each device's share of the sums with all of their parts."""
+    devices = _devices()
+    able = [a for a in range(1, parts.ndim) if parts.shape[a] % devices == 0]
+    if devices == 1 or not able:
+        return parts
+    spec: list[Any] = [None] * parts.ndim
+    spec[max(able, key=lambda a: parts.shape[a])] = tuple(_axes())
+    return jax.lax.with_sharding_constraint(parts, PartitionSpec(*spec))
 
 
 def _beneath(sharding: Any) -> Any:

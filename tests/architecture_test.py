@@ -83,7 +83,14 @@ LIBRARY = [
     ["optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
-    ["harness.files", "harness.cli", "harness.sharding", "harness.hlo", "harness.chips"],
+    [
+        "harness.files",
+        "harness.cli",
+        "harness.sharding",
+        "harness.hlo",
+        "harness.chips",
+        "harness.processes",
+    ],
     [
         "harness.data",
         "harness.models",

@@ -399,6 +399,46 @@ def test_shard_map_sums_the_gradient_of_a_replicated_operand():
     assert done.stdout.strip() == "same", done.stderr[-3000:]
 
 
+_PARTS = """
+import re, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
+import jaxquant as jq
+from jaxquant import integers
+
+integers._most_terms = lambda lhs, rhs: 300  # as if int32 held no more: 8 parts of the 2048 terms
+mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+x, g = (jax.random.normal(jax.random.key(i), (16, 128, n)) for i, n in enumerate((6, 24)))
+
+def gradient(x, g):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return jq.recipe("w8a8")(x, g, (((0, 1), (0, 1)), ((), ())))
+
+expected = jax.jit(gradient)(x, g)
+rows = NamedSharding(mesh, P(("data", "fsdp")))
+for spec in (P(), P(None, "fsdp"), P("fsdp", "data"), P(None, ("data", "fsdp"))):
+    step = jax.jit(gradient, in_shardings=(rows, rows), out_shardings=NamedSharding(mesh, spec))
+    np.testing.assert_array_equal(step(x, g), expected)
+text = step.lower(x, g).compile().as_text()
+moved = [line for line in text.splitlines() if re.search(r"= \\S+ all-(reduce|gather)\\(", line)]
+assert "all-to-all" in text, text
+assert not any("6,24]" in line for line in moved), moved
+print("same")
+"""
+
+
+@pytest.mark.exhaustive
+def test_parts_of_a_long_sum_are_added_up_alike_on_every_layout():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", _PARTS],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
 def readers(compiled: str, argument: str) -> list[str]:
     """The instructions of a compiled program's entry that read an argument."""
     entry = compiled[compiled.index("ENTRY") :]

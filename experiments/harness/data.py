@@ -350,27 +350,26 @@ def train_batches(
     length: int,
     batch_size: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """An endless iterator of training batches, int32[batch_size / process_count, length + 1].
+    """An endless iterator of training batches, int32[batch_size / shares, length + 1].
 
     Text is read in windows, shuffled anew in each epoch.  The global batch holds the same windows for
-    any number of processes.  ``get_state()`` and ``set_state()`` checkpoint its position.
+    any number of shares, one after another.  ``get_state()`` and ``set_state()`` checkpoint its position.
 
     Args:
         corpus: what to read.
         length: tokens predicted per window.
         batch_size: windows per batch over all processes.
         seed: of the order, and for a generated source of the tokens themselves.
-        process_index: which share of each batch this process reads.
-        process_count: how many processes share it.
+        share: (which, of how many) equal parts of each batch this process reads.
 
     Raises:
-        ValueError: less text than one window, or a batch that the processes cannot share evenly.
+        ValueError: less text than one window, or a batch that does not come apart evenly.
     """
-    if batch_size % process_count:
-        raise ValueError(f"a batch of {batch_size} cannot be shared by {process_count} processes")
+    index, shares = share
+    if batch_size % shares:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {shares} processes")
     if isinstance(corpus.train, MarkovSource):
         windows = grain.MapDataset.source(_MarkovWindows(corpus.train, length, seed))
     else:
@@ -378,9 +377,9 @@ def train_batches(
         windows = grain.MapDataset.source(_TextWindows(corpus.train, length))
         # As good as endless; repeat() without a number overflows Grain's lengths at a batch of one.
         windows = windows.shuffle(seed=seed).repeat(2**60 // len(windows))
-    share = windows[process_index::process_count].batch(batch_size // process_count)
+    own = windows.batch(batch_size // shares)[index::shares]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(share.to_iter_dataset(options))
+    return iter(own.to_iter_dataset(options))
 
 
 def check_length(corpus: Corpus, length: int) -> None:

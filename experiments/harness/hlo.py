@@ -329,7 +329,7 @@ def _results(x: Instruction, own: Mapping[str, Instruction]) -> tuple[Array, ...
 
 def _group(x: Instruction) -> int:
     """How many devices take part in each group of a collective."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", x.attributes)
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", mesh[2]))

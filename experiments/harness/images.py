@@ -315,32 +315,31 @@ def train_batches(
     batch_size: int,
     seed: int,
     augmentation: Augmentation | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
     """An endless iterator of ``{"pixels": float32[B, H, W, 1], "labels": int32[B]}``.
 
-    B is batch_size / process_count.  Images are shuffled anew in each epoch, and changed anew too.  The
-    global batch holds the same images, changed alike, for any number of processes.  ``get_state()`` and
-    ``set_state()`` checkpoint its position.
+    B is batch_size / shares.  Images are shuffled anew in each epoch, and changed anew too.  The global
+    batch holds the same images, changed alike, for any number of shares, one after another.  ``get_state()``
+    and ``set_state()`` checkpoint its position.
 
     Args:
         dataset: whose training split is read.
         batch_size: images per batch over all processes.
         seed: of the order and the augmentation.
         augmentation: random changes; None leaves the images as they are.
-        process_index: which share of each batch this process reads.
-        process_count: how many processes share it.
+        share: (which, of how many) equal parts of each batch this process reads.
 
     Raises:
-        ValueError: a batch that the processes cannot share evenly, or a shift beyond the image.
+        ValueError: a batch that does not come apart evenly, or a shift beyond the image.
 
     >>> batch = next(train_batches(load("digits"), 32, seed=0))
     >>> batch["pixels"].shape, batch["labels"].shape
     ((32, 8, 8, 1), (32,))
     """
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"a batch of {batch_size} cannot be shared by {process_count} processes")
+    index, shares = share
+    if batch_size < 1 or batch_size % shares:
+        raise ValueError(f"a batch of {batch_size} cannot be shared by {shares} processes")
     rows = grain.MapDataset.source(_Rows(dataset.train)).shuffle(seed=seed)
     # As good as endless; repeat() without a number overflows Grain's lengths at a batch of one.
     rows = rows.repeat(2**60 // len(rows))
@@ -352,6 +351,6 @@ def train_batches(
         rows = rows.random_map(
             lambda row, rng: row | {"pixels": augmentation(row["pixels"], rng)}, seed=seed
         )
-    share = rows[process_index::process_count].batch(batch_size // process_count)
+    own = rows.batch(batch_size // shares)[index::shares]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)
-    return iter(share.to_iter_dataset(options))
+    return iter(own.to_iter_dataset(options))

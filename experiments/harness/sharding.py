@@ -146,7 +146,27 @@ def rows(x: Any, mesh: Mesh | None) -> Any:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, ROWS))
 
 
+def share(mesh: Mesh) -> tuple[int, int]:
+    """(which, of how many) equal parts of a batch's rows this process's devices hold.
+
+    Raises:
+        ValueError: a mesh on which they hold no such part.
+    """
+    count = batch_size(mesh)
+    rows = NamedSharding(mesh, ROWS).addressable_devices_indices_map((count,)).values()
+    own = sorted({found[0].start or 0 for found in rows if found is not None})
+    shares, rest = divmod(count, len(own))
+    first, position = own[0], own[0] // len(own)
+    if rest or own != list(range(position * len(own), (position + 1) * len(own))):
+        raise ValueError(
+            f"a mesh of {dict(mesh.shape)} gives process {jax.process_index()} the rows {own} of {count}, "
+            "which are no whole part; make fsdp a multiple of a process's devices, or tensor a divisor"
+        )
+    assert first == position * len(own)
+    return position, shares
+
+
 def place(mesh: Mesh, batch: Any) -> Any:
-    """Spreads a batch's rows over all devices; each process brings its own rows."""
+    """Spreads a batch's rows over all devices; each process brings its `share`."""
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

@@ -101,7 +101,6 @@ def vision_config(size: str, grid: int, dataset: images.Dataset) -> vision.ViTCo
 def make_task(trial: Trial) -> Task:
     """The task of a trial whose arm, schedule and rate do not matter."""
     loaded = _load(trial.task, trial.data, trial.data_path, trial.data_fingerprint)
-    processes = jax.process_index(), jax.process_count()
     if isinstance(loaded, images.Dataset):
         config = vision_config(trial.size, trial.grid, loaded)
         make = lambda seed: vision.ViT(config, nnx.Rngs(seed))  # noqa: E731
@@ -111,7 +110,7 @@ def make_task(trial: Trial) -> Task:
             make,
             graphdef,
             vision.classification_loss(graphdef),
-            lambda seed: images.train_batches(loaded, trial.batch, seed, augmentation, *processes),
+            lambda seed: images.train_batches(loaded, trial.batch, seed, augmentation),
             functools.partial(_evaluate_images, graphdef, loaded, trial.evaluation),
         )
     shape = dataclasses.replace(LANGUAGE_SIZES[trial.size], vocab_size=loaded.vocab_size)
@@ -122,7 +121,7 @@ def make_task(trial: Trial) -> Task:
         make,
         graphdef,
         loss,
-        lambda seed: data.train_batches(loaded, trial.sequence, trial.batch, seed, *processes),
+        lambda seed: data.train_batches(loaded, trial.sequence, trial.batch, seed),
         functools.partial(_evaluate_text, loss, loaded, trial.sequence, trial.evaluation),
     )
 

@@ -362,14 +362,7 @@ class _Run:
             train.adamw(),
             mesh,
         )
-        batches = data.train_batches(
-            corpus,
-            trial.sequence,
-            trial.batch,
-            trial.seed,
-            jax.process_index(),
-            jax.process_count(),
-        )
+        batches = data.train_batches(corpus, trial.sequence, trial.batch, trial.seed)
         self._trunk = wsd.Trunk(
             step,
             state,

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -248,9 +247,7 @@ def _vision(settings: Settings, dataset: images.Dataset) -> Task:
         settings,
         make=lambda seed: vision.ViT(config, nnx.Rngs(seed)),
         loss=vision.classification_loss,
-        batches=lambda seed: images.train_batches(
-            dataset, settings.batch, seed, augmentation, jax.process_index(), jax.process_count()
-        ),
+        batches=lambda seed: images.train_batches(dataset, settings.batch, seed, augmentation),
         inputs=lambda batch: batch["pixels"],
         selection=split(dataset.valid, settings.evaluation),
         splits={"test": test},
@@ -290,9 +287,7 @@ def _language(settings: Settings, corpus: data.Corpus) -> Task:
         settings,
         make=lambda seed: models.LM(config, nnx.Rngs(seed)),
         loss=train.next_token_loss,
-        batches=lambda seed: data.train_batches(
-            corpus, length, settings.batch, seed, jax.process_index(), jax.process_count()
-        ),
+        batches=lambda seed: data.train_batches(corpus, length, settings.batch, seed),
         inputs=lambda batch: batch[:, :-1],
         selection=_first(halves[1], _whole_batches(len(halves[1].inputs), batch)),
         splits={k: _first(v, _whole_batches(len(v.inputs), batch)) for k, v in splits.items()},

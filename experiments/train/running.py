@@ -1,6 +1,8 @@
 """A run: from a corpus and its newest checkpoint to its losses."""
 
+import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -8,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from experiments.harness import data, files, sharding, train
+from experiments.harness import data, files, processes, sharding, train
 from experiments.harness.checkpoints import Checkpoints
 from experiments.train.program import Config, check, make_program, make_schedule
 
@@ -41,13 +43,14 @@ def run(config: Config, workdir: str | Path) -> dict:
         )
     program = make_program(config, mesh, vocabulary)
     batches = data.train_batches(
-        corpus, config.sequence, config.batch, config.seed, jax.process_index(), jax.process_count()
+        corpus, config.sequence, config.batch, config.seed, sharding.share(mesh)
     )
+    processes.agree("the config", json.dumps(dataclasses.asdict(config)))
     _claim(workdir, config)
     state = train.init_state(lambda: program.init(config.seed), program.tx, mesh)
     with (
         Checkpoints(workdir / "checkpoints") as checkpoints,
-        tqdm(total=config.steps, unit="step") as bar,
+        tqdm(total=config.steps, unit="step", disable=not processes.is_first()) as bar,
     ):
 
         def on_log(steps: int, loss: float) -> None:
@@ -85,8 +88,9 @@ def _finish(workdir, config, corpus, program, state, history) -> dict:
             for split in corpus.evaluation
         },
     }
-    files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
-    files.write_json(workdir / "result.json", result)
+    if processes.is_first():
+        files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
+        files.write_json(workdir / "result.json", result)
     return result
 
 
@@ -116,7 +120,9 @@ def _claim(workdir: Path, config: Config) -> None:
             raise ValueError(
                 f"workdir '{workdir}' holds a study's records; choose another --workdir"
             )
-        files.write_json(workdir / "config.json", found if isinstance(found, dict) else content)
+        if processes.is_first():
+            content_there = found if isinstance(found, dict) else content
+            files.write_json(workdir / "config.json", content_there)
     except OSError as error:
         raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
     there = found if isinstance(found, dict) else content

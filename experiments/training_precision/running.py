@@ -157,14 +157,7 @@ class _Run:
     def __init__(self, trial: Trial, context: trials.Context, corpus: data.Corpus):
         self.trial, self.context, self.corpus = trial, context, corpus
         self._programs = programs(trial.size, trial.method, trial.dtype, corpus.vocab_size)
-        batches = data.train_batches(
-            corpus,
-            trial.sequence,
-            trial.batch,
-            trial.seed,
-            jax.process_index(),
-            jax.process_count(),
-        )
+        batches = data.train_batches(corpus, trial.sequence, trial.batch, trial.seed)
         position = batches.get_state()
         first = jnp.asarray(next(batches))
         batches.set_state(position)
