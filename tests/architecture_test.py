@@ -85,6 +85,8 @@ LIBRARY = [
 EXPERIMENTS = [
     [
         "harness.files",
+        "harness.stopping",
+        "harness.guarding",
         "harness.cli",
         "harness.sharding",
         "harness.hlo",

@@ -28,7 +28,7 @@ def folder(tmp_path):
         for step in (10, 20):
             position = Position()
             position.set_state({"at": step})
-            checkpoints.save(step, state(step), position, [(step, 1.5)])
+            checkpoints.save(step, state(step), position, [(step, 1.5)], [2.0, float("nan")])
     return tmp_path / "run"
 
 
@@ -39,9 +39,10 @@ def restore(folder, like=None, at_most=100):
 
 
 def test_the_newest_is_restored_with_its_position_and_history(folder):
-    (found, history), position = restore(folder)
+    (found, history, pending), position = restore(folder)
     np.testing.assert_array_equal(found["w"], 20)
     assert (history, position) == ([(20, 1.5)], {"at": 20})
+    np.testing.assert_array_equal(pending, [2.0, np.nan])
 
 
 def test_what_is_saved_is_what_was_given_whatever_becomes_of_it(tmp_path):
@@ -50,12 +51,12 @@ def test_what_is_saved_is_what_was_given_whatever_becomes_of_it(tmp_path):
         checkpoints.save(10, state(10), position, history)
         history.append((20, 1.0))
         position.state["at"] = 99
-    (_, found), restored = restore(tmp_path / "run")
+    (_, found, _), restored = restore(tmp_path / "run")
     assert (found, restored) == ([(10, 1.5)], {"at": 0})
 
 
 def test_later_ones_than_wanted_are_passed_over(folder):
-    (found, _), position = restore(folder, at_most=19)
+    (found, *_), position = restore(folder, at_most=19)
     np.testing.assert_array_equal(found["w"], 10)
     assert position == {"at": 10}
     assert restore(folder, at_most=5)[0] is None
@@ -75,7 +76,7 @@ def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage, caplog):
     else:
         (victim,) = (folder / "20" / "extra").glob("metadata*")
         victim.write_text('{"layo')
-    (found, _), _ = restore(folder)
+    (found, *_), _ = restore(folder)
     np.testing.assert_array_equal(found["w"], 10)
     assert "unusable" in caplog.text
     assert "set aside" in caplog.text
@@ -87,10 +88,39 @@ def test_a_damaged_one_is_set_aside_with_a_warning(folder, damage, caplog):
 def test_a_save_that_was_cut_off_is_not_seen(folder):
     (folder / "30.orbax-checkpoint-tmp-0").mkdir()
     (folder / "30.orbax-checkpoint-tmp-0" / "half").write_text("…")
-    (found, _), _ = restore(folder)
+    (found, *_), _ = restore(folder)
     np.testing.assert_array_equal(found["w"], 20)
 
 
 def test_arrays_of_another_type_or_shape_are_never_cast(folder, caplog):
     assert restore(folder, like=state(0, jnp.bfloat16))[0] is None
     assert "other shapes or types" in caplog.text
+
+
+@pytest.mark.exhaustive
+def test_any_flipped_byte_is_found(folder, caplog):
+    """Of 200, drawn over all bytes of the newest checkpoint, its seal included."""
+    paths = sorted(p for p in (folder / "20").rglob("*") if p.is_file())
+    whole = {path: path.read_bytes() for path in paths}
+    places = np.cumsum([len(content) for content in whole.values()])
+    with Checkpoints(folder) as checkpoints:
+        assert checkpoints._broken(20) is None
+        for place in np.random.default_rng(0).choice(places[-1], 200, replace=False):
+            number = int(np.searchsorted(places, place, side="right"))
+            content = bytearray(whole[paths[number]])
+            content[place - (places[number - 1] if number else 0)] ^= 1 << int(place % 8)
+            paths[number].write_bytes(content)
+            assert checkpoints._broken(20) is not None, (paths[number], place)
+            paths[number].write_bytes(whole[paths[number]])
+    content = bytearray(whole[paths[0]])
+    content[0] ^= 1
+    paths[0].write_bytes(content)
+    (found, *_), _ = restore(folder)
+    np.testing.assert_array_equal(found["w"], 10)
+    assert "is not what was written" in caplog.text
+
+
+def test_one_that_was_not_sealed_in_time_is_read_as_it_is(folder):
+    (folder / "20" / "seal.json").unlink()
+    (found, *_), _ = restore(folder)
+    np.testing.assert_array_equal(found["w"], 20)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,6 +18,8 @@ from flax import nnx
 import jaxquant as jq
 from experiments.harness import data, models, sharding, train
 from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.guarding import Guard
+from experiments.harness.stopping import Preempted
 
 ROOT = Path(__file__).parent.parent
 
@@ -142,6 +145,58 @@ def test_divergence_ends_clearly(toy):
     with pytest.raises(train.Diverged, match="by step 7") as caught:
         train.fit(step, start(), Counter(), train.stable(0.1, 1), 20, mesh, log_every=10)
     assert caught.value.step == 7
+
+
+def spiky(params, batch):
+    """The toy's loss, not finite at batch 6 and eighty times as large at batch 29."""
+    at = batch[0, 0]
+    return quadratic(params, batch) * jnp.where(at == 29, 80.0, 1.0) / jnp.where(at == 6, 0.0, 1.0)
+
+
+def guarded(toy, folder=None, action="stop", stop=None, **options):
+    start, _, mesh = toy
+    guard = Guard(action, spike=10.0, **options)
+    step = train.make_step(spiky, train.adamw(), mesh, skips=action == "skip")
+    batches = Counter()
+    with Checkpoints(folder, every=5) if folder else contextlib.nullcontext() as checkpoints:
+        state, history = train.fit(
+            step, start(), batches, train.stable(0.01, 1), 40, mesh, log_every=5, checkpoint_every=5,
+            checkpoints=checkpoints, guard=guard, told_to_stop=lambda at: at == stop,
+        )  # fmt: skip
+    return state, history, batches.at
+
+
+def test_a_guard_skips_the_updates_of_bad_steps(toy):
+    state, history, at = guarded(toy, action="skip")
+    assert (int(state.step), at, len(history)) == (40, 40, 8)
+    assert np.isfinite([loss for _, loss in history]).all()
+    assert jnp.isfinite(state.params["x"]).all()
+    with pytest.raises(train.Diverged, match="by step 7"):
+        guarded(toy)
+
+
+def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path):
+    state, history, at = guarded(toy, tmp_path / "run", action="roll_back")
+    # From 10 back to 5, whose data is 10 ahead; from 25 (data 30) back to 20.
+    assert (int(state.step), at) == (40, 50)
+    assert [step for step, _ in history] == [5, 10, 15, 20, 25, 30, 35, 40]
+    with pytest.raises(train.Diverged):
+        guarded(toy, tmp_path / "other", action="roll_back", steps=10)  # there is none so early
+    for stop in (3, 12, 23, 27):
+        folder = tmp_path / f"stopped-{stop}"
+        with pytest.raises(Preempted, match=f"saved at step {stop}"):
+            guarded(toy, folder, action="roll_back", stop=stop)
+        again, same, _ = guarded(toy, folder, action="roll_back")
+        chex.assert_trees_all_equal(again, state)
+        assert same == history
+
+
+@pytest.mark.parametrize(
+    "bad", [{"action": "wait"}, {"spike": 0.5}, {"steps": 0}, {"most": 0}, {"spike": math.nan}]
+)
+def test_guards_that_there_are_not_are_refused(bad):
+    with pytest.raises(ValueError, match="a guard"):
+        Guard(**bad)
 
 
 def test_a_training_step_with_traced_bits_is_traced_once():

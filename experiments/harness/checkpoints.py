@@ -1,38 +1,84 @@
-"""Checkpoints with Orbax: the state, the data's position and the history, together or not at all."""
+"""Checkpoints with Orbax: the state, the data's position and the history, together or not at all.
+
+A checkpoint that is whole is sealed: ``seal.json`` within it holds the SHA-256 of each of its files.
+"""
 
 import copy
+import hashlib
 import json
 import logging
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 
-_LAYOUT = 1  # raised when what a checkpoint holds changes
+from experiments.harness import files, processes
+
+_LAYOUT = 2  # raised when what a checkpoint holds changes
 _SET_ASIDE = "set-aside"
+_SEAL = "seal.json"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds: arrays, (step, loss) so far, and the losses since the last of these."""
+
+    state: Any
+    history: list[tuple[int, float]]
+    pending: list[float]
 
 
 class Checkpoints:
     """The newest checkpoints of one run in one folder.
 
-    A checkpoint that cannot be read whole, or that holds other arrays than the state at hand, is moved
-    to ``set-aside`` with a warning, and the one before it is used.
+    A checkpoint that cannot be read whole, of which a byte is not what was written, or that holds other
+    arrays than the state at hand, is moved to ``set-aside`` with a warning, and the one before it is used.
+    All processes of a run take part; the first one seals, verifies and moves.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, every: int = 1):
+        """Opens or makes the folder.
+
+        Args:
+            folder: of the checkpoints.
+            keep: the newest ones of a multiple of `every` steps stay, so many of them, and the newest of all.
+            every: steps between those that a run saves unless it is told to stop.
+        """
+        self._every = every
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._manager = self._open()
+        self._closing = threading.Event()
+        self._sealing: list[threading.Thread] = []
 
     def _open(self) -> ocp.CheckpointManager:
-        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep)
-        return ocp.CheckpointManager(self._folder, options=options)
+        return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions())
 
-    def save(self, step: int, state: Any, batches: Any, history: list) -> None:
-        """Saves in the background; `close` waits for it."""
+    def _prune(self) -> None:
+        """Deletes what is older than all that stay."""
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        regular = [s for s in steps if s % self._every == 0]
+        for step in {*steps} - {*steps[:1], *regular[: self._keep]}:
+            self._manager.delete(step)
+
+    def save(
+        self, step: int, state: Any, batches: Any, history: list, pending: Sequence[float] = ()
+    ) -> None:
+        """Saves and seals in the background; `close` waits for it.
+
+        Args:
+            step: of the state.
+            state: arrays.
+            batches: whose position is saved.
+            history: entries so far.
+            pending: losses since the last entry.
+        """
+        self._prune()
         position = batches.get_state()
         if isinstance(position, bytes):
             position = json.loads(position)
@@ -41,6 +87,7 @@ class Checkpoints:
             "arrays": _describe(state),
             "batches": copy.deepcopy(position),
             "history": list(history),  # written later, when the caller's has grown
+            "pending": [repr(float(x)) for x in pending],  # NaN is no JSON
         }
         self._manager.save(
             step,
@@ -48,17 +95,40 @@ class Checkpoints:
                 state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
             ),
         )
+        if processes.is_first():
+            sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
+            sealing.start()
+            self._sealing = [t for t in self._sealing if t.is_alive()] + [sealing]
 
-    def restore(self, state: Any, batches: Any, at_most: int) -> tuple[Any, list] | None:
-        """The newest usable (state, history) up to step `at_most`, laid out as `state` is, or None.
+    def _seal(self, step: int) -> None:
+        """Seals a checkpoint once Orbax has put it in its place, or gives up where it never does."""
+        folder = self._folder / str(step)
+        while not folder.exists():
+            if self._closing.wait(0.02) and not folder.exists():
+                return
+        try:
+            files.write_json(folder / _SEAL, _digests(folder))
+        except FileNotFoundError:  # newer ones have taken its place already
+            return
+
+    def restore(self, state: Any, batches: Any, at_most: int) -> Restored | None:
+        """The newest usable one up to step `at_most`, laid out as `state` is, or None.
 
         Sets `batches` to the position that goes with it.
         """
-        for step in sorted((s for s in self._manager.all_steps() if s <= at_most), reverse=True):
-            try:
-                restored = self._read(step, state)
-            except Exception as error:  # a damaged file can surface as almost any exception
-                self._set_aside(step, error)
+        return self._restored(state, batches, at_most, 1)
+
+    def _restored(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
+        steps = (s for s in self._manager.all_steps() if s <= at_most and s % every == 0)
+        for step in sorted(steps, reverse=True):
+            restored, problem = None, self._broken(step)
+            if not processes.any_of(problem is not None):
+                try:
+                    restored = self._read(step, state)
+                except Exception as error:  # a damaged file can surface as almost any exception
+                    problem = error
+            if processes.any_of(restored is None) or restored is None:
+                self._set_aside(step, problem or RuntimeError("another process could not read it"))
                 continue
             position = restored["extra"]["batches"]
             batches.set_state(
@@ -66,8 +136,39 @@ class Checkpoints:
                 if isinstance(batches.get_state(), bytes)
                 else position
             )
-            return restored["state"], [(int(s), float(x)) for s, x in restored["extra"]["history"]]
+            history = [(int(s), float(x)) for s, x in restored["extra"]["history"]]
+            return Restored(restored["state"], history, [*map(float, restored["extra"]["pending"])])
         return None
+
+    def roll_back(self, state: Any, batches: Any, at_most: int) -> Restored | None:
+        """The newest usable regular one up to a step, later ones dropped; `batches` stay where they are."""
+        self._manager.wait_until_finished()
+        position = copy.deepcopy(batches.get_state())
+        found = self._restored(state, batches, at_most, self._every)
+        batches.set_state(position)
+        for step in self._manager.all_steps():
+            if found is not None and step > int(found.state.step):
+                self._manager.delete(step)
+        return found
+
+    def _broken(self, step: int) -> Exception | None:
+        """What is wrong with the files of a sealed checkpoint, by the first process's look at them.
+
+        One without a seal was whole when its run ended, a moment before its seal: Orbax reads it as it is.
+        """
+        folder = self._folder / str(step)
+        if not processes.is_first() or not (folder / _SEAL).exists():
+            return None
+        try:
+            sealed = json.loads((folder / _SEAL).read_bytes())
+        except ValueError:
+            return ValueError(f"{_SEAL} is damaged")
+        found = _digests(folder)
+        if sealed == found:
+            return None
+        keys = {*found, *(sealed if isinstance(sealed, dict) else ())}
+        names = sorted(k for k in keys if sealed.get(k) != found.get(k))
+        return ValueError(f"{names[0]} is not what was written")
 
     def _read(self, step: int, state: Any) -> Any:
         extra = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))[
@@ -86,6 +187,12 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         self._manager.close()
+        if processes.is_first():
+            self._move(step, error)
+        processes.wait_for_all(f"set aside {step}")
+        self._manager = self._open()
+
+    def _move(self, step: int, error: Exception) -> None:
         target = self._folder.parent / _SET_ASIDE / f"{self._folder.name}-{step}-{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         (self._folder / str(step)).rename(target)
@@ -97,11 +204,13 @@ class Checkpoints:
             reason,
             target,
         )
-        self._manager = self._open()
 
     def close(self) -> None:
         """Waits for what is still being written."""
         self._manager.wait_until_finished()
+        self._closing.set()
+        for sealing in self._sealing:
+            sealing.join()
         self._manager.close()
 
     def __enter__(self):
@@ -109,6 +218,15 @@ class Checkpoints:
 
     def __exit__(self, *_):
         self.close()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file but the seal."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL):
+        with path.open("rb") as file:
+            found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _describe(state: Any) -> dict[str, str]:

@@ -16,6 +16,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from experiments.harness import stopping
+
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2
 
@@ -93,6 +95,8 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
                 f"{_one_line(error)}. Finished records are kept: free some space and run this again",
                 2,
             )
+        except stopping.Preempted as error:
+            _fail(str(error), stopping.RESTART)
         except RuntimeError as error:
             _fail(str(error), 1)
         except KeyboardInterrupt:

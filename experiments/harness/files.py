@@ -1,9 +1,12 @@
 """Files that are whole or not there."""
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,33 @@ def read_json(path: Path) -> Any | None:
     except ValueError as error:
         set_aside(path, f"it is not whole JSON: {error}")
         return None
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Holds a folder; the system lets go of it when the process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"workdir '{folder}' cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ValueError(
+                f"workdir '{folder}' is in use by process {lock.read().strip() or '?'}; wait for it, or "
+                "choose another --workdir"
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
 
 
 def set_aside(path: Path, reason: str) -> None:

@@ -127,6 +127,7 @@ def _initialize(where: str, **arguments: object) -> None:
     late = threading.Timer(_SECONDS, _give_up, [where])
     late.daemon = True
     late.start()
+    jax.config.update("jax_enable_preemption_service", True)  # `harness.stopping` asks it
     try:
         jax.distributed.initialize(initialization_timeout=10 * _SECONDS, **arguments)  # pyright: ignore[reportArgumentType]
         jax.devices()  # the processes tell each other of theirs
@@ -165,6 +166,13 @@ def agree(what: str, value: str) -> None:
         raise ValueError(
             f"{what} differs between process 0 and process {others[0]}; give all the same"
         )
+
+
+def any_of(condition: bool) -> bool:
+    """Whether it holds in any of the processes."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(np.any(multihost_utils.process_allgather(np.int32(condition))))
 
 
 def wait_for_all(name: str) -> None:

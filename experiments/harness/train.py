@@ -6,6 +6,7 @@ of the compiled step, so a sweep compiles once per model.  Where arrays lie is `
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,23 +18,15 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from experiments.harness import sharding
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.checkpoints import Checkpoints, Restored
+from experiments.harness.guarding import Diverged, Guard
+from experiments.harness.stopping import Preempted
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
 History = list[tuple[int, float]]  # (step, mean loss since the entry before)
 
+STOP = Guard()
 _NEVER = 2**30
-
-
-class Diverged(RuntimeError):
-    """Training reached a loss that is not finite; `step` is the first step known to be so."""
-
-    def __init__(self, step: int, loss: float):
-        super().__init__(
-            f"training diverged: the loss is {loss} by step {step}; a lower learning rate, stronger "
-            "clipping or wider formats may help"
-        )
-        self.step = step
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -206,17 +199,21 @@ def next_token_loss(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Loss:
     return loss
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Callable:
-    """A compiled update: (state, tokens, schedule, data) -> (state, loss). The state is donated.
+def make_step(
+    loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, skips: bool = False
+) -> Callable:
+    """A compiled update: (state, tokens, schedule, data, limit) -> (state, loss). The state is donated.
 
     Args:
         loss: (params, tokens, *data) to a scalar; `data` is traced, so that bits, say, may vary.
         tx: any optax transformation; its update is given `learning_rate` as an extra argument.
         mesh: of `sharding.make_mesh`.
+        skips: whether a step whose loss or gradient is not finite, or whose loss is above `limit`, changes
+            nothing but its number; its loss is then NaN.
     """
     tx = optax.with_extra_args_support(tx)
 
-    def step(state: TrainState, tokens, schedule: Schedule, data: tuple = ()):
+    def step(state: TrainState, tokens, schedule: Schedule, data: tuple = (), limit: Any = jnp.inf):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
         # Each device sums its own part of a gradient and no more.
@@ -225,6 +222,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
             gradients, state.opt_state, state.params, learning_rate=schedule(state.step)
         )
         new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        if skips:
+            good = (value <= limit) & jnp.isfinite(optax.tree.norm(gradients))
+            old = dataclasses.replace(state, step=new.step)
+            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+            value = jnp.where(good, value, jnp.nan)
         return jax.lax.with_sharding_constraint(new, sharding.of_state(mesh, new)), value
 
     return jax.jit(step, donate_argnums=0)
@@ -233,6 +235,15 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, mesh: Mesh) -> Calla
 def copy_state(state: TrainState) -> TrainState:
     """A copy that outlives the donation of the original."""
     return jax.tree.map(jnp.copy, state)
+
+
+def saving_interval(checkpoint_every: int, log_every: int) -> int:
+    """Steps between checkpoints: a multiple of those between entries of the history.
+
+    >>> saving_interval(50, 20)
+    60
+    """
+    return -(-checkpoint_every // log_every) * log_every
 
 
 def fit(
@@ -249,6 +260,8 @@ def fit(
     checkpoint_every: int = 500,
     on_log: Callable[[int, float], None] = lambda steps, loss: None,
     data: tuple = (),
+    guard: Guard = STOP,
+    told_to_stop: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, History]:
     """Trains to step `steps`, going on from the newest usable checkpoint.
 
@@ -265,39 +278,81 @@ def fit(
         checkpoint_every: steps between checkpoints, rounded up to a multiple of `log_every`.
         on_log: called with (steps done since the last call, mean loss) for progress.
         data: further arguments of the loss.
+        guard: what to do about losses that are not finite, and spikes; the step `skips` where it does.
+        told_to_stop: asked after each step whether to save and end, as of `stopping.told_to_stop`.
 
     Returns:
         The state at `steps` and the history, (step, mean loss since the entry before).
 
     Raises:
-        Diverged: a loss that is not finite.
+        Diverged: a loss that is not finite, or a spike, which the guard could not get by.
+        Preempted: it was told to stop, and has saved.
     """
-    history = list(history or [])
+    history, losses = list(history or []), []
     start = int(state.step)
     restored = checkpoints.restore(state, batches, steps) if checkpoints else None
-    if restored is not None and int(restored[0].step) > start:
-        state, history = restored
-        on_log(int(state.step) - start, history[-1][1])
-    checkpoint_every = -(-checkpoint_every // log_every) * log_every
+    if restored is not None and int(restored.state.step) > start:
+        state, history, losses = restored
+        on_log(int(state.step) - start, history[-1][1] if history else math.nan)
+    checkpoint_every = saving_interval(checkpoint_every, log_every)
     schedule = jax.tree.map(jnp.asarray, schedule)
-    at, losses = int(state.step), []
+    at, logged, rollbacks = int(state.step), int(state.step), 0
     while at < steps:
-        state, loss = step(state, sharding.place(mesh, next(batches)), schedule, data)
+        batch = sharding.place(mesh, next(batches))
+        state, loss = step(state, batch, schedule, data, guard.limit(history))
         losses.append(loss)
         at += 1
         if at % log_every == 0 or at == steps:
-            mean = _mean_loss(losses, at)
-            on_log(len(losses), mean)
+            try:
+                mean = _mean_loss(losses, at, guard, history)
+            except Diverged:
+                rollbacks += 1
+                back = _rolled_back(guard, rollbacks, checkpoints, state, batches, at)
+                if back is None:
+                    raise
+                state, history, losses = back
+                at = int(state.step)
+                on_log(at - logged, history[-1][1] if history else math.nan)
+                logged = at
+                continue
+            on_log(at - logged, mean)
             history.append((at, mean))
-            losses = []
-        if checkpoints is not None and (at % checkpoint_every == 0 or at == steps):
-            checkpoints.save(at, state, batches, history)
+            losses, logged = [], at
+        stops = told_to_stop(at) and at < steps
+        if checkpoints is not None and (at % checkpoint_every == 0 or at == steps or stops):
+            checkpoints.save(at, state, batches, history, jax.device_get(losses))
+            rollbacks = 0
+        if stops:
+            raise Preempted(at)
     return state, history
 
 
-def _mean_loss(losses: list[jax.Array], at: int) -> float:
+def _mean_loss(losses: list[jax.Array], at: int, guard: Guard, history: History) -> float:
+    """The mean over the steps that were not skipped.
+
+    Raises:
+        Diverged: there is none, or it is a spike.
+    """
     values = np.array(jax.device_get(losses), np.float64)
-    if not np.isfinite(values).all():
-        first = int(np.argmin(np.isfinite(values)))
+    finite = np.isfinite(values)
+    if not (finite.any() if guard.action == "skip" else finite.all()):
+        first = int(np.argmin(finite))
         raise Diverged(at - len(values) + first + 1, float(values[first]))
-    return float(values.mean())
+    mean = float(values[finite].mean())
+    if mean > guard.limit(history):
+        raise Diverged(at, mean)
+    return mean
+
+
+def _rolled_back(
+    guard: Guard,
+    rollbacks: int,
+    checkpoints: Checkpoints | None,
+    state: TrainState,
+    batches: Any,
+    at: int,
+) -> Restored | None:
+    """What to go on from with the data that follows; None where there is nothing to do."""
+    if guard.action != "roll_back" or checkpoints is None or rollbacks > guard.most:
+        return None
+    return checkpoints.roll_back(state, batches, at - guard.steps)

@@ -1,6 +1,7 @@
 """What one run trains: its settings, model, loss, optimizer and schedule."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 
 import jaxquant as jq
 from experiments.harness import cli, models, sharding, train
+from experiments.harness.guarding import Guard
 from experiments.optimizer_states import arms
 
 
@@ -39,6 +41,11 @@ class Config:
     clip: float = 1.0
     dtype: str = "float32"
     evaluation_windows: int = 128
+    on_spike: str = (
+        "stop"  # stop, skip, roll_back: where a loss or gradient is not finite, or spikes
+    )
+    spike: float = 0.0  # a loss so many times the usual one is a spike; 0: none is
+    roll_back_steps: int = 1  # at least; to a checkpoint
     log_every: int = 20
     checkpoint_every: int = 500
     mesh_data: int = 1
@@ -131,6 +138,11 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     )
 
 
+def make_guard(config: Config) -> Guard:
+    """What the run does about losses that are not finite, and spikes."""
+    return Guard(config.on_spike, config.spike or math.inf, config.roll_back_steps)
+
+
 def check(config: Config) -> None:
     """Raises a ValueError for a field that no run could use."""
     cli.check_positive(
@@ -148,4 +160,5 @@ def check(config: Config) -> None:
         )
     if config.vocab_size < 0:
         raise ValueError(f"config.vocab_size is a number from 0; got {config.vocab_size}")
+    make_guard(config)
     make_schedule(config)

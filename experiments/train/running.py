@@ -1,18 +1,29 @@
 """A run: from a corpus and its newest checkpoint to its losses."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from experiments.harness import data, files, processes, sharding, train
+from experiments.harness import data, files, processes, sharding, stopping, train
 from experiments.harness.checkpoints import Checkpoints
-from experiments.train.program import Config, check, make_program, make_schedule
+from experiments.train.program import (
+    Config,
+    Program,
+    check,
+    make_guard,
+    make_program,
+    make_schedule,
+)
 
 # What may differ between a run and the run that goes on from its checkpoint.
 _LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
@@ -29,8 +40,9 @@ def run(config: Config, workdir: str | Path) -> dict:
         What ``result.json`` holds.
 
     Raises:
-        ValueError: bad input.
-        Diverged: a loss that is not finite.
+        ValueError: bad input, or a folder that another process works in.
+        Diverged: a loss that is not finite, or spikes, which the guard could not get by.
+        Preempted: told to stop by SIGTERM; what there is has been saved.
     """
     workdir = Path(workdir)
     check(config)
@@ -46,10 +58,43 @@ def run(config: Config, workdir: str | Path) -> dict:
         corpus, config.sequence, config.batch, config.seed, sharding.share(mesh)
     )
     processes.agree("the config", json.dumps(dataclasses.asdict(config)))
-    _claim(workdir, config)
+    with _alone(workdir):
+        _claim(workdir, config)
+        state, history = _trained(config, workdir, program, batches, mesh)
+        return _finish(workdir, config, corpus, program, state, history)
+
+
+@contextlib.contextmanager
+def _alone(workdir: Path) -> Iterator[None]:
+    """Holds the folder for this run, whose first process does it for all.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    problem = None
+    with contextlib.ExitStack() as held:
+        if processes.is_first():
+            try:
+                held.enter_context(files.alone(workdir))
+            except ValueError as error:
+                problem = error
+        if processes.any_of(problem is not None):
+            raise problem or ValueError(f"process 0 could not take workdir '{workdir}'")
+        yield
+
+
+def _trained(
+    config: Config, workdir: Path, program: Program, batches: Any, mesh: Mesh
+) -> tuple[train.TrainState, train.History]:
+    """(state, history) after the last step."""
+    guard = make_guard(config)
+    # As far back as the guard may go.
+    every = train.saving_interval(config.checkpoint_every, config.log_every)
+    keep = 2 + (guard.steps // every if guard.action == "roll_back" else 0)
     state = train.init_state(lambda: program.init(config.seed), program.tx, mesh)
     with (
-        Checkpoints(workdir / "checkpoints") as checkpoints,
+        stopping.told_to_stop() as told_to_stop,
+        Checkpoints(workdir / "checkpoints", keep, every) as checkpoints,
         tqdm(total=config.steps, unit="step", disable=not processes.is_first()) as bar,
     ):
 
@@ -57,8 +102,8 @@ def run(config: Config, workdir: str | Path) -> dict:
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(steps)
 
-        state, history = train.fit(
-            train.make_step(program.loss, program.tx, mesh),
+        return train.fit(
+            train.make_step(program.loss, program.tx, mesh, skips=guard.action == "skip"),
             state,
             batches,
             make_schedule(config),
@@ -68,8 +113,9 @@ def run(config: Config, workdir: str | Path) -> dict:
             log_every=config.log_every,
             checkpoint_every=config.checkpoint_every,
             on_log=on_log,
+            guard=guard,
+            told_to_stop=told_to_stop,
         )
-    return _finish(workdir, config, corpus, program, state, history)
 
 
 def _finish(workdir, config, corpus, program, state, history) -> dict:

@@ -1,0 +1,44 @@
+"""Being told to stop: a preempted machine's SIGTERM, answered with a checkpoint and an exit status."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+RESTART = 75  # the exit status "a temporary failure, try again" (EX_TEMPFAIL)
+
+
+class Preempted(RuntimeError):
+    """A run was told to stop, and has saved where it was."""
+
+    def __init__(self, step: int):
+        super().__init__(
+            f"stopped by SIGTERM; saved at step {step}, the same command goes on from there"
+        )
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[Callable[[int], bool]]:
+    """While it is open, SIGTERM stops nothing: the function that it gives says whether one has come.
+
+    It is called with each step.  With several processes, of which any may be told, it answers all of them
+    alike, at a step that all have yet to reach.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    came = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before: Any = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    try:
+        yield lambda step: came.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came.is_set():  # nobody asked any more
+            signal.raise_signal(signal.SIGTERM)
