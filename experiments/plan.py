@@ -14,7 +14,7 @@ import altair as alt
 import pandas as pd
 from absl import flags
 
-from experiments.harness import cli, report, trials
+from experiments.harness import cli, ledgers, report
 from experiments.training_precision import analysis
 from experiments.training_precision.study import STUDY
 from jaxquant import laws
@@ -51,7 +51,7 @@ def source(name: str, method: str) -> tuple[Any, Any, str]:
     if name == "quest2025":
         return _quest(), laws.KUMAR_2024_PTQ, _quest().source
     try:
-        own = trials.read_records(name, STUDY)
+        own = ledgers.read_records(name, STUDY)
     except ValueError as error:
         raise ValueError(f"--fit is one of {', '.join(PUBLISHED)}, or: {error}") from None
     table = analysis.tied(analysis.runs(own), method)

@@ -97,6 +97,8 @@ EXPERIMENTS = [
         "harness.data",
         "harness.models",
         "harness.checkpoints",
+        "harness.ledgers",
+        "harness.ray_launcher",
         "harness.report",
         "harness.law_tables",
         "harness.peer_codes",
@@ -109,7 +111,7 @@ EXPERIMENTS = [
         "harness.pretrained.minilm",
         "harness.pretrained.references",
     ],
-    ["harness.train", "harness.wsd", "harness.trials"],
+    ["harness.train", "harness.wsd", "harness.trials", "harness.study_cli"],
     [
         "pretrained_quantization.arms",
         "pretrained_quantization.subjects",

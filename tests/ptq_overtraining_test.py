@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models
+from experiments.harness import data, models, trials
 from experiments.ptq_overtraining import analysis, report, study
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
@@ -255,7 +255,7 @@ def test_a_trial_that_diverges_has_a_record_that_says_so(tmp_path):
         tokens_per_parameter=(20,),
     )
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        summary = study.run(config, tmp_path, workers=1)
+        summary = study.run(config, tmp_path, trials.Launch(workers=1))
     (diverged,) = summary["trials"]["diverged"]
     assert 0 < diverged["step"] <= 85
     assert summary["trials"]["finished"] == 1

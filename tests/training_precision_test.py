@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.harness import models
+from experiments.harness import models, trials
 from experiments.training_precision import PRESETS, analysis, report, running, study
 from experiments.training_precision.numerics import METHODS, Numerics, Precision
 from jaxquant import laws
@@ -166,7 +166,7 @@ def _own_promotion():
 @pytest.mark.usefixtures("_own_promotion")
 def test_the_grid_compiles_once_for_a_method(tmp_path):
     running.programs.cache_clear()
-    study.run(PRESETS["smoke"], tmp_path, workers=1)
+    study.run(PRESETS["smoke"], tmp_path, trials.Launch(workers=1))
     for method in PRESETS["smoke"].methods:
         own = running.programs("3k", method, "float32", 256)
         assert [f._cache_size() for f in (own.init, own.step, own.evaluate)] == [1, 1, 1]
@@ -182,7 +182,7 @@ def test_traced_bits_pay_three_times(tmp_path):
     """Against the same grid with a compilation for each precision, as static bits would need."""
     running.programs.cache_clear()
     start = time.monotonic()
-    study.run(PRESETS["smoke"], tmp_path / "traced", workers=1)
+    study.run(PRESETS["smoke"], tmp_path / "traced", trials.Launch(workers=1))
     traced = time.monotonic() - start
     start = time.monotonic()
     for number, trial in enumerate(study.make_trials(PRESETS["smoke"])):

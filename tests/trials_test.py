@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from experiments.harness import files, trials
+from experiments.harness import files, ledgers, trials
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -29,12 +29,12 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
 
 
 def run(ledger, grid, **options):
-    trials.run(grid, run_trial, ledger, cost=lambda t: 2.0, **options)
+    trials.run(grid, run_trial, ledger, cost=lambda t: 2.0, launch=trials.Launch(**options))
 
 
 @pytest.fixture
 def ledger(tmp_path):
-    return trials.Ledger(tmp_path / "w", "squares")
+    return ledgers.Ledger(tmp_path / "w", "squares")
 
 
 GRID = [Trial(n) for n in range(5)]
@@ -106,24 +106,24 @@ def test_records_say_what_they_are(ledger):
     run(ledger, GRID[:1])
     record = json.loads(ledger.path(GRID[0]).read_text())
     assert record["study"] == "squares"
-    assert record["id"] == trials.trial_id(GRID[0])
+    assert record["id"] == ledgers.trial_id(GRID[0])
     assert record["trial"] == {"number": 0, "kind": "good"}
 
 
 def test_a_workdir_of_another_study_is_refused(tmp_path, ledger):
     with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
-        trials.Ledger(ledger.workdir, "cubes")
+        ledgers.Ledger(ledger.workdir, "cubes")
     files.write_json(tmp_path / "run" / "config.json", {})
     with pytest.raises(ValueError, match="holds a training run"):
-        trials.Ledger(tmp_path / "run", "squares")
+        ledgers.Ledger(tmp_path / "run", "squares")
 
 
 def test_a_lost_study_json_is_found_again_from_the_records(ledger):
     run(ledger, GRID[:1])
     (ledger.workdir / "study.json").write_text('{"stu')
     with pytest.raises(ValueError, match="holds the study 'squares'"):
-        trials.Ledger(ledger.workdir, "cubes")
-    assert trials.Ledger(ledger.workdir, "squares").read(GRID[0])["result"] == 0
+        ledgers.Ledger(ledger.workdir, "cubes")
+    assert ledgers.Ledger(ledger.workdir, "squares").read(GRID[0])["result"] == 0
 
 
 def test_an_edited_record_is_not_believed(ledger, caplog):
@@ -137,4 +137,4 @@ def test_an_edited_record_is_not_believed(ledger, caplog):
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        trials.Ledger(tmp_path / "file" / "w", "squares")
+        ledgers.Ledger(tmp_path / "file" / "w", "squares")

@@ -9,7 +9,6 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
@@ -20,35 +19,6 @@ from experiments.harness import stopping
 
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2
-
-
-def define_study_flags(study: str) -> None:
-    """The flags that every study has."""
-    flags.DEFINE_string(
-        "workdir", None, f"Folder of records and report; runs/{study}/PRESET where not given."
-    )
-    flags.DEFINE_integer(
-        "workers", None, "Processes on this machine; the config's where not given."
-    )
-    flags.DEFINE_string(
-        "shard", "0/1", "i/n: run every n-th trial from the i-th, as one of n jobs."
-    )
-    flags.DEFINE_bool("keep_checkpoints", False, "Keep scratch folders of finished trials.")
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """i/n as numbers.
-
-    Raises:
-        ValueError: anything else, or i not below n.
-
-    >>> parse_shard("2/8")
-    (2, 8)
-    """
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise ValueError(f"--shard is i/n with 0 ≤ i < n, as in 0/4; got {text!r}")
-    return int(index), int(count)
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -103,34 +73,6 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
             _fail("stopped; the same command goes on from here", 130)
 
     app.run(checked, flags_parser=parse)
-
-
-def study_main(
-    study: str, presets: Mapping[str, Any], run: Callable[..., dict], to_text: Callable[[dict], str]
-) -> None:
-    """The binary of a study of trials: its flags, its run, and its finding on the terminal.
-
-    Args:
-        study: its name, of flags and folders.
-        presets: config dataclasses by name.
-        run: from (config, workdir, workers=, shard=, keep_checkpoints=) to the summary.
-        to_text: the summary in words.
-    """
-    define_study_flags(study)
-
-    def run_and_say(config: Any) -> None:
-        workdir = FLAGS.workdir or f"runs/{study}/{FLAGS.preset}"
-        summary = run(
-            config,
-            workdir,
-            workers=FLAGS.workers,
-            shard=parse_shard(FLAGS.shard),
-            keep_checkpoints=FLAGS.keep_checkpoints,
-        )
-        print(to_text(summary))
-        print(f"report: {Path(workdir) / 'report.html'}")
-
-    main(run_and_say, presets, default="laptop")
 
 
 def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, on this machine or, by ``gs://`` and the like, on shared storage."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+
+def at(path: str | os.PathLike) -> Path:
+    """A path, here or on shared storage."""
+    return epath.Path(path) if is_remote(path) else Path(path)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is on storage that is no file system.
+
+    >>> is_remote("gs://bucket/study"), is_remote("runs/study")
+    (True, False)
+    """
+    return "://" in os.fspath(path)
+
 
 def write(path: Path, content: str | bytes) -> None:
     """Writes a file atomically: a reader, or a crash, meets the old content or the new, never a part.
@@ -17,8 +33,11 @@ def write(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: as the system says (no space, no permission); the old content is then untouched.
     """
-    path = Path(path)
+    path = at(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if is_remote(path):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return  # objects appear whole
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -37,7 +56,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any | None:
     """The value of a JSON file, or None where there is none; a damaged file is set aside with a warning."""
-    path = Path(path)
+    path = at(path)
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:

@@ -45,7 +45,7 @@ class Section:
 
 def write(workdir: Path, title: str, lead: str, sections: Sequence[Section], summary: dict) -> None:
     """Writes ``summary.json``, ``figures/NAME.svg`` and ``.png``, and ``report.html``, atomically each."""
-    workdir = Path(workdir)
+    workdir = files.at(workdir)
     files.write_json(workdir / "summary.json", summary)
     figures = [figure for section in sections for figure in section.figures]
     for figure in figures:

@@ -1,17 +1,11 @@
 """Trials: data in, one record each out; finished ones are skipped, started ones go on.
 
-A trial is a frozen dataclass.  Its id is the hash of its content, so the same trial has the same
-record wherever it comes up.  A record holds only what follows from the trial, the code and the machine
-(no times: those lie in ``timings/``), so that records can be compared byte for byte.
+Where they run is a `Launch`: in this process, in several of this machine, in one of several jobs, or on a Ray
+cluster (`harness.ray_launcher`).
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
-import hashlib
-import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -19,7 +13,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,136 +21,9 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from experiments.harness import files
-
-_log = logging.getLogger(__name__)
-
-SCHEMA = 2  # raised when the form of a record changes, or the arithmetic behind its numbers
-
-
-def trial_id(trial: Any) -> str:
-    """Twelve hexadecimal digits of the hash of the trial's fields.
-
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Trial:
-    ...     bits: int
-    >>> trial_id(Trial(4)) == trial_id(Trial(4)), trial_id(Trial(4)) == trial_id(Trial(5))
-    (True, False)
-    """
-    content = json.dumps({"schema": SCHEMA, **dataclasses.asdict(trial)}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:12]
-
-
-class Ledger:
-    """A study's folder: ``study.json``, ``trials/*.json``, and scratch space for what is under way."""
-
-    def __init__(self, workdir: str | Path, study: str):
-        """Opens or makes the folder.
-
-        Raises:
-            ValueError: a folder that cannot be made or written, or that holds another study.
-        """
-        self.workdir, self.study = Path(workdir).absolute(), study
-        try:
-            if (self.workdir / "config.json").exists():
-                raise ValueError(
-                    f"workdir '{workdir}' holds a training run; choose another --workdir"
-                )
-            marker = files.read_json(self.workdir / "study.json") or self._recorded_study()
-            if marker is None:
-                files.write_json(self.workdir / "study.json", {"study": study, "schema": SCHEMA})
-                marker = {"study": study}
-            probe = self.workdir / ".writable"
-            files.write(probe, "")
-            probe.unlink(missing_ok=True)
-        except OSError as error:
-            raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
-        found = marker.get("study") if isinstance(marker, dict) else marker
-        if found != study:
-            raise ValueError(
-                f"workdir '{workdir}' holds the study {found!r}, not {study!r}; choose another --workdir"
-            )
-
-    def _recorded_study(self) -> dict | None:
-        """Whose records lie here, where study.json was lost."""
-        for path in sorted(self.workdir.glob("trials/*.json")):
-            record = files.read_json(path)
-            if isinstance(record, dict) and "study" in record:
-                return {"study": record["study"]}
-        return None
-
-    def path(self, trial: Any) -> Path:
-        return self.workdir / "trials" / f"{trial_id(trial)}.json"
-
-    def read(self, trial: Any) -> dict | None:
-        """The trial's record, or None; a damaged one is set aside."""
-        path = self.path(trial)
-        record = files.read_json(path)
-        if record is None:
-            return None
-        expected = {"study": self.study, "trial": _as_json(trial)}
-        if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
-            files.set_aside(path, "it is not this trial's record")
-            return None
-        if record.pop("checksum", None) != _checksum(record):
-            files.set_aside(path, "its content is not what was recorded")
-            return None
-        return record
-
-    def write(self, trial: Any, results: dict, seconds: float) -> None:
-        head = {
-            "schema": SCHEMA,
-            "study": self.study,
-            "id": trial_id(trial),
-            "trial": _as_json(trial),
-        }
-        record = json.loads(json.dumps(head | results))
-        files.write_json(self.path(trial), record | {"checksum": _checksum(record)})
-        files.write_json(
-            self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}
-        )
-
-    @contextlib.contextmanager
-    def claim(self, trial: Any) -> Iterator[Path]:
-        """Holds the trial's scratch folder; waits while another process, perhaps dying, holds it."""
-        folder = self.workdir / "scratch" / trial_id(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _log.warning("waiting for another process that runs trial %s here", folder.name)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            folder.mkdir(parents=True, exist_ok=True)
-            yield folder
-
-
-def read_records(workdir: str | Path, study: str) -> list[dict]:
-    """All whole records of a study that lie in a folder, whichever grid they are of.
-
-    Raises:
-        ValueError: no such record lies there.
-    """
-    found = []
-    for path in sorted(Path(workdir).glob("trials/*.json")):
-        record = files.read_json(path)
-        if not isinstance(record, dict) or record.get("study") != study:
-            continue
-        if record.pop("checksum", None) != _checksum(record):
-            _log.warning("%s is left out: its content is not what was recorded", path)
-            continue
-        found.append(record)
-    if not found:
-        raise ValueError(f"'{workdir}' is not the workdir of a {study} study: no record lies there")
-    return found
-
-
-def _checksum(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _as_json(trial: Any) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(trial)))
+from experiments.harness import files, ray_launcher
+from experiments.harness.ledgers import Ledger, trial_id
+from experiments.harness.ray_launcher import Ray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,15 +51,34 @@ class Context:
 RunTrial = Callable[[Any, Context], dict]
 
 
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Where a study's trials run.
+
+    Attributes:
+        workers: processes on this machine; the config's number where not given.
+        shard: (i, n) runs every n-th trial from the i-th, as one of n jobs; reports cover what is finished.
+        keep_checkpoints: whether scratch folders stay after their record is written.
+        ray: the cluster that takes the place of workers, if any.
+    """
+
+    workers: int | None = None
+    shard: tuple[int, int] = (0, 1)
+    keep_checkpoints: bool = False
+    ray: Ray | None = None
+
+
+HERE = Launch()
+
+
 def run(
     trials: Sequence[Any],
     run_trial: RunTrial,
     ledger: Ledger,
     *,
     cost: Callable[[Any], float],
+    launch: Launch = HERE,
     workers: int = 1,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
 ) -> list[dict]:
     """Runs the trials that have no record yet, the costly ones first.
 
@@ -201,31 +87,37 @@ def run(
         run_trial: a module's function; from (trial, context) to the record's results.
         ledger: where records lie.
         cost: work of a trial, in any unit; a trial's progress should add up to it.
-        workers: processes on this machine; each has its share of the cores.
-        shard: (i, n) runs every n-th trial from the i-th, as one of n jobs.
-        keep_checkpoints: whether scratch folders stay after their record is written.
+        launch: where they run.
+        workers: processes on this machine where `launch` names no number; each has its share of the cores.
 
     Returns:
         The records of all trials that have one, in the order of the trials.
 
     Raises:
+        ValueError: a negative number of workers, or a cluster that is not there.
         RuntimeError: trials failed; the others are finished and recorded.
         OSError: a record could not be written.
     """
-    index, count = shard
+    workers = worker_count(launch.workers, workers)
+    index, count = launch.shard
     mine = sorted(trials, key=trial_id)[index::count]
     pending = sorted(
         (t for t in mine if ledger.read(t) is None), key=lambda t: (-cost(t), trial_id(t))
     )
     with _Bar(mine, pending, cost) as bar:
-        if workers == 1:
+        if launch.ray is not None:
+            one = functools.partial(_run_quietly, run_trial, ledger, launch.keep_checkpoints)
+            failures = ray_launcher.run(pending, one, ledger, launch.ray, bar.finish)
+            if failures:
+                raise RuntimeError(_failure_message(failures))
+        elif workers == 1:
             for trial in pending:
                 with ledger.claim(trial) as scratch:
                     progress = functools.partial(bar.add, trial)
-                    _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress)
+                    _run_one(trial, run_trial, ledger, scratch, launch.keep_checkpoints, progress)
                 bar.finish(trial)
         else:
-            _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar)
+            _run_in_processes(pending, run_trial, ledger, workers, launch.keep_checkpoints, bar)
     return [record for trial in trials if (record := ledger.read(trial)) is not None]
 
 
@@ -289,12 +181,20 @@ class _Bar:
 
 
 def _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress) -> None:
+    """Runs a trial in its scratch folder and writes its record, unless another process has."""
     if ledger.read(trial) is None:  # another process may have finished it meanwhile
         start = time.monotonic()
         results = run_trial(trial, Context(scratch, progress))
         ledger.write(trial, results, time.monotonic() - start)
     if not keep_checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _run_quietly(
+    run_trial: RunTrial, ledger: Ledger, keep_checkpoints: bool, trial: Any, scratch: Path
+) -> None:
+    """`_run_one` of a machine elsewhere, of whose progress nobody hears."""
+    _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, lambda amount, note: None)
 
 
 def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar) -> None:
@@ -367,6 +267,7 @@ def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> No
 
 
 def _failure_message(failures: list) -> str:
+    """Of (trial, reason, trace) of each that failed."""
     trial, reason, trace = failures[0]
     return f"{trace}{len(failures)} trial(s) failed; the first, {trial}: {reason}"
 

@@ -1,8 +1,8 @@
 """The binary: python -m experiments.optimizer_states."""
 
-from experiments.harness import cli
+from experiments.harness import study_cli
 from experiments.optimizer_states import PRESETS, run, to_text
 from experiments.optimizer_states.study import STUDY
 
 if __name__ == "__main__":
-    cli.study_main(STUDY, PRESETS, run, to_text)
+    study_cli.study_main(STUDY, PRESETS, run, to_text)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.harness import cli, data, images, models, sharding, trials, vision
+from experiments.harness import cli, data, images, ledgers, models, sharding, trials, vision
 from experiments.optimizer_states import arms, report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
@@ -247,19 +247,14 @@ _POSITIVE = (
 def run(
     config: Config,
     workdir: str | Path,
-    *,
-    workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
+    launch: trials.Launch = trials.HERE,
 ) -> dict:
     """Runs what has no record yet, writes the report, and returns the summary.
 
     Args:
         config: the grid; one of `PRESETS`, or any.
         workdir: where records, ``summary.json`` and ``report.html`` go.
-        workers: processes; the config's number where not given.
-        shard: (i, n): one of n jobs; the report covers what is finished.
-        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+        launch: where trials run.
 
     Raises:
         ValueError: bad input.
@@ -271,14 +266,13 @@ def run(
         batch = getattr(config, f"{task}_batch")
         if batch % devices:
             raise ValueError(f"config.{task}_batch {batch} does not divide over {devices} devices")
-    ledger = trials.Ledger(workdir, STUDY)
+    ledger = ledgers.Ledger(workdir, STUDY)
     records = trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=trials.worker_count(workers, config.workers),
-        shard=shard,
-        keep_checkpoints=keep_checkpoints,
+        launch=launch,
+        workers=config.workers,
     )
     return report.write(ledger.workdir, records, expected=len(grid))

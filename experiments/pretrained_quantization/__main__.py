@@ -1,8 +1,8 @@
 """The binary: python -m experiments.pretrained_quantization."""
 
-from experiments.harness import cli
+from experiments.harness import study_cli
 from experiments.pretrained_quantization import PRESETS, run, to_text
 from experiments.pretrained_quantization.study import STUDY
 
 if __name__ == "__main__":
-    cli.study_main(STUDY, PRESETS, run, to_text)
+    study_cli.study_main(STUDY, PRESETS, run, to_text)

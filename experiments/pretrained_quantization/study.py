@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 import jaxquant as jq
-from experiments.harness import cli, images, trials
+from experiments.harness import cli, images, ledgers, trials
 from experiments.pretrained_quantization import report, subjects
 from experiments.pretrained_quantization.arms import ARMS
 
@@ -140,33 +140,27 @@ def cost(trial: Trial) -> float:
 def run(
     config: Config,
     workdir: str | Path,
-    *,
-    workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
+    launch: trials.Launch = trials.HERE,
 ) -> dict:
     """Runs what has no record yet, writes the report, and returns the summary.
 
     Args:
         config: one of `PRESETS`, or any.
         workdir: where records, ``summary.json`` and ``report.html`` go.
-        workers: processes; the config's number where not given.
-        shard: (i, n): one of n jobs; the report covers what is finished.
-        keep_checkpoints: keep finished layers in ``workdir/scratch``.
+        launch: where trials run.
 
     Raises:
         ValueError: bad input.
         RuntimeError: a trial failed.
     """
     grid = make_trials(config)
-    ledger = trials.Ledger(workdir, STUDY)
+    ledger = ledgers.Ledger(workdir, STUDY)
     records = trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=trials.worker_count(workers, config.workers),
-        shard=shard,
-        keep_checkpoints=keep_checkpoints,
+        launch=launch,
+        workers=config.workers,
     )
     return report.write(ledger.workdir, records, expected=len(grid))

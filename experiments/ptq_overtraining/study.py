@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import cli, data, models, sharding, train, trials, wsd
+from experiments.harness import cli, data, ledgers, models, sharding, train, trials, wsd
 from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
 from jaxquant.groups import Granularity
@@ -418,19 +418,14 @@ def cost(trial: Trial) -> float:
 def run(
     config: Config,
     workdir: str | Path,
-    *,
-    workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
+    launch: trials.Launch = trials.HERE,
 ) -> dict:
     """Runs what has no record yet, writes the report, and returns the summary.
 
     Args:
         config: the grid; one of `PRESETS`, or any.
         workdir: where records, ``summary.json`` and ``report.html`` go.
-        workers: processes; the config's number where not given.
-        shard: (i, n): one of n jobs; the report covers what is finished.
-        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+        launch: where trials run.
 
     Raises:
         ValueError: bad input.
@@ -440,14 +435,13 @@ def run(
     mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp)
     if config.batch % mesh.size:
         raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
-    ledger = trials.Ledger(workdir, STUDY)
+    ledger = ledgers.Ledger(workdir, STUDY)
     records = trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=trials.worker_count(workers, config.workers),
-        shard=shard,
-        keep_checkpoints=keep_checkpoints,
+        launch=launch,
+        workers=config.workers,
     )
     return report.write(ledger.workdir, records, expected=len(grid))

@@ -1,8 +1,8 @@
 """The binary: python -m experiments.qat_efficiency."""
 
-from experiments.harness import cli
+from experiments.harness import study_cli
 from experiments.qat_efficiency import PRESETS, run, to_text
 from experiments.qat_efficiency.study import STUDY
 
 if __name__ == "__main__":
-    cli.study_main(STUDY, PRESETS, run, to_text)
+    study_cli.study_main(STUDY, PRESETS, run, to_text)

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli, corruptions, data, images, sharding, trials
+from experiments.harness import cli, corruptions, data, images, ledgers, sharding, trials
 from experiments.qat_efficiency import latency, report, tasks
 from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, run_trial
 
@@ -233,19 +233,14 @@ _POSITIVE = (
 def run(
     config: Config,
     workdir: str | Path,
-    *,
-    workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
+    launch: trials.Launch = trials.HERE,
 ) -> dict:
     """Runs what has no record yet, times what runs on integers, writes the report, returns the summary.
 
     Args:
         config: the grid; one of `PRESETS`, or any.
         workdir: where records, ``latency.json``, ``summary.json`` and ``report.html`` go.
-        workers: processes; the config's number where not given.
-        shard: (i, n): one of n jobs, which time nothing; the report covers what is finished.
-        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+        launch: where trials run.
 
     Raises:
         ValueError: bad input.
@@ -258,15 +253,16 @@ def run(
             raise ValueError(
                 f"config.{name} {getattr(config, name)} does not divide over {devices} devices"
             )
-    ledger = trials.Ledger(workdir, STUDY)
+    ledger = ledgers.Ledger(workdir, STUDY)
     records = trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=trials.worker_count(workers, config.workers),
-        shard=shard,
-        keep_checkpoints=keep_checkpoints,
+        launch=launch,
+        workers=config.workers,
     )
-    rows = latency.measure(ledger.workdir, grid, config.latency_rounds) if shard[1] == 1 else []
+    rows = (
+        latency.measure(ledger.workdir, grid, config.latency_rounds) if launch.shard[1] == 1 else []
+    )
     return report.write(ledger.workdir, records, rows, expected=len(grid))

@@ -1,8 +1,8 @@
 """The binary: python -m experiments.training_precision."""
 
-from experiments.harness import cli
+from experiments.harness import study_cli
 from experiments.training_precision import PRESETS, run, to_text
 from experiments.training_precision.study import STUDY
 
 if __name__ == "__main__":
-    cli.study_main(STUDY, PRESETS, run, to_text)
+    study_cli.study_main(STUDY, PRESETS, run, to_text)

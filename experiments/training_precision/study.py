@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.harness import cli, data, models, sharding, trials
+from experiments.harness import cli, data, ledgers, models, sharding, trials
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
 from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, run_trial
@@ -104,7 +104,7 @@ def load(workdir: str | Path = PUBLISHED) -> list[dict]:
     Raises:
         ValueError: no such record lies there.
     """
-    return trials.read_records(workdir, STUDY)
+    return ledgers.read_records(workdir, STUDY)
 
 
 def make_trials(config: Config) -> list[Trial]:
@@ -216,19 +216,14 @@ def _check(config: Config) -> None:
 def run(
     config: Config,
     workdir: str | Path,
-    *,
-    workers: int | None = None,
-    shard: tuple[int, int] = (0, 1),
-    keep_checkpoints: bool = False,
+    launch: trials.Launch = trials.HERE,
 ) -> dict:
     """Runs what has no record yet, writes the report, and returns the summary.
 
     Args:
         config: the grid; one of `PRESETS`, or any.
         workdir: where records, ``summary.json`` and ``report.html`` go.
-        workers: processes; the config's number where not given.
-        shard: (i, n): one of n jobs; the report covers what is finished.
-        keep_checkpoints: keep the trained weights in ``workdir/scratch``.
+        launch: where trials run.
 
     Raises:
         ValueError: bad input.
@@ -238,14 +233,13 @@ def run(
     devices = sharding.make_mesh().size
     if config.batch % devices:
         raise ValueError(f"config.batch {config.batch} does not divide over {devices} devices")
-    ledger = trials.Ledger(workdir, STUDY)
+    ledger = ledgers.Ledger(workdir, STUDY)
     records = trials.run(
         grid,
         run_trial,
         ledger,
         cost=cost,
-        workers=trials.worker_count(workers, config.workers),
-        shard=shard,
-        keep_checkpoints=keep_checkpoints,
+        launch=launch,
+        workers=config.workers,
     )
     return report.write(ledger.workdir, records, expected=len(grid))

@@ -1,0 +1,158 @@
+"""A study's folder: one record for each finished trial, here or on storage that machines share.
+
+A trial is a frozen dataclass.  Its id is the hash of its content, so the same trial has the same
+record wherever it comes up.  A record holds only what follows from the trial, the code and the machine
+(no times: those lie in ``timings/``), so that records can be compared byte for byte.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.harness import files
+
+_log = logging.getLogger(__name__)
+
+SCHEMA = 2  # raised when the form of a record changes, or the arithmetic behind its numbers
+
+
+def trial_id(trial: Any) -> str:
+    """Twelve hexadecimal digits of the hash of the trial's fields.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Trial:
+    ...     bits: int
+    >>> trial_id(Trial(4)) == trial_id(Trial(4)), trial_id(Trial(4)) == trial_id(Trial(5))
+    (True, False)
+    """
+    content = json.dumps({"schema": SCHEMA, **dataclasses.asdict(trial)}, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+
+class Ledger:
+    """A study's folder: ``study.json``, ``trials/*.json``, and scratch space for what is under way."""
+
+    def __init__(self, workdir: str | Path, study: str):
+        """Opens or makes the folder.
+
+        Raises:
+            ValueError: a folder that cannot be made or written, or that holds another study.
+        """
+        self.workdir, self.study = files.at(workdir), study
+        if not files.is_remote(workdir):
+            self.workdir = self.workdir.absolute()
+        try:
+            if (self.workdir / "config.json").exists():
+                raise ValueError(
+                    f"workdir '{workdir}' holds a training run; choose another --workdir"
+                )
+            marker = files.read_json(self.workdir / "study.json") or self._recorded_study()
+            if marker is None:
+                files.write_json(self.workdir / "study.json", {"study": study, "schema": SCHEMA})
+                marker = {"study": study}
+            probe = self.workdir / ".writable"
+            files.write(probe, "")
+            probe.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
+        found = marker.get("study") if isinstance(marker, dict) else marker
+        if found != study:
+            raise ValueError(
+                f"workdir '{workdir}' holds the study {found!r}, not {study!r}; choose another --workdir"
+            )
+
+    def _recorded_study(self) -> dict | None:
+        """Whose records lie here, where study.json was lost."""
+        for path in sorted(self.workdir.glob("trials/*.json")):
+            record = files.read_json(path)
+            if isinstance(record, dict) and "study" in record:
+                return {"study": record["study"]}
+        return None
+
+    def path(self, trial: Any) -> Path:
+        return self.workdir / "trials" / f"{trial_id(trial)}.json"
+
+    def read(self, trial: Any) -> dict | None:
+        """The trial's record, or None; a damaged one is set aside."""
+        path = self.path(trial)
+        record = files.read_json(path)
+        if record is None:
+            return None
+        expected = {"study": self.study, "trial": _as_json(trial)}
+        if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
+            files.set_aside(path, "it is not this trial's record")
+            return None
+        if record.pop("checksum", None) != _checksum(record):
+            files.set_aside(path, "its content is not what was recorded")
+            return None
+        return record
+
+    def write(self, trial: Any, results: dict, seconds: float) -> None:
+        head = {
+            "schema": SCHEMA,
+            "study": self.study,
+            "id": trial_id(trial),
+            "trial": _as_json(trial),
+        }
+        record = json.loads(json.dumps(head | results))
+        files.write_json(self.path(trial), record | {"checksum": _checksum(record)})
+        files.write_json(
+            self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}
+        )
+
+    @contextlib.contextmanager
+    def claim(self, trial: Any) -> Iterator[Path]:
+        """Holds the trial's scratch folder; waits while another process, perhaps dying, holds it.
+
+        Where the ledger is on shared storage that has no locks, scratch lies on this machine and goes with
+        the claim: a trial that is tried again starts anew.
+        """
+        if files.is_remote(self.workdir):
+            with tempfile.TemporaryDirectory(prefix=f"{self.study}-{trial_id(trial)}-") as scratch:
+                yield Path(scratch)
+            return
+        folder = self.workdir / "scratch" / trial_id(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                _log.warning("waiting for another process that runs trial %s here", folder.name)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+
+
+def read_records(workdir: str | Path, study: str) -> list[dict]:
+    """All whole records of a study that lie in a folder, whichever grid they are of.
+
+    Raises:
+        ValueError: no such record lies there.
+    """
+    found = []
+    for path in sorted(files.at(workdir).glob("trials/*.json")):
+        record = files.read_json(path)
+        if not isinstance(record, dict) or record.get("study") != study:
+            continue
+        if record.pop("checksum", None) != _checksum(record):
+            _log.warning("%s is left out: its content is not what was recorded", path)
+            continue
+        found.append(record)
+    if not found:
+        raise ValueError(f"'{workdir}' is not the workdir of a {study} study: no record lies there")
+    return found
+
+
+def _checksum(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _as_json(trial: Any) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(trial)))

@@ -1,0 +1,113 @@
+"""Sweeps on a Ray cluster of two nodes, one of which is lost on the way."""
+
+import dataclasses
+import importlib.util
+import os
+import time
+
+import pytest
+
+from experiments.harness import files, ledgers, ray_launcher, trials
+
+pytestmark = pytest.mark.exhaustive
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[ray]'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    number: int
+    seconds: float = 1.0
+
+
+def run_trial(trial: Trial, context: trials.Context) -> dict:
+    """Notes in the ledger's folder that it began."""
+    begun = context.scratch.parent.parent / "begun"
+    begun.mkdir(exist_ok=True)
+    (begun / f"{trial.number}-{time.time_ns()}").touch()
+    if trial.number < 0:
+        raise ArithmeticError("it cannot be done")
+    time.sleep(trial.seconds)
+    return {"status": "done", "result": trial.number**2}
+
+
+def sweep(ledger, grid, address):
+    cluster = ray_launcher.Ray(address, (("num_cpus", 1.0),), retries=3)
+    launch = trials.Launch(ray=cluster)
+    return trials.run(grid, run_trial, ledger, cost=lambda t: 1.0, launch=launch)
+
+
+@needs_ray
+@pytest.mark.long
+def test_a_sweep_outlives_a_node(tmp_path):
+    from ray.cluster_utils import Cluster
+
+    # Workers import this module.
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", path)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+        other = cluster.add_node(num_cpus=2)
+    ledger, grid = ledgers.Ledger(tmp_path / "w", "squares"), [Trial(n) for n in range(24)]
+    try:
+        import threading
+
+        def lose() -> None:
+            while len(list((tmp_path / "w" / "trials").glob("*.json"))) < 6:
+                time.sleep(0.1)
+            cluster.remove_node(other, allow_graceful=False)
+
+        losing = threading.Thread(target=lose)
+        losing.start()
+        records = sweep(ledger, grid, cluster.address)
+        losing.join()
+    finally:
+        cluster.shutdown()
+    assert [r["result"] for r in records] == [n**2 for n in range(24)]
+    assert len(list((tmp_path / "w" / "trials").iterdir())) == 24
+    begun = [p.name.split("-")[0] for p in (tmp_path / "w" / "begun").iterdir()]
+    assert len(begun) > 24, "the node was lost with nothing under way"
+
+
+@needs_ray
+@pytest.mark.long
+def test_failures_are_named_and_no_cluster_is_said_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
+    ledger = ledgers.Ledger(tmp_path / "w", "squares")
+    with pytest.raises(RuntimeError, match=r"1 trial\(s\) failed.*number=-1(?s:.*)cannot be done"):
+        sweep(ledger, [Trial(2, 0.0), Trial(-1)], "local")
+    assert ledger.read(Trial(2, 0.0))["result"] == 4
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at .127\.0\.0\.1:1."):
+        sweep(ledger, [Trial(3)], "127.0.0.1:1")
+    with pytest.raises(ValueError, match="no Ray cluster answers at 'auto'"):
+        sweep(ledger, [Trial(3)], "auto")
+
+
+@pytest.mark.parametrize("text", ["", "num_cpus", "TPU=x", "=3", "num_cpus=-1"])
+def test_resources_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="as num_cpus=8,TPU=4"):
+        ray_launcher.parse_resources(text)
+
+
+def test_a_ledger_may_lie_on_shared_storage(monkeypatch):
+    fsspec = pytest.importorskip("fsspec")
+    memory = importlib.import_module("fsspec.implementations.memory")
+
+    class Bucket(memory.MemoryFileSystem):
+        protocol = ("gs", "gcs")
+        store: dict = {}  # noqa: RUF012
+        pseudo_dirs = [""]  # noqa: RUF012
+
+    for name in ("gs", "gcs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    ledger = ledgers.Ledger("gs://bucket/squares", "squares")
+    assert ledger.read(Trial(3)) is None
+    with ledger.claim(Trial(3)) as scratch:
+        assert scratch.is_dir()
+        ledger.write(Trial(3), {"status": "done", "result": 9}, 1.0)
+    assert not scratch.exists()
+    assert ledgers.Ledger("gs://bucket/squares", "squares").read(Trial(3))["result"] == 9
+    assert files.read_json(ledger.path(Trial(4))) is None
+    with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
+        ledgers.Ledger("gs://bucket/squares", "cubes")
