@@ -100,7 +100,10 @@ def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
 def _print_help(presets: Mapping[str, Any]) -> None:
     FLAGS.mark_as_parsed()
     print(sys.modules["__main__"].__doc__ or "", end="\n\n")
-    print(FLAGS.module_help(sys.modules[__name__]))
+    for module in FLAGS.flags_by_module_dict():
+        if module.startswith(("experiments", sys.argv[0])) or module == "__main__":
+            _, _, own = FLAGS.module_help(module).lstrip().partition("\n")
+            print(own)
     print(
         f"\n  --config.FIELD=VALUE changes a field of the preset; here with {FLAGS.preset}'s values:"
     )

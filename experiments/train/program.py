@@ -66,6 +66,22 @@ PRESETS = {
         dtype="bfloat16",
         checkpoint_every=1000,
     ),
+    # Kumar's largest, quantized throughout, for a pod.
+    "pod": Config(
+        size="1.7b",
+        scan=True,
+        remat=True,
+        recipe="int8_train",
+        state="fixed-5",
+        steps=100_000,
+        data="tokens",
+        vocab_size=50_304,
+        sequence=2048,
+        batch=256,
+        peak_lr=3e-4,
+        dtype="bfloat16",
+        checkpoint_every=500,
+    ),
 }
 
 
