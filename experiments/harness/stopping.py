@@ -31,14 +31,20 @@ def told_to_stop() -> Iterator[Callable[[int], bool]]:
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    came = threading.Event()
+    came, heard = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
+
+    def asked(step: int) -> bool:
+        if came.is_set():
+            heard.set()
+        return came.is_set()
+
     before: Any = signal.signal(signal.SIGTERM, lambda *_: came.set())
     try:
-        yield lambda step: came.is_set()
+        yield asked
     finally:
         signal.signal(signal.SIGTERM, before)
-        if came.is_set():  # nobody asked any more
+        if came.is_set() and not heard.is_set():  # nobody asked any more
             signal.raise_signal(signal.SIGTERM)
