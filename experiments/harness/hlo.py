@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -61,6 +63,7 @@ class Instruction:
     results: tuple[Array, ...]
     arguments: str
     attributes: str
+    is_root: bool = False
 
     @property
     def operands(self) -> list[str]:
@@ -71,6 +74,11 @@ class Instruction:
     def origin(self) -> str:
         """The JAX operations that it came from."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    def attribute(self, name: str) -> str:
+        """The value of a plain attribute, as ``index=4`` has one."""
+        found = re.search(rf"\b{name}=([\w.-]+)", self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
@@ -86,21 +94,21 @@ class Product:
     Attributes:
         operands: what is multiplied.
         result: of it.
-        terms: of each sum.
+        multiplications: of numbers, when it is executed once.
         origin: the JAX operations that it came from.
         times: that it is executed.
     """
 
     operands: tuple[Array, Array]
     result: Array
-    terms: int
+    multiplications: int
     origin: str
     times: int
 
     @property
     def flops(self) -> int:
         """Multiplications and additions, all times together."""
-        return 2 * math.prod(self.result.shape) * self.terms * self.times
+        return 2 * self.multiplications * self.times
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -186,8 +194,8 @@ class Program:
         for x, own, times in self.instructions():
             if x.opcode in ("convolution", "dot"):
                 left, right = (own[name].results[0] for name in x.operands[:2])
-                terms = _terms(x, left, right)
-                found.append(Product((left, right), x.results[0], terms, x.origin, times))
+                count = _multiplications(x, left)
+                found.append(Product((left, right), x.results[0], count, x.origin, times))
         return found
 
     def collectives(self) -> list[Collective]:
@@ -233,7 +241,8 @@ def _instruction(line: str) -> Instruction | None:
         return None
     name, results, opcode, rest = found.groups()
     end = _closing(rest)
-    return Instruction(name, opcode, tuple(arrays(results)), rest[:end], rest[end:])
+    is_root = line.lstrip().startswith("ROOT ")
+    return Instruction(name, opcode, tuple(arrays(results)), rest[:end], rest[end:], is_root)
 
 
 def _closing(text: str) -> int:
@@ -284,33 +293,80 @@ def _callees(x: Instruction) -> list[str]:
 def _trips(
     computations: Mapping[str, Mapping[str, Instruction]], loop: Instruction, condition: str
 ) -> int:
-    """How often a loop's body is executed: as the text says, or as long as a count is below a constant."""
+    """How often a loop's body is executed: as the text says, or from what it counts, how far and by what.
+
+    Loops count from 0: a compiler that unrolls one leaves it there and counts by more than one.
+    """
     known = re.search(r'known_trip_count"?:\s*\{"?n"?:"?(\d+)', loop.attributes)
     if known:
         return int(known[1])
-    pending, constants = [condition], []
-    while pending:
-        for x in computations.get(pending.pop(), {}).values():
-            pending += _callees(x)
-            if x.opcode == "constant" and x.results[0].kind in ("s32", "u32"):
-                constants.append(x.arguments)
-    if len(constants) != 1:
-        raise ValueError(f"the bounds of {loop.name} cannot be read from its condition {condition}")
-    return int(constants[0])
+    own, body = computations[condition], computations[loop.called("body") or ""]
+    try:
+        (compare,) = (x for x in own.values() if x.opcode == "compare")
+        counter, bound = (own[name] for name in compare.operands)
+        place = counter.attribute("index")
+        (after,) = (x for x in body.values() if x.opcode == "tuple" and x.is_root)
+        step = _added(body, after.operands[int(place)], place)
+        return -(-int(bound.arguments) // step)
+    except (KeyError, ValueError, IndexError):
+        raise ValueError(f"the trips of {loop.name} cannot be read from {condition}") from None
 
 
-def _terms(x: Instruction, left: Array, right: Array) -> int:
-    """Terms of each sum of a product."""
+def _added(body: Mapping[str, Instruction], name: str, place: str) -> int:
+    """What a loop's body adds to the element of its state at a place, to get what has this name."""
+    x = body[name]
+    if x.opcode == "get-tuple-element" and x.attribute("index") == place:
+        return 0
+    if x.opcode in ("copy", "bitcast"):
+        return _added(body, x.operands[0], place)
+    if x.opcode != "add":
+        raise ValueError(name)
+    one, other = x.operands
+    if body[one].opcode == "constant":
+        one, other = other, one
+    return _added(body, one, place) + int(body[other].arguments)
+
+
+def _multiplications(x: Instruction, left: Array) -> int:
+    """Multiplications of numbers, those with padding left out, when a product is executed once."""
+    size = math.prod(x.results[0].shape)
     if x.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
-        return math.prod(left.shape[int(a)] for a in axes[1].split(",") if a) if axes else 1
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->", x.attributes)
+        return (
+            size * math.prod(left.shape[int(a)] for a in axes[1].split(",") if a) if axes else size
+        )
+    labels = re.search(r"dim_labels=(\w+)_\w+->(\w+)", x.attributes)
     assert labels is not None
-    terms = left.shape[labels[1].index("f")]
-    if "lhs_dilate" in x.attributes:
-        return terms  # a batch of products, each of which meets one place of the window
-    window = (size for size, label in zip(right.shape, labels[2], strict=True) if label.isdigit())
-    return terms * math.prod(window)
+    size *= left.shape[labels[1].index("f")]
+    places = [i for i in labels[2] if i.isdigit()]
+    for place in sorted(places):
+        before = left.shape[labels[1].index(place)]
+        after = x.results[0].shape[labels[2].index(place)]
+        size = size // after * _taps(before, after, _window(x, int(place)))
+    return size
+
+
+def _window(x: Instruction, place: int) -> dict[str, tuple[int, ...]]:
+    """A window's size, stride, pad and so on along one of its axes."""
+    found = re.search(r"window=\{([^}]*)\}", x.attributes)
+    fields = dict(part.split("=") for part in found[1].split()) if found else {}
+    own = {name: text.split("x")[place] for name, text in fields.items()}
+    return {name: tuple(map(int, text.split("_"))) for name, text in own.items()}
+
+
+def _taps(before: int, after: int, window: Mapping[str, tuple[int, ...]]) -> int:
+    """How often a window along one axis meets a number, over all of its positions.
+
+    >>> _taps(8, 1, {"size": (8,)}), _taps(1, 8, {"size": (8,), "pad": (7, 7)})
+    (8, 8)
+    >>> _taps(18, 18, {"size": (18,), "stride": (17,), "lhs_dilate": (18,)})
+    18
+    """
+    (size,), (stride,) = window.get("size", (1,)), window.get("stride", (1,))
+    (spread,), (step,) = window.get("lhs_dilate", (1,)), window.get("rhs_dilate", (1,))
+    first = -window.get("pad", (0, 0))[0]
+    at = first + stride * np.arange(after)[:, None] + step * np.arange(size)[None, :]
+    return int(np.sum((at >= 0) & (at % spread == 0) & (at // spread < before)))
 
 
 def _results(x: Instruction, own: Mapping[str, Instruction]) -> tuple[Array, ...]:
