@@ -134,6 +134,7 @@ EXPERIMENTS = [
         "train.program",
         "train.ahead",
         "train.ahead_table",
+        "train.scaling",
         "train.running",
         "train.__main__",
     ],

@@ -223,10 +223,13 @@ def _out_of_memory(message: str, config: Config) -> dict[str, Any]:
         RuntimeError: it failed for another reason.
     """
     size = r"([\d.]+)([KMGT])"
-    found = re.search(rf"Used {size} of {size} hbm.*?hbm capacity by {size}", message, re.DOTALL)
+    found = re.search(rf"Used {size} of {size} hbm", message) or re.search(
+        rf"memory required .*?\({size}\) exceeds available HBM \({size}\)", message
+    )
     if found is None:
         raise RuntimeError(" ".join(message.split())[:500])
-    used, usable, beyond = (_bytes(found[i], found[i + 1]) for i in (1, 3, 5))
+    used, usable = (_bytes(found[i], found[i + 1]) for i in (1, 3))
+    beyond = used - usable
     return {
         "fits": False,
         "used": used,

@@ -26,7 +26,7 @@ def to_text(record: Mapping[str, Any]) -> str:
 def _memory(record: Mapping[str, Any]) -> str:
     hbm = record["hbm"]
     if not record["fits"]:
-        return _table(
+        return table(
             ("HBM of a device", "GiB"),
             [
                 ("used", _gib(record["used"])),
@@ -39,12 +39,12 @@ def _memory(record: Mapping[str, Any]) -> str:
     rows = [(name, _gib(nbytes)) for name, nbytes in held.items()]
     rows += [("**all**", _gib(total)), (f"of a {record['chip']}'s", _gib(hbm))]
     rows += [("share", f"{total / hbm:.1%}")]
-    return _table(("HBM of a device", "GiB"), rows)
+    return table(("HBM of a device", "GiB"), rows)
 
 
 def _state(record: Mapping[str, Any]) -> str:
     held = record["bytes"]
-    return _table(
+    return table(
         ("arguments of a device", "MiB"),
         [
             ("parameters", f"{held['parameters'] / _MIB:.2f}"),
@@ -61,7 +61,7 @@ def _products(record: Mapping[str, Any]) -> str:
         (x["phase"], " × ".join(x["operands"]), f"{x['times']:,}", f"{x['flops'] / total:.1%}")
         for x in record["products"]
     ]
-    return _table(("matrix products", "operands", "times a step", "of operations"), rows)
+    return table(("matrix products", "operands", "times a step", "of operations"), rows)
 
 
 def _collectives(record: Mapping[str, Any]) -> str:
@@ -71,7 +71,7 @@ def _collectives(record: Mapping[str, Any]) -> str:
     ]
     total = sum(x["bytes"] for x in record["collectives"])
     rows.append(("**all**", "", "", "", f"{total / 1e6:,.1f}"))
-    return _table(
+    return table(
         ("collectives", "types", "devices", "times a step", "MB that a device receives"), rows
     )
 
@@ -80,7 +80,7 @@ def _operations(record: Mapping[str, Any]) -> str:
     products = sum(x["flops"] for x in record["products"])
     model = record["model_flops"] / record["devices"]
     compiler = record["compiler"]
-    return _table(
+    return table(
         ("operations and bytes of a device", ""),
         [
             ("operations of the products, loops times their trips", f"{products:.4g}"),
@@ -95,7 +95,7 @@ def _gib(nbytes: float) -> str:
     return f"{nbytes / _GIB:.3f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     """In Markdown, aligned."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
