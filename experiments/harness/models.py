@@ -76,7 +76,7 @@ class LMConfig:
         Source: Chowdhery et al. 2022, arXiv 2204.02311, Appendix B.
 
         >>> SIZES["83k"].step_flops(1, 1)
-        573696
+        573120
         """
         attention = 12 * self.layers * self.width * sequence
         return batch * sequence * (6 * self.step_cost + attention)

@@ -53,7 +53,7 @@ def _names(part: Any) -> tuple[str, ...]:
 def dealt(x: jax.Array, cut: Cut) -> jax.Array:
     """The parts of an array, each in row-major order, [shards, elements of each].
 
-    >>> dealt(jnp.arange(8).reshape(2, 4), ((1, 2),))
+    >>> dealt(jax.numpy.arange(8).reshape(2, 4), ((1, 2),))
     Array([[0, 1, 4, 5],
            [2, 3, 6, 7]], dtype=int32)
     """
