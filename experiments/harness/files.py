@@ -13,8 +13,8 @@ from typing import Any
 from etils import epath
 
 
-def at(path: str | os.PathLike) -> Path:
-    """A path, here or on shared storage."""
+def at(path: str | os.PathLike) -> Any:
+    """A path as of pathlib, here or on shared storage."""
     return epath.Path(path) if is_remote(path) else Path(path)
 
 

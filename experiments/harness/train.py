@@ -7,7 +7,7 @@ of the compiled step, so a sweep compiles once per model.  Where arrays lie is `
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -288,7 +288,7 @@ def fit(
         Diverged: a loss that is not finite, or a spike, which the guard could not get by.
         Preempted: it was told to stop, and has saved.
     """
-    history, losses = list(history or []), []
+    history, losses = list(history or []), list[Any]()
     start = int(state.step)
     restored = checkpoints.restore(state, batches, steps) if checkpoints else None
     if restored is not None and int(restored.state.step) > start:
@@ -327,7 +327,7 @@ def fit(
     return state, history
 
 
-def _mean_loss(losses: list[jax.Array], at: int, guard: Guard, history: History) -> float:
+def _mean_loss(losses: Sequence[Any], at: int, guard: Guard, history: History) -> float:
     """The mean over the steps that were not skipped.
 
     Raises:

@@ -88,7 +88,9 @@ def _answer(text: str) -> dict[str, Any] | None:
 
 def _main() -> None:
     request = json.load(sys.stdin)
-    fields = {k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()}
+    fields: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
+    }
     try:
         found = _measured(Config(**fields), request["topology"])
     except ValueError as error:
@@ -117,7 +119,8 @@ def _measured(config: Config, topology: str) -> dict[str, Any]:
         "bytes": _argument_bytes(arguments[0]),
         "model_flops": program.model.step_flops(config.batch, config.sequence),
     }
-    traced = train.make_step(program.loss, program.tx, mesh).trace(*arguments)
+    step: Any = train.make_step(program.loss, program.tx, mesh)
+    traced = step.trace(*arguments)
     try:
         return found | {"fits": True} | _compiled(traced.lower().compile())
     except jax.errors.JaxRuntimeError as error:
@@ -204,12 +207,13 @@ def _products(program: hlo.Program) -> Iterator[dict[str, Any]]:
 
 
 def _collectives(program: hlo.Program) -> Iterator[dict[str, Any]]:
-    times, moved = collections.Counter(), collections.Counter()
+    times, moved = collections.Counter(), dict[tuple, float]()
     for x in program.collectives():
         kinds = " + ".join(sorted({a.kind for a in x.arrays}))
         times[x.kind, kinds, x.devices] += x.times
-        moved[x.kind, kinds, x.devices] += x.nbytes
-    for key, nbytes in moved.most_common():
+        key = x.kind, kinds, x.devices
+        moved[key] = moved.get(key, 0) + x.nbytes
+    for key, nbytes in sorted(moved.items(), key=lambda item: -item[1]):
         kind, kinds, devices = key
         yield {
             "kind": kind, "types": kinds, "devices": devices, "times": times[key], "bytes": nbytes,

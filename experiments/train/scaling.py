@@ -92,19 +92,20 @@ def figure(records: Sequence[dict[str, Any]]) -> alt.Chart:
 
 def main(config: Config) -> None:
     folder = Path(config.records)
-    found = [files.read_json(path) for path in sorted(folder.glob(config.pattern))]
+    every = (files.read_json(path) for path in sorted(folder.glob(config.pattern)))
+    found = [record for record in every if record is not None]
     if not found:
         raise ValueError(f"config.records holds nothing like {config.pattern!r}; got '{folder}'")
     rows = [
         (
-            row.topology,
-            f"{row.chips}",
-            f"{row.received / 1e9:.2f}",
-            f"{1e3 * row.compute:.1f}",
-            f"{1e3 * row.links:.1f}",
-            f"{row.utilization:.0%}",
+            row["topology"],
+            f"{row['chips']}",
+            f"{row['received'] / 1e9:.2f}",
+            f"{1e3 * row['compute']:.1f}",
+            f"{1e3 * row['links']:.1f}",
+            f"{row['utilization']:.0%}",
         )
-        for row in bounds(found).itertuples()
+        for row in bounds(found).to_dict("records")
     ]
     head = ("topology", "chips", "GB received", "products, ms ≥", "links, ms ≥", "utilization ≤")
     print(ahead_table.table(head, rows))

@@ -136,7 +136,7 @@ def decoded(state: QuantizedState, run: int, slot: int, place: int) -> jax.Array
     """The leaf of one slot and of the run's parameter at some place, in full precision."""
     layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
     own = layout.pages_of(place)
-    read = jax.vmap(lambda *x: read_blocks(*x, codec)[1])
+    read = jax.vmap(lambda pool, table, scale: read_blocks(pool, table, scale, codec)[1])
     values = read(*_span(state, run, slot, own)).reshape(layout.lines, -1)
     found = layout.collected(values, place, layout.starts[place] - own.start * pages.PAGE)
     return found.astype(layout.leaves[slot][place].dtype)
