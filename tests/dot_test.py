@@ -506,6 +506,9 @@ def test_a_sum_of_parts_is_the_sum(calibrate):
     np.testing.assert_allclose(multiply(*stored, dims), expected, rtol=3e-5, atol=1e-1)
 
 
+@pytest.mark.skipif(
+    not hasattr(jax.sharding, "use_abstract_mesh"), reason="this JAX says no mesh while it traces"
+)
 @pytest.mark.parametrize(("devices", "parts"), [(1, 4), (8, 8), (3, 6), (32, 4)])
 def test_devices_of_the_mesh_add_up_parts_of_their_own(devices, parts):
     """24 · 20,000 terms need four parts; 24 does not divide into 32."""

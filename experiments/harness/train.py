@@ -214,7 +214,7 @@ def make_step(
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, tokens, schedule: Schedule, data: tuple = (), limit: Any = jnp.inf):
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with sharding.known(mesh):
             value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
         # Each device sums its own part of a gradient and no more.
         gradients = jax.lax.with_sharding_constraint(gradients, sharding.of_state(mesh, gradients))
