@@ -108,7 +108,7 @@ def _connected(address: str) -> Any:
     """Ray, with a connection to a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher=ray needs Ray: pip install -e '.[ray]'")
-    import ray
+    ray = importlib.import_module("ray")
 
     host, _, port = address.rpartition(":")
     if port.isdecimal():  # Ray would ask for minutes
