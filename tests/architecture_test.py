@@ -86,11 +86,14 @@ EXPERIMENTS = [
     [
         "harness.files",
         "harness.stopping",
+        "harness.watchdog",
         "harness.guarding",
         "harness.cli",
         "harness.sharding",
         "harness.hlo",
         "harness.chips",
+        "harness.metering",
+        "harness.metrics",
         "harness.processes",
     ],
     [
@@ -135,6 +138,7 @@ EXPERIMENTS = [
         "train.ahead",
         "train.ahead_table",
         "train.scaling",
+        "train.watching",
         "train.running",
         "train.__main__",
     ],

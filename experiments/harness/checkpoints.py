@@ -37,6 +37,9 @@ class Checkpoints:
     A checkpoint that cannot be read whole, of which a byte is not what was written, or that holds other
     arrays than the state at hand, is moved to ``set-aside`` with a warning, and the one before it is used.
     All processes of a run take part; the first one seals, verifies and moves.
+
+    Attributes:
+        seconds: that `save` has kept its caller waiting.
     """
 
     def __init__(self, folder: Path, keep: int = 2, every: int = 1):
@@ -47,6 +50,7 @@ class Checkpoints:
             keep: the newest ones of a multiple of `every` steps stay, so many of them, and the newest of all.
             every: steps between those that a run saves unless it is told to stop.
         """
+        self.seconds = 0.0
         self._every = every
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -78,6 +82,13 @@ class Checkpoints:
             history: entries so far.
             pending: losses since the last entry.
         """
+        start = time.perf_counter()
+        self._save(step, state, batches, history, pending)
+        self.seconds += time.perf_counter() - start
+
+    def _save(
+        self, step: int, state: Any, batches: Any, history: list, pending: Sequence[float]
+    ) -> None:
         self._prune()
         position = batches.get_state()
         if isinstance(position, bytes):

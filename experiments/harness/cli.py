@@ -7,6 +7,7 @@ import copy
 import errno
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from experiments.harness import stopping
+from experiments.harness import stopping, watchdog
 
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2
@@ -67,6 +68,9 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
             )
         except stopping.Preempted as error:
             _fail(str(error), stopping.RESTART)
+        except watchdog.Hung as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            os._exit(stopping.RESTART)  # what hangs may never be joined
         except RuntimeError as error:
             _fail(str(error), 1)
         except KeyboardInterrupt:

@@ -11,5 +11,6 @@ checkpoints; stopped at any point, the same command goes on, on the same mesh or
 
 from experiments.train.program import PRESETS, Config
 from experiments.train.running import run
+from experiments.train.watching import Watching
 
-__all__ = ["PRESETS", "Config", "run"]
+__all__ = ["PRESETS", "Config", "Watching", "run"]

@@ -1,11 +1,12 @@
 """The binary: python -m experiments.train."""
 
+import re
 from pathlib import Path
 
 from absl import flags
 
 from experiments.harness import cli, files, processes
-from experiments.train import PRESETS, Config, ahead, run
+from experiments.train import PRESETS, Config, Watching, ahead, run
 from experiments.train.ahead_table import to_text
 
 FLAGS = flags.FLAGS
@@ -21,11 +22,22 @@ def main(config: Config) -> None:
         processes.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
     elif FLAGS.processes is not None or FLAGS.process is not None:
         raise ValueError("--processes and --process go with --coordinator=HOST:PORT")
-    result = run(config, FLAGS.workdir or f"runs/train/{FLAGS.preset}")
+    watching = Watching(FLAGS.metrics, _steps(FLAGS.profile), FLAGS.input_timeout)
+    result = run(config, FLAGS.workdir or f"runs/train/{FLAGS.preset}", watching)
     if not processes.is_first():
         return
     losses = ", ".join(f"{split} {loss:.4f}" for split, loss in result["loss"].items())
     print(f"loss in nats per token: {losses}; {result['epochs']:.2f} passes over the training text")
+
+
+def _steps(text: str | None) -> tuple[int, int] | None:
+    """From "10:12" to (10, 12)."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+):(\d+)", text)
+    if found is None:
+        raise ValueError(f"--profile is FIRST:LAST, steps from 1 on, as 10:12; got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def _compile(config: Config) -> None:
@@ -55,4 +67,9 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("processes", None, "How many there are, with --coordinator=HOST:PORT.")
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+    flags.DEFINE_list(
+        "metrics", "tensorboard", "Writers, of tensorboard and wandb; empty for none."
+    )
+    flags.DEFINE_string("profile", None, "FIRST:LAST of the steps to take a profile of, as 10:12.")
+    flags.DEFINE_float("input_timeout", 600, "Seconds that a batch may take; 0 for any number.")
     cli.main(main, PRESETS, default="laptop")

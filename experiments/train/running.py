@@ -6,7 +6,6 @@ import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from experiments.harness import data, files, processes, sharding, stopping, train
+from experiments.harness import data, files, metering, processes, sharding, stopping, train
 from experiments.harness.checkpoints import Checkpoints
 from experiments.train.program import (
     Config,
@@ -24,17 +23,20 @@ from experiments.train.program import (
     make_program,
     make_schedule,
 )
+from experiments.train.watching import Watch, Watching
 
 # What may differ between a run and the run that goes on from its checkpoint.
 _LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
+_NOTHING = Watching()
 
 
-def run(config: Config, workdir: str | Path) -> dict:
+def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> dict:
     """Trains, going on from a checkpoint where there is one, and evaluates.
 
     Args:
         config: the run.
         workdir: its folder.
+        watching: what to look at meanwhile.
 
     Returns:
         What ``result.json`` holds.
@@ -43,9 +45,11 @@ def run(config: Config, workdir: str | Path) -> dict:
         ValueError: bad input, or a folder that another process works in.
         Diverged: a loss that is not finite, or spikes, which the guard could not get by.
         Preempted: told to stop by SIGTERM; what there is has been saved.
+        Hung: no batch came in time.
     """
     workdir = Path(workdir)
     check(config)
+    watching.check(config.steps)
     mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
     corpus = data.load(config.data, config.data_path, config.shift_path)
     vocabulary = config.vocab_size or corpus.vocab_size
@@ -58,10 +62,16 @@ def run(config: Config, workdir: str | Path) -> dict:
         corpus, config.sequence, config.batch, config.seed, sharding.share(mesh)
     )
     processes.agree("the config", json.dumps(dataclasses.asdict(config)))
+    flops = program.model.step_flops(config.batch, config.sequence)
+    meter = metering.Meter(config.batch * config.sequence, flops, [*mesh.devices.flat])
     with _alone(workdir):
         _claim(workdir, config)
-        state, history = _trained(config, workdir, program, batches, mesh)
-        return _finish(workdir, config, corpus, program, state, history)
+        content = dataclasses.asdict(config)
+        with Watch(watching, workdir, content, batches, make_schedule(config), meter) as watch:
+            state, history = _trained(config, workdir, program, mesh, watch)
+            result = _finish(workdir, config, corpus, program, state, history)
+            watch.on_end(result["loss"])
+        return result
 
 
 @contextlib.contextmanager
@@ -84,7 +94,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 
 
 def _trained(
-    config: Config, workdir: Path, program: Program, batches: Any, mesh: Mesh
+    config: Config, workdir: Path, program: Program, mesh: Mesh, watch: Watch
 ) -> tuple[train.TrainState, train.History]:
     """(state, history) after the last step."""
     guard = make_guard(config)
@@ -101,11 +111,13 @@ def _trained(
         def on_log(steps: int, loss: float) -> None:
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update(steps)
+            watch.on_log(steps, loss, checkpoints.seconds)
 
+        step = train.make_step(program.loss, program.tx, mesh, skips=guard.action == "skip")
         return train.fit(
-            train.make_step(program.loss, program.tx, mesh, skips=guard.action == "skip"),
+            watch.step(step),
             state,
-            batches,
+            watch.batches,
             make_schedule(config),
             config.steps,
             mesh,

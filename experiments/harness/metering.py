@@ -1,0 +1,90 @@
+"""What a run takes: the time of a step and what follows from it, and the bytes of its arrays."""
+
+import statistics
+import time
+from typing import Any
+
+import jax
+
+from experiments.harness import chips
+
+
+class Meter:
+    """Times the steps between looks at the loss, the compilation and all that is not training left out."""
+
+    def __init__(self, tokens: int, flops: int, devices: list[Any]):
+        """Starts with the first `start`.
+
+        Args:
+            tokens: of a step.
+            flops: of a step, those that the model needs.
+            devices: that take part.
+        """
+        self._tokens, self._flops, self._devices = tokens, flops, devices
+        self._started: float | None = None
+        self._laps: list[dict[str, float]] = []
+
+    def start(self) -> None:
+        """What comes from here on counts."""
+        self._started = time.perf_counter()
+
+    def lap(self, steps: int, saving: float, waiting: float) -> dict[str, float]:
+        """The figures of the steps since `start`, which it calls again.
+
+        Args:
+            steps: how many.
+            saving: seconds of these spent on checkpoints, which do not count.
+            waiting: seconds of these spent on waiting for input, which do.
+
+        Returns:
+            ``seconds_per_step``, ``tokens_per_second``, ``input_wait`` (a share), and ``mfu`` where the
+            device's peak is known (`peak`).  Empty where it was not started.
+        """
+        found = {}
+        if self._started is not None:
+            seconds = time.perf_counter() - self._started - saving
+            found = {
+                "seconds_per_step": seconds / steps,
+                "tokens_per_second": steps * self._tokens / seconds,
+                "input_wait": min(1.0, waiting / seconds),
+            }
+            most = peak(self._devices)
+            if most is not None:
+                found["mfu"] = steps * self._flops / seconds / most
+            self._laps.append(found)
+        self.start()
+        return found
+
+    def medians(self) -> dict[str, float]:
+        """Of each figure, over all laps."""
+        names = self._laps[0] if self._laps else ()
+        return {name: statistics.median(lap[name] for lap in self._laps) for name in names}
+
+
+def peak(devices: list[Any]) -> float | None:
+    """Operations a second of all devices together, in bfloat16; None where no peak is published here.
+
+    Model FLOPs utilization is a share of this, whatever type the products really have: in int8 it can
+    pass 1.
+
+    Source: Chowdhery et al. 2022, arXiv 2204.02311, Appendix B.
+    """
+    rates = [
+        chips.CHIPS[d.device_kind].peak["bf16"] / chips.CHIPS[d.device_kind].cores
+        for d in devices
+        if d.device_kind in chips.CHIPS
+    ]
+    return sum(rates) if len(rates) == len(devices) else None
+
+
+def held(tree: Any) -> dict[str, int]:
+    """Bytes of real arrays: ``all`` together, and those on this process's first ``device``.
+
+    >>> import jax.numpy as jnp
+    >>> held({"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.int8)})
+    {'all': 14, 'device': 14}
+    """
+    leaves = jax.tree.leaves(tree)
+    first = jax.local_devices()[0]
+    shards = [s for x in leaves for s in x.addressable_shards if s.device == first]
+    return {"all": sum(x.nbytes for x in leaves), "device": sum(s.data.nbytes for s in shards)}

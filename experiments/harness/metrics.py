@@ -1,0 +1,106 @@
+"""Where a run's figures go while it runs: TensorBoard and Weights & Biases, behind one small interface."""
+
+import importlib
+import importlib.util
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from experiments.harness import files
+
+WRITERS = ("tensorboard", "wandb")
+
+
+class Writer(Protocol):
+    """Takes figures by name, with steps that may start again at an earlier one."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def make_writers(names: Sequence[str], workdir: Path, config: Mapping[str, Any]) -> list[Writer]:
+    """The writers of a run.
+
+    Args:
+        names: of `WRITERS`.
+        workdir: the run's.
+        config: the run's, for those that show it.
+
+    Raises:
+        ValueError: another name, one that is not installed, or a service that lets nobody in.
+    """
+    check(names)
+    make = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+    return [make[name](workdir, config) for name in names]
+
+
+def check(names: Sequence[str]) -> None:
+    """Raises a ValueError unless all of these are writers, and installed."""
+    for name in names:
+        if name not in WRITERS:
+            raise ValueError(f"--metrics is a list of {', '.join(WRITERS)}, or empty; got {name!r}")
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--metrics=wandb needs Weights & Biases: pip install -e '.[wandb]'")
+
+
+class TensorBoard:
+    """Event files under ``tensorboard``; those of a stopped run's later steps are superseded."""
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any]):
+        del config
+        self._folder = workdir / "tensorboard"
+        self._events: Any = None
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._events is None:  # not sooner: the first step says which ones are superseded
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(str(self._folder), purge_step=step)
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+
+
+class WeightsAndBiases:
+    """One run of the service for a workdir, however often it is stopped.
+
+    ``WANDB_PROJECT``, ``WANDB_MODE=offline`` and its other variables hold; the project is else "jaxquant".
+    """
+
+    def __init__(self, workdir: Path, config: Mapping[str, Any]):
+        wandb: Any = importlib.import_module("wandb")
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "jaxquant"),
+                dir=str(workdir),
+                id=_identity(workdir / "wandb" / "id"),
+                resume="allow",
+                config=dict(config),
+            )
+        except wandb.Error as error:
+            raise ValueError(
+                f"Weights & Biases does not let this run in ({error}); WANDB_MODE=offline keeps it here"
+            ) from None
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        # Its own count of steps never goes back.
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _identity(path: Path) -> str:
+    """What the service knows a run by, kept in its folder."""
+    if not path.exists():
+        files.write(path, uuid.uuid4().hex[:16])
+    return path.read_text()
