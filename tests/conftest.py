@@ -96,3 +96,16 @@ def _awaited(workdir: Path, finished: Path) -> Run:
     status, stdout, stderr, seconds = json.loads(finished.read_text())
     assert status == 0, stderr[-3000:]
     return Run(workdir, stdout, stderr, seconds)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """A file system of 700 kB, where one may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs Linux and root)")
+    yield folder
+    time.sleep(1)
+    subprocess.run(["umount", "-l", str(folder)], check=True)

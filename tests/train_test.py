@@ -1,8 +1,10 @@
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -135,6 +137,23 @@ def test_a_resumed_run_is_bit_identical(toy, tmp_path, stop):
         if folder.name.isdigit() and int(folder.name) % 10:
             folder.rename(tmp_path / f"gone-{folder.name}")
     resumed, resumed_history = run(toy, 60, tmp_path / "run", log_every=5, checkpoint_every=10)
+    chex.assert_trees_all_equal(whole, resumed)
+    assert history == resumed_history
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads
+def test_a_full_disk_is_named_and_costs_what_came_after_the_last_checkpoint(toy, tiny_disk):
+    whole, history = run(toy, 60, log_every=5, checkpoint_every=10)
+    run(toy, 20, tiny_disk / "run", log_every=5, checkpoint_every=10)
+    free = shutil.disk_usage(tiny_disk).free
+    (tiny_disk / "ballast").write_bytes(b"x" * (free - 16_384))
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run(toy, 60, tiny_disk / "run", log_every=5, checkpoint_every=10)
+    assert caught.value.errno == errno.ENOSPC
+    (tiny_disk / "ballast").unlink()
+    with Checkpoints(tiny_disk / "run") as checkpoints:
+        assert int(checkpoints.restore(toy[0](), Counter(), 60).state.step) == 20
+    resumed, resumed_history = run(toy, 60, tiny_disk / "run", log_every=5, checkpoint_every=10)
     chex.assert_trees_all_equal(whole, resumed)
     assert history == resumed_history
 
@@ -301,6 +320,21 @@ def test_a_quantized_run_with_its_state_in_pages_is_the_same_on_every_layout(tmp
 )
 def test_what_no_run_could_use_is_named(tmp_path, change, words):
     done = train_binary(tmp_path, 1, **change)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--profile=12", "--profile is FIRST:LAST, steps from 1 on, as 10:12; got '12'"),
+        ("--metrics=tensorbored", "--metrics is a list of tensorboard, wandb"),
+    ],
+)
+def test_flags_of_what_cannot_be_looked_at_are_named(tmp_path, flag, words):
+    command = [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={tmp_path}"]
+    done = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -3,13 +3,16 @@
 A checkpoint that is whole is sealed: ``seal.json`` within it holds the SHA-256 of each of its files.
 """
 
+import contextlib
 import copy
+import errno
 import hashlib
 import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +86,8 @@ class Checkpoints:
             pending: losses since the last entry.
         """
         start = time.perf_counter()
-        self._save(step, state, batches, history, pending)
+        with _full_disk_named(self._folder):
+            self._save(step, state, batches, history, pending)
         self.seconds += time.perf_counter() - start
 
     def _save(
@@ -218,17 +222,32 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is still being written."""
-        self._manager.wait_until_finished()
-        self._closing.set()
-        for sealing in self._sealing:
-            sealing.join()
-        self._manager.close()
+        try:
+            with _full_disk_named(self._folder):
+                self._manager.wait_until_finished()
+        finally:
+            self._closing.set()
+            for sealing in self._sealing:
+                sealing.join()
+            self._manager.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+@contextlib.contextmanager
+def _full_disk_named(folder: Path) -> Iterator[None]:
+    """Gives a full disk its name, which what Orbax raises has somewhere in a long text."""
+    try:
+        yield
+    except Exception as error:
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(code) in str(error):
+                raise OSError(code, os.strerror(code), str(folder)) from error
+        raise
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -63,7 +63,7 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             _fail(
-                f"{_one_line(error)}. Finished records are kept: free some space and run this again",
+                f"{_one_line(error)}. What was finished is kept: free some space and run this again",
                 2,
             )
         except stopping.Preempted as error:
@@ -121,7 +121,9 @@ def _define_config(preset: Any) -> None:
 
 def _quiet() -> None:
     """Leaves warnings of our own on the screen and drops the libraries' chatter."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Orbax logs at length, here and through asyncio, what it then raises.
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     ours = logging.getLogger("experiments")
     ours.setLevel(logging.WARNING)  # absl has just raised the root's
     handler = logging.StreamHandler(sys.stderr)
