@@ -62,7 +62,8 @@ def run(folder, steps, watching=None, guard=train.STOP, batches=None):
     """A small run, looked at or not."""
     mesh, tx = sharding.make_mesh(), train.adamw()
     state = train.init_state(lambda: {"x": jnp.ones(3)}, tx, mesh)
-    step, schedule = train.make_step(spiking, tx, mesh), train.stable(0.05, 10)
+    step = train.make_step(spiking, tx, mesh, skips=guard.action == "skip")
+    schedule = train.stable(0.05, 10)
     batches = batches or Batches()
     meter = metering.Meter(6, 100, jax.devices())
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -99,7 +100,9 @@ def events(folder) -> list[tuple[int, str, float]]:
 # ---- the run
 
 
-@pytest.mark.parametrize("guard", [train.STOP, Guard("roll_back", spike=20.0)])
+@pytest.mark.parametrize(
+    "guard", [train.STOP, Guard("roll_back", spike=20.0), Guard("skip", spike=20.0)]
+)
 def test_a_run_that_is_looked_at_trains_the_same(tmp_path, guard):
     alone, history = run(tmp_path / "alone", 40, guard=guard)
     watching = Watching(("tensorboard",), (7, 8), 60.0)
