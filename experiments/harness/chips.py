@@ -1,4 +1,4 @@
-"""What is published of TPU chips: memory, peak rates and links.  Nothing here is measured."""
+"""What is published of TPU and GPU chips: memory, peak rates and links.  Nothing here is measured."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ class Chip:
     """One chip.
 
     Attributes:
-        name: as topologies have it.
+        name: as topologies have it, or the maker.
         hbm: bytes of memory.
         hbm_rate: bytes a second to and from it.
         link_rate: bytes a second over all of its links to other chips, both ways together.
@@ -24,12 +24,20 @@ class Chip:
     cores: int = 1
 
 
-# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; by JAX's device_kind.
+_A100 = {"bf16": 312e12, "s8": 624e12}
+_H100 = {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}
+
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets of A100 (SXM), H100 (SXM) and
+# H200, whose peaks are those of dense operands; by JAX's device_kind.
 CHIPS = {
     "TPU v5 lite": Chip("v5e", 16 * 2**30, 819e9, 400e9, {"bf16": 197e12, "s8": 393e12}),
     "TPU v5": Chip("v5p", 95 * 2**30, 2765e9, 1200e9, {"bf16": 459e12, "s8": 918e12}),
     "TPU v6 lite": Chip("v6e", 32 * 2**30, 1638e9, 800e9, {"bf16": 918e12, "s8": 1836e12}),
     "TPU7x": Chip("tpu7x", 192 * 2**30, 7380e9, 1200e9, {"bf16": 2307e12, "f8": 4614e12}, cores=2),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 40 * 10**9, 1555e9, 600e9, _A100),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 80 * 10**9, 2039e9, 600e9, _A100),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 80 * 10**9, 3350e9, 900e9, _H100),
+    "NVIDIA H200": Chip("H200", 141 * 10**9, 4800e9, 900e9, _H100),
 }
 
 
