@@ -160,7 +160,7 @@ def write(path, content: bytes):
         (lambda d: data.load("text", write(d / "nul", b"a\0b")), "NUL byte at offset 1"),
         (lambda d: data.load("tokens", write(d / "t.npy", b"garbage")), "not a .npy"),
         (lambda d: data.load("tokens", write(d / "z.npy", b"PK\x03\x04zip")), "not a .npy"),
-        (lambda d: data.load("tokens", str(d)), "cannot be read"),
+        (lambda d: data.load("tokens", str(d)), "no .bin or .npy files"),
         (lambda d: data.load("text", "x" * 5000), "cannot be read"),
     ],
 )

@@ -27,7 +27,9 @@ def main(config: Config) -> None:
     if not processes.is_first():
         return
     losses = ", ".join(f"{split} {loss:.4f}" for split, loss in result["loss"].items())
-    print(f"loss in nats per token: {losses}; {result['epochs']:.2f} passes over the training text")
+    epochs = result["epochs"]
+    passes = "" if epochs is None else f"; {epochs:.2f} passes over the training text"
+    print(f"loss in nats per token: {losses}{passes}")
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:

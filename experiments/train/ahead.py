@@ -24,8 +24,15 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness import chips, data, hlo, sharding, train
-from experiments.train.program import Config, Program, check, make_program, make_schedule
+from experiments.harness import chips, hlo, sharding, train
+from experiments.train.program import (
+    Config,
+    Program,
+    check,
+    load_corpus,
+    make_program,
+    make_schedule,
+)
 
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -103,7 +110,7 @@ def _measured(config: Config, topology: str) -> dict[str, Any]:
     mesh = sharding.make_mesh(
         config.mesh_data, config.mesh_fsdp, config.mesh_tensor, devices=devices
     )
-    vocabulary = config.vocab_size or data.load(config.data, config.data_path).vocab_size
+    vocabulary = config.vocab_size or load_corpus(config).vocab_size
     program = make_program(config, mesh, vocabulary)
     arguments = _arguments(config, program, mesh)
     chip = chips.of_kind(devices[0].device_kind)

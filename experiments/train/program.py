@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import jaxquant as jq
-from experiments.harness import cli, models, sharding, train
+from experiments.harness import cli, data, models, sharding, train
 from experiments.harness.guarding import Guard
 from experiments.optimizer_states import arms
 
@@ -30,8 +30,10 @@ class Config:
     steps: int = 2000
     schedule: str = "wsd"  # wsd, cosine
     seed: int = 0
-    data: str = "sotu"  # sotu, text, tokens, generated
+    data: str = "sotu"  # sotu, text, tokens, generated, arrayrecord, huggingface
     data_path: str = ""
+    data_field: str = ""  # of documents, where they have several
+    tokenizer: str = ""  # of text: a tokenizer.json, or a name on a hub; "": bytes
     vocab_size: int = 0  # of the model: at least the corpus's, which it is for 0
     shift_path: str = ""
     sequence: int = 128
@@ -157,6 +159,28 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
 def make_guard(config: Config) -> Guard:
     """What the run does about losses that are not finite, and spikes."""
     return Guard(config.on_spike, config.spike or math.inf, config.roll_back_steps)
+
+
+def load_corpus(config: Config) -> data.Corpus:
+    """What the run reads.
+
+    Raises:
+        ValueError: as `data.load` and `data.load_documents`; or a field that its source has not.
+    """
+    if config.data in data.DOCUMENTS:
+        if config.shift_path:
+            raise ValueError(
+                f"data source {config.data!r} takes no shift_path; got {config.shift_path!r}"
+            )
+        return data.load_documents(
+            config.data, config.data_path, config.tokenizer, config.data_field
+        )
+    if config.data not in data.SOURCES:
+        known = ", ".join(data.SOURCES + data.DOCUMENTS)
+        raise ValueError(f"data source is one of {known}; got {config.data!r}")
+    if config.data_field:
+        raise ValueError(f"data source {config.data!r} has no fields; got {config.data_field!r}")
+    return data.load(config.data, config.data_path, config.shift_path, config.tokenizer)
 
 
 def check(config: Config) -> None:

@@ -19,6 +19,7 @@ from experiments.train.program import (
     Config,
     Program,
     check,
+    load_corpus,
     make_guard,
     make_program,
     make_schedule,
@@ -51,7 +52,7 @@ def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> d
     check(config)
     watching.check(config.steps)
     mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp, config.mesh_tensor)
-    corpus = data.load(config.data, config.data_path, config.shift_path)
+    corpus = load_corpus(config)
     vocabulary = config.vocab_size or corpus.vocab_size
     if vocabulary < corpus.vocab_size:
         raise ValueError(

@@ -1,0 +1,90 @@
+"""From a source's name to its corpus."""
+
+import hashlib
+
+from experiments.harness.data import documents, text, tokenizers
+from experiments.harness.data.array_records import ArrayRecords
+from experiments.harness.data.corpus import Corpus
+from experiments.harness.data.hub import HubDataset
+from experiments.harness.data.markov import markov_source
+from experiments.harness.data.tokens import load_tokens
+
+SOURCES = ("sotu", "text", "tokens", "generated")
+DOCUMENTS = ("arrayrecord", "huggingface")
+_WITH_PATH = ("text", "tokens")
+
+
+def load(source: str, path: str = "", shift_path: str = "", tokenizer: str = "") -> Corpus:
+    """Loads a corpus whose tokens are at hand.
+
+    Args:
+        source: ``"sotu"``, US presidents' State of the Union addresses 1790–1999, shifted to 2000 on
+            (the `sotu` package); ``"text"``, UTF-8 files at `path`; ``"tokens"``, integers in ``.npy`` files,
+            or in nanoGPT's or llm.c's ``.bin`` files; ``"generated"``, fresh tokens of a Markov source.
+        path: a file, a folder or a glob.
+        shift_path: text or tokens to evaluate on that are unlike the training text; may be empty.
+        tokenizer: of text: a ``tokenizer.json``, a folder with one, or a name on Hugging Face's hub; bytes
+            where empty.
+
+    Raises:
+        ValueError: an unknown source; a path missing, empty, unreadable or not of the source's kind; a
+            tokenizer that cannot be read.
+    """
+    if source in DOCUMENTS:
+        raise ValueError(
+            f"data source is one of {', '.join(SOURCES)} here; got {source!r}, of which python -m "
+            "experiments.tokenize makes tokens"
+        )
+    if source not in SOURCES:
+        raise ValueError(f"data source is one of {', '.join(SOURCES)}; got {source!r}")
+    needs_path = source in _WITH_PATH
+    if needs_path and not path:
+        raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
+    if not needs_path and (path or shift_path):
+        raise ValueError(
+            f"data source {source!r} takes no path; got {path or shift_path!r} "
+            "(did you mean --config.data=text?)"
+        )
+    if source in ("tokens", "generated") and tokenizer:
+        raise ValueError(f"data source {source!r} takes no tokenizer; got {tokenizer!r}")
+    if source == "sotu":
+        return text.load_sotu(tokenizers.load(tokenizer))
+    if source == "text":
+        return text.load_text(path, shift_path, tokenizers.load(tokenizer))
+    return _generated() if source == "generated" else load_tokens(path, shift_path)
+
+
+def load_documents(source: str, path: str, tokenizer: str = "", field: str = "") -> Corpus:
+    """Loads a corpus of documents, which are tokenized as they are read.
+
+    Args:
+        source: ``"arrayrecord"``, ArrayRecord files; ``"huggingface"``, a dataset, streamed.
+        path: a file, a folder or a glob; of huggingface also NAME or NAME:CONFIGURATION on its hub.
+        tokenizer: as of `load`.
+        field: huggingface's column, "text" where empty; arrayrecord's field of Example messages, empty where
+            records are the text itself.
+
+    Raises:
+        ValueError: an unknown source; a path missing, unreadable or not of the source's kind; no such
+            field; a tokenizer that cannot be read.
+    """
+    if source not in DOCUMENTS:
+        raise ValueError(f"a source of documents is one of {', '.join(DOCUMENTS)}; got {source!r}")
+    if not path:
+        raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
+    encoder = tokenizers.load(tokenizer)
+    kind = ArrayRecords if source == "arrayrecord" else HubDataset
+    return documents.of_source(kind(path, field), encoder)
+
+
+def _generated() -> Corpus:
+    train, valid = markov_source(0), markov_source(1)
+    digest = hashlib.sha256(train.outcomes.tobytes()).hexdigest()[:16]
+    return Corpus(
+        "generated Markov source",
+        train,
+        {"valid": valid},
+        train.vocab_size,
+        digest,
+        train.entropy_rate,
+    )

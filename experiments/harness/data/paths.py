@@ -1,0 +1,70 @@
+"""The files that a path names: one, those in a folder, those that a glob finds."""
+
+from pathlib import Path
+
+
+def files_at(path: str, *suffixes: str) -> list[Path]:
+    """The files, sorted.
+
+    Args:
+        path: of a file, a folder (with all below it) or a glob.
+        suffixes: what their names end in, where it is a folder; any where not given.
+
+    Raises:
+        ValueError: none are there, or they cannot be looked for.
+
+    >>> [file.name for file in files_at("setup.*")]
+    ['setup.cfg']
+    """
+    target = Path(path)
+    try:
+        exists = target.exists()
+    except OSError as error:
+        raise ValueError(f"data path '{path[:60]}…' cannot be read: {error.strerror}") from None
+    if exists and not target.is_dir():
+        return [target]
+    if exists:
+        found = sorted(
+            p for p in target.rglob("*") if p.is_file() and p.name.endswith(suffixes or "")
+        )
+    elif any(c in path for c in "*?["):
+        root = Path(target.anchor)  # of a relative one, here
+        found = sorted(p for p in root.glob(str(target.relative_to(root))) if p.is_file())
+    else:
+        found = [target]  # whoever reads it says that it is not there
+    if not found:
+        raise ValueError(f"no {' or '.join(suffixes) or 'text'} files at {path!r}")
+    return found
+
+
+def read(file: Path) -> bytes:
+    """A file's content.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise ValueError(f"data file '{file}' does not exist") from None
+    except OSError as error:
+        raise ValueError(f"data file '{file}' cannot be read: {error.strerror}") from None
+    if not content:
+        raise ValueError(f"data file '{file}' is empty")
+    return content
+
+
+def size(file: Path) -> int:
+    """A file's bytes, of which there is at least one.
+
+    Raises:
+        ValueError: there are none, or it cannot be read.
+    """
+    try:
+        if file.is_file() and (found := file.stat().st_size):
+            return found
+    except OSError as error:
+        raise ValueError(
+            f"data path '{str(file)[:60]}…' cannot be read: {error.strerror}"
+        ) from None
+    return len(read(file))  # which says what is wrong

@@ -1,0 +1,150 @@
+"""Files of tokens, mapped into memory: NumPy's ``.npy``, and the ``.bin`` of nanoGPT and of llm.c."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from experiments.harness.data import paths
+from experiments.harness.data.corpus import (
+    HELD_OUT_EVERY,
+    LARGEST_VOCABULARY,
+    Corpus,
+    Tokens,
+    of_splits,
+)
+
+META = "meta.json"  # beside shards that experiments.tokenize wrote
+HEADER = 256  # int32 numbers before an llm.c file's tokens: a magic number, a version, their count
+# llm.c's magic number and version, by the type of its tokens: GPT-2's, and Llama 3's.
+MAGIC = {np.dtype(np.uint16): (20240520, 1), np.dtype(np.uint32): (20240801, 7)}
+_CHUNK = 2**26
+
+
+class Shards:
+    """Arrays of one type as one sequence, none of which is copied before it is read.
+
+    >>> shards = Shards([np.arange(3), np.arange(3, 5)])
+    >>> shards.size, shards[1:4], shards[::2]
+    (5, array([1, 2, 3]), array([0, 2, 4]))
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self._parts = parts
+        self._ends = np.cumsum([part.size for part in parts])
+        self.size, self.dtype = int(self._ends[-1]), parts[0].dtype
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        start, stop, step = at.indices(self.size)
+        found, end = [], 0
+        for part in self._parts:
+            begin, end = end, end + part.size
+            first = max(start, begin + (start - begin) % step)
+            if first < min(stop, end):
+                found.append(part[first - begin : min(stop, end) - begin : step])
+        return np.concatenate(found) if found else np.empty(0, self.dtype)
+
+
+def load_tokens(path: str, shift_path: str) -> Corpus:
+    """A file of tokens, or several one after another.
+
+    Of several, those with the word "val" or "valid" in their name are held out, as nanoGPT and llm.c name
+    them; where none is, the last tenth of the tokens.
+    """
+    files = paths.files_at(path, ".bin", ".npy")
+    held_out = [
+        file for file in files if re.search(r"(^|[_.-])val(id|idation)?([_.-]|$)", file.name)
+    ]
+    valid = held_out if len(held_out) < len(files) else []
+    train = _read_all([file for file in files if file not in valid])
+    shift = _read_all(paths.files_at(shift_path, ".bin", ".npy")) if shift_path else None
+    if valid:
+        splits = train, _read_all(valid)
+    else:
+        cut = train.size - train.size // HELD_OUT_EVERY
+        splits = train[:cut], train[cut:]
+    parts = [*splits, *([shift] if shift is not None else [])]
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError(
+            f"the splits at {path!r} have tokens of several types: "
+            f"{', '.join(str(part.dtype) for part in parts)}"
+        )
+    return of_splits(Path(path).name, *splits, shift, vocab_size=_vocab_size(path, parts))
+
+
+def _vocab_size(path: str, parts: Sequence[Tokens]) -> int:
+    """As ``meta.json`` says, or one more than the largest token."""
+    meta = Path(path) / META
+    if meta.exists():
+        try:
+            return int(json.loads(meta.read_bytes())["vocab_size"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"'{meta}' says no vocab_size: it is not whole") from None
+    largest = 0
+    for part in parts:
+        for start in range(0, part.size, _CHUNK):
+            chunk = part[start : start + _CHUNK]
+            low, high = int(chunk.min()), int(chunk.max())
+            if low < 0 or high >= LARGEST_VOCABULARY:
+                raise ValueError(
+                    f"token file '{path}' has tokens {low} to {high}; they must lie in "
+                    f"0 … {LARGEST_VOCABULARY - 1}"
+                )
+            largest = max(largest, high)
+    return largest + 1
+
+
+def _read_all(files: Sequence[Path]) -> Tokens:
+    parts = [_read_bin(file) if file.suffix == ".bin" else _read_npy(file) for file in files]
+    if len({part.dtype for part in parts}) > 1:
+        kinds = ", ".join(
+            f"{file.name} {part.dtype}" for file, part in zip(files, parts, strict=True)
+        )
+        raise ValueError(f"token files that are read together have one type; got {kinds}")
+    return parts[0] if len(parts) == 1 else Shards(parts)
+
+
+def _read_npy(file: Path) -> np.ndarray:
+    paths.size(file)
+    try:
+        tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception:  # a damaged header can surface as almost any exception
+        tokens = None
+    if not isinstance(tokens, np.ndarray):
+        raise ValueError(f"token file '{file}' is not a .npy array")
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
+        raise ValueError(
+            f"token file '{file}' must be a non-empty 1-D integer array; "
+            f"got {tokens.dtype}{list(tokens.shape)}"
+        )
+    return tokens
+
+
+def _read_bin(file: Path) -> np.ndarray:
+    """llm.c's, known by its magic number, or else nanoGPT's: uint16 and nothing else."""
+    size = paths.size(file)
+    with file.open("rb") as opened:
+        header = np.frombuffer(opened.read(4 * HEADER), np.int32, count=min(HEADER, size // 4))
+    magic = int(header[0]) if header.size else 0
+    kinds = {number: (dtype, version) for dtype, (number, version) in MAGIC.items()}
+    if magic not in kinds:
+        if size % 2:
+            raise ValueError(
+                f"token file '{file}' has {size} bytes, no whole number of uint16 tokens, and no header of "
+                "llm.c's"
+            )
+        return np.memmap(file, np.uint16, "r")
+    dtype, version = kinds[magic]
+    if header.size < HEADER or int(header[1]) != version:
+        found = int(header[1]) if header.size > 1 else "nothing"
+        raise ValueError(
+            f"token file '{file}' has llm.c's number {magic}, whose version is {version}; got {found}"
+        )
+    count, found = int(header[2]), (size - 4 * HEADER) / dtype.itemsize
+    if count < 1 or count != found:
+        raise ValueError(
+            f"token file '{file}' says that it has {count} tokens of {dtype}; it has {found:g}"
+        )
+    return np.memmap(file, dtype, "r", offset=4 * HEADER)
