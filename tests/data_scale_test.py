@@ -292,6 +292,7 @@ def load(source, path, **options):
         (lambda d: load("huggingface", d / "text.jsonl", field="body"), "has text; got 'body'"),
         (lambda d: load("huggingface", d / "numbers.jsonl"), "has text; got a int"),
         (lambda d: load("huggingface", d), "of one kind"),
+        (lambda d: load("huggingface", d / "absent.jsonl"), "cannot be read"),
         (lambda d: load("huggingface", d / "few.jsonl"), "has no documents"),
     ],
 )

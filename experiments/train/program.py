@@ -162,25 +162,10 @@ def make_guard(config: Config) -> Guard:
 
 
 def load_corpus(config: Config) -> data.Corpus:
-    """What the run reads.
-
-    Raises:
-        ValueError: as `data.load` and `data.load_documents`; or a field that its source has not.
-    """
-    if config.data in data.DOCUMENTS:
-        if config.shift_path:
-            raise ValueError(
-                f"data source {config.data!r} takes no shift_path; got {config.shift_path!r}"
-            )
-        return data.load_documents(
-            config.data, config.data_path, config.tokenizer, config.data_field
-        )
-    if config.data not in data.SOURCES:
-        known = ", ".join(data.SOURCES + data.DOCUMENTS)
-        raise ValueError(f"data source is one of {known}; got {config.data!r}")
-    if config.data_field:
-        raise ValueError(f"data source {config.data!r} has no fields; got {config.data_field!r}")
-    return data.load(config.data, config.data_path, config.shift_path, config.tokenizer)
+    """What the run reads."""
+    return data.load_any(
+        config.data, config.data_path, config.shift_path, config.tokenizer, config.data_field
+    )
 
 
 def check(config: Config) -> None:

@@ -6,7 +6,7 @@ state that can be checkpointed, and each process of a run reads its own share.
 """
 
 from experiments.harness.data.corpus import HELD_OUT_EVERY, Corpus
-from experiments.harness.data.loading import DOCUMENTS, SOURCES, load, load_documents
+from experiments.harness.data.loading import DOCUMENTS, SOURCES, load, load_any, load_documents
 from experiments.harness.data.markov import MarkovSource, markov_source
 from experiments.harness.data.tokenizers import BYTES, SEPARATOR
 from experiments.harness.data.windows import check_length, evaluation_windows, train_batches
@@ -22,6 +22,7 @@ __all__ = [
     "check_length",
     "evaluation_windows",
     "load",
+    "load_any",
     "load_documents",
     "markov_source",
     "train_batches",

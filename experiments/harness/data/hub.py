@@ -1,6 +1,5 @@
 """Documents of Hugging Face's datasets, streamed from its hub, or from files of its kinds."""
 
-import copy
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -37,13 +36,11 @@ class HubDataset:
         """
         if importlib.util.find_spec("datasets") is None:
             raise ValueError("data source 'huggingface' needs its library: pip install -e '.[hub]'")
-        library: Any = importlib.import_module("datasets")
-        library.disable_progress_bars()
         field = field or "text"
         self.name, self._field = path.rstrip("/").rpartition("/")[2], field
+        self._arguments = _arguments(path)
         try:
-            self._rows = library.load_dataset(**_arguments(path), split="train", streaming=True)
-            columns = [*next(iter(self._rows))]
+            columns = [*next(iter(self._rows()))]
         except StopIteration:
             raise ValueError(f"dataset {path!r} has no rows") from None
         except (OSError, ValueError, RuntimeError) as error:  # a missing one is a FileNotFoundError
@@ -53,29 +50,34 @@ class HubDataset:
             raise ValueError(
                 f"config.data_field is a column of {path!r}, which has {', '.join(columns)}; got {field!r}"
             )
+        if next(iter(self.others()), None) is None:  # which would be repeated for ever
+            raise ValueError(f"dataset {path!r} has no rows but those that are held out")
         self.identity = f"huggingface:{path}:{field}"
 
     def held_out(self) -> Iterator[bytes]:
-        first = self._fresh().take(HELD_OUT * HELD_OUT_EVERY)
+        first = self._rows().take(HELD_OUT * HELD_OUT_EVERY)
         for index, row in enumerate(first):
             if _is_held_out(index):
-                yield self._text(row)
+                yield self.text(row)
 
     def in_order(self, start: int) -> Iterator[bytes]:
-        return (self._text(row) for row in self._others().skip(start))
+        return (self.text(row) for row in self.others().skip(start))
 
     def shuffled(self, seed: int) -> grain.IterDataset:
         return experimental.WindowShuffleIterDataset(_Stream(self), window_size=_WINDOW, seed=seed)
 
-    def _fresh(self) -> Any:
-        """The rows from the first on: a dataset of the library keeps where it is."""
-        return copy.deepcopy(self._rows)
+    def _rows(self) -> Any:
+        """The rows from the first on; opened anew, for the library's datasets keep where they are."""
+        library: Any = importlib.import_module("datasets")
+        library.disable_progress_bars()
+        return library.load_dataset(**self._arguments, split="train", streaming=True)
 
-    def _others(self) -> Any:
-        """The rows that are not held out."""
-        return self._fresh().filter(lambda row, i: not _is_held_out(i), with_indices=True)
+    def others(self) -> Any:
+        """The rows that are not held out, as the library has them."""
+        return self._rows().filter(lambda row, i: not _is_held_out(i), with_indices=True)
 
-    def _text(self, row: dict[str, Any]) -> bytes:
+    def text(self, row: dict[str, Any]) -> bytes:
+        """A row's document."""
         text = row[self._field]
         if not isinstance(text, str):
             raise ValueError(
@@ -90,7 +92,8 @@ def _is_held_out(index: int) -> bool:
 
 def _arguments(path: str) -> dict[str, Any]:
     """Of `load_dataset`: files here by their kind, or else a name on the hub."""
-    if not Path(path).exists() and not any(c in path for c in "*?["):
+    is_here = Path(path).exists() or Path(path).suffix in _KINDS or any(c in path for c in "*?[")
+    if not is_here:
         name, _, configuration = path.partition(":")
         return {"path": name, "name": configuration or None}
     files = paths.files_at(path, *_KINDS)
@@ -116,26 +119,16 @@ class _Stream(grain.IterDataset):
 class _StreamIterator(grain.DatasetIterator):
     def __init__(self, dataset: HubDataset):
         super().__init__()
-        self._dataset = dataset
-        self._begin()
-
-    def _begin(self) -> None:
-        self._others = self._dataset._others()
+        self._dataset, self._others = dataset, dataset.others().repeat(None)
         self._rows = iter(self._others)
 
     def __next__(self) -> bytes:
-        row = next(self._rows, None)
-        if row is None:
-            self._begin()
-            row = next(self._rows, None)
-        if row is None:
-            raise ValueError(f"{self._dataset.name} has no documents but those that are held out")
-        return self._dataset._text(row)
+        return self._dataset.text(next(self._rows))
 
     def get_state(self) -> dict[str, Any]:
-        return copy.deepcopy(self._others.state_dict())
+        return self._others.state_dict()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._begin()
-        self._others.load_state_dict(copy.deepcopy(state))
+        self._others = self._dataset.others().repeat(None)
+        self._others.load_state_dict(state)
         self._rows = iter(self._others)

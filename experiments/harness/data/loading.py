@@ -77,6 +77,23 @@ def load_documents(source: str, path: str, tokenizer: str = "", field: str = "")
     return documents.of_source(kind(path, field), encoder)
 
 
+def load_any(source: str, path: str, shift_path: str, tokenizer: str, field: str) -> Corpus:
+    """`load` or `load_documents`.
+
+    Raises:
+        ValueError: as they do, or an argument that the source does not take.
+    """
+    if source not in SOURCES + DOCUMENTS:
+        raise ValueError(f"data source is one of {', '.join(SOURCES + DOCUMENTS)}; got {source!r}")
+    if source in SOURCES:
+        if field:
+            raise ValueError(f"data source {source!r} has no fields; got {field!r}")
+        return load(source, path, shift_path, tokenizer)
+    if shift_path:
+        raise ValueError(f"data source {source!r} takes no shift_path; got {shift_path!r}")
+    return load_documents(source, path, tokenizer, field)
+
+
 def _generated() -> Corpus:
     train, valid = markov_source(0), markov_source(1)
     digest = hashlib.sha256(train.outcomes.tobytes()).hexdigest()[:16]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.harness import files
 from experiments.harness.data import paths
 from experiments.harness.data.corpus import (
     HELD_OUT_EVERY,
@@ -17,6 +18,7 @@ from experiments.harness.data.corpus import (
 )
 
 META = "meta.json"  # beside shards that experiments.tokenize wrote
+UNFINISHED = "unfinished.json"  # while it has not written them all
 HEADER = 256  # int32 numbers before an llm.c file's tokens: a magic number, a version, their count
 # llm.c's magic number and version, by the type of its tokens: GPT-2's, and Llama 3's.
 MAGIC = {np.dtype(np.uint16): (20240520, 1), np.dtype(np.uint32): (20240801, 7)}
@@ -53,12 +55,15 @@ def load_tokens(path: str, shift_path: str) -> Corpus:
     Of several, those with the word "val" or "valid" in their name are held out, as nanoGPT and llm.c name
     them; where none is, the last tenth of the tokens.
     """
-    files = paths.files_at(path, ".bin", ".npy")
-    held_out = [
-        file for file in files if re.search(r"(^|[_.-])val(id|idation)?([_.-]|$)", file.name)
-    ]
-    valid = held_out if len(held_out) < len(files) else []
-    train = _read_all([file for file in files if file not in valid])
+    if (Path(path) / UNFINISHED).exists():
+        raise ValueError(
+            f"{path!r} is not whole: python -m experiments.tokenize has not come to its end there, and the "
+            "same command goes on"
+        )
+    found = paths.files_at(path, ".bin", ".npy")
+    held_out = [p for p in found if re.search(r"(^|[_.-])val(id|idation)?([_.-]|$)", p.name)]
+    valid = held_out if len(held_out) < len(found) else []
+    train = _read_all([file for file in found if file not in valid])
     shift = _read_all(paths.files_at(shift_path, ".bin", ".npy")) if shift_path else None
     if valid:
         splits = train, _read_all(valid)
@@ -96,11 +101,11 @@ def _vocab_size(path: str, parts: Sequence[Tokens]) -> int:
     return largest + 1
 
 
-def _read_all(files: Sequence[Path]) -> Tokens:
-    parts = [_read_bin(file) if file.suffix == ".bin" else _read_npy(file) for file in files]
+def _read_all(found: Sequence[Path]) -> Tokens:
+    parts = [_read_bin(file) if file.suffix == ".bin" else _read_npy(file) for file in found]
     if len({part.dtype for part in parts}) > 1:
         kinds = ", ".join(
-            f"{file.name} {part.dtype}" for file, part in zip(files, parts, strict=True)
+            f"{file.name} {part.dtype}" for file, part in zip(found, parts, strict=True)
         )
         raise ValueError(f"token files that are read together have one type; got {kinds}")
     return parts[0] if len(parts) == 1 else Shards(parts)
@@ -148,3 +153,11 @@ def _read_bin(file: Path) -> np.ndarray:
             f"token file '{file}' says that it has {count} tokens of {dtype}; it has {found:g}"
         )
     return np.memmap(file, dtype, "r", offset=4 * HEADER)
+
+
+def write_llm_c(path: Path, tokens: np.ndarray) -> None:
+    """Writes tokens, uint16 or uint32, as llm.c does; the file is whole or not there."""
+    header = np.zeros(HEADER, np.int32)
+    header[:2] = MAGIC[tokens.dtype]
+    header[2] = tokens.size
+    files.write(path, header.tobytes() + tokens.tobytes())
