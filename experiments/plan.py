@@ -20,6 +20,7 @@ from experiments.training_precision.study import STUDY
 from jaxquant import laws
 
 FLAGS = flags.FLAGS
+_ASKED = ("flops", "params", "tokens", "serve_bits", "memory")
 PUBLISHED = ("kumar2024", "quest2025")
 
 
@@ -33,19 +34,24 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "fit", "kumar2024", f"One of {', '.join(PUBLISHED)}, or the workdir of a {STUDY} study."
     )
-    flags.DEFINE_string("method", "ste", "Of the study's fit: whose law.")
+    methods = ", ".join(analysis.METHOD_NAMES)
+    flags.DEFINE_string(
+        "method", None, f"Of a study's fit, whose law: {methods}; ste if not given."
+    )
     flags.DEFINE_list("precisions", list(map(str, laws.PRECISIONS)), "Bits to look at.")
     flags.DEFINE_string(
         "workdir", None, "Where summary.json and report.html go; nowhere if not given."
     )
 
 
-def source(name: str, method: str) -> tuple[Any, Any, str]:
+def source(name: str, method: str | None) -> tuple[Any, Any, str]:
     """(law of the loss, law of what serving adds or None, what it is of).
 
     Raises:
         ValueError: neither published constants nor a study's folder; records that no law fits.
     """
+    if name in PUBLISHED and method is not None:
+        raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
     if name == "kumar2024":
         return laws.KUMAR_2024, laws.KUMAR_2024_PTQ, laws.KUMAR_2024.source
     if name == "quest2025":
@@ -54,17 +60,20 @@ def source(name: str, method: str) -> tuple[Any, Any, str]:
         own = ledgers.read_records(name, STUDY)
     except ValueError as error:
         raise ValueError(f"--fit is one of {', '.join(PUBLISHED)}, or: {error}") from None
+    method = method or "ste"
+    if method not in analysis.METHOD_NAMES:
+        raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
     table = analysis.tied(analysis.runs(own), method)
-    fitted = laws.fit(laws.KUMAR_ONE, table, bootstraps=analysis.BOOTSTRAPS, groups="trunk")
+    fitted = analysis.fit(laws.KUMAR_ONE, table)
     return fitted, _added(own, method), f"{len(table)} runs of {name} ({method})"
 
 
 def _added(records: list[dict], method: str) -> Any:
     """What serving adds to models trained at 16 bits; None where no law fits."""
     table = analysis.served(records)
-    own = table[(table["method"] == method) & (table["P_w"] == 16) & (table["added"] > 0)]
+    own: Any = table[(table["method"] == method) & (table["P_w"] == 16) & (table["added"] > 0)]
     try:
-        return laws.fit(laws.KUMAR_PTQ, own, bootstraps=analysis.BOOTSTRAPS, groups="trunk")
+        return analysis.fit(laws.KUMAR_PTQ, own)
     except ValueError:
         return None
 
@@ -112,22 +121,49 @@ def run(precisions: Sequence[float]) -> laws.Plan:
         ptq=ptq,
         precisions=precisions,
     )
-    print(f"law: {law.law.equation}\nfrom: {of}\n{found}")
+    print(f"law: {law.law.equation}\nfrom: {of}\n{found}\n{headline(found)}")
     if FLAGS.workdir:
-        _write(Path(FLAGS.workdir), found, of)
+        _write(Path(FLAGS.workdir), found, of, law.law.equation)
     return found
 
 
-def _write(workdir: Path, found: laws.Plan, of: str) -> None:
+def headline(found: laws.Plan) -> str:
+    """What to train, or that the law does not tell."""
+    best = found.best
+    said = f"{best.bits:g} bits, N = {best.N:.3g}, D = {best.D:.3g}"
+    if not best.fits:
+        return f"Nothing that was looked at fits; closest comes {said}."
+    if best.outside:
+        names = ", ".join(best.outside)
+        return f"An extrapolation: {said}; {names} lie outside what the law was fitted over."
+    if found.warnings:
+        return f"Train at {said}; see the warnings."
+    return f"Train at {said}."
+
+
+def _write(workdir: Path, found: laws.Plan, of: str, equation: str) -> None:
     rows = pd.DataFrame([vars(row) for row in found.rows]).drop(columns="notes")
-    best = f"Train at {found.best.bits:g} bits: N = {found.best.N:.3g}, D = {found.best.D:.3g}."
-    paragraphs = [f"From {of}.", *(f"Warning: {text}." for text in found.warnings)]
+    rows["outside"] = rows["outside"].map(" ".join)
+    best, asked = headline(found), {name: FLAGS[name].value for name in _ASKED}
+    given = ", ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
+    optimum = None if found.optimum is None else str(found.optimum)
+    paragraphs = [
+        f"Given: {given}. Law: {equation}, from {of}.",
+        *([f"P* = {optimum}."] if optimum else []),
+        *(f"Warning: {text}." for text in found.warnings),
+    ]
     section = report.Section("The runs", paragraphs, [("by precision", rows)], [figure(found)])
     summary = {
         "best": best,
         "rows": rows.astype(object).where(rows.notna(), None).to_dict("records"),
     }
-    report.write(workdir, "A plan", best, [section], summary | {"warnings": list(found.warnings)})
+    summary |= {"given": asked, "law": equation, "from": of, "optimum": optimum}
+    try:
+        report.write(
+            workdir, "A plan", best, [section], summary | {"warnings": list(found.warnings)}
+        )
+    except OSError as error:
+        raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
     print(f"report: {workdir / 'report.html'}")
 
 

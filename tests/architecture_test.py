@@ -57,6 +57,7 @@ LIBRARY = [
         "laws.constants",
         "laws.intervals",
         "laws.solving",
+        "laws.runs",
         "laws.fitting",
         "laws.comparison",
         "laws.optimum",
@@ -150,6 +151,7 @@ EXPERIMENTS = [
         "train.scaling",
         "train.watching",
         "train.running",
+        "tokenize",
         "train.__main__",
     ],
     [

@@ -7,13 +7,14 @@
 
 import pandas as pd
 from scipy import stats
+from tqdm.auto import tqdm
 
 from experiments.harness import models
 from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary, plain
 from jaxquant import laws
 
 BOOTSTRAPS = 200
-STARTS = 16  # of every fit here: with one number, each law is compiled once
+STARTS = 64  # of every fit here: with one number, each law is compiled once
 TENSORS = {"w": "weights", "a": "activations", "kv": "cache"}
 METHOD_NAMES = {
     "ste": "straight-through",
@@ -84,6 +85,11 @@ SEPARATE = (
 )
 
 
+def fit(law: laws.Law, table: pd.DataFrame) -> laws.Fit:
+    """A law with its intervals: lengths of one run share a trunk, and are resampled together."""
+    return laws.fit(law, table, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+
+
 def method_summary(table: pd.DataFrame, method: str) -> dict:
     """A method's laws, its best precision and its control; or the reason why there are none."""
     own = tied(table, method)
@@ -91,9 +97,8 @@ def method_summary(table: pd.DataFrame, method: str) -> dict:
     found: dict = {"method": method, "runs": len(own), "widths": widths}
     try:
         ranked = laws.compare(candidates(widths), own, starts=STARTS)
-        fitted = laws.fit(laws.KUMAR_ONE, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
-        free = laws.free_efficiency(*(b for b in widths if b < 16))
-        levels = laws.fit(free, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+        fitted, by_error = fit(laws.KUMAR_ONE, own), fit(laws.PANFEROV, own)
+        levels = fit(laws.free_efficiency(*(b for b in widths if b < 16)), own)
         control = laws.shuffled_bits(laws.KUMAR_ONE, laws.CHINCHILLA, own, starts=STARTS)
     except ValueError as error:
         return found | {"reason": str(error)}
@@ -101,6 +106,8 @@ def method_summary(table: pd.DataFrame, method: str) -> dict:
         "laws": ranked.rows,
         "fit": fit_summary(fitted),
         "optimum": _optimum(laws.optimal_precision(fitted)),
+        "fit_error": fit_summary(by_error),
+        "optimum_error": _optimum(laws.optimal_precision(by_error)),
         "optimum_free": _optimum(laws.optimal_precision(levels)),
         "efficiencies": [
             {"bits": b, "value": levels.params[f"eff_{b}"]}
@@ -125,7 +132,7 @@ def separate_summary(own: pd.DataFrame) -> dict:
         ranked = laws.compare(
             SEPARATE, own, held_out=("N", "D", "P_w", "P_a", "P_kv"), starts=STARTS
         )
-        fitted = laws.fit(laws.KUMAR, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+        fitted = fit(laws.KUMAR, own)
     except ValueError as error:
         return {"reason": str(error)}
     return {
@@ -147,9 +154,7 @@ def post_training_summary(table: pd.DataFrame) -> dict:
     held_out = ("N", "D", "P_post")
     try:
         ranked = laws.compare((laws.KUMAR_PTQ, laws.QID), kept, held_out=held_out, starts=STARTS)
-        fitted = laws.fit(
-            laws.KUMAR_PTQ, kept, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk"
-        )
+        fitted = fit(laws.KUMAR_PTQ, kept)
     except ValueError as error:
         return found | {"reason": str(error)}
     return found | {"laws": ranked.rows, "fit": fit_summary(fitted)}
@@ -164,7 +169,7 @@ def unified_summary(table: pd.DataFrame) -> dict:
         ranked = laws.compare(
             (laws.UNIFIED, laws.KUMAR_UNBIASED), own, held_out=held_out, starts=STARTS
         )
-        fitted = laws.fit(laws.UNIFIED, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="trunk")
+        fitted = fit(laws.UNIFIED, own)
     except ValueError as error:
         return {"reason": str(error)}
     return {"laws": ranked.rows, "fit": fit_summary(fitted)}
@@ -227,7 +232,8 @@ def summarize(records: list[dict], expected: int) -> dict:
     """What ``summary.json`` holds."""
     table, after = runs(records), served(records)
     names = list(dict.fromkeys(table["method"]))
-    methods = [method_summary(table, name) for name in names]
+    bar = tqdm(names, desc="fitting laws", disable=not names)
+    methods = [method_summary(table, name) for name in bar]
     diverged = [
         {"id": r["id"], "step": r["step"]}
         | {k: r["trial"][k] for k in ("size", "method", "weights", "activations", "cache", "seed")}

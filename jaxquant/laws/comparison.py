@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.laws.fitting import DELTA, Fit, Space, check_runs, fit, r2
-from jaxquant.laws.law import Columns, Law, x64
+from jaxquant.laws.fitting import DELTA, Fit, Space, check_numbers, fit, r2
+from jaxquant.laws.law import Columns, Law, check_law, x64
+from jaxquant.laws.runs import check_runs, number_column
 
+_P = 0.05
 _MOST_FOLDS = 6  # of a column with many values: runs are held out by ranges of it
 
 
@@ -76,15 +78,27 @@ def compare(
     Raises:
         ValueError: no laws, or of several targets; as `fit`.
     """
+    if isinstance(laws, Law):
+        raise ValueError(f"laws are several, as [{laws.name}]; got one")
+    for law in laws:
+        check_law(law)
     if not laws or len({law.target for law in laws}) != 1:
         raise ValueError(f"laws are one or more of one target; got {[law.name for law in laws]}")
+    check_numbers(starts, 0, delta, seed)
     found = []
     for law in laws:
         fitted = fit(law, runs, starts=starts, bootstraps=0, delta=delta, seed=seed)
         columns, target = check_runs(law, runs)
         scores = {
             name: _held_out_r2(
-                law, columns, target, np.asarray(runs[name], float), name, starts, delta, seed
+                law,
+                columns,
+                target,
+                number_column(runs, name, len(target)),
+                name,
+                starts,
+                delta,
+                seed,
             )
             for name in held_out
         }
@@ -126,13 +140,15 @@ def _held_out_r2(
     for i, part in enumerate(parts):
         params = {key: float(value[i]) for key, value in points.items()}
         seen = {key: column[part] for key, column in columns.items()}
-        residual[part] = np.log(law.predict(params, seen)) - np.log(target[part])
+        residual[part] = np.log(law.evaluate(params, seen)) - np.log(target[part])
     return r2(residual, np.log(target))
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
     """What a law gains on runs whose bits are shuffled, where it can gain nothing.
+
+    A p-value of 0.05 takes 19 shuffles.
 
     Attributes:
         gain: in AICc over the law without bits, on the runs as they are.
@@ -146,8 +162,15 @@ class Control:
 
     @property
     def is_rejected(self) -> bool:
-        """Whether the term of precision is to be dropped."""
-        return not (self.gain > 0 and self.p_value <= 0.05)
+        """Whether the term of precision is to be dropped: it gains no more than on shuffled bits."""
+        return not (self.gain > 0 and self.p_value <= _P)
+
+    def __str__(self) -> str:
+        kept = "rejected" if self.is_rejected else "kept"
+        return (
+            f"the term of precision gains {self.gain:.1f} in AICc, {self.shuffled.max():.1f} at most with "
+            f"bits shuffled (p = {self.p_value:.2f}): {kept}"
+        )
 
 
 def shuffled_bits(
@@ -159,13 +182,21 @@ def shuffled_bits(
         law: with columns of bits.
         baseline: without, such as `CHINCHILLA`.
         runs: as of `fit`.
-        shuffles: how often.
+        shuffles: how often, 19 or more.
         starts: of each fit.
         seed: of shuffles and starts.
 
     Raises:
         ValueError: a law without columns of bits, or a baseline with such; as `fit`.
     """
+    for one in (law, baseline):
+        check_law(one)
+    fewest = round(1 / _P) - 1
+    is_whole = isinstance(shuffles, int | np.integer) and not isinstance(shuffles, bool)
+    if not is_whole or shuffles < fewest:
+        raise ValueError(
+            f"shuffles is a whole number from {fewest} on, which p = {_P} takes; got {shuffles!r}"
+        )
     bits = [c for c in law.columns if c.startswith("P_")]
     if not bits or any(c.startswith("P_") for c in baseline.columns):
         raise ValueError(f"law reads bits and baseline does not; got {law.name}, {baseline.name}")

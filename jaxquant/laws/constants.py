@@ -49,7 +49,8 @@ KUMAR_2024 = Published(
         "n_kv": 2.4185,
     },
     f"{_TABLE_2}; α and β were fitted as one",
-    _KUMAR_RANGE | {"P_w": (3, 16), "P_a": (3, 16), "P_kv": (3, 16)},
+    # Trained from 3 bits on; at 3 bits of activations the table's constants make f negative.
+    _KUMAR_RANGE | {"P_w": (3, 16), "P_a": (4, 16), "P_kv": (3, 16)},
 )
 
 # The printed exponent is −P_post/γ_post + b; C_T here is C_T e^b.

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.intervals import central, expanded
-from jaxquant.laws.law import Columns, Law, Values, check_params, read_columns, x64
-from jaxquant.laws.solving import solve
+from jaxquant.laws.intervals import central, check_confidence, expanded
+from jaxquant.laws.law import Columns, Law, Values, check_params, x64
+from jaxquant.laws.runs import check_runs, places, repeated
+from jaxquant.laws.solving import huber, solve
 
 DELTA = 1e-3  # of Huber's loss, as Hoffmann et al. 2022 have it
 _NEAR_BOUND = 1e-3  # of the logarithm of a bound
@@ -102,15 +103,15 @@ def fit(
 ) -> Fit:
     """The parameters with the least Huber loss on log L, Σ_i H_δ(log ŷ_i − log y_i), from many starts.
 
-    Intervals come from refitting resampled runs, each from as many starts.  Runs that share a trunk or a seed
-    are not
-    independent: name the column that says which belong together, and they are resampled together.
+    Intervals come from refitting resampled runs, each from as many starts; where one of these finds a better
+    valley, the fit goes there too.  Runs that share a trunk or a seed are not independent: name the column
+    that says which belong together, and they are resampled together.
 
     Args:
         law: of `jaxquant.laws`.
         runs: a mapping of columns, such as a data frame: those that the law reads, and its target.  Where
-            there is ``"entropy_rate"``, losses below it are refused; where there is ``"tokenizer"``, it is
-            one.
+            there is ``"entropy_rate"``, losses below it are refused; where there is ``"tokenizer"`` or
+            ``"vocab_size"``, it is one.
         starts: of each fit.
         bootstraps: refits; 0 for no intervals.
         confidence: of intervals.
@@ -135,24 +136,27 @@ def fit(
     {'k': 0.02, 'beta': 0.5, 'alpha': 0.4, 'gamma': 3.0}
     """
     columns, target = check_runs(law, runs)
-    _check_numbers(starts, bootstraps, delta)
-    place = _places(runs, groups, len(target))
+    check_numbers(starts, bootstraps, delta, seed)
+    check_confidence(confidence)
+    place = places(runs, groups, len(target))
     units = int(place.max()) + 1
     rng = np.random.default_rng(seed)
     space = Space(law, columns, target)
     with x64():
         own = np.ones((1, len(target)))
         logs, values = space.solve(own, space.starts(rng, 1, starts), delta)
-        found = space.natural(logs)
         samples: dict[str, np.ndarray] = {}
         if bootstraps:
             weights = _resampled(rng, place, bootstraps)
             first = space.starts(rng, bootstraps, starts)
             # One start is the fit itself, so that no bootstrap misses its own neighbourhood.
             first[:, 0] = logs[0]
-            samples = space.natural(space.solve(weights, first, delta)[0])
+            drawn = space.solve(weights, first, delta)[0]
+            samples = space.natural(drawn)
+            logs, values = _best(space, own, (logs, values), drawn, starts, delta)
+        found = space.natural(logs)
     params = {name: float(column[0]) for name, column in found.items()}
-    residual = np.log(law.predict(params, columns)) - np.log(target)
+    residual = np.log(law.evaluate(params, columns)) - np.log(target)
     asked = expanded(confidence, units, len(target), len(params))
     return Fit(
         law,
@@ -239,22 +243,18 @@ def _predictor(law: Law) -> Any:
     return predict
 
 
-def _places(runs: Any, groups: str | None, count: int) -> np.ndarray:
-    """The number of the unit that each run belongs to: itself, or its group.
-
-    Raises:
-        ValueError: a column of groups that is not there, or has one group alone.
-    """
-    if groups is None:
-        return np.arange(count)
-    try:
-        column = np.asarray(runs[groups])
-    except (KeyError, IndexError, TypeError):
-        raise ValueError(f"runs have no column {groups!r} to group by") from None
-    _, place = np.unique(column, return_inverse=True)
-    if place.max() < 1:
-        raise ValueError(f"column {groups!r} has one group alone; resampling needs several")
-    return place
+def _best(
+    space: "Space",
+    own: np.ndarray,
+    found: tuple[np.ndarray, np.ndarray],
+    drawn: np.ndarray,
+    starts: int,
+    delta: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The better of a fit and one from where bootstraps ended: they may know a valley that it missed."""
+    chosen = drawn[np.linspace(0, len(drawn) - 1, starts).astype(int)]
+    other = space.solve(own, chosen[None], delta)
+    return other if other[1][0] < found[1][0] else found
 
 
 def _resampled(rng: np.random.Generator, place: np.ndarray, bootstraps: int) -> np.ndarray:
@@ -264,60 +264,19 @@ def _resampled(rng: np.random.Generator, place: np.ndarray, bootstraps: int) -> 
     return drawn[:, place].astype(float)
 
 
-def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
-    """(the law's columns, its target), where they are fit for a fit.
-
-    Raises:
-        ValueError: as of `fit`.
-    """
-    columns = read_columns(runs, (*law.columns, law.target))
-    target = columns.pop(law.target)
-    least = len(law.parameters) + 2
-    if len(target) < least:
-        raise ValueError(
-            f"{law.name} has {len(law.parameters)} parameters and needs {least} runs or more; "
-            f"got {len(target)}"
-        )
-    for name, column in columns.items():
-        if np.unique(column).size < 2:
-            raise ValueError(
-                f"all runs have {name} = {column[0]:g}: what it does cannot be told; give runs that differ "
-                "in it, or a law without it"
-            )
-    _check_floor(law, runs, target)
-    tokenizers = _optional(runs, "tokenizer")
-    if tokenizers is not None and len(set(map(str, tokenizers))) > 1:
-        names = ", ".join(sorted(set(map(str, tokenizers))))
-        raise ValueError(f"losses per token of several tokenizers cannot be compared; got {names}")
-    return columns, target
-
-
-def _check_floor(law: Law, runs: Any, target: np.ndarray) -> None:
-    floor = _optional(runs, "entropy_rate")
-    if law.target != "loss" or floor is None:
-        return
-    known = np.array([math.nan if x is None else float(x) for x in np.asarray(floor, object)])
-    below = np.flatnonzero(target < known)
-    if below.size:
-        i = below[0]
-        raise ValueError(
-            f"run {i} has a loss of {target[i]:.4g}, below the source's entropy of {known[i]:.4g} "
-            "nats per token"
-        )
-
-
-def _optional(runs: Any, name: str) -> Any:
-    try:
-        return runs[name]
-    except (KeyError, IndexError, TypeError):
-        return None
-
-
-def _check_numbers(starts: Any, bootstraps: Any, delta: Any) -> None:
-    for name, value, least in (("starts", starts, 1), ("bootstraps", bootstraps, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+def check_numbers(starts: Any, bootstraps: Any, delta: Any, seed: Any) -> None:
+    """Raises a ValueError for numbers that no fit could take."""
+    for name, value, least in (
+        ("starts", starts, 1),
+        ("bootstraps", bootstraps, 0),
+        ("seed", seed, 0),
+    ):
+        is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+        if not is_whole or value < least:
             raise ValueError(f"{name} is a whole number from {least} on; got {value!r}")
-    if not isinstance(delta, float) or not 0 < delta < math.inf:
+    if isinstance(delta, bool) or not isinstance(delta, float | int | np.number):
+        raise ValueError(f"delta is a number above 0; got {delta!r}")
+    if not 0 < float(delta) < math.inf:
         raise ValueError(f"delta is a number above 0; got {delta!r}")
 
 
@@ -363,6 +322,8 @@ def _warnings(
     for name in ("alpha", "beta"):
         if name in params and params[name] < 0.05:
             said.append(f"{name} = {params[name]:.3g} is next to a logarithm: not identified")
+    if again := repeated(space.columns, target):
+        said.append(f"{again} of {len(target)} runs repeat another, number for number")
     return tuple(said)
 
 
@@ -398,6 +359,7 @@ def profile(
         plain = ", ".join(p.name for p in law.parameters if not p.term)
         raise ValueError(f"profiles are of {plain}; got {name!r}")
     columns, target = check_runs(law, runs)
+    _check_own(fitted, columns, target)
     space, place = Space(law, columns, target), law.names.index(name)
     best = math.log(fitted.params[name])
     reach = np.concatenate([[0.0], np.geomspace(1e-3, 3.0, points)])
@@ -411,6 +373,17 @@ def profile(
             ]
             ends.append(_crossing(values, np.array(rises), allowed, side))
     return ends[0], ends[1]
+
+
+def _check_own(fitted: Fit, columns: Columns, target: np.ndarray) -> None:
+    with x64():
+        residual = np.log(fitted.law.evaluate(fitted.params, columns)) - np.log(target)
+        there = float(np.sum(huber(jnp.asarray(residual), fitted.delta)))
+    if not math.isclose(there, fitted.objective, rel_tol=1e-6, abs_tol=1e-12):
+        raise ValueError(
+            f"runs are those that were fitted, whose objective is {fitted.objective:.6g}; with these it is "
+            f"{there:.6g}"
+        )
 
 
 def _fixed(space: Space, place: int, value: float, delta: float, starts: int) -> float:
@@ -434,7 +407,7 @@ def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float, side: int) 
 
 
 def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence: float) -> float:
-    residual = np.log(fitted.law.predict(fitted.params, columns)) - np.log(target)
+    residual = np.log(fitted.law.evaluate(fitted.params, columns)) - np.log(target)
     psi = lambda r: np.clip(r, -fitted.delta, fitted.delta)  # noqa: E731
     # ψ′ is a spike of width δ; its mean is taken over a width that some residuals fall into.
     width = max(fitted.delta, 0.5 * float(np.median(np.abs(residual))) / 0.6745)

@@ -1,12 +1,14 @@
 """The laws, as values.  N parameters without embeddings, D tokens, P bits; all logarithms are natural."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.law import Law, Parameter, Values, log_sum
+from jaxquant.laws.law import Columns, Law, Parameter, Values, log_sum
 
 _TERM = (1e-5, 10.0, (0.03, 0.7))  # bounds and starts of a term of the loss, in units of the loss
 
@@ -319,6 +321,41 @@ def _check_widths(widths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(int(b) for b in widths))
 
 
+def _check_bits(column: str, widths: tuple[int, ...]) -> Callable[[Columns], None]:
+    def check(columns: Columns) -> None:
+        bits = columns[column]
+        other = np.unique(bits[~(np.isin(bits, widths) | (bits > widths[-1]))])
+        if other.size:
+            raise ValueError(
+                f"free efficiencies are of {', '.join(map(str, widths))} bits and more than {widths[-1]}; "
+                f"{column} has {', '.join(f'{b:g}' for b in other)}"
+            )
+
+    return check
+
+
+def _check_fit(column: str, widths: tuple[int, ...]) -> Callable[[Columns], None]:
+    check_bits = _check_bits(column, widths)
+
+    def check(columns: Columns) -> None:
+        check_bits(columns)
+        missing = sorted({*widths} - {*columns[column].tolist()})
+        if missing:
+            raise ValueError(
+                f"no run has {column} = {', '.join(map(str, missing))}, whose efficiency is to be fitted"
+            )
+
+    return check
+
+
+def _each(*checks: Callable[[Columns], None]) -> Callable[[Columns], None]:
+    def check(columns: Columns) -> None:
+        for one in checks:
+            one(columns)
+
+    return check
+
+
 def _efficiency(name: str) -> Parameter:
     return Parameter(name, 1e-4, 1.2, (0.1, 1.0))
 
@@ -345,6 +382,8 @@ def free_efficiency(*widths: int) -> Law:
         source="Frantar et al. 2025, arXiv 2502.16440; Panferov et al. 2025 (QuEST), arXiv 2502.05003",
         efficiency=lambda p, bits: _at(p, "eff", chosen, bits),
         widths=chosen,
+        check_bits=_check_bits("P_w", chosen),
+        check_fit=_check_fit("P_w", chosen),
     )
 
 
@@ -377,6 +416,8 @@ def quartet(forward: tuple[int, ...], backward: tuple[int, ...]) -> Law:
         log_prediction=log_prediction,
         columns=("N", "D", "P_forward", "P_backward"),
         source="Castro et al. 2025 (Quartet), arXiv 2505.14669",
+        check_bits=_each(_check_bits("P_forward", of_n), _check_bits("P_backward", of_d)),
+        check_fit=_each(_check_fit("P_forward", of_n), _check_fit("P_backward", of_d)),
     )
 
 
@@ -391,9 +432,14 @@ def gaussian_mse(bits: Any) -> Any:
 
     Source: Panferov et al. 2025, arXiv 2506.01863.
 
+    Raises:
+        ValueError: fewer than one bit, where bits are no traced array.
+
     >>> round(float(gaussian_mse(4.0)), 5)
     0.01154
     """
+    if not isinstance(bits, jax.core.Tracer) and np.any(np.asarray(bits) < 1):
+        raise ValueError(f"a grid has one bit or more; got {bits}")
     known = jnp.array([float(b) for b in _GAUSSIAN_MSE])
     logs = jnp.log(jnp.array(list(_GAUSSIAN_MSE.values())))
     bits = jnp.asarray(bits, float)

@@ -26,7 +26,8 @@ def central(samples: np.ndarray, confidence: float) -> tuple[float, float]:
 
 def check_confidence(confidence: float) -> None:
     """Raises a ValueError outside (0, 1)."""
-    if not 0 < confidence < 1:
+    is_number = isinstance(confidence, float | int | np.number)
+    if not is_number or not 0 < confidence < 1:
         raise ValueError(f"confidence is between 0 and 1; got {confidence!r}")
 
 

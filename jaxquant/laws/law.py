@@ -13,6 +13,8 @@ import numpy as np
 Values = Mapping[str, Any]  # a number for each parameter, or an array for each column
 Columns = dict[str, np.ndarray]
 
+_ABSURD = 1e6  # nats
+
 COLUMNS = {
     "N": "parameters without embeddings",
     "D": "training tokens",
@@ -78,6 +80,8 @@ class Law:
         efficiency: (parameters, bits) -> f(P), the part of N that counts where weights, activations and cache
             all have P bits; None where the law has no such number.
         widths: where f is known at these bits and at full precision alone; None where it is at any.
+        check_bits: raises a ValueError for columns whose bits it says nothing of; None where it is of any.
+        check_fit: the same for columns that it cannot be fitted to.
     """
 
     name: str
@@ -89,6 +93,8 @@ class Law:
     target: str = "loss"
     efficiency: Callable[[Values, Any], Any] | None = None
     widths: tuple[int, ...] | None = None
+    check_bits: Callable[[Columns], None] | None = None
+    check_fit: Callable[[Columns], None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -102,7 +108,8 @@ class Law:
             runs: a mapping of columns, such as a data frame.
 
         Raises:
-            ValueError: parameters or columns that are missing or not finite.
+            ValueError: parameters or columns that are missing or not finite; bits at which the law has no
+                finite value, or an efficiency of next to nothing.
 
         >>> from jaxquant.laws.constants import KUMAR_2024
         >>> runs = {"N": [1e8], "D": [2e9], "P_w": [16.0], "P_a": [16.0], "P_kv": [16.0]}
@@ -111,6 +118,19 @@ class Law:
         """
         check_params(self, params)
         columns = read_columns(runs, self.columns)
+        if self.check_bits is not None:
+            self.check_bits(columns)
+        found = self.evaluate(params, columns)
+        bad = np.flatnonzero(~(found < _ABSURD))
+        if bad.size:
+            run = {name: float(column[bad[0]]) for name, column in columns.items()}
+            raise ValueError(
+                f"{self.name} has no value for run {bad[0]}, {run}: there its efficiency is next to nothing"
+            )
+        return found
+
+    def evaluate(self, params: Values, columns: Columns) -> np.ndarray:
+        """`predict` without its checks."""
         with x64():
             return np.exp(np.asarray(self.log_prediction(dict(params), columns)))
 
@@ -123,6 +143,15 @@ def x64() -> Iterator[None]:
         from jax.experimental import enable_x64 as own  # pyright: ignore[reportAttributeAccessIssue]
     with own(True), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         yield
+
+
+def check_law(law: Any) -> None:
+    """Raises a ValueError for what is no law."""
+    if not isinstance(law, Law):
+        raise ValueError(
+            f"a law is one of jaxquant.laws, as laws.KUMAR; got {str(law)[:100]!r} of type "
+            f"{type(law).__name__}"
+        )
 
 
 def check_params(law: Law, params: Any) -> None:
@@ -155,9 +184,11 @@ def read_columns(runs: Any, names: tuple[str, ...]) -> Columns:
             known = f" ({COLUMNS[name]})" if name in COLUMNS else ""
             raise ValueError(f"runs have no column {name!r}{known}") from None
         try:
+            if np.asarray(column).dtype.kind not in "iufO":  # complex, text, booleans
+                raise TypeError
             found[name] = np.atleast_1d(np.asarray(column, np.float64))
-        except (TypeError, ValueError):
-            raise ValueError(f"column {name!r} holds numbers; got {column!r}") from None
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"column {name!r} holds numbers; got {str(column)[:100]}") from None
         bad = np.flatnonzero(~(np.isfinite(found[name]) & (found[name] > 0)))
         if found[name].ndim != 1 or bad.size:
             where = f"run {bad[0]} has {found[name][bad[0]]}" if bad.size else "it has several axes"

@@ -20,6 +20,8 @@ from jaxquant.laws.law import Law, Values, x64
 
 FULL_BITS = 16
 MAC_FLOPS = 6  # training, forward and backward, for each parameter and token
+LEAST_EFFICIENCY = 0.01  # below which a law says nothing of a precision
+_MOST_BITS = 64
 _STEP = 0.01  # bits between points of the search
 _AT_BOUNDARY = 0.05  # the share of bootstraps at an end of the range beyond which it counts as open
 
@@ -66,13 +68,15 @@ def throughput(relative: Mapping[int, float]) -> Callable[[Any], Any]:
     >>> cost(np.array([3.0, 5.0, 9.0])).round(2)
     array([0.29, 0.53, 1.  ])
     """
-    if FULL_BITS not in relative:
-        raise ValueError(f"throughput needs the speed of {FULL_BITS} bits; got {dict(relative)}")
+    if not isinstance(relative, Mapping) or FULL_BITS not in relative:
+        raise ValueError(
+            f"throughput takes a speed for each of some bits, {FULL_BITS} among them; got {relative!r}"
+        )
     for bits, speed in relative.items():
-        if not 0 < speed < math.inf or bits <= 0:
-            raise ValueError(f"speeds are positive numbers; got {speed!r} for {bits!r} bits")
+        check_number("a format's bits", bits)
+        check_number(f"the speed of {bits} bits", speed)
     widths = np.array(sorted(relative), float)
-    costs = np.array([1 / relative[int(w)] for w in widths])
+    costs = np.array([1 / relative[w] for w in sorted(relative)])
 
     def cost(bits: Any) -> Any:
         return costs[np.minimum(np.searchsorted(widths, bits), len(widths) - 1)]
@@ -87,7 +91,8 @@ class Optimum:
     Attributes:
         bits: P*.
         low, high: its interval over bootstraps; NaN where there are none.
-        is_determined: False where P*, or too many of its bootstraps, lie at an end of the range searched.
+        is_determined: False where P*, an end of its interval, or too many bootstraps lie at an end of the
+            range searched.
         note: why not.
     """
 
@@ -136,14 +141,40 @@ def optimal_precision(
         raise ValueError(
             f"{form.name} has no efficiency f(P) that multiplies N alone, so no P* for every budget"
         )
-    if not 0 < low < high:
-        raise ValueError(f"low and high are bits, 0 < low < high; got {low} and {high}")
+    for bits in (low, high):
+        check_number("low and high", bits)
+    if not low < high <= _MOST_BITS:
+        raise ValueError(
+            f"low and high are bits, 0 < low < high ≤ {_MOST_BITS}; got {low} and {high}"
+        )
     grid = _candidates(form, low, high)
+    check_cost(cost, grid)
     best = _argmin(form, numbers, grid, cost)
     drawn = np.array([])
     if samples:
         drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
     return _optimum(float(best), drawn, grid, _asked(law, confidence))
+
+
+def check_cost(cost: Any, bits: Any) -> None:
+    """Raises a ValueError unless c(P) is a positive number at each of these bits."""
+    try:
+        found = np.asarray(cost(np.asarray(bits, float)), float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"cost is a function from bits to numbers; {cost!r} says {error}"
+        ) from None
+    if not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(
+            f"cost is positive and finite at all bits; got {found.min()} to {found.max()}"
+        )
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raises a ValueError unless it is a finite number above 0."""
+    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{name} is a number above 0; got {value!r}")
 
 
 def _asked(law: Any, confidence: float | None) -> float:
@@ -184,9 +215,11 @@ def _argmin(law: Law, params: Any, grid: np.ndarray, cost: Any) -> np.ndarray:
 
 def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> Optimum:
     low, high = central(drawn, asked)
+    # As of a fit's parameters: it holds the estimate.
+    low, high = float(np.minimum(low, best)), float(np.maximum(high, best))
     for end, value in (("low", grid[0]), ("high", grid[-1])):
         share = float(np.mean(drawn == value)) if len(drawn) else float(best == value)
-        if best == value or share > _AT_BOUNDARY:
+        if best == value or share > _AT_BOUNDARY or value in (low, high):
             many = f", as in {share:.0%} of the bootstraps" if len(drawn) else ""
             note = f"it runs to the {end} end of the range, {value:g} bits{many}"
             return Optimum(best, low, high, False, note)
@@ -215,9 +248,12 @@ def efficiency_from_losses(
     >>> max(found, key=lambda bits: found[bits] / bits)
     5
     """
+    for name, value in {"reference": reference, "A": A, "alpha": alpha, "N": N}.items():
+        check_number(name, value)
     term = A * N**-alpha
     found = {}
     for bits, loss in losses.items():
+        check_number(f"the loss at {bits} bits", loss)
         share = 1 + (loss - reference) / term
         if not share > 0:
             raise ValueError(f"a loss of {loss} at {bits} bits is below what the law can have")
@@ -257,10 +293,21 @@ def _sizes(law: Law, p: Any, flops: Any, bits: Any, cost: Any) -> tuple[Any, Any
     missing = {"A", "alpha", "B", "beta"} - set(law.names)
     if missing:
         raise ValueError(f"{law.name} has no {', '.join(sorted(missing))}, so no N* and D*")
-    if not np.all(np.asarray(flops) > 0):
-        raise ValueError(f"flops is a number above 0; got {flops!r}")
+    for name, value in (("flops", flops), ("bits", bits)):
+        for one in np.asarray(value, object).ravel():
+            check_number(name, one)
+    absent = {"A", "alpha", "B", "beta"} - set(p)
+    if absent:
+        raise ValueError(f"params lack {', '.join(sorted(absent))}")
+    check_cost(cost, bits)
+    if law.check_bits is not None and "P_w" in law.columns:
+        law.check_bits({"P_w": np.atleast_1d(np.asarray(bits, float))})
     with x64():
         f = 1.0 if law.efficiency is None else np.asarray(law.efficiency(p, bits), float)
+    if not np.all(np.asarray(f) > LEAST_EFFICIENCY):
+        raise ValueError(
+            f"at {bits} bits the efficiency of {law.name} is next to nothing: it says nothing of them"
+        )
     tokens = flops / (MAC_FLOPS * cost(bits))  # N · D
     ratio = p["alpha"] * p["A"] / (p["beta"] * p["B"]) * f ** -p["alpha"] * tokens ** p["beta"]
     n = ratio ** (1 / (p["alpha"] + p["beta"]))
@@ -278,12 +325,23 @@ def critical_tokens(loss: Values, added: Values, *, N: Any, P_post: Any) -> Any:
         N: parameters without embeddings.
         P_post: bits that weights are served at.
 
+    Raises:
+        ValueError: numbers that are not positive, or parameters that are missing.
+
     Source: Kumar et al. 2024, arXiv 2411.04330, section 3; see `ERRATA`.
 
     >>> from jaxquant.laws.constants import KUMAR_2024, KUMAR_2024_PTQ
     >>> f"{critical_tokens(KUMAR_2024.params, KUMAR_2024_PTQ.params, N=1e9, P_post=4):.1e}"
     '9.6e+10'
     """
+    for name, value in (("N", N), ("P_post", P_post)):
+        for one in np.asarray(value, object).ravel():
+            check_number(name, one)
+    absent = {"B", "beta"} - set(loss) | {"gamma_N", "gamma_D", "gamma_post", "C_T"} - set(added)
+    if absent:
+        raise ValueError(
+            f"the loss has B and beta, and added is KUMAR_PTQ's; missing: {sorted(absent)}"
+        )
     top = loss["beta"] * loss["B"] * N ** added["gamma_N"] * np.exp(P_post / added["gamma_post"])
     below = added["gamma_D"] * added["C_T"]
     return (top / below) ** (1 / (added["gamma_D"] + loss["beta"]))
@@ -302,10 +360,16 @@ def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
         D: tokens of all training.
         bits: that weights are served at.
 
+    Raises:
+        ValueError: numbers that are not positive.
+
     Source: Apple 2025, arXiv 2509.22935, a = 6.7297.
 
     >>> round(float(qat_share(N=1e9, D=1e11, bits=4)), 3)
     0.281
     """
+    for name, value in (("N", N), ("D", D), ("bits", bits)):
+        for one in np.asarray(value, object).ravel():
+            check_number(name, one)
     tokens_per_byte = np.maximum(D / (N * bits / 8), 1 + 1e-12)
     return np.exp(-QAT_CONSTANT / np.log(tokens_per_byte))

@@ -9,22 +9,29 @@ import numpy as np
 
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit
+from jaxquant.laws.forms import KUMAR_PTQ
 from jaxquant.laws.intervals import central
-from jaxquant.laws.law import Law, x64
+from jaxquant.laws.law import Law, Values, x64
 from jaxquant.laws.optimum import (
     FULL_BITS,
+    LEAST_EFFICIENCY,
     MAC_FLOPS,
     Optimum,
     _asked,
     _parts,
     _sizes,
     bits_linear,
+    check_cost,
+    check_number,
     critical_tokens,
     optimal_precision,
     qat_share,
 )
 
-_LEAST = 0.01  # efficiency below which a law says nothing of a precision
+_REACH = (
+    4.0  # decades of N around the least training loss, in which the least loss as served is sought
+)
+_MOST_BITS = 32
 PRECISIONS = (3, 4, 5, 6, 7, 8, 12, 16)
 
 
@@ -41,6 +48,8 @@ class Row:
         critical: D_crit; NaN where nothing is quantized after training.
         qat: the share of training for quantization-aware training at serving bits; NaN likewise.
         nbytes: of the weights as served.
+        fits: whether memory holds them.
+        outside: columns in which it leaves what the law was fitted over.
         notes: what else there is to say.
     """
 
@@ -54,6 +63,8 @@ class Row:
     critical: float
     qat: float
     nbytes: float
+    fits: bool = True
+    outside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -63,7 +74,7 @@ class Plan:
 
     Attributes:
         rows: in the order of bits.
-        best: of the least loss.
+        best: of the least loss, among those that memory holds where any is.
         optimum: P*, where the budget alone decides; else None.
         warnings: where the plan leaves what the law was fitted over, and what the fit does not identify.
     """
@@ -74,7 +85,20 @@ class Plan:
     warnings: tuple[str, ...]
 
     def __str__(self) -> str:
-        head = ("", "P", "N", "D", "D/N", "loss", "interval", "added", "D_crit", "QAT", "GB served")
+        head = (
+            "",
+            "P",
+            "N",
+            "D",
+            "D/N",
+            "loss",
+            "interval",
+            "added",
+            "D_crit",
+            "QAT",
+            "GB",
+            "not seen",
+        )
         cells = [head, *(_cells(row, row is self.best) for row in self.rows)]
         widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
         lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
@@ -97,7 +121,8 @@ def _cells(row: Row, is_best: bool) -> tuple[str, ...]:
         f"{row.added:.4f}",
         text(row.critical, ".2g"),
         text(row.qat, ".0%"),
-        f"{row.nbytes / 1e9:.3g}",
+        f"{row.nbytes / 1e9:.3g}" + ("" if row.fits else " > memory"),
+        " ".join(row.outside) or "—",
     )
 
 
@@ -113,7 +138,10 @@ def plan(
     precisions: Sequence[float] = PRECISIONS,
     cost: Callable[[Any], Any] = bits_linear,
 ) -> Plan:
-    """The run of the least loss at each precision, under C = 6 N D c(P).
+    """The run of the least loss as it is served, at each precision, under C = 6 N D c(P).
+
+    Where serving in fewer bits adds to the loss, N and D are those of the least sum: larger models bear it
+    better, and longer training worse.
 
     Args:
         law: a fit or published constants with A, α, B, β, E and an efficiency.
@@ -136,108 +164,189 @@ def plan(
     >>> found.best.bits, str(found.optimum)
     (7, '7.00')
     """
-    _check(flops, N, D, serve_bits, memory, precisions)
-    form, numbers, samples = _parts(law, None)
-    asked = _asked(law, None)
+    precisions = _check(flops, N, D, serve_bits, memory, precisions)
+    form, numbers, _ = _parts(law, None)
     if form.efficiency is None or not {"A", "alpha", "B", "beta", "E"} <= set(form.names):
         raise ValueError(
             f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
         )
-    known = precisions
-    if form.widths is not None:
-        known = [b for b in precisions if b in form.widths or b == FULL_BITS]
-    assert form.efficiency is not None
-    with x64():
-        alive = [b for b in known if float(form.efficiency(numbers, float(b))) > _LEAST]
-    dead = sorted(set(known) - set(alive))
-    known = alive
-    if not known:
-        raise ValueError(
-            f"{form.name} knows {form.widths} bits; got precisions {tuple(precisions)}"
-        )
-    if any(serve_bits is not None and serve_bits < bits for bits in known) and ptq is None:
-        raise ValueError(
-            f"serve_bits {serve_bits:g} is fewer than some precision of training: give ptq, what that adds"
-        )
-    rows = []
-    for bits in known:
-        n, d, notes = _run(form, numbers, flops, N, D, bits, serve_bits, memory, cost)
-        rows.append(_row(form, numbers, samples, asked, ptq, bits, n, d, serve_bits, notes))
-    best = min(rows, key=lambda row: row.loss)
+    check_cost(cost, precisions)
+    known, dead = _known(form, numbers, precisions)
+    if any(serve_bits is not None and serve_bits < bits for bits in known):
+        _check_ptq(ptq, serve_bits)
+    budget = _Budget(flops, N, D, serve_bits, memory, cost)
+    rows = tuple(_row(law, ptq, budget, bits) for bits in known)
+    best = min([row for row in rows if row.fits] or rows, key=lambda row: row.loss)
     is_free = N is None and D is None and memory is None and serve_bits is None
     optimum = optimal_precision(law, cost=cost) if is_free else None
     said = _warnings(law, ptq, rows, best, serve_bits)
     if dead:
         gone = ", ".join(f"{b:g}" for b in dead)
         said = (*said, f"at {gone} bits the law's efficiency is next to nothing: left out")
-    return Plan(tuple(rows), best, optimum, said)
+    return Plan(rows, best, optimum, said)
 
 
-def _check(flops, N, D, serve_bits, memory, precisions) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Budget:
+    """What is given of a run."""
+
+    flops: float | None
+    N: float | None
+    D: float | None
+    serve_bits: float | None
+    memory: float | None
+    cost: Callable[[Any], Any]
+
+    def served(self, bits: float) -> float:
+        return bits if self.serve_bits is None else min(bits, self.serve_bits)
+
+    def most(self, bits: float) -> float:
+        """N that memory holds."""
+        return math.inf if self.memory is None else 8 * self.memory / self.served(bits)
+
+
+def _known(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
+    """(precisions that the law says something of, those at which its efficiency is next to nothing)."""
+    assert form.efficiency is not None
+    own = [b for b in precisions if form.widths is None or b in form.widths or b == FULL_BITS]
+    if not own:
+        raise ValueError(
+            f"{form.name} knows {form.widths} bits and {FULL_BITS}; got precisions {tuple(precisions)}"
+        )
+    with x64():
+        alive = [b for b in own if float(form.efficiency(numbers, float(b))) > LEAST_EFFICIENCY]
+    if not alive:
+        raise ValueError(
+            f"at precisions {tuple(precisions)} the efficiency of {form.name} is next to nothing"
+        )
+    return alive, sorted(set(own) - set(alive))
+
+
+def _check_ptq(ptq: Any, serve_bits: Any) -> None:
+    if ptq is None:
+        raise ValueError(
+            f"serve_bits {serve_bits:g} is fewer than some precision of training: give ptq, what that adds"
+        )
+    form = _parts(ptq, None)[0]
+    if form.names != KUMAR_PTQ.names:
+        raise ValueError(f"ptq has the form of {KUMAR_PTQ.name}; got {form.name}")
+
+
+def _check(flops, N, D, serve_bits, memory, precisions) -> list:
     numbers = {"flops": flops, "N": N, "D": D, "serve_bits": serve_bits, "memory": memory}
     for name, value in numbers.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} is a number above 0; got {value!r}")
+        if value is not None:
+            check_number(name, value)
     if flops is None and (N is None or D is None):
         raise ValueError("a plan needs flops, or N and D; got neither")
     if flops is not None and N is not None and D is not None:
         raise ValueError("flops, N and D over-determine a run; give two of them")
-    if not precisions or any(not 0 < bits <= 32 for bits in precisions):
-        raise ValueError(f"precisions are bits, above 0 and up to 32; got {tuple(precisions)}")
+    is_many = isinstance(precisions, Sequence | np.ndarray) and not isinstance(precisions, str)
+    found: list[Any] = [*precisions] if is_many else []
+    if not found:
+        raise ValueError(f"precisions are a list of bits; got {precisions!r}")
+    for bits in found:
+        check_number("a precision", bits)
+        if bits > _MOST_BITS:
+            raise ValueError(f"a precision is up to {_MOST_BITS} bits; got {bits!r}")
+    return found
 
 
-def _run(form, numbers, flops, N, D, bits, serve_bits, memory, cost) -> tuple[float, float, tuple]:
-    """(N, D, notes) of the least loss."""
-    served = bits if serve_bits is None else min(bits, serve_bits)
-    most = math.inf if memory is None else 8 * memory / served
-    notes = []
-    if flops is None:
-        n, d = N, D
-    else:
-        both = flops / (MAC_FLOPS * float(cost(bits)))
-        n, d = _sizes(form, numbers, flops, bits, cost)
-        if N is not None:
-            n, d = N, both / N
-        elif D is not None:
-            n, d = both / D, D
-        if n > most and N is None and D is None:
-            n, d = most, both / most
-            notes.append("N is what memory holds")
-    if n > most * (1 + 1e-9):
-        notes.append(
-            f"the weights take {n * served / 8:.3g} bytes, more than memory's {memory:.3g}"
-        )
-    return float(n), float(d), tuple(notes)
+def _sized(
+    law: Any, ptq: Any, budget: _Budget, bits: float
+) -> tuple[float, float, tuple[str, ...]]:
+    """(N, D, notes) of the least loss as served."""
+    form, numbers, _ = _parts(law, None)
+    if budget.flops is None:
+        assert budget.N is not None
+        assert budget.D is not None
+        return float(budget.N), float(budget.D), ()
+    both = budget.flops / (MAC_FLOPS * float(budget.cost(bits)))
+    if budget.N is not None:
+        return float(budget.N), both / budget.N, ()
+    if budget.D is not None:
+        return both / budget.D, float(budget.D), ()
+    n = float(_sizes(form, numbers, budget.flops, bits, budget.cost)[0])
+    if budget.served(bits) < bits:
+        n = _least(lambda x: _losses(law, ptq, bits, budget.serve_bits, x, both / x), n)
+    if n > budget.most(bits):
+        n = budget.most(bits)
+        return n, both / n, ("N is what memory holds",)
+    return n, both / n, ()
 
 
-def _row(form, numbers, samples, asked, ptq, bits, n, d, serve_bits, notes) -> Row:
-    is_quantized = serve_bits is not None and serve_bits < bits
-    served = min(bits, serve_bits) if serve_bits is not None else bits
+def _least(loss: Callable[[np.ndarray], np.ndarray], near: float) -> float:
+    """Where a loss is least, between 10^−_REACH and 10^_REACH times a size."""
+    middle, reach = math.log10(near), _REACH
+    for _ in range(4):  # to a part in a hundred thousand
+        at = np.linspace(middle - reach, middle + reach, 401)
+        middle, reach = float(at[np.argmin(loss(10.0**at))]), reach / 40
+    return 10.0**middle
+
+
+def _losses(law: Any, ptq: Any, bits: float, serve_bits: Any, n: Any, d: Any) -> np.ndarray:
+    """The loss as served of some sizes."""
+    form, numbers, _ = _parts(law, None)
+    post, added, _ = _parts(ptq, None)
+    run = _run_columns(form, bits, n, d)
+    served = {"N": n, "D": d, "P_post": np.full_like(n, serve_bits)}
+    return form.evaluate(numbers, run) + post.evaluate(added, served)
+
+
+def _run_columns(form: Law, bits: float, n: Any, d: Any) -> dict[str, np.ndarray]:
+    n, d = np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float))
+    own = {"N": n, "D": d}
+    return {c: own[c] if c in own else np.full_like(n, bits) for c in form.columns}
+
+
+def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
+    n, d, notes = _sized(law, ptq, budget, bits)
+    (form, numbers, samples), served = _parts(law, None), budget.served(bits)
     added, drawn, post_numbers = 0.0, np.empty(0), {}
-    if is_quantized:
+    if served < bits:
         post, post_numbers, post_samples = _parts(ptq, None)
-        run = {"N": [n], "D": [d], "P_post": [serve_bits]}
+        run = {"N": [n], "D": [d], "P_post": [served]}
         added = float(post.predict(post_numbers, run)[0])
         drawn = _drawn(post, post_samples, run)
-    run = {"N": [n], "D": [d], **{c: [bits] for c in form.columns if c.startswith("P_")}}
-    loss = float(form.predict(numbers, run)[0])
-    losses = _drawn(form, samples, run)
+    run = _run_columns(form, bits, n, d)
+    loss, losses = float(form.predict(numbers, run)[0]), _drawn(form, samples, run)
     if len(losses) and len(drawn):
         count = min(len(losses), len(drawn))
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = central(losses, asked)
+    low, high = central(losses, _asked(law, None))
     critical = qat = math.nan
-    if is_quantized:
-        critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=serve_bits))
-        qat = float(qat_share(N=n, D=d, bits=serve_bits))
+    if served < bits:
+        critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))
+        qat = float(qat_share(N=n, D=d, bits=served))
         if d > critical:
             notes = (*notes, "more tokens than D_crit: training on makes what is served worse")
-    return Row(bits, n, d, loss + added, low, high, added, critical, qat, n * served / 8, notes)
+    fits = n <= budget.most(bits) * (1 + 1e-9)
+    nbytes = n * served / 8
+    if not fits:
+        notes = (
+            *notes,
+            f"the weights take {nbytes:.3g} bytes, more than memory's {budget.memory:.3g}",
+        )
+    outside = tuple(name for name, *_ in _outside(law, ptq, bits, n, d, served))
+    return Row(
+        bits, n, d, loss + added, low, high, added, critical, qat, nbytes, fits, outside, notes
+    )
 
 
-def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, list]) -> np.ndarray:
+def _outside(law: Any, ptq: Any, bits: float, n: float, d: float, served: float) -> list[tuple]:
+    """(column, value, low, high, law) wherever a run leaves what a law was fitted over."""
+    found = {}
+    for source in (law, *([ptq] if served < bits else [])):
+        values = {"N": n, "D": d, "P_post": served, "P_w": bits, "P_a": bits, "P_kv": bits}
+        for name, (low, high) in source.within.items():
+            if name in values and not low <= values[name] <= high:
+                found.setdefault(name, (name, values[name], low, high, source.law.name))
+    return list(found.values())
+
+
+def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, Any]) -> np.ndarray:
     """The law's prediction for a run over bootstraps; empty without."""
     if not samples:
         return np.empty(0)
@@ -247,17 +356,17 @@ def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, list])
 
 
 def _warnings(law, ptq, rows, best: Row, serve_bits) -> tuple[str, ...]:
-    said = list(best.notes)
-    for source in (law, *([ptq] if ptq is not None and serve_bits is not None else [])):
-        values = {"N": best.N, "D": best.D, "P_post": serve_bits}
-        values |= {name: best.bits for name in source.within if name in ("P_w", "P_a", "P_kv")}
-        for name, (low, high) in source.within.items():
-            value = values.get(name)
-            if value is not None and not low <= value <= high:
-                said.append(
-                    f"{name} = {value:.3g} lies outside {low:.3g} to {high:.3g}, over which "
-                    f"{source.law.name} was fitted"
-                )
+    said, served = list(best.notes), best.bits if serve_bits is None else min(best.bits, serve_bits)
+    said += [
+        f"{name} = {value:.3g} lies outside {low:.3g} to {high:.3g}, over which {of} was fitted"
+        for name, value, low, high, of in _outside(law, ptq, best.bits, best.N, best.D, served)
+    ]
+    if served < best.bits < FULL_BITS:
+        said.append(
+            f"what serving in {served:g} bits adds is that of models trained in {FULL_BITS} bits; training "
+            f"in {best.bits:g} may lower it"
+        )
+    for source in (law, *([ptq] if served < best.bits else [])):
         said += getattr(source, "warnings", ())
     if best.bits in (rows[0].bits, rows[-1].bits) and len(rows) > 1:
         said.append(f"the best precision, {best.bits:g} bits, is the last that was looked at")

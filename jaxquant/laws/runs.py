@@ -1,0 +1,143 @@
+"""Runs that a law can be fitted to: their columns, checked, with words for what is wrong."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxquant.laws.law import Columns, Law, check_law, read_columns
+
+_SAME = ("tokenizer", "vocab_size")  # columns in which runs to compare agree
+_MOST_BITS = 64
+
+
+def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
+    """(the law's columns, its target), where they are fit for a fit.
+
+    Raises:
+        ValueError: as of `fit`.
+    """
+    check_law(law)
+    _check_kind(runs)
+    columns = read_columns(runs, (*law.columns, law.target))
+    target = columns.pop(law.target)
+    least = len(law.parameters) + 3  # so that a criterion corrected for few runs has a value
+    if len(target) < least:
+        raise ValueError(
+            f"{law.name} has {len(law.parameters)} parameters and needs {least} runs or more; "
+            f"got {len(target)}"
+        )
+    for name, column in columns.items():
+        if np.unique(column).size < 2:
+            raise ValueError(
+                f"all runs have {name} = {column[0]:g}: what it does cannot be told; give runs that differ "
+                "in it, or a law without it"
+            )
+        if name.startswith("P_") and column.max() > _MOST_BITS:
+            raise ValueError(f"{name} holds bits, up to {_MOST_BITS}; got {column.max():g}")
+    if np.unique(target).size < 2:
+        raise ValueError(f"all runs have {law.target} = {target[0]:g}: there is nothing to fit")
+    if law.check_fit is not None:
+        law.check_fit(columns)
+    _check_floor(law, runs, target)
+    for name in _SAME:
+        _check_one(runs, name)
+    return columns, target
+
+
+def repeated(columns: Columns, target: np.ndarray) -> int:
+    """How many runs are in every column what an earlier one is."""
+    table = np.stack([*columns.values(), target], axis=1)
+    return len(table) - len(np.unique(table, axis=0))
+
+
+def number_column(runs: Any, name: str, count: int) -> np.ndarray:
+    """Another column of numbers, one a run.
+
+    Raises:
+        ValueError: it is missing, of another length, or holds what is no finite number.
+    """
+    column = _optional(runs, name)
+    if column is None:
+        raise ValueError(f"runs have no column {name!r}")
+    try:
+        found = np.asarray(column, np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"column {name!r} holds numbers; got {column!r}") from None
+    if found.shape != (count,) or not np.isfinite(found).all():
+        raise ValueError(f"column {name!r} holds {count} finite numbers, one a run")
+    return found
+
+
+def places(runs: Any, groups: str | None, count: int) -> np.ndarray:
+    """The number of the unit that each run belongs to: itself, or its group.
+
+    Raises:
+        ValueError: a column of groups that is not there, or has one group alone.
+    """
+    if groups is None:
+        return np.arange(count)
+    column = _optional(runs, groups) if isinstance(groups, str) else None
+    if column is None:
+        raise ValueError(f"groups names a column of the runs; they have no {groups!r}")
+    column = np.array([str(x) for x in np.asarray(column, object).ravel()])
+    if len(column) != count:
+        raise ValueError(f"column {groups!r} has {len(column)} groups for {count} runs")
+    _, place = np.unique(column, return_inverse=True)
+    if place.max() < 1:
+        raise ValueError(f"column {groups!r} has one group alone; resampling needs several")
+    return place
+
+
+def _check_kind(runs: Any) -> None:
+    is_table = isinstance(runs, Mapping) or hasattr(runs, "columns") or _names(runs) is not None
+    if not is_table:
+        raise ValueError(
+            "runs are a mapping of columns, such as a data frame or a dict of arrays; got a "
+            f"{type(runs).__name__}"
+        )
+
+
+def _names(runs: Any) -> Any:
+    """The fields of an array of records."""
+    return getattr(getattr(runs, "dtype", None), "names", None)
+
+
+def _check_floor(law: Law, runs: Any, target: np.ndarray) -> None:
+    floor = _optional(runs, "entropy_rate")
+    if law.target != "loss" or floor is None:
+        return
+    values = np.asarray(floor, object).ravel()
+    try:
+        known = np.array([math.nan if x is None else float(x) for x in values])
+        known = np.broadcast_to(known, target.shape)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"column 'entropy_rate' holds a number, or none, a run; got {floor!r}"
+        ) from None
+    below = np.flatnonzero(target < known)
+    if below.size:
+        i = below[0]
+        raise ValueError(
+            f"run {i} has a loss of {target[i]:.4g}, below the source's entropy of {known[i]:.4g} "
+            "nats per token"
+        )
+
+
+def _check_one(runs: Any, name: str) -> None:
+    column = _optional(runs, name)
+    if column is None:
+        return
+    values = sorted({str(x) for x in np.asarray(column, object).ravel()})
+    if len(values) > 1:
+        raise ValueError(
+            f"losses per token of several tokenizers cannot be compared; got {name} {', '.join(values)}"
+        )
+
+
+def _optional(runs: Any, name: str) -> Any:
+    try:
+        return runs[name]
+    except (KeyError, IndexError, TypeError, ValueError):
+        return None
