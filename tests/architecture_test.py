@@ -133,7 +133,12 @@ EXPERIMENTS = [
         "pretrained_quantization.study",
         "pretrained_quantization.__main__",
     ],
-    ["ptq_overtraining.analysis", "ptq_overtraining.figures", "ptq_overtraining.report"],
+    [
+        "ptq_overtraining.analysis",
+        "ptq_overtraining.added_laws",
+        "ptq_overtraining.figures",
+        "ptq_overtraining.report",
+    ],
     ["ptq_overtraining.study", "ptq_overtraining.__main__"],
     [
         "optimizer_states.arms",

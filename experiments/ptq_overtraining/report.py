@@ -10,7 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.harness import report
-from experiments.ptq_overtraining import figures
+from experiments.harness.law_tables import plain
+from experiments.ptq_overtraining import added_laws, figures
 from experiments.ptq_overtraining.analysis import (
     KUMAR_EXPONENT,
     SCHEDULE_NAMES,
@@ -160,8 +161,8 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
         records: of finished trials.
         expected: how many trials the grid has.
     """
-    summary = summarize(records, expected)
     added, base = added_loss(records), base_loss(records)
+    summary = summarize(records, expected) | {"laws": plain(added_laws.summaries(added))}
     sections = [_question(summary, added)]
     effect = summary["headline"]["cosine_minus_wsd"]
     if effect:
@@ -180,6 +181,7 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
                 figures=[figures.exponent(exponents(added))],
                 tables=[(_EXPONENT_CAPTION, _exponent_table(exponents(added)))],
             ),
+            *([added_laws.section(summary["laws"])] if summary["laws"] else []),
             report.Section(
                 "The models themselves",
                 tables=[
