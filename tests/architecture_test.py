@@ -86,6 +86,7 @@ LIBRARY = [
 EXPERIMENTS = [
     [
         "harness.files",
+        "harness.packages",
         "harness.stopping",
         "harness.watchdog",
         "harness.guarding",
@@ -163,6 +164,7 @@ EXPERIMENTS = [
         "training_precision.study",
         "training_precision.__main__",
         "plan",
+        "fetch",
     ],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
     [
