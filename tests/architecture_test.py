@@ -100,6 +100,7 @@ EXPERIMENTS = [
     ],
     [
         "harness.data.markov",
+        "harness.data.shards",
         "harness.data.corpus",
         "harness.data.paths",
         "harness.data.tokenizers",
@@ -165,6 +166,7 @@ EXPERIMENTS = [
         "training_precision.__main__",
         "plan",
         "fetch",
+        "tokenize",
     ],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
     [
