@@ -1,5 +1,6 @@
 """Larger corpora: token files, tokenizers, ArrayRecord, Hugging Face's datasets."""
 
+import importlib.util
 import json
 
 import numpy as np
@@ -330,13 +331,14 @@ def test_documents_are_read_once_each_epoch_and_some_are_held_out(corpus, tokeni
 
 def test_a_position_of_documents_is_exact(corpus):
     whole = take(data.train_batches(corpus, 16, 4, 0), 60)  # a few epochs
-    for stop in (1, 20, 45):
-        first = data.train_batches(corpus, 16, 4, 0)
-        take(first, stop)
-        state = json.loads(json.dumps(first.get_state()))
-        second = data.train_batches(corpus, 16, 4, 0)
-        second.set_state(state)
-        np.testing.assert_array_equal(take(second, 60 - stop), whole[stop:])
+    for stops in ((1,), (20,), (45,), (7, 9, 30)):  # also of a run that has gone on before
+        batches, at = data.train_batches(corpus, 16, 4, 0), 0
+        for stop in stops:
+            np.testing.assert_array_equal(take(batches, stop - at), whole[at:stop])
+            state, at = json.loads(json.dumps(batches.get_state())), stop
+            batches = data.train_batches(corpus, 16, 4, 0)
+            batches.set_state(state)
+        np.testing.assert_array_equal(take(batches, 60 - at), whole[at:])
 
 
 @pytest.mark.parametrize("shares", [2, 4])
@@ -402,3 +404,19 @@ def test_a_dataset_that_breaks_off_says_so(tmp_path):
     ):
         with pytest.raises(RuntimeError, match=r"broke off: .*; the same command goes on"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("missing", "read"),
+    [
+        ("datasets", lambda: load("huggingface", "name")),
+        ("tokenizers", lambda: data.load("sotu", tokenizer="a-name-of-none")),
+    ],
+)
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, missing, read):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
+        read()
