@@ -67,6 +67,8 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
     with files.alone(workdir):
         meta, progress = _found(workdir, identity)
         if meta is not None:
+            # There still if it was killed before it could say that all is written.
+            (workdir / tokens.UNFINISHED).unlink(missing_ok=True)
             return meta
         dtype = np.dtype(np.uint16 if corpus.vocab_size <= 2**16 else np.uint32)
         held_out: Any = corpus.evaluation["valid"]
@@ -79,7 +81,7 @@ def run(config: Config, workdir: str | Path) -> dict[str, Any]:
             "sha256": {path.name: _digest(path) for path in sorted(workdir.glob("*.bin"))},
         }
         files.write_json(workdir / tokens.META, meta)
-        (workdir / tokens.UNFINISHED).unlink()
+        (workdir / tokens.UNFINISHED).unlink(missing_ok=True)
     return meta
 
 

@@ -86,6 +86,7 @@ LIBRARY = [
 EXPERIMENTS = [
     [
         "harness.files",
+        "harness.packages",
         "harness.stopping",
         "harness.watchdog",
         "harness.guarding",
@@ -99,6 +100,7 @@ EXPERIMENTS = [
     ],
     [
         "harness.data.markov",
+        "harness.data.shards",
         "harness.data.corpus",
         "harness.data.paths",
         "harness.data.tokenizers",
@@ -168,6 +170,8 @@ EXPERIMENTS = [
         "training_precision.study",
         "training_precision.__main__",
         "plan",
+        "fetch",
+        "tokenize",
     ],
     ["benchmark.lm", "benchmark.variants", "benchmark.step"],
     [

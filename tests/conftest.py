@@ -5,10 +5,12 @@ sets a level in XLA_FLAGS gets that one, as CI does for the long tests.
 """
 
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -45,6 +47,21 @@ def _children_share_what_they_compile(tmp_path_factory):
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
         patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         yield
+
+
+def deb(content: dict[str, bytes]) -> bytes:
+    """An ar archive with a first member of odd size and the content as data.tar.xz."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
+        for name, body in content.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(body)
+            archive.addfile(member, io.BytesIO(body))
+    package = b"!<arch>\n"
+    for name, body in (("debian-binary", b"2.0"), ("data.tar.xz", stream.getvalue())):
+        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n".encode()
+        package += body + b"\n" * (len(body) % 2)
+    return package
 
 
 def study_command(workdir, *flags: str, study: str = "ptq_overtraining") -> list[str]:

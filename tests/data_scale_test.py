@@ -1,12 +1,14 @@
 """Larger corpora: token files, tokenizers, ArrayRecord, Hugging Face's datasets."""
 
+import importlib.util
 import json
 
 import numpy as np
 import pytest
 
 from experiments.harness import data
-from experiments.harness.data import array_records, hub, tokens
+from experiments.harness.data import array_records, hub, shards, tokenizers, tokens
+from experiments.harness.data.corpus import of_splits
 
 array_record = pytest.importorskip("array_record.python.array_record_module")
 library = pytest.importorskip("tokenizers")
@@ -53,8 +55,66 @@ def test_shards_are_one_sequence(tmp_path, dtype):
 )
 def test_any_part_of_shards_is_that_of_the_whole(at):
     whole = np.arange(10)
-    shards = tokens.Shards([whole[:4], whole[4:5], whole[5:]])
-    np.testing.assert_array_equal(shards[at], whole[at])
+    parts = shards.Shards([whole[:4], whole[4:5], whole[5:]])
+    np.testing.assert_array_equal(parts[at], whole[at])
+    for start, stop in ((0, 10), (3, 8), (4, 5), (7, 7), (0, 0), (10, 10)):
+        part = parts.cut(start, stop)
+        assert part.size == stop - start
+        np.testing.assert_array_equal(part[at], whole[start:stop][at])
+
+
+def test_shards_are_cut_without_a_copy(tmp_path):
+    for name in ("a.bin", "b.bin"):
+        llm_c(tmp_path / name, np.arange(1000))
+    found = data.load("tokens", str(tmp_path))
+    for split in (found.train, found.evaluation["valid"]):
+        assert all(isinstance(part, np.memmap) for part in split._parts)
+    assert (found.train.size, found.evaluation["valid"].size) == (1800, 200)
+
+
+def test_a_large_corpus_is_known_by_a_sample_whatever_its_files(tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.harness.data.corpus._HASHED_TOKENS", 4096)
+    views = shards.Shards._views
+    read = []
+
+    def watched(self, start, stop):
+        read.append(stop - start)
+        return views(self, start, stop)
+
+    content = np.random.default_rng(0).integers(0, 999, 9000)
+    prints = []
+    for name, cuts in (("one", []), ("many", [10, 4000, 4001]), ("other", [])):
+        if name == "other":
+            content[-1] += 1
+        for i, part in enumerate(np.split(content, cuts)):
+            llm_c(tmp_path / name / f"{i}.bin", part)
+        found = data.load("tokens", str(tmp_path / name))
+        with monkeypatch.context() as patch:
+            patch.setattr(shards.Shards, "_views", watched)
+            of_splits("", found.train, found.evaluation["valid"], None, 999)
+        prints.append(found.fingerprint)
+    # Neighbours alone of the training split, 8100 tokens, and all of the other.
+    assert sorted(set(read)) == [4, 900]
+    assert sum(read) == 3 * (4096 + 900)
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_corpus_too_large_to_be_read_through_has_a_stated_vocabulary(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokens, "_READ_THROUGH", 500)
+    llm_c(tmp_path / "a.bin", np.arange(1000))
+    with pytest.raises(ValueError, match=r"the 1,000 tokens at .* --config.vocab_size"):
+        data.load("tokens", str(tmp_path))
+    found = data.load("tokens", str(tmp_path), vocab_size=1000)
+    assert found.vocab_size == 1000
+    assert take(data.train_batches(found, 16, 4, 0), 14).max() > 800
+    found = data.load("tokens", str(tmp_path), vocab_size=800)
+    with pytest.raises(ValueError, match="a vocabulary of 800 has no token"):
+        take(data.train_batches(found, 16, 4, 0), 14)
+    (tmp_path / "meta.json").write_text(json.dumps({"vocab_size": 1024}))
+    for where in (tmp_path, tmp_path / "*.bin"):
+        assert data.load("tokens", str(where)).vocab_size == 1024
+    np.save(tmp_path / "t.npy", np.arange(1000))  # as ever, and no meta.json counts
+    assert data.load("tokens", str(tmp_path / "t.npy")).vocab_size == 1000
 
 
 def test_files_named_val_are_held_out(tmp_path):
@@ -98,6 +158,13 @@ WRONG_VERSION = np.array([20240520, 3] + [0] * 254, np.int32)
         (
             lambda d: (llm_c(d / "a.bin", range(99)), (d / "meta.json").write_text("{")),
             "says no vocab_size",
+        ),
+        (
+            lambda d: (
+                llm_c(d / "a.bin", range(99)),
+                (d / "meta.json").write_text('{"vocab_size": 0}'),
+            ),
+            "says a vocab_size of 0; it is 1 to",
         ),
     ],
 )
@@ -162,6 +229,25 @@ def test_bad_tokenizers_are_named(tmp_path, name, message):
         library.Tokenizer(library.models.WordLevel({"a": 0}, unk_token="a")).save(str(path))
     with pytest.raises(ValueError, match=message):
         data.load("sotu", tokenizer=str(path) if name in ("{}", "bare") else name)
+
+
+def test_a_tokenizer_does_what_it_says_and_no_more(tmp_path, tokenizer):
+    """Some come set to cut and pad, to take special tokens from text, or with numbers left out."""
+    plain = tokenizers.load(str(tokenizer))
+    found = library.Tokenizer.from_file(str(tokenizer))
+    found.enable_truncation(3)
+    found.enable_padding(length=64)
+    found.save(str(tmp_path / "tokenizer.json"))
+    set_ = tokenizers.load(str(tmp_path))
+    for text in (b"a", b"a long text " * 9, b"one<|endoftext|>two"):
+        np.testing.assert_array_equal(set_.encode(text), plain.encode(text))
+        assert plain.separator not in plain.encode(text)
+        assert found.decode(plain.encode(text).tolist()).encode() == text
+    model = library.models.WordLevel({"</s>": 0, "far": 70_000}, unk_token="</s>")
+    library.Tokenizer(model).save(str(tmp_path / "gap.json"))
+    gap = tokenizers.load(str(tmp_path / "gap.json"))
+    assert gap.vocab_size == 70_001
+    assert gap.encode(b"far").tolist() == [70_000]
 
 
 # ---- documents
@@ -245,13 +331,14 @@ def test_documents_are_read_once_each_epoch_and_some_are_held_out(corpus, tokeni
 
 def test_a_position_of_documents_is_exact(corpus):
     whole = take(data.train_batches(corpus, 16, 4, 0), 60)  # a few epochs
-    for stop in (1, 20, 45):
-        first = data.train_batches(corpus, 16, 4, 0)
-        take(first, stop)
-        state = json.loads(json.dumps(first.get_state()))
-        second = data.train_batches(corpus, 16, 4, 0)
-        second.set_state(state)
-        np.testing.assert_array_equal(take(second, 60 - stop), whole[stop:])
+    for stops in ((1,), (20,), (45,), (7, 9, 30)):  # also of a run that has gone on before
+        batches, at = data.train_batches(corpus, 16, 4, 0), 0
+        for stop in stops:
+            np.testing.assert_array_equal(take(batches, stop - at), whole[at:stop])
+            state, at = json.loads(json.dumps(batches.get_state())), stop
+            batches = data.train_batches(corpus, 16, 4, 0)
+            batches.set_state(state)
+        np.testing.assert_array_equal(take(batches, 60 - at), whole[at:])
 
 
 @pytest.mark.parametrize("shares", [2, 4])
@@ -303,3 +390,33 @@ def test_bad_documents_are_named(tmp_path, call, message):
     (tmp_path / "a.csv").write_text("text\none\n")
     with pytest.raises(ValueError, match=message):
         next(data.train_batches(call(tmp_path), 16, 2, 0))
+
+
+def test_a_dataset_that_breaks_off_says_so(tmp_path):
+    for name in ("0.jsonl", "1.jsonl"):
+        (tmp_path / name).write_text('{"text": "one"}\n' * 40)
+    found = load("huggingface", tmp_path)
+    (tmp_path / "1.jsonl").write_text('{"text": \n')
+    for read in (
+        lambda: next(data.train_batches(found, 16, 2, 0)),
+        lambda: [*found.train.in_order(0)],
+        lambda: load("huggingface", tmp_path),  # as it looks for what is held out
+    ):
+        with pytest.raises(RuntimeError, match=r"broke off: .*; the same command goes on"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("missing", "read"),
+    [
+        ("datasets", lambda: load("huggingface", "name")),
+        ("tokenizers", lambda: data.load("sotu", tokenizer="a-name-of-none")),
+    ],
+)
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch, missing, read):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else found(name)
+    )
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[hub\]'"):
+        read()

@@ -1,12 +1,11 @@
 import gzip
 import hashlib
-import io
 import struct
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import deb
 
 from experiments.harness import images
 
@@ -106,21 +105,6 @@ def test_the_published_files():
     assert (len(found.train), len(found.valid), len(found.test)) == (54_000, 6_000, 10_000)
     assert np.bincount(found.test.labels).tolist() == [1000] * 10
     assert found.fingerprint == "985f2b3386c1b70c"
-
-
-def deb(content: dict[str, bytes]) -> bytes:
-    """An ar archive with a first member of odd size and the content as data.tar.xz."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w:xz") as archive:
-        for name, body in content.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(body)
-            archive.addfile(member, io.BytesIO(body))
-    package = b"!<arch>\n"
-    for name, body in (("debian-binary", b"2.0"), ("data.tar.xz", stream.getvalue())):
-        package += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(body):<10}`\n".encode()
-        package += body + b"\n" * (len(body) % 2)
-    return package
 
 
 def test_the_package_is_unpacked_if_it_is_the_pinned_one(tmp_path, folder, monkeypatch):

@@ -406,6 +406,15 @@ def test_labels_of_text_are_the_next_tokens_and_groups_their_documents(text):
             assert split.groups[row, i] == f"document {number}"
 
 
+def test_more_documents_than_bytes_are_told_apart(tmp_path):
+    for i in range(3000):
+        (tmp_path / f"{i:04}.txt").write_text("0123456789")
+    corpus = data.load("text", str(tmp_path))
+    groups = tasks._documents(corpus, "valid", 11, 300)
+    assert groups is not None
+    assert groups[:, 0].tolist() == [f"document {i}" for i in range(1, 300)]
+
+
 def test_data_that_changed_is_an_error(digits):
     with pytest.raises(RuntimeError, match="changed"):
         tasks.make_task(dataclasses.replace(digits.settings, fingerprint="another"))

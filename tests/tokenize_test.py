@@ -1,8 +1,10 @@
 """Tokens written once: whole or to be gone on with, and the same as those read at first hand."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,6 +68,21 @@ def test_stopped_it_goes_on_to_the_same_bytes(tmp_path, lines, monkeypatch, stop
         data.load("tokens", str(tmp_path / "w"))
     run(lines, tmp_path / "w")
     assert contents(tmp_path / "w") == contents(tmp_path / "whole")
+
+
+def test_killed_at_the_very_end_it_is_whole_the_next_time(tmp_path, lines, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(lines, tmp_path / "w")
+    meta = run(lines, tmp_path / "w")
+    assert data.load("tokens", str(tmp_path / "w")).train.size == meta["tokens"]["train"]
+
+
+def killed(self, missing_ok=False):
+    if self.name == tokens.UNFINISHED:
+        raise KeyboardInterrupt
+    self.exists() and os.remove(self)
 
 
 def test_text_is_cut_into_shards(tmp_path):

@@ -7,17 +7,14 @@ position is a small state that can be checkpointed, and each process of a run re
 import dataclasses
 import gzip
 import hashlib
-import io
 import math
-import tarfile
-import urllib.request
 import zlib
 from pathlib import Path
 
 import grain.python as grain
 import numpy as np
 
-from experiments.harness import files
+from experiments.harness import files, packages
 
 SOURCES = ("fashion_mnist", "digits")
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
@@ -235,32 +232,13 @@ def fetch_fashion_mnist(folder: str | Path, url: str = PACKAGE_URL) -> Path:
         The folder, for `load`.
 
     Raises:
-        OSError: the mirror cannot be reached.
-        ValueError: what came is not the pinned package.
+        RuntimeError: the mirror cannot be reached.
+        ValueError: it is not there, or what came is not the pinned package.
     """
-    with urllib.request.urlopen(url, timeout=60) as response:
-        package = response.read()
-    found = hashlib.sha256(package).hexdigest()
-    if found != PACKAGE_SHA256:
-        raise ValueError(f"{url} has SHA-256 {found}; expected {PACKAGE_SHA256}")
-    with tarfile.open(fileobj=io.BytesIO(_ar_member(package, "data.tar"))) as archive:
-        for member in archive:
-            target = Path(member.name)
-            content = archive.extractfile(member)
-            if content is not None and target.name.endswith("ubyte.gz"):
-                files.write(Path(folder) / target.name, content.read())
+    for name, content in packages.contents(packages.fetch(url, PACKAGE_SHA256)):
+        if name.endswith("ubyte.gz"):
+            files.write(Path(folder) / Path(name).name, content)
     return Path(folder)
-
-
-def _ar_member(archive: bytes, prefix: str) -> bytes:
-    """The first member of an ar archive whose name begins so: 60 bytes of header, padded to even."""
-    at = len(b"!<arch>\n")
-    while at < len(archive):
-        name, size = archive[at : at + 16].decode("ascii"), int(archive[at + 48 : at + 58])
-        if name.startswith(prefix):
-            return archive[at + 60 : at + 60 + size]
-        at += 60 + size + size % 2
-    raise ValueError(f"the archive has no member {prefix}*")
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -298,12 +298,14 @@ def _language(settings: Settings, corpus: data.Corpus) -> Task:
 def _documents(corpus: data.Corpus, name: str, length: int, count: int) -> np.ndarray | None:
     """The document of each predicted token, "document 3" as they follow each other in the split."""
     tokens = corpus.evaluation[name]
-    if not isinstance(tokens, np.ndarray):
+    if isinstance(tokens, data.MarkovSource):
         return None
     # A separator belongs to the document that it ends.
-    ends = tokens == data.SEPARATOR[0]
-    number = np.cumsum(ends) - ends
-    numbered = dataclasses.replace(corpus, evaluation={name: number.astype(np.int32)})
+    ends = tokens[:] == data.SEPARATOR[0]
+    number = (np.cumsum(ends) - ends).astype(np.int32)
+    numbered = dataclasses.replace(
+        corpus, evaluation={name: number}, vocab_size=int(number[-1]) + 1
+    )
     windows = data.evaluation_windows(numbered, name, length, count)[:, 1:]
     return np.char.add("document ", (windows + 1).astype(str))
 

@@ -164,7 +164,12 @@ def make_guard(config: Config) -> Guard:
 def load_corpus(config: Config) -> data.Corpus:
     """What the run reads."""
     return data.load_any(
-        config.data, config.data_path, config.shift_path, config.tokenizer, config.data_field
+        config.data,
+        config.data_path,
+        config.shift_path,
+        config.tokenizer,
+        config.data_field,
+        config.vocab_size,
     )
 
 

@@ -8,10 +8,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from experiments.harness.data.markov import MarkovSource
+from experiments.harness.data.shards import Shards
 
 HELD_OUT_EVERY = 10  # every tenth training document is held out for `valid`
 LARGEST_VOCABULARY = 2**20
-_HASHED_TOKENS = 2**26  # a corpus beyond this is known by evenly spaced samples
+_HASHED_TOKENS = 2**26  # a corpus beyond this is known by a sample spread evenly
 
 
 class Tokens(Protocol):
@@ -79,9 +80,16 @@ def of_splits(
     evaluation = {"valid": valid} | ({"shift": shift} if shift.size else {})
     digest = hashlib.sha256()
     for split in (train, valid, shift):
-        sample = split[:: 1 + split.size // _HASHED_TOKENS]
+        sample = _sample(split)
         digest.update(f"{split.size}:{split.dtype}:".encode() + sample.tobytes())
     return Corpus(name, train, evaluation, vocab_size, digest.hexdigest()[:16])
+
+
+def _sample(tokens: Tokens) -> np.ndarray:
+    """Of a large sequence a part; every so manieth token would touch all pages of a file."""
+    if isinstance(tokens, Shards):
+        return tokens.sample(_HASHED_TOKENS)
+    return tokens[:: 1 + tokens.size // _HASHED_TOKENS]
 
 
 def hold_out(documents: Sequence[bytes]) -> tuple[list[bytes], list[bytes]]:

@@ -2,7 +2,7 @@
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,12 @@ class HubDataset:
 
     def held_out(self) -> Iterator[bytes]:
         first = self._rows().take(HELD_OUT * HELD_OUT_EVERY)
-        for index, row in enumerate(first):
+        for index, row in enumerate(self.unbroken(first)):
             if _is_held_out(index):
                 yield self.text(row)
 
     def in_order(self, start: int) -> Iterator[bytes]:
-        return (self.text(row) for row in self.others().skip(start))
+        return (self.text(row) for row in self.unbroken(self.others().skip(start)))
 
     def shuffled(self, seed: int) -> grain.IterDataset:
         return experimental.WindowShuffleIterDataset(_Stream(self), window_size=_WINDOW, seed=seed)
@@ -75,6 +75,20 @@ class HubDataset:
     def others(self) -> Any:
         """The rows that are not held out, as the library has them."""
         return self._rows().filter(lambda row, i: not _is_held_out(i), with_indices=True)
+
+    def unbroken(self, rows: Iterable[Any]) -> Iterator[Any]:
+        """The rows; the library itself tries again, for minutes, where a connection is lost.
+
+        Raises:
+            RuntimeError: they cannot be read on.
+        """
+        try:
+            yield from rows
+        except Exception as error:  # of the network's libraries, and of each kind of file's
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise RuntimeError(
+                f"dataset {self.name} broke off: {reason}; the same command goes on from what is saved"
+            ) from error
 
     def text(self, row: dict[str, Any]) -> bytes:
         """A row's document."""
@@ -120,7 +134,7 @@ class _StreamIterator(grain.DatasetIterator):
     def __init__(self, dataset: HubDataset):
         super().__init__()
         self._dataset, self._others = dataset, dataset.others().repeat(None)
-        self._rows = iter(self._others)
+        self._rows = dataset.unbroken(self._others)
 
     def __next__(self) -> bytes:
         return self._dataset.text(next(self._rows))
@@ -131,4 +145,4 @@ class _StreamIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         self._others = self._dataset.others().repeat(None)
         self._others.load_state_dict(state)
-        self._rows = iter(self._others)
+        self._rows = self._dataset.unbroken(self._others)

@@ -14,7 +14,9 @@ DOCUMENTS = ("arrayrecord", "huggingface")
 _WITH_PATH = ("text", "tokens")
 
 
-def load(source: str, path: str = "", shift_path: str = "", tokenizer: str = "") -> Corpus:
+def load(
+    source: str, path: str = "", shift_path: str = "", tokenizer: str = "", vocab_size: int = 0
+) -> Corpus:
     """Loads a corpus whose tokens are at hand.
 
     Args:
@@ -25,6 +27,7 @@ def load(source: str, path: str = "", shift_path: str = "", tokenizer: str = "")
         shift_path: text or tokens to evaluate on that are unlike the training text; may be empty.
         tokenizer: of text: a ``tokenizer.json``, a folder with one, or a name on Hugging Face's hub; bytes
             where empty.
+        vocab_size: of tokens too many to be looked through, as of `load_tokens`; else not used.
 
     Raises:
         ValueError: an unknown source; a path missing, empty, unreadable or not of the source's kind; a
@@ -51,7 +54,7 @@ def load(source: str, path: str = "", shift_path: str = "", tokenizer: str = "")
         return text.load_sotu(tokenizers.load(tokenizer))
     if source == "text":
         return text.load_text(path, shift_path, tokenizers.load(tokenizer))
-    return _generated() if source == "generated" else load_tokens(path, shift_path)
+    return _generated() if source == "generated" else load_tokens(path, shift_path, vocab_size)
 
 
 def load_documents(source: str, path: str, tokenizer: str = "", field: str = "") -> Corpus:
@@ -77,7 +80,9 @@ def load_documents(source: str, path: str, tokenizer: str = "", field: str = "")
     return documents.of_source(kind(path, field), encoder)
 
 
-def load_any(source: str, path: str, shift_path: str, tokenizer: str, field: str) -> Corpus:
+def load_any(
+    source: str, path: str, shift_path: str, tokenizer: str, field: str, vocab_size: int = 0
+) -> Corpus:
     """`load` or `load_documents`.
 
     Raises:
@@ -88,7 +93,7 @@ def load_any(source: str, path: str, shift_path: str, tokenizer: str, field: str
     if source in SOURCES:
         if field:
             raise ValueError(f"data source {source!r} has no fields; got {field!r}")
-        return load(source, path, shift_path, tokenizer)
+        return load(source, path, shift_path, tokenizer, vocab_size)
     if shift_path:
         raise ValueError(f"data source {source!r} takes no shift_path; got {shift_path!r}")
     return load_documents(source, path, tokenizer, field)

@@ -64,11 +64,18 @@ class Bytes:
 
 
 class Learned:
-    """A tokenizer of Hugging Face's library, without its special tokens but the one between documents."""
+    """A tokenizer of Hugging Face's library, without its special tokens but the one between documents.
+
+    Text that spells a special token is text, and no document is cut or padded, as some tokenizers would.
+    """
 
     def __init__(self, name: str, tokenizer: Any):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
         self.name, self._tokenizer = name, tokenizer
-        self.vocab_size = tokenizer.get_vocab_size(with_added_tokens=True)
+        # Tokens may be numbered with gaps.
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0) + 1
         found = (tokenizer.token_to_id(end) for end in _ENDS)
         separator = next((token for token in found if token is not None), None)
         if separator is None:

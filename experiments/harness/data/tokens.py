@@ -16,6 +16,7 @@ from experiments.harness.data.corpus import (
     Tokens,
     of_splits,
 )
+from experiments.harness.data.shards import Shards
 
 META = "meta.json"  # beside shards that experiments.tokenize wrote
 UNFINISHED = "unfinished.json"  # while it has not written them all
@@ -23,70 +24,83 @@ HEADER = 256  # int32 numbers before an llm.c file's tokens: a magic number, a v
 # llm.c's magic number and version, by the type of its tokens: GPT-2's, and Llama 3's.
 MAGIC = {np.dtype(np.uint16): (20240520, 1), np.dtype(np.uint32): (20240801, 7)}
 _CHUNK = 2**26
+_READ_THROUGH = 2**30  # more tokens than these are not read to find the largest
 
 
-class Shards:
-    """Arrays of one type as one sequence, none of which is copied before it is read.
-
-    >>> shards = Shards([np.arange(3), np.arange(3, 5)])
-    >>> shards.size, shards[1:4], shards[::2]
-    (5, array([1, 2, 3]), array([0, 2, 4]))
-    """
-
-    def __init__(self, parts: Sequence[np.ndarray]):
-        self._parts = parts
-        self._ends = np.cumsum([part.size for part in parts])
-        self.size, self.dtype = int(self._ends[-1]), parts[0].dtype
-
-    def __getitem__(self, at: slice) -> np.ndarray:
-        start, stop, step = at.indices(self.size)
-        found, end = [], 0
-        for part in self._parts:
-            begin, end = end, end + part.size
-            first = max(start, begin + (start - begin) % step)
-            if first < min(stop, end):
-                found.append(part[first - begin : min(stop, end) - begin : step])
-        return np.concatenate(found) if found else np.empty(0, self.dtype)
-
-
-def load_tokens(path: str, shift_path: str) -> Corpus:
+def load_tokens(path: str, shift_path: str, vocab_size: int = 0) -> Corpus:
     """A file of tokens, or several one after another.
 
     Of several, those with the word "val" or "valid" in their name are held out, as nanoGPT and llm.c name
     them; where none is, the last tenth of the tokens.
+
+    Args:
+        path: of a file, a folder or a glob.
+        shift_path: of tokens unlike these; may be empty.
+        vocab_size: of what wrote them, for ``.bin`` files of more than 2**30 tokens without ``meta.json``;
+            each batch is held to it.
+
+    Raises:
+        ValueError: no such files, damaged ones, or tokens beyond the vocabulary.
     """
-    if (Path(path) / UNFINISHED).exists():
+    found = paths.files_at(path, ".bin", ".npy")
+    if _beside(found, UNFINISHED) is not None:
         raise ValueError(
             f"{path!r} is not whole: python -m experiments.tokenize has not come to its end there, and the "
             "same command goes on"
         )
-    found = paths.files_at(path, ".bin", ".npy")
     held_out = [p for p in found if re.search(r"(^|[_.-])val(id|idation)?([_.-]|$)", p.name)]
     valid = held_out if len(held_out) < len(found) else []
     train = _read_all([file for file in found if file not in valid])
     shift = _read_all(paths.files_at(shift_path, ".bin", ".npy")) if shift_path else None
-    if valid:
-        splits = train, _read_all(valid)
-    else:
-        cut = train.size - train.size // HELD_OUT_EVERY
-        splits = train[:cut], train[cut:]
+    splits = (train, _read_all(valid)) if valid else _cut(train)
     parts = [*splits, *([shift] if shift is not None else [])]
     if len({part.dtype for part in parts}) > 1:
         raise ValueError(
             f"the splits at {path!r} have tokens of several types: "
             f"{', '.join(str(part.dtype) for part in parts)}"
         )
-    return of_splits(Path(path).name, *splits, shift, vocab_size=_vocab_size(path, parts))
+    known = _vocab_of(found) or _vocab_size(path, parts, vocab_size)
+    return of_splits(Path(path).name, *splits, shift, vocab_size=known)
 
 
-def _vocab_size(path: str, parts: Sequence[Tokens]) -> int:
-    """As ``meta.json`` says, or one more than the largest token."""
-    meta = Path(path) / META
-    if meta.exists():
-        try:
-            return int(json.loads(meta.read_bytes())["vocab_size"])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"'{meta}' says no vocab_size: it is not whole") from None
+def _cut(tokens: Tokens) -> tuple[Tokens, Tokens]:
+    """All but the last tenth, and that."""
+    at = tokens.size - tokens.size // HELD_OUT_EVERY
+    if isinstance(tokens, Shards):
+        return tokens.cut(0, at), tokens.cut(at, tokens.size)
+    return tokens[:at], tokens[at:]
+
+
+def _beside(found: Sequence[Path], name: str) -> Path | None:
+    """A file of the name in the folder of ``.bin`` files, where there is one."""
+    path = found[0].parent / name
+    return path if found[0].suffix == ".bin" and path.exists() else None
+
+
+def _vocab_of(found: Sequence[Path]) -> int | None:
+    """What ``meta.json`` says."""
+    meta = _beside(found, META)
+    if meta is None:
+        return None
+    try:
+        size = json.loads(meta.read_bytes())["vocab_size"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"'{meta}' says no vocab_size: it is not whole") from None
+    if not isinstance(size, int) or not 0 < size <= LARGEST_VOCABULARY:
+        raise ValueError(f"'{meta}' says a vocab_size of {size!r}; it is 1 to {LARGEST_VOCABULARY}")
+    return size
+
+
+def _vocab_size(path: str, parts: Sequence[Tokens], stated: int) -> int:
+    """One more than the largest token; of files that are too large to be read for that, what is stated."""
+    total = sum(part.size for part in parts)
+    if total > _READ_THROUGH and all(isinstance(part, Shards) for part in parts):
+        if not stated:
+            raise ValueError(
+                f"the {total:,} tokens at {path!r} are too many to look for the largest: say their "
+                f"vocabulary, by --config.vocab_size, as 50257, or as vocab_size in {META} beside them"
+            )
+        return stated
     largest = 0
     for part in parts:
         for start in range(0, part.size, _CHUNK):
@@ -108,7 +122,7 @@ def _read_all(found: Sequence[Path]) -> Tokens:
             f"{file.name} {part.dtype}" for file, part in zip(found, parts, strict=True)
         )
         raise ValueError(f"token files that are read together have one type; got {kinds}")
-    return parts[0] if len(parts) == 1 else Shards(parts)
+    return parts[0] if len(parts) == 1 and found[0].suffix == ".npy" else Shards(parts)
 
 
 def _read_npy(file: Path) -> np.ndarray:
