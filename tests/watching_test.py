@@ -133,7 +133,7 @@ def test_a_run_that_goes_on_has_its_own_steps(tmp_path):
     run(tmp_path, 20, Watching(("tensorboard",)))
     run(tmp_path, 40, Watching(("tensorboard",)))
     steps = [step for step, name, _ in events(tmp_path) if name == "loss/train"]
-    assert steps == [5, 10, 15, 20, 25, 30, 35, 40]
+    assert sorted(steps) == [5, 10, 15, 20, 25, 30, 35, 40]
 
 
 def test_a_profile_of_steps_behind_it_is_missed_aloud(tmp_path, caplog):

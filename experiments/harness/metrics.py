@@ -58,7 +58,10 @@ class TensorBoard:
         if self._events is None:  # not sooner: the first step says which ones are superseded
             from tensorboardX import SummaryWriter
 
-            self._events = SummaryWriter(str(self._folder), purge_step=step)
+            # Two of one second would have one name.
+            self._events = SummaryWriter(
+                str(self._folder), purge_step=step, filename_suffix=f".{step}"
+            )
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()
