@@ -9,6 +9,8 @@ from laws_test import ONE, grid, made
 
 from jaxquant import laws
 
+pytestmark = pytest.mark.exhaustive  # our arithmetic alone
+
 KUMAR, ADDED = laws.KUMAR_2024, laws.KUMAR_2024_PTQ
 
 
