@@ -19,12 +19,17 @@ def fit_summary(fitted: laws.Fit) -> dict:
         "runs": fitted.runs,
         "r2": fitted.r2,
         "parameters": [
-            {"name": name, "value": value}
+            {"name": name, "value": value, "is_held": _is_held(fitted, name)}
             | dict(zip(("low", "high"), fitted.interval(name, CONFIDENCE), strict=True))
             for name, value in fitted.params.items()
         ],
         "warnings": list(fitted.warnings),
     }
+
+
+def _is_held(fitted: laws.Fit, name: str) -> bool:
+    """Whether a bound keeps a parameter where it is, so that its interval says nothing."""
+    return any(w.startswith(f"{name} = ") and "sits on its" in w for w in fitted.warnings)
 
 
 def control_summary(control: laws.Control) -> dict:
@@ -74,7 +79,9 @@ def number(value: float | None, form: str = ".3f") -> str:
 
 
 def interval(row: dict, form: str = ".3g") -> str:
-    """A value with its ends, where it has any."""
+    """A value with its ends, where it has any that say something."""
+    if row.get("is_held"):
+        return f"{row['value']:{form}}, its bound: not determined"
     if row.get("low") is None or math.isnan(row["low"]):
         return number(row["value"], form)
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"

@@ -223,7 +223,7 @@ def entropy_check(table: pd.DataFrame, methods: list[dict]) -> list[dict]:
     for method in methods:
         parameters = {p["name"]: p for p in method.get("fit", {}).get("parameters", ())}
         if "E" in parameters:
-            found = {k: parameters["E"][k] for k in ("value", "low", "high")}
+            found = {k: parameters["E"][k] for k in ("value", "low", "high", "is_held")}
             rows.append({"method": method["method"], "entropy": float(known.iloc[0])} | found)
     return rows
 
