@@ -259,8 +259,8 @@ def _entropy_section(rows: list[dict]) -> report.Section:
         for r in rows
     ]
     text = (
-        "The source's entropy is known exactly: a law that is right, and runs that tell, would find it. Where E "
-        "sits at its bound, they do not tell it."
+        "The source's entropy is known exactly: a law that is right, and runs that tell, would find it. "
+        "Where E sits at its bound, they do not tell it."
     )
     return report.Section(
         "Is E found where it is known?", [text], [("nats per token", pd.DataFrame(shown))]
