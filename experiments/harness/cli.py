@@ -82,7 +82,10 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
 def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     """Two passes: the preset first, for it is what --config.FIELD changes."""
     if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
-        _print_help(presets)
+        named = [a.partition("=")[2] for a in argv[1:] if a.lstrip("-").startswith("preset=")]
+        _print_help(
+            presets, next((name for name in named if name in presets), str(FLAGS["preset"].default))
+        )
         sys.exit(0)
     config_arguments = [a for a in argv[1:] if a.startswith(("--config", "-config"))]
     FLAGS([a for a in argv if a not in config_arguments])
@@ -92,7 +95,8 @@ def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     for argument in config_arguments:
         name, _, value = argument.lstrip("-").partition("=")
         field = name.removeprefix("config").removeprefix(".")
-        if not hasattr(preset, field) or not value:
+        may_be_empty = "=" in argument and isinstance(getattr(preset, field, None), str)
+        if not hasattr(preset, field) or not (value or may_be_empty):
             raise ValueError(
                 f"{argument!r} is not --config.FIELD=VALUE with a field of {', '.join(vars(preset))}"
             )
@@ -101,17 +105,17 @@ def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     return FLAGS(argv)
 
 
-def _print_help(presets: Mapping[str, Any]) -> None:
+def _print_help(presets: Mapping[str, Any], chosen: str) -> None:
     FLAGS.mark_as_parsed()
     print(sys.modules["__main__"].__doc__ or "", end="\n\n")
     for module in FLAGS.flags_by_module_dict():
         if module.startswith(("experiments", sys.argv[0])) or module == "__main__":
             _, _, own = FLAGS.module_help(module).lstrip().partition("\n")
             print(own)
-    print(
-        f"\n  --config.FIELD=VALUE changes a field of the preset; here with {FLAGS.preset}'s values:"
-    )
-    for field, value in vars(presets[FLAGS.preset]).items():
+    if not vars(presets[chosen]):
+        return
+    print(f"\n  --config.FIELD=VALUE changes a field of the preset; here with {chosen}'s values:")
+    for field, value in vars(presets[chosen]).items():
         print(f"    --config.{field}={value}")
 
 
@@ -133,7 +137,9 @@ def _quiet() -> None:
 
 
 def _one_line(error: BaseException) -> str:
+    is_pair = len(error.args) > 1 and not isinstance(error, OSError)
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    text = ": ".join(map(str, error.args)) if is_pair else text
     return " ".join(text.split()) or type(error).__name__
 
 

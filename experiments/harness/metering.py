@@ -43,22 +43,29 @@ class Meter:
         found = {}
         if self._started is not None:
             seconds = time.perf_counter() - self._started - saving
-            found = {
-                "seconds_per_step": seconds / steps,
-                "tokens_per_second": steps * self._tokens / seconds,
-                "input_wait": min(1.0, waiting / seconds),
-            }
-            most = peak(self._devices)
-            if most is not None:
-                found["mfu"] = steps * self._flops / seconds / most
+            found = self._figures(seconds / steps, min(1.0, waiting / seconds))
             self._laps.append(found)
         self.start()
         return found
 
     def medians(self) -> dict[str, float]:
-        """Of each figure, over all laps."""
-        names = self._laps[0] if self._laps else ()
-        return {name: statistics.median(lap[name] for lap in self._laps) for name in names}
+        """Of the time of a step and of the wait for input, over all laps; what follows from that time."""
+        if not self._laps:
+            return {}
+        seconds, wait = (
+            statistics.median(lap[name] for lap in self._laps)
+            for name in ("seconds_per_step", "input_wait")
+        )
+        return self._figures(seconds, wait)
+
+    def _figures(self, seconds: float, wait: float) -> dict[str, float]:
+        found = {
+            "seconds_per_step": seconds,
+            "tokens_per_second": self._tokens / seconds,
+            "input_wait": wait,
+        }
+        most = peak(self._devices)
+        return found | ({} if most is None else {"mfu": self._flops / seconds / most})
 
 
 def peak(devices: list[Any]) -> float | None:

@@ -19,10 +19,16 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 AUTOMATIC = "auto"
-_SECONDS = 20  # for all to be there
+SECONDS = 20.0  # for all to be there
+_RUNTIME = 10  # times as long for JAX's runtime to come up, once they are
 
 
-def join(coordinator: str, count: int | None = None, index: int | None = None) -> None:
+def join(
+    coordinator: str,
+    count: int | None = None,
+    index: int | None = None,
+    seconds: float = SECONDS,
+) -> None:
     """Makes this process one of several of a run, before any other use of JAX.
 
     Args:
@@ -30,15 +36,18 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
             address of the first process, as ``10.0.0.2:8476``.
         count: of processes; with an address.
         index: of this one, from 0; with an address.
+        seconds: that the others may take to be there.
 
     Raises:
         ValueError: an address, count or index that no run could have, or that another process has otherwise.
         RuntimeError: the others were not there in time, or this environment names none.
     """
+    if not 0 < seconds < 3600:
+        raise ValueError(f"--join_timeout is a number of seconds, up to 3600; got {seconds}")
     if coordinator == AUTOMATIC:
         if count is not None or index is not None:
             raise ValueError("--processes and --process go with --coordinator=HOST:PORT, not auto")
-        _initialize("this environment")
+        _initialize("this environment", seconds)
         return
     host, port = _address(coordinator)
     if count is None or count < 1:
@@ -46,10 +55,11 @@ def join(coordinator: str, count: int | None = None, index: int | None = None) -
     if index is None or not 0 <= index < count:
         raise ValueError(f"--process is a number from 0 to {count - 1}; got {index}")
     if index == 0:
-        _receive(port, count)
+        _receive(port, count, seconds)
     else:
-        _report(host, port, count, index)
-    _initialize(coordinator, coordinator_address=coordinator, num_processes=count, process_id=index)
+        _report(host, port, count, index, seconds)
+    address = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+    _initialize(coordinator, seconds, **address)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -61,9 +71,9 @@ def _address(text: str) -> tuple[str, int]:
     return found[1] or found[2], int(found[3])
 
 
-def _receive(port: int, count: int) -> None:
+def _receive(port: int, count: int, seconds: float) -> None:
     """The first process: hears from all others, and tells them whether they fit together."""
-    deadline, others, numbers = time.monotonic() + _SECONDS, [], set[int]()
+    deadline, others, numbers = time.monotonic() + seconds, [], set[int]()
     problem = ""
     with contextlib.ExitStack() as open_, _listening(port) as server:
         while len(numbers) < count - 1 and not problem:
@@ -76,7 +86,7 @@ def _receive(port: int, count: int) -> None:
                 continue  # whatever else looks at an open port
             except TimeoutError:
                 missing = min({*range(1, count)} - numbers)
-                problem = f"process {missing} of {count} did not come within {_SECONDS} s"
+                problem = f"process {missing} of {count} did not come within {seconds:g} s"
                 break
             if their_count != count:
                 problem = (
@@ -102,34 +112,34 @@ def _listening(port: int) -> socket.socket:
         ) from None
 
 
-def _report(host: str, port: int, count: int, index: int) -> None:
+def _report(host: str, port: int, count: int, index: int, seconds: float) -> None:
     """Another process: tells the first that it is there, and hears whether all fit together."""
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()
         try:
             with socket.create_connection((host, port), timeout=max(0.01, left)) as first:
                 first.sendall(f"{index} {count}".encode())
-                first.settimeout(_SECONDS + 5)
+                first.settimeout(seconds + 5)
                 answer = first.recv(200).decode()
             break
         except OSError as error:
             if left <= 0:
                 raise RuntimeError(
-                    f"process 0 did not answer at {host}:{port} within {_SECONDS} s: {error}"
+                    f"process 0 did not answer at {host}:{port} within {seconds:g} s: {error}"
                 ) from None
             time.sleep(0.2)
     if answer != "ok":
         raise RuntimeError(answer or f"process 0 at {host}:{port} went away")
 
 
-def _initialize(where: str, **arguments: object) -> None:
-    late = threading.Timer(_SECONDS, _give_up, [where])
+def _initialize(where: str, seconds: float, **arguments: object) -> None:
+    late = threading.Timer(_RUNTIME * seconds, _give_up, [where, _RUNTIME * seconds])
     late.daemon = True
     late.start()
     jax.config.update("jax_enable_preemption_service", True)  # `harness.stopping` asks it
     try:
-        jax.distributed.initialize(initialization_timeout=10 * _SECONDS, **arguments)  # pyright: ignore[reportArgumentType]
+        jax.distributed.initialize(initialization_timeout=int(2 * _RUNTIME * seconds), **arguments)  # pyright: ignore[reportArgumentType]
         jax.devices()  # the processes tell each other of theirs
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
@@ -140,9 +150,9 @@ def _initialize(where: str, **arguments: object) -> None:
         late.cancel()
 
 
-def _give_up(where: str) -> None:
+def _give_up(where: str, seconds: float) -> None:
     """Ends the process: what waits within JAX cannot be interrupted."""
-    text = f"error: the run's processes did not come together by {where} within {_SECONDS} s"
+    text = f"error: the run's processes did not come together by {where} within {seconds:g} s"
     print(text, file=sys.stderr, flush=True)
     os._exit(1)
 

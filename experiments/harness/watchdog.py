@@ -8,6 +8,11 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+_LIBRARY = Path(threading.__file__).parent
+_STANDARD = tuple(
+    str(_LIBRARY / part) for part in ("threading.py", "queue.py", "concurrent", "selectors.py")
+)
+
 
 class Hung(RuntimeError):
     """The input pipeline gave no batch in time. Threads of it may never end: leave without joining them."""
@@ -83,5 +88,7 @@ class Watched:
         frame = frames.get(self._reader.ident or 0) if self._reader else None
         if frame is None:
             return "no longer there"
-        found = traceback.extract_stack(frame)[-1]
+        stack = traceback.extract_stack(frame)
+        own = [f for f in stack if not f.filename.startswith(_STANDARD)]  # not where locks wait
+        found = (own or stack)[-1]
         return f"in {found.name}, {Path(found.filename).name} line {found.lineno}"

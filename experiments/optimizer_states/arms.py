@@ -80,7 +80,7 @@ def moments(arm: str, interval: int, **layout: Any) -> Any:
     if found := budget_of(arm):
         kind, bits = found
         return quantize_state(adam, _BUDGETS[kind](bits, interval), **layout)
-    raise ValueError(f"config.arms are of {KNOWN}, with B bits; got {arm!r}")
+    raise ValueError(f"a state is one of {KNOWN}, with B bits; got {arm!r}")
 
 
 def optimizer(arm: str, interval: int) -> optax.GradientTransformationExtraArgs:

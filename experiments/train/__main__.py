@@ -19,7 +19,7 @@ def main(config: Config) -> None:
     if FLAGS.topology:
         raise ValueError("--topology is for --compile_only; a run takes the devices that there are")
     if FLAGS.coordinator:
-        processes.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process)
+        processes.join(FLAGS.coordinator, FLAGS.processes, FLAGS.process, FLAGS.join_timeout)
     elif FLAGS.processes is not None or FLAGS.process is not None:
         raise ValueError("--processes and --process go with --coordinator=HOST:PORT")
     watching = Watching(FLAGS.metrics, _steps(FLAGS.profile), FLAGS.input_timeout)
@@ -69,6 +69,11 @@ if __name__ == "__main__":
     )
     flags.DEFINE_integer("processes", None, "How many there are, with --coordinator=HOST:PORT.")
     flags.DEFINE_integer("process", None, "Which of them this is, from 0.")
+    flags.DEFINE_float(
+        "join_timeout",
+        processes.SECONDS,
+        "Seconds that a process waits for the others to be there.",
+    )
     flags.DEFINE_list(
         "metrics", "tensorboard", "Writers, of tensorboard and wandb; empty for none."
     )

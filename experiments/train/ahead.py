@@ -34,6 +34,8 @@ from experiments.train.program import (
     make_schedule,
 )
 
+_FLAT = ("v5e", "v6e", "v2", "v3")  # their chips lie on a plane
+_MATTERS = 0.02  # of what is too much
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",  # it would look for a TPU's host on the network
@@ -131,7 +133,7 @@ def _measured(config: Config, topology: str) -> dict[str, Any]:
     try:
         return found | {"fits": True} | _compiled(traced.lower().compile())
     except jax.errors.JaxRuntimeError as error:
-        return found | _out_of_memory(str(error), config)
+        return found | _out_of_memory(str(error), config, found["bytes"]["state"])
 
 
 def _devices(topology: str) -> list[Any]:
@@ -141,6 +143,10 @@ def _devices(topology: str) -> list[Any]:
         ValueError: none that the compiler knows.
     """
     known = re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", topology)
+    if known and topology.split(":")[0] in _FLAT and topology.count("x") > 1:
+        raise ValueError(
+            f"--topology of {topology.split(':')[0]} has two dimensions, as 4x4; got {topology!r}"
+        )
     try:
         if known:
             return list(topologies.get_topology_desc(topology, "tpu").devices)
@@ -227,7 +233,7 @@ def _collectives(program: hlo.Program) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
 
 
-def _out_of_memory(message: str, config: Config) -> dict[str, Any]:
+def _out_of_memory(message: str, config: Config, state: float) -> dict[str, Any]:
     """What a compiler that ran out of memory says, and what to change.
 
     Raises:
@@ -246,7 +252,7 @@ def _out_of_memory(message: str, config: Config) -> dict[str, Any]:
         "used": used,
         "usable": usable,
         "beyond": beyond,
-        "advice": _advice(beyond, config),
+        "advice": _advice(used, usable, state, config),
     }
 
 
@@ -254,23 +260,24 @@ def _bytes(number: str, unit: str) -> float:
     return float(number) * 1024 ** (" KMGT".index(unit))
 
 
-def _advice(beyond: float, config: Config) -> str:
-    """What would take less memory, the cheapest first."""
-    changes = []
+def _advice(used: float, usable: float, state: float, config: Config) -> str:
+    """What would take less memory, the cheapest first; what could not matter is left out."""
+    changes, beyond = [], used - usable
     if not config.remat:
         changes.append("--config.remat=True (blocks are computed again instead of kept)")
     if not config.scan:
         changes.append("--config.scan=True (one block's temporaries at a time)")
-    if config.state == "fp32":
+    if config.state == "fp32" and state > _MATTERS * beyond:
         changes.append("--config.state=fixed-5 (the optimizer's state in a sixth of the bytes)")
     if config.dtype == "float32":
         changes.append("--config.dtype=bfloat16 (activations in half the bytes)")
     if config.mesh_data > 1:
         changes.append("a smaller --config.mesh_data, which leaves more to fsdp")
+    batch = max(1, int(config.batch * usable / used))
     changes += [
         f"--config.mesh_tensor={2 * config.mesh_tensor} (heads, hidden units and vocabulary over more chips)",
-        f"--config.batch={config.batch // 2}",
-        "more chips",
+        f"--config.batch={batch} or fewer, where activations are what takes it",
+        f"{math.ceil(used / usable)} times as many chips",
     ]
     return f"the step does not fit: {beyond / 2**30:.2f} GiB too much; try {'; '.join(changes)}"
 

@@ -62,6 +62,7 @@ PRESETS = {
         size="113m",
         steps=20_000,
         data="tokens",
+        vocab_size=50_304,
         sequence=1024,
         batch=256,
         peak_lr=1e-3,
@@ -188,6 +189,13 @@ def check(config: Config) -> None:
             "config.state_shards is a number above 0 for each of fsdp and tensor, or empty; got "
             f"{config.state_shards}"
         )
+    if config.state_shards and config.state == arms.EXACT:
+        raise ValueError(
+            "config.state_shards are of a state in pages, as config.state=fixed-5; full precision has none"
+        )
+    cli.check_positive(config, "roll_back_steps")
+    if config.spike and not config.spike > 1:
+        raise ValueError(f"config.spike is a factor above 1, or 0 for none; got {config.spike}")
     if config.vocab_size < 0:
         raise ValueError(f"config.vocab_size is a number from 0; got {config.vocab_size}")
     make_guard(config)

@@ -44,8 +44,9 @@ def load(
     if needs_path and not path:
         raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
     if not needs_path and (path or shift_path):
+        kind = "path" if path else "shift_path"
         raise ValueError(
-            f"data source {source!r} takes no path; got {path or shift_path!r} "
+            f"data source {source!r} takes no {kind}; got {path or shift_path!r} "
             "(did you mean --config.data=text?)"
         )
     if source in ("tokens", "generated") and tokenizer:
