@@ -61,13 +61,24 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
     assert "too much" in done.stdout
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: the step does not fit: ")
-    for words in ("GiB too much", "--config.remat=True", "--config.state=fixed-5", "batch=2048"):
+    for words in ("GiB too much", "--config.remat=True", "or fewer, where activations"):
         assert words in line
+    assert "config.state" not in line  # the state is a thousandth of what is too much
+
+
+def test_advice_goes_by_what_takes_the_memory():
+    config = PRESETS["tpu"]
+    said = ahead._advice(used=40.0, usable=16.0, state=12.0, config=config)
+    assert "--config.state=fixed-5" in said
+    assert f"--config.batch={config.batch * 16 // 40} or fewer" in said
+    assert "3 times as many chips" in said
+    assert "state=" not in ahead._advice(used=40.0, usable=16.0, state=0.1, config=config)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
+        (("--topology=v5e:2x2x2",), "v5e has two dimensions"),
         (("--topology=v5e:99",), "--topology is one of TPUs that the compiler knows"),
         ((), "needs a --topology"),
         (("--topology=v5e:2x2", "--config.mesh_fsdp=3"), "does not cover 4 device(s)"),
