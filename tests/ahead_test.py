@@ -98,13 +98,13 @@ def test_memory_that_is_not_enough_is_read_from_what_the_compiler_says():
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. "
         "Exceeded hbm capacity by 5.75G."
     )
-    found = ahead._out_of_memory(said, PRESETS["pod"])
+    found = ahead._out_of_memory(said, PRESETS["pod"], 1e9)
     assert (found["used"], found["beyond"]) == (21.5 * 2**30, 5.75 * 2**30)
     assert found["advice"].startswith(
         "the step does not fit: 5.75 GiB too much; try --config.mesh_tensor=2"
     )
     with pytest.raises(RuntimeError, match="something else"):
-        ahead._out_of_memory("something else", PRESETS["pod"])
+        ahead._out_of_memory("something else", PRESETS["pod"], 1e9)
 
 
 def test_tables_are_aligned():
