@@ -12,6 +12,7 @@ import platforms_test
 import pytest
 from platforms_test import needs_tpu_compiler
 
+from experiments.harness import hlo
 from jaxquant.optim import by_role, fixed, quantize_state, traffic
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -164,7 +165,7 @@ def test_compiled_for_tpu_nothing_but_the_kernel_touches_large_arrays(compiled, 
         opcode
         for types, opcode in instruction.findall(main)
         # The pool has more than half a byte for each element.
-        if any(np.prod(x.shape) > elements / 2 for x in platforms_test.arrays(types))
+        if any(np.prod(x.shape) > elements / 2 for x in hlo.arrays(types))
     ]
     assert found.count("custom-call") == 1
     assert set(found) <= {"parameter", "bitcast", "custom-call", "get-tuple-element", "tuple"}
