@@ -284,7 +284,7 @@ def _callees(x: Instruction) -> list[str]:
             else " ".join(f"%{x.called(a)}" for a in ("true_computation", "false_computation"))
         )
         return re.findall(r"%?([\w.-]+)", names)
-    if x.opcode in ("fusion", "call", "async-start", "custom-call"):
+    if x.opcode in ("fusion", "call", "call-start", "async-start", "custom-call"):
         called = x.called("calls") or x.called("to_apply") or x.called("called_computations")
         return [called] if called else []
     return []
