@@ -19,6 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +29,30 @@ ROOT = Path(__file__).parent.parent
 def _strict():
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def library_promotion(_strict):
+    """optax itself mixes integer step counts with floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Counter:
+    """Batches 0, 1, 2, …, with a position to checkpoint."""
+
+    def __init__(self):
+        self.at = 0
+
+    def __next__(self):
+        self.at += 1
+        return np.full((2, 3), self.at - 1, np.float32)
+
+    def get_state(self):
+        return {"at": self.at}
+
+    def set_state(self, state):
+        self.at = state["at"]
 
 
 def shared_folder(tmp_path_factory) -> Path:

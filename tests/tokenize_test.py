@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from experiments import tokenize
 from experiments.harness import data
 from experiments.harness.data import tokens
 from experiments.tokenize import Config, run
@@ -151,4 +150,3 @@ def test_a_run_trains_on_them(tmp_path):
     assert results[0]["epochs"] > 0
     assert results[1]["epochs"] is None
     assert all(0 < result["loss"]["valid"] < 5.6 for result in results)
-    assert tokenize.SOURCES[0] == "text"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import Counter
 from flax import nnx
 
 import jaxquant as jq
@@ -26,28 +27,7 @@ from experiments.harness.stopping import Preempted
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _library_promotion(_strict):
-    """optax itself mixes integer step counts with floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
-class Counter:
-    """Batches 0, 1, 2, …, with a position to checkpoint."""
-
-    def __init__(self):
-        self.at = 0
-
-    def __next__(self):
-        self.at += 1
-        return np.full((2, 3), self.at - 1, np.float32)
-
-    def get_state(self):
-        return {"at": self.at}
-
-    def set_state(self, state):
-        self.at = state["at"]
+pytestmark = pytest.mark.usefixtures("library_promotion")
 
 
 def quadratic(params, batch):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Counter
 
 from experiments.harness import metering, metrics, sharding, train
 from experiments.harness.checkpoints import Checkpoints
@@ -25,30 +26,20 @@ from experiments.train.watching import Watch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _library_promotion(_strict):
-    """optax itself mixes integer step counts with floats."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("library_promotion")
 
 
-class Batches:
-    """Rows of 0, 1, 2, …; the one at `slow` takes a second more."""
+class Batches(Counter):
+    """The batch at `slow` takes a second more."""
 
     def __init__(self, slow: int = -1):
-        self.at, self.slow = 0, slow
+        super().__init__()
+        self.slow = slow
 
     def __next__(self):
         if self.at == self.slow:
             time.sleep(1)
-        self.at += 1
-        return np.full((2, 3), self.at - 1, np.float32)
-
-    def get_state(self):
-        return {"at": self.at}
-
-    def set_state(self, state):
-        self.at = state["at"]
+        return super().__next__()
 
 
 def spiking(params, batch):

@@ -1,5 +1,7 @@
 """The files that a path names: one, those in a folder, those that a glob finds."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -38,33 +40,40 @@ def files_at(path: str, *suffixes: str) -> list[Path]:
 
 
 def read(file: Path) -> bytes:
-    """A file's content.
+    """A file's content, of which there is some.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    try:
+    with _named(file):
         content = file.read_bytes()
-    except FileNotFoundError:
-        raise ValueError(f"data file '{file}' does not exist") from None
-    except OSError as error:
-        raise ValueError(f"data file '{file}' cannot be read: {error.strerror}") from None
-    if not content:
-        raise ValueError(f"data file '{file}' is empty")
+        _check_filled(file, len(content))
     return content
 
 
 def size(file: Path) -> int:
-    """A file's bytes, of which there is at least one.
+    """A file's bytes, as `read` would find them.
 
     Raises:
-        ValueError: there are none, or it cannot be read.
+        ValueError: as `read`.
     """
+    with _named(file):
+        found = file.stat().st_size if file.is_file() else len(file.read_bytes())
+        _check_filled(file, found)
+    return found
+
+
+@contextlib.contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Says of which file it is that the system refuses to read it."""
     try:
-        if file.is_file() and (found := file.stat().st_size):
-            return found
+        yield
+    except FileNotFoundError:
+        raise ValueError(f"data file '{file}' does not exist") from None
     except OSError as error:
-        raise ValueError(
-            f"data path '{str(file)[:60]}…' cannot be read: {error.strerror}"
-        ) from None
-    return len(read(file))  # which says what is wrong
+        raise ValueError(f"data file '{file}' cannot be read: {error.strerror}") from None
+
+
+def _check_filled(file: Path, found: int) -> None:
+    if not found:
+        raise ValueError(f"data file '{file}' is empty")
