@@ -114,6 +114,7 @@ EXPERIMENTS = [
         "harness.models",
         "harness.checkpoints",
         "harness.ledgers",
+        "harness.memory",
         "harness.ray_launcher",
         "harness.report",
         "harness.law_tables",

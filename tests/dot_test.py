@@ -514,7 +514,9 @@ def test_devices_of_the_mesh_add_up_parts_of_their_own(devices, parts):
     """24 · 20,000 terms need four parts; 24 does not divide into 32."""
     shape = jax.ShapeDtypeStruct((24, 20_000, 2), jnp.float32)
     dims = (((0, 1), (0, 1)), ((), ()))
-    mesh = jax.sharding.AbstractMesh((devices,), ("data",))
+    # Newer versions of JAX take an axis for explicit unless they are told.
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=auto)
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.make_jaxpr(lambda a, b: jq.recipe("w8a8")(a, b, dims))(shape, shape)
     assert f"i8[{parts},{24 // parts},20000,2]" in str(traced)

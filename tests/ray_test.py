@@ -32,10 +32,14 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     return {"status": "done", "result": trial.number**2}
 
 
+def kind(trial: Trial) -> None:
+    """One for all."""
+
+
 def sweep(ledger, grid, address):
     cluster = ray_launcher.Ray(address, (("num_cpus", 1.0),), retries=3)
     launch = trials.Launch(ray=cluster)
-    return trials.run(grid, run_trial, ledger, cost=lambda t: 1.0, launch=launch)
+    return trials.run(grid, run_trial, ledger, cost=lambda t: 1.0, kind=kind, launch=launch)
 
 
 @needs_ray

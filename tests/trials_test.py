@@ -2,7 +2,10 @@ import dataclasses
 import errno
 import json
 import os
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments.harness import files, ledgers, trials
@@ -25,11 +28,24 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     if trial.kind == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
     part = context.remember("part", lambda: {"square": trial.number**2})
-    return {"status": "done", "result": part["square"], "pid": None}
+    compiled(jnp.zeros(trial.number))
+    return {"status": "done", "result": part["square"], "programs": compiled._cache_size()}
+
+
+compiled: Any = jax.jit(lambda x: x + 1.0)
+
+
+def cost(trial: Trial) -> float:
+    return float(trial.number)
+
+
+def kind(trial: Trial) -> int:
+    return trial.number % 3
 
 
 def run(ledger, grid, **options):
-    trials.run(grid, run_trial, ledger, cost=lambda t: 2.0, launch=trials.Launch(**options))
+    launch = trials.Launch(**options)
+    trials.run(grid, run_trial, ledger, cost=cost, kind=kind, launch=launch)
 
 
 @pytest.fixture
@@ -53,6 +69,18 @@ def test_finished_trials_are_skipped(ledger):
     before = {p: p.stat().st_mtime_ns for p in (ledger.workdir / "trials").iterdir()}
     run(ledger, GRID)
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_programs_are_kept_while_trials_are_of_one_kind(ledger, workers):
+    """Nine trials of three kinds, each with a program of its own: one process holds three, not nine."""
+    compiled.clear_cache()
+    grid = [Trial(n) for n in range(9)]
+    run(ledger, grid, workers=workers)
+    held = [ledger.read(t)["programs"] for t in grid]
+    if workers == 1:
+        assert held == [3, 3, 3, 2, 2, 2, 1, 1, 1]
+    assert max(held) <= 3
 
 
 def test_shards_cover_the_grid_once(ledger):

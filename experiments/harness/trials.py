@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from experiments.harness import files, ray_launcher
+from experiments.harness import files, memory, ray_launcher
 from experiments.harness.ledgers import Ledger, trial_id
 from experiments.harness.ray_launcher import Ray
 
@@ -77,16 +77,19 @@ def run(
     ledger: Ledger,
     *,
     cost: Callable[[Any], float],
+    kind: Callable[[Any], Any],
     launch: Launch = HERE,
     workers: int = 1,
 ) -> list[dict]:
-    """Runs the trials that have no record yet, the costly ones first.
+    """Runs the trials that have no record yet, kind by kind, the costly ones first.
 
     Args:
         trials: distinct trials.
         run_trial: a module's function; from (trial, context) to the record's results.
         ledger: where records lie.
         cost: work of a trial, in any unit; a trial's progress should add up to it.
+        kind: a module's function; trials of which it gives the same run the same compiled programs, which are
+            dropped, with all else that JAX has cached, when their process comes to another kind.
         launch: where they run.
         workers: processes on this machine where `launch` names no number; each has its share of the cores.
 
@@ -101,24 +104,32 @@ def run(
     workers = worker_count(launch.workers, workers)
     index, count = launch.shard
     mine = sorted(trials, key=trial_id)[index::count]
-    pending = sorted(
-        (t for t in mine if ledger.read(t) is None), key=lambda t: (-cost(t), trial_id(t))
-    )
+    pending = _in_order([t for t in mine if ledger.read(t) is None], cost, kind)
+    one = functools.partial(_run_one, run_trial, kind, ledger, launch.keep_checkpoints)
     with _Bar(mine, pending, cost) as bar:
         if launch.ray is not None:
-            one = functools.partial(_run_quietly, run_trial, ledger, launch.keep_checkpoints)
-            failures = ray_launcher.run(pending, one, ledger, launch.ray, bar.finish)
+            quiet = functools.partial(_run_quietly, one)
+            failures = ray_launcher.run(pending, quiet, ledger, launch.ray, bar.finish)
             if failures:
                 raise RuntimeError(_failure_message(failures))
         elif workers == 1:
             for trial in pending:
                 with ledger.claim(trial) as scratch:
-                    progress = functools.partial(bar.add, trial)
-                    _run_one(trial, run_trial, ledger, scratch, launch.keep_checkpoints, progress)
+                    one(trial, scratch, functools.partial(bar.add, trial))
                 bar.finish(trial)
         else:
-            _run_in_processes(pending, run_trial, ledger, workers, launch.keep_checkpoints, bar)
+            _run_in_processes(pending, one, ledger, workers, bar)
     return [record for trial in trials if (record := ledger.read(trial)) is not None]
+
+
+def _in_order(
+    trials: Sequence[Any], cost: Callable[[Any], float], kind: Callable[[Any], Any]
+) -> list[Any]:
+    """The kind of the costliest trial first; within a kind, the costly ones."""
+    most: dict[Any, float] = {}
+    for trial in trials:
+        most[kind(trial)] = max(most.get(kind(trial), 0.0), cost(trial))
+    return sorted(trials, key=lambda t: (-most[kind(t)], repr(kind(t)), -cost(t), trial_id(t)))
 
 
 def worker_count(asked: int | None, configured: int) -> int:
@@ -180,9 +191,10 @@ class _Bar:
         self._bar.close()
 
 
-def _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress) -> None:
+def _run_one(run_trial, kind, ledger, keep_checkpoints, trial, scratch, progress) -> None:
     """Runs a trial in its scratch folder and writes its record, unless another process has."""
     if ledger.read(trial) is None:  # another process may have finished it meanwhile
+        memory.make_room(kind(trial))
         start = time.monotonic()
         results = run_trial(trial, Context(scratch, progress))
         ledger.write(trial, results, time.monotonic() - start)
@@ -190,14 +202,12 @@ def _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress) -> N
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run_quietly(
-    run_trial: RunTrial, ledger: Ledger, keep_checkpoints: bool, trial: Any, scratch: Path
-) -> None:
-    """`_run_one` of a machine elsewhere, of whose progress nobody hears."""
-    _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, lambda amount, note: None)
+def _run_quietly(one: Callable[..., None], trial: Any, scratch: Path) -> None:
+    """A trial of a machine elsewhere, of whose progress nobody hears."""
+    one(trial, scratch, lambda amount, note: None)
 
 
-def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar) -> None:
+def _run_in_processes(pending, one, ledger, workers, bar) -> None:
     """The parent hands out trials one by one over pipes; a lost worker costs its own trial only."""
     context = multiprocessing.get_context("spawn")
     queue, busy, failures = list(pending), {}, []
@@ -206,7 +216,7 @@ def _run_in_processes(pending, run_trial, ledger, workers, keep_checkpoints, bar
     try:
         for number in range(min(workers, len(pending))):
             here, there = context.Pipe()
-            arguments = (there, number, workers, run_trial, ledger, keep_checkpoints)
+            arguments = (there, number, workers, one, ledger)
             process = context.Process(target=_work, args=arguments, daemon=True)
             _start(process)
             there.close()
@@ -272,7 +282,7 @@ def _failure_message(failures: list) -> str:
     return f"{trace}{len(failures)} trial(s) failed; the first, {trial}: {reason}"
 
 
-def _work(pipe: Connection, number: int, workers: int, run_trial, ledger, keep_checkpoints) -> None:
+def _work(pipe: Connection, number: int, workers: int, one, ledger: Ledger) -> None:
     """A worker process: takes trials until it is handed None or its parent is gone."""
     _take_share_of_cores(number, workers)
 
@@ -291,7 +301,7 @@ def _work(pipe: Connection, number: int, workers: int, run_trial, ledger, keep_c
             return
         try:
             with ledger.claim(trial) as scratch:
-                _run_one(trial, run_trial, ledger, scratch, keep_checkpoints, progress)
+                one(trial, scratch, progress)
             pipe.send(("done",))
         except OSError as error:
             pipe.send(

@@ -16,6 +16,7 @@ from experiments.optimizer_states.tasks import (
     VISION_SIZES,
     Trial,
     cost,
+    kind,
     vision_config,
 )
 
@@ -272,6 +273,7 @@ def run(
         run_trial,
         ledger,
         cost=cost,
+        kind=kind,
         launch=launch,
         workers=config.workers,
     )

@@ -164,6 +164,11 @@ def step_cost(trial: Trial) -> float:
     return VISION_SIZES[trial.size].block_parameters * trial.batch * trial.grid**2
 
 
+def kind(trial: Trial) -> tuple:
+    """Trials of one kind run the same compiled programs."""
+    return trial.task, trial.size, trial.arm
+
+
 def cost(trial: Trial) -> float:
     """Work of a trial: what its progress adds up to."""
     return trial.steps * step_cost(trial)

@@ -137,6 +137,11 @@ def cost(trial: Trial) -> float:
     return base * (5 if arm.searched or arm.method == "gptq" else 1)
 
 
+def kind(trial: Trial) -> tuple:
+    """Trials of one kind run the same compiled programs."""
+    return trial.model, trial.arm
+
+
 def run(
     config: Config,
     workdir: str | Path,
@@ -160,6 +165,7 @@ def run(
         run_trial,
         ledger,
         cost=cost,
+        kind=kind,
         launch=launch,
         workers=config.workers,
     )

@@ -415,6 +415,11 @@ def cost(trial: Trial) -> float:
     return steps * _step_cost(trial)
 
 
+def kind(trial: Trial) -> tuple:
+    """Trials of one kind run the same compiled programs."""
+    return trial.size, trial.dtype
+
+
 def run(
     config: Config,
     workdir: str | Path,
@@ -441,6 +446,7 @@ def run(
         run_trial,
         ledger,
         cost=cost,
+        kind=kind,
         launch=launch,
         workers=config.workers,
     )

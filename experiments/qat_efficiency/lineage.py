@@ -99,6 +99,11 @@ def cost(trial: Trial) -> float:
     return trial.steps + sum(_arm_cost(trial, arm) for arm in trial.arms)
 
 
+def kind(trial: Trial) -> tuple:
+    """Trials of one kind run the same compiled programs."""
+    return (trial.task,)
+
+
 def _arm_cost(trial: Trial, arm: Arm) -> float:
     return trial.finetune_steps * (0.5 if arm.family == "ptq" else 1.0)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.harness import cli, corruptions, data, images, ledgers, sharding, trials
 from experiments.qat_efficiency import latency, report, tasks
-from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, run_trial
+from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, kind, run_trial
 
 STUDY = "qat_efficiency"
 _MOST_SEEDS = 10_000
@@ -259,6 +259,7 @@ def run(
         run_trial,
         ledger,
         cost=cost,
+        kind=kind,
         launch=launch,
         workers=config.workers,
     )

@@ -78,6 +78,11 @@ def cost(trial: Trial) -> float:
     return steps * step_cost(trial)
 
 
+def kind(trial: Trial) -> tuple:
+    """Trials of one kind run the same compiled programs."""
+    return trial.size, trial.method
+
+
 @functools.lru_cache(maxsize=2)
 def corpus_of(source: str, path: str, fingerprint: str) -> data.Corpus:
     """A trial's data, which must still be what it was when the trial was made."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from experiments.harness import cli, data, ledgers, models, sharding, trials
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
-from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, run_trial
+from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, kind, run_trial
 
 STUDY = "training_precision"
 PUBLISHED = Path(__file__).parents[1] / "results" / STUDY / "full"  # records of our own run of it
@@ -239,6 +239,7 @@ def run(
         run_trial,
         ledger,
         cost=cost,
+        kind=kind,
         launch=launch,
         workers=config.workers,
     )
