@@ -12,6 +12,7 @@ def plan(*flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.exhaustive
 def test_a_plan_is_printed_and_kept(tmp_path):
     done = plan("--flops=1e20", "--serve_bits=4", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr

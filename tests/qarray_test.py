@@ -24,6 +24,7 @@ SHAPES = [(1,), (9,), (0, 4), (3, 1), (5, 8), (2, 3, 4)]
 arrays = st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.float32, s, elements=finite))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("round_", [rounding.nearest, rounding.stochastic])
@@ -44,6 +45,7 @@ def test_fake_quant_equals_storage_exactly(fmt, granularity, round_, dtype):
     chex.assert_trees_all_equal(jax.jit(simulated)(x), simulated(x))
 
 
+@pytest.mark.exhaustive
 @hypothesis.given(arrays, st.integers(2, 8), st.sampled_from(["tensor", "channel"]))
 @hypothesis.settings(max_examples=100, deadline=None)
 def test_error_is_at_most_half_a_step_and_never_nan(x, bits, granularity):

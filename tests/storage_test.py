@@ -64,6 +64,7 @@ def quantized(name: str) -> jq.QArray:
     return jq.quantize(X, QUANTIZERS[name])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("shape", [(8,), (3, 13), (2, 0), (0, 5), (2, 1, 16)])
 def test_packing_is_exact_and_takes_the_bits_that_it_says(bits, shape):
@@ -74,6 +75,7 @@ def test_packing_is_exact_and_takes_the_bits_that_it_says(bits, shape):
     np.testing.assert_array_equal(packing.unpack_bits(packed, bits, shape[-1]), codes)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_packed_array_is_the_same_array_in_fewer_bytes(name):
     q = quantized(name)

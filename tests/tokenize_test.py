@@ -95,6 +95,7 @@ def test_text_is_cut_into_shards(tmp_path):
     )
 
 
+@pytest.mark.exhaustive
 def test_what_is_there_is_looked_at(tmp_path, lines):
     run(lines, tmp_path / "w")
     with pytest.raises(ValueError, match="shard_tokens 500 there, 400 here"):

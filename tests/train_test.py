@@ -174,6 +174,7 @@ def test_a_guard_skips_the_updates_of_bad_steps(toy):
         guarded(toy)
 
 
+@pytest.mark.exhaustive
 def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path):
     state, history, at = guarded(toy, tmp_path / "run", action="roll_back")
     # From 10 back to 5, whose data is 10 ahead; from 25 (data 30) back to 20.
@@ -332,6 +333,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
     assert one[-5:].mean() < 0.95 * one[:5].mean()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -349,6 +351,7 @@ def test_what_no_run_could_use_is_named(tmp_path, change, words):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
@@ -377,6 +380,7 @@ def test_a_model_that_is_scanned_computes_as_one_that_is_not():
     np.testing.assert_allclose(one(tokens), other(tokens), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path):
     (tmp_path / "checkpoints" / "50").mkdir(parents=True)
     for content in (None, '{"si', "[]"):
