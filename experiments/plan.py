@@ -55,7 +55,7 @@ def source(name: str, method: str | None) -> tuple[Any, Any, str]:
     if name == "kumar2024":
         return laws.KUMAR_2024, laws.KUMAR_2024_PTQ, laws.KUMAR_2024.source
     if name == "quest2025":
-        return _quest(), laws.KUMAR_2024_PTQ, _quest().source
+        return laws.QUEST_2025, laws.KUMAR_2024_PTQ, laws.QUEST_2025.source
     try:
         own = ledgers.read_records(name, STUDY)
     except ValueError as error:
@@ -76,19 +76,6 @@ def _added(records: list[dict], method: str) -> Any:
         return analysis.fit(laws.KUMAR_PTQ, own)
     except ValueError:
         return None
-
-
-def _quest() -> laws.Published:
-    """QuEST's efficiencies in Kumar's law of N and D, which QuEST's own paper does not identify."""
-    law = laws.free_efficiency(*laws.QUEST_2025_EFFICIENCY)
-    kumar = {name: laws.KUMAR_2024.params[name] for name in ("A", "alpha", "B", "beta", "E")}
-    levels = {f"eff_{bits}": value for bits, value in laws.QUEST_2025_EFFICIENCY.items()}
-    return laws.Published(
-        law,
-        kumar | levels,
-        "efficiencies of arXiv 2502.05003; A, B, α, β, E and the range of arXiv 2411.04330, Table 2",
-        {name: laws.KUMAR_2024.within[name] for name in ("N", "D")},
-    )
 
 
 def figure(found: laws.Plan) -> report.Figure:

@@ -63,6 +63,11 @@ def test_quests_losses_give_the_best_bits_of_each_estimator(method, bits):
         assert worth[4] > 0.98 * worth[5]
 
 
+def test_quests_efficiencies_buy_most_at_4_bits():
+    """Of the widths that its table has: 0.433/3, 0.692/4 and 1.016/8 of a parameter per bit."""
+    assert laws.optimal_precision(laws.QUEST_2025).bits == 4
+
+
 def test_the_best_sizes_are_where_the_loss_is_least():
     n, d = laws.optimal_sizes(laws.KUMAR_2024, flops=1e20, bits=7.0)
     assert 6 * n * d * 7 / 16 == pytest.approx(1e20)

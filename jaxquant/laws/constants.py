@@ -4,7 +4,7 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any
 
-from jaxquant.laws.forms import CHEN_QAT, KUMAR, KUMAR_PTQ, SUN_FLOAT
+from jaxquant.laws.forms import CHEN_QAT, KUMAR, KUMAR_PTQ, SUN_FLOAT, free_efficiency
 from jaxquant.laws.law import Law, check_params
 
 
@@ -68,9 +68,16 @@ KUMAR_2024_PTQ = Published(
 )
 
 # QuEST's own efficiencies (W = A bits), beside bfloat16's 1; its A and α, with E = 0.0014, are a joint fit
-# that identifies neither: use the efficiencies.
+# that identifies neither, so that the law takes Kumar's of N and D.
 QUEST_2025_EFFICIENCY = MappingProxyType({1: 0.0205, 2: 0.152, 3: 0.433, 4: 0.692, 8: 1.016})
 QUEST_2025_A, QUEST_2025_ALPHA, QUEST_2025_N = 8.134, 0.0627, 30e6
+QUEST_2025 = Published(
+    free_efficiency(*QUEST_2025_EFFICIENCY),
+    {name: KUMAR_2024.params[name] for name in ("A", "alpha", "B", "beta", "E")}
+    | {f"eff_{bits}": value for bits, value in QUEST_2025_EFFICIENCY.items()},
+    "efficiencies of arXiv 2502.05003; A, B, α, β, E and the range of arXiv 2411.04330, Table 2",
+    _KUMAR_RANGE,
+)
 
 # Losses of its 30M models by estimator, with bfloat16's, from which efficiencies follow (arXiv 2502.05003).
 QUEST_2025_BF16 = 3.2071
