@@ -1,6 +1,7 @@
 """The study of training precision: its numerics, its grid, and what its report says of records."""
 
 import dataclasses
+import itertools
 import os
 import time
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.harness import models, trials
+from experiments.harness import memory, models, trials
 from experiments.training_precision import PRESETS, analysis, report, running, study
 from experiments.training_precision.numerics import METHODS, Numerics, Precision
 from jaxquant import laws
@@ -164,12 +165,26 @@ def _own_promotion():
 @pytest.mark.long
 @pytest.mark.exhaustive
 @pytest.mark.usefixtures("_own_promotion")
-def test_the_grid_compiles_once_for_a_method(tmp_path):
+def test_the_grid_compiles_once_for_a_method(tmp_path, monkeypatch):
+    """Before a method's programs are dropped, and at the end, there is one of each; no method comes twice."""
     running.programs.cache_clear()
-    study.run(PRESETS["smoke"], tmp_path, trials.Launch(workers=1))
-    for method in PRESETS["smoke"].methods:
+    kinds, make_room = [], memory.make_room
+
+    def compiled(method: str) -> list[int]:
         own = running.programs("3k", method, "float32", 256)
-        assert [f._cache_size() for f in (own.init, own.step, own.evaluate)] == [1, 1, 1]
+        return [f._cache_size() for f in (own.init, own.step, own.evaluate)]
+
+    def watched(kind):
+        if kinds and kind != kinds[-1]:
+            assert compiled(kinds[-1][1]) == [1, 1, 1]
+        kinds.append(kind)
+        make_room(kind)
+
+    monkeypatch.setattr(memory, "make_room", watched)
+    study.run(PRESETS["smoke"], tmp_path, trials.Launch(workers=1))
+    assert compiled(kinds[-1][1]) == [1, 1, 1]
+    assert len(kinds) == 15
+    assert len([*itertools.groupby(kinds)]) == len(PRESETS["smoke"].methods)
 
 
 @pytest.mark.long
