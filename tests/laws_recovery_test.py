@@ -51,6 +51,7 @@ TRUE = {
     laws.PANFEROV: BASE | {"k": 3.0, "d": 0.7},
     laws.state_law("N"): BASE | {"gamma_state": 1.5},
     laws.state_law("D"): BASE | {"gamma_state": 1.5},
+    laws.state_law("E"): BASE | {"gamma_state": 1.5, "C_state": 5.0},
 }
 
 

@@ -249,7 +249,7 @@ def test_what_runs_do_not_tell_is_a_warning():
         (lambda: laws.optimal_precision(cast(Any, "kumar")), "law is one of"),
         (lambda: laws.free_efficiency(4, 4), "each once"),
         (lambda: laws.throughput({8: 2.0}), "a speed for each of some bits, 16 among them"),
-        (lambda: laws.state_law("E"), "place is 'N' or 'D'"),
+        (lambda: laws.state_law("F"), "place is 'N', 'D' or 'E'"),
     ],
 )
 def test_bad_questions_are_refused(call, words):

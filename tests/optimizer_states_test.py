@@ -83,27 +83,31 @@ def test_the_first_line_says_whether_moving_widths_pay(gain, words):
     assert "felt-5.0" in report.to_text(summary)
 
 
-def law_records(cost):
-    """Records at several N, D and bits, whose state costs as many tokens as `cost` says of some bits."""
+def law_records(cost, floor=lambda bits: 0.0):
+    """Records at several N, D and bits: what bits leave of the tokens, and what they add to the loss."""
     rng, found = np.random.default_rng(0), []
     for size, n in (("10k", 10240), ("20k", 20480), ("41k", 40960)):
         for tokens in (10 * n, 20 * n, 40 * n):
             for arm, bits in (("fp32", 32), *((f"fixed-{b}", b) for b in (2, 3, 4, 6, 8))):
                 for seed in range(2):
-                    loss = 60 * n**-0.35 + 120 * (tokens * cost(bits)) ** -0.35 + 0.9
+                    loss = 60 * n**-0.35 + 120 * (tokens * cost(bits)) ** -0.35 + 0.9 + floor(bits)
                     loss *= np.exp(0.002 * rng.normal())
                     found.append(record(arm, seed, loss, size=size, steps=tokens))
     return found
 
 
 @pytest.mark.long
-def test_a_law_says_whether_bits_of_the_state_cost_tokens_or_nothing(tmp_path, monkeypatch):
+def test_a_law_says_whether_bits_of_the_state_cost_tokens_a_floor_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(law, "BOOTSTRAPS", 20)
     monkeypatch.setattr(law, "STARTS", 6)
     made = law_records(lambda bits: 1 - np.exp(-bits / 1.5))
     summary = report.write(tmp_path, made, expected=len(made))
-    assert "act like fewer tokens" in law.text(summary["law"])
-    assert "cost parameters or tokens?" in (tmp_path / "report.html").read_text()
+    assert "bits of the state act like fewer tokens rather" in law.text(summary["law"])
+    assert summary["law"]["without_narrowest"][0]["law"] == "state bits cost D"
+    assert "The same without 2 bits" in (tmp_path / "report.html").read_text()
+    floor = law.summarize(analysis.runs(law_records(lambda bits: 1.0, lambda bits: 2**-bits)))
+    assert floor is not None
+    assert "bits of the state raise the loss" in law.text(floor)
     nothing = law.summarize(analysis.runs(law_records(lambda bits: 1.0)))
     assert nothing is not None
     assert nothing["control"]["is_rejected"]

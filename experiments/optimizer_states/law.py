@@ -28,34 +28,45 @@ def runs(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarize(table: pd.DataFrame) -> dict | None:
-    """Whether bits of the state cost N or D, γ, and the control; None of records with one N and D."""
+    """Whether bits of the state cost N or D or raise E; None of records with one N or one D."""
     own = runs(table)
     if own.empty or own["N"].nunique() < 2 or own["D"].nunique() < 2:
         return None
-    candidates = (laws.state_law("N"), laws.state_law("D"), laws.CHINCHILLA)
     try:
-        ranked = laws.compare(candidates, own, held_out=("N", "D", "P_state"), starts=STARTS)
+        ranked = _ranked(own)
         fits = [
             laws.fit(
                 law, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="pair", confidence=CONFIDENCE
             )
-            for law in candidates[:2]
+            for law in _CANDIDATES
         ]
-        control = laws.shuffled_bits(_likelier(ranked), laws.CHINCHILLA, own, starts=STARTS)
+        control = laws.shuffled_bits(_likeliest(ranked), laws.CHINCHILLA, own, starts=STARTS)
+        found = {
+            "runs": len(own),
+            "schedule": own["schedule"].iloc[0],
+            "widths": sorted(map(int, own["P_state"].unique())),
+            "laws": ranked.rows,
+            "fits": [fit_summary(fitted) for fitted in fits],
+            "control": control_summary(control),
+            "without_narrowest": _without_narrowest(own),
+        }
     except ValueError as error:
         return {"runs": len(own), "reason": str(error)}
-    found = {
-        "runs": len(own),
-        "schedule": own["schedule"].iloc[0],
-        "widths": sorted(map(int, own["P_state"].unique())),
-        "laws": ranked.rows,
-        "fits": [fit_summary(fitted) for fitted in fits],
-        "control": control_summary(control),
-    }
     return plain(found)
 
 
-def _likelier(ranked: laws.Comparison) -> laws.Law:
+def _ranked(own: pd.DataFrame) -> laws.Comparison:
+    candidates = (*_CANDIDATES, laws.CHINCHILLA)
+    return laws.compare(candidates, own, held_out=("N", "D", "P_state"), starts=STARTS)
+
+
+def _without_narrowest(own: pd.DataFrame) -> list[dict] | None:
+    """The ranking without the fewest bits, whose cost outweighs all others'; None of too few widths."""
+    rest = own[own["P_state"] > own["P_state"].min()]
+    return _ranked(rest).rows if rest["P_state"].nunique() > 2 else None
+
+
+def _likeliest(ranked: laws.Comparison) -> laws.Law:
     """Of the laws of the state's bits."""
     return next(f.law for f in ranked.fits if "P_state" in f.law.columns)
 
@@ -65,18 +76,25 @@ def text(found: dict) -> str:
     if found["control"]["is_rejected"]:
         return (
             f"Between {found['widths'][0]} and {found['widths'][-1]} bits these runs do not show that bits "
-            "of the state cost anything that a law of N or D could hold."
+            "of the state cost anything that a law could hold."
         )
-    by_law = {row["law"]: row["aicc"] for row in found["laws"]}
-    n, d = (by_law[laws.state_law(place).name] for place in "ND")
-    fit = next(f for f in found["fits"] if f["law"] == laws.state_law("N" if n < d else "D").name)
+    first, second = [row for row in found["laws"] if row["law"] in _MEANINGS][:2]
+    fit = next(f for f in found["fits"] if f["law"] == first["law"])
     gamma = next(p for p in fit["parameters"] if p["name"] == "gamma_state")
-    sure = "" if abs(n - d) > _CLEAR else "; the difference is too small to tell"
+    apart = second["aicc"] - first["aicc"]
+    sure = "" if apart > _CLEAR else "; the difference is too small to tell"
     return (
-        f"Bits of the state act like fewer {'parameters' if n < d else 'tokens'} rather than fewer "
-        f"{'tokens' if n < d else 'parameters'} (AICc less by {abs(n - d):.1f}{sure}); γ = "
-        f"{gamma['value']:.2f} [{gamma['low']:.2f}, {gamma['high']:.2f}] bits."
+        f"Few bits of the state {_MEANINGS[first['law']]} rather than {_MEANINGS[second['law']]} (AICc less "
+        f"by {apart:.1f}{sure}; R² {first['r2']:.3f} and {second['r2']:.3f}); γ = {gamma['value']:.2f} "
+        f"[{gamma['low']:.2f}, {gamma['high']:.2f}] bits."
     )
 
 
+_PLACES = {
+    "N": "act like fewer parameters",
+    "D": "act like fewer tokens",
+    "E": "raise the loss by what neither parameters nor tokens take away",
+}
+_CANDIDATES = tuple(map(laws.state_law, _PLACES))
+_MEANINGS = {law.name: meaning for law, meaning in zip(_CANDIDATES, _PLACES.values(), strict=True)}
 _CLEAR = 6.0  # in AICc: a likelihood ratio of about 20

@@ -168,7 +168,7 @@ def write(workdir: Path, records: list[dict], expected: int) -> dict:
 
 
 def _law(found: dict) -> report.Section:
-    title = "Do bits of the state cost parameters or tokens?"
+    title = "Do bits of the state cost parameters, tokens, or neither?"
     if "reason" in found:
         return report.Section(title, [f"Not fitted: {found['reason']}."])
     paragraphs = [
@@ -182,6 +182,9 @@ def _law(found: dict) -> report.Section:
         ("Ranked by AICc; R² of the logarithm of the loss", laws_table(found["laws"])),
         *((f["equation"], fit_table(f)) for f in found["fits"]),
     ]
+    if found["without_narrowest"]:
+        title_of_rest = f"The same without {found['widths'][0]} bits"
+        tables.insert(1, (title_of_rest, laws_table(found["without_narrowest"])))
     return report.Section(title, paragraphs, tables)
 
 

@@ -472,27 +472,37 @@ def _state(p: Values, r: Values) -> Any:
 
 
 def state_law(place: str) -> Law:
-    """Bits of the optimizer's state as a cost in N or in D: which, a comparison of the two fits says.
+    """Bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
+
+    With f = 1 − exp(−P_state/γ_state): L = A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E, or
+    A N^−α + B D^−β + E + C_state (1 − f).  Which one holds, `compare` says.
 
     Args:
-        place: ``"N"`` or ``"D"``.
+        place: ``"N"``, ``"D"`` or ``"E"``.
 
     Raises:
         ValueError: another place.
     """
-    if place not in ("N", "D"):
-        raise ValueError(f"place is 'N' or 'D'; got {place!r}")
+    if place not in ("N", "D", "E"):
+        raise ValueError(f"place is 'N', 'D' or 'E'; got {place!r}")
     factor = "(1 − exp(−P_state/γ_state))"
-    n, d = ("N " + factor, "D") if place == "N" else ("N", "D " + factor)
+    n, d = (f"{x} {factor}" if place == x else x for x in "ND")
+    floor = " + C_state exp(−P_state/γ_state)" if place == "E" else ""
 
     def log_prediction(p: Values, r: Values) -> Any:
+        if place == "E":
+            added = jnp.log(p["C_state"]) - r["P_state"] / p["gamma_state"]
+            return log_sum(_loss(p, r), added)
         f = _state(p, r)
         return _loss(p, r, *((f, 1.0) if place == "N" else (1.0, f)))
 
     return Law(
-        name=f"state bits cost {place}",
-        equation=f"L = A ({n})^−α + B ({d})^−β + E",
-        parameters=(_A, _ALPHA, _B, _BETA, _E, _gamma("state")),
+        name="state bits raise E" if floor else f"state bits cost {place}",
+        equation=f"L = A ({n})^−α + B ({d})^−β + E{floor}",
+        parameters=(
+            *(_A, _ALPHA, _B, _BETA, _E, _gamma("state")),
+            *((Parameter("C_state", 1e-4, 1e4, (0.1, 10.0), "nats"),) if floor else ()),
+        ),
         log_prediction=log_prediction,
         columns=("N", "D", "P_state"),
         source="ours, in the form of Kumar et al. 2024",
