@@ -49,8 +49,8 @@ TRUE = {
     laws.quartet((4, 8), (4, 8)): BASE
     | {"gamma": 0.8, "eff_N_4": 0.6, "eff_N_8": 0.95, "eff_D_4": 0.4, "eff_D_8": 0.9},
     laws.PANFEROV: BASE | {"k": 3.0, "d": 0.7},
-    laws.state_law("N"): BASE | {"gamma_state": 1.5},
-    laws.state_law("D"): BASE | {"gamma_state": 1.5},
+    laws.state_law("N"): BASE | {"gamma_state": 1.5, "n_state": 0.4},
+    laws.state_law("D"): BASE | {"gamma_state": 1.5, "n_state": 0.4},
     laws.state_law("E"): BASE | {"gamma_state": 1.5, "C_state": 5.0},
 }
 

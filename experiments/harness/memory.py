@@ -1,4 +1,4 @@
-"""A process that runs many trials needs no more memory than the largest of them."""
+"""A process that runs many trials holds the programs of one kind of them."""
 
 import ctypes
 import gc
@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-_last: Any = None
+_NONE = object()
+_last: Any = _NONE
 
 
 def make_room(kind: Any) -> None:
@@ -20,7 +21,7 @@ def make_room(kind: Any) -> None:
         kind: trials of equal kinds run the same compiled programs.
     """
     global _last
-    if _last is not None and kind != _last:
+    if _last is not _NONE and kind != _last:
         jax.clear_caches()
     _last = kind
     gc.collect()

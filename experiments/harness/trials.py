@@ -98,7 +98,8 @@ def run(
 
     Raises:
         ValueError: a negative number of workers, or a cluster that is not there.
-        RuntimeError: trials failed; the others are finished and recorded.
+        RuntimeError: trials failed in processes or on a cluster; the others are finished and recorded.  In this
+            process the first that fails ends the run with its own error.
         OSError: a record could not be written.
     """
     workers = worker_count(launch.workers, workers)

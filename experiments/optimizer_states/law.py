@@ -78,15 +78,27 @@ def text(found: dict) -> str:
             f"Between {found['widths'][0]} and {found['widths'][-1]} bits these runs do not show that bits "
             "of the state cost anything that a law could hold."
         )
-    first, second = [row for row in found["laws"] if row["law"] in _MEANINGS][:2]
-    fit = next(f for f in found["fits"] if f["law"] == first["law"])
-    gamma = next(p for p in fit["parameters"] if p["name"] == "gamma_state")
+    first, second = _of_state(found["laws"])[:2]
+    said = [_lead(first, second) + "."]
+    if found["without_narrowest"]:
+        others = _of_state(found["without_narrowest"])[:2]
+        is_same = others[0]["law"] == first["law"]
+        said.append(
+            f"{'Still so' if is_same else 'Not so'} without {found['widths'][0]} bits: they {_lead(*others)}."
+        )
+    return f"Few bits of the state {' '.join(said)}"
+
+
+def _of_state(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["law"] in _MEANINGS]
+
+
+def _lead(first: dict, second: dict) -> str:
     apart = second["aicc"] - first["aicc"]
     sure = "" if apart > _CLEAR else "; the difference is too small to tell"
     return (
-        f"Few bits of the state {_MEANINGS[first['law']]} rather than {_MEANINGS[second['law']]} (AICc less "
-        f"by {apart:.1f}{sure}; R² {first['r2']:.3f} and {second['r2']:.3f}); γ = {gamma['value']:.2f} "
-        f"[{gamma['low']:.2f}, {gamma['high']:.2f}] bits."
+        f"{_MEANINGS[first['law']]} rather than {_MEANINGS[second['law']]} (AICc less by {apart:.1f}{sure}; "
+        f"R² {first['r2']:.3f} and {second['r2']:.3f})"
     )
 
 

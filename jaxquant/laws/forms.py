@@ -468,14 +468,15 @@ PANFEROV = Law(
 
 
 def _state(p: Values, r: Values) -> Any:
-    return _saturating({"gamma_state": p["gamma_state"]}, "state", r["P_state"], False)
+    return _saturating(p, "state", r["P_state"], True)
 
 
 def state_law(place: str) -> Law:
     """Bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
 
-    With f = 1 − exp(−P_state/γ_state): L = A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E, or
-    A N^−α + B D^−β + E + C_state (1 − f).  Which one holds, `compare` says.
+    With f = 1 − exp(−P_state/γ_state + n_state): L = A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E; or
+    A N^−α + B D^−β + E + C_state exp(−P_state/γ_state).  Each has two parameters of the bits, a rate and a
+    height, so that a comparison asks for the place alone.
 
     Args:
         place: ``"N"``, ``"D"`` or ``"E"``.
@@ -485,7 +486,7 @@ def state_law(place: str) -> Law:
     """
     if place not in ("N", "D", "E"):
         raise ValueError(f"place is 'N', 'D' or 'E'; got {place!r}")
-    factor = "(1 − exp(−P_state/γ_state))"
+    factor = "(1 − exp(−P_state/γ_state + n_state))"
     n, d = (f"{x} {factor}" if place == x else x for x in "ND")
     floor = " + C_state exp(−P_state/γ_state)" if place == "E" else ""
 
@@ -501,7 +502,7 @@ def state_law(place: str) -> Law:
         equation=f"L = A ({n})^−α + B ({d})^−β + E{floor}",
         parameters=(
             *(_A, _ALPHA, _B, _BETA, _E, _gamma("state")),
-            *((Parameter("C_state", 1e-4, 1e4, (0.1, 10.0), "nats"),) if floor else ()),
+            Parameter("C_state", 1e-4, 1e4, (0.1, 10.0), "nats") if floor else _bias("state"),
         ),
         log_prediction=log_prediction,
         columns=("N", "D", "P_state"),
