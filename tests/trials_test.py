@@ -2,6 +2,10 @@ import dataclasses
 import errno
 import json
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,6 +29,9 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
         raise ArithmeticError(f"cannot do {trial.number}")
     if trial.kind == "dies":
         os._exit(7)
+    if trial.kind == "slow":
+        (context.scratch.parent.parent / f"slow-{trial.number}").touch()
+        time.sleep(60)
     if trial.kind == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
     part = context.remember("part", lambda: {"square": trial.number**2})
@@ -111,10 +118,39 @@ def test_a_failing_trial_is_named_and_costs_only_itself(ledger, kind, reason):
     assert sum(ledger.read(t) is not None for t in GRID) == 5
 
 
-def test_work_is_left_to_one_worker_when_the_other_dies(ledger):
-    with pytest.raises(RuntimeError, match="failed"):
+def test_workers_that_die_are_replaced_and_cost_their_own_trials_alone(ledger):
+    """The two costliest trials come first, and end both workers."""
+    with pytest.raises(RuntimeError, match=r"2 trial\(s\) failed"):
         run(ledger, [*GRID, Trial(8, "dies"), Trial(9, "dies")], workers=2)
     assert ledger.read(Trial(8, "dies")) is None
+    assert all(ledger.read(t) is not None for t in GRID)
+
+
+def test_workers_end_with_their_parent(ledger, tmp_path):
+    """By SIGKILL, while both are in trials of a minute: the locks are free at once."""
+    grid = [Trial(n, "slow") for n in range(2)]
+    script = tmp_path / "study.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from trials_test import Trial, ledgers, run\n"
+        "if __name__ == '__main__':\n"
+        f"    ledger = ledgers.Ledger({str(ledger.workdir)!r}, 'squares')\n"
+        "    run(ledger, [Trial(n, 'slow') for n in range(2)], workers=2)\n"
+    )
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len([*ledger.workdir.glob("slow-*")]) < 2:
+        assert parent.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    start = time.monotonic()
+    for trial in grid:
+        with ledger.claim(trial):
+            pass
+    assert time.monotonic() - start < 20
 
 
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(ledger):

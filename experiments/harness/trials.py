@@ -98,8 +98,8 @@ def run(
 
     Raises:
         ValueError: a negative number of workers, or a cluster that is not there.
-        RuntimeError: trials failed in processes or on a cluster; the others are finished and recorded.  In this
-            process the first that fails ends the run with its own error.
+        RuntimeError: trials failed in processes or on a cluster; the others are finished and recorded.  In
+            this process the first that fails ends the run with its own error.
         OSError: a record could not be written.
     """
     workers = worker_count(launch.workers, workers)
@@ -212,23 +212,30 @@ def _run_in_processes(pending, one, ledger, workers, bar) -> None:
     """The parent hands out trials one by one over pipes; a lost worker costs its own trial only."""
     context = multiprocessing.get_context("spawn")
     queue, busy, failures = list(pending), {}, []
+
     # A worker's share of the cores is the same however few trials are left: on some versions of XLA the
     # number of threads changes the last bits of a sum.
+    def begin(number: int) -> None:
+        here, there = context.Pipe()
+        process = context.Process(
+            target=_work, args=(there, number, workers, one, ledger), daemon=True
+        )
+        _start(process)
+        there.close()
+        busy[here] = _Busy(process, number)
+        _hand_out(here, queue, busy)
+
     try:
         for number in range(min(workers, len(pending))):
-            here, there = context.Pipe()
-            arguments = (there, number, workers, one, ledger)
-            process = context.Process(target=_work, args=arguments, daemon=True)
-            _start(process)
-            there.close()
-            busy[here] = (process, None)
-            _hand_out(here, queue, busy)
+            begin(number)
         while busy:
             for pipe in wait(list(busy)):
-                _listen(pipe, queue, busy, failures, bar)
+                lost = _listen(pipe, queue, busy, failures, bar)
+                if lost is not None and queue:
+                    begin(lost)
     finally:
-        for process, _ in busy.values():
-            process.kill()
+        for worker in busy.values():
+            worker.process.kill()
     if failures:
         raise RuntimeError(_failure_message(failures))
 
@@ -245,29 +252,42 @@ def _start(process: Any) -> None:
         signal.signal(signal.SIGINT, handler)
 
 
+@dataclasses.dataclass
+class _Busy:
+    """A worker, its number among them, and the trial that it was handed last."""
+
+    process: Any
+    number: int
+    trial: Any = None
+
+
 def _hand_out(pipe, queue: list, busy: dict) -> None:
-    process, _ = busy[pipe]
-    trial = queue.pop(0) if queue else None
-    pipe.send(trial)
-    if trial is None:
-        process.join()
+    worker = busy[pipe]
+    worker.trial = queue.pop(0) if queue else None
+    try:
+        pipe.send(worker.trial)
+    except OSError:  # it is gone: `_listen` hears that next
+        return
+    if worker.trial is None:
+        worker.process.join()
         del busy[pipe]
-    else:
-        busy[pipe] = (process, trial)
 
 
-def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> None:
-    process, trial = busy[pipe]
+def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> int | None:
+    """Hears one word of a worker; returns its number where the worker is lost."""
+    worker = busy[pipe]
+    process, trial = worker.process, worker.trial
     try:
         kind, *content = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
-        failures.append((trial, f"its process ended with exit code {process.exitcode}", ""))
+        if trial is not None:
+            failures.append((trial, f"its process ended with exit code {process.exitcode}", ""))
         del busy[pipe]
-        return
+        return worker.number
     if kind == "progress":
         bar.add(trial, *content)
-        return
+        return None
     if kind == "system":
         raise OSError(*content)
     if kind == "failed":
@@ -275,6 +295,7 @@ def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> No
     else:
         bar.finish(trial)
     _hand_out(pipe, queue, busy)
+    return None
 
 
 def _failure_message(failures: list) -> str:
@@ -286,6 +307,7 @@ def _failure_message(failures: list) -> str:
 def _work(pipe: Connection, number: int, workers: int, one, ledger: Ledger) -> None:
     """A worker process: takes trials until it is handed None or its parent is gone."""
     _take_share_of_cores(number, workers)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def progress(amount: float, note: str) -> None:
         try:
@@ -310,6 +332,17 @@ def _work(pipe: Connection, number: int, workers: int, one, ledger: Ledger) -> N
             )
         except Exception as error:
             pipe.send(("failed", f"{type(error).__name__}: {error}", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Ends this process at once when its parent does, whatever it is at: compiling, or waiting for a lock.
+
+    What is checkpointed stays; a worker that outlived its parent would keep trials from the next run.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _take_share_of_cores(number: int, workers: int) -> None:
