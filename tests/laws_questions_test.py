@@ -60,9 +60,18 @@ def test_each_row_says_where_it_leaves_what_was_fitted():
     assert "models trained in 16 bits" in " ".join(served.warnings)
 
 
+def test_precisions_of_which_a_law_says_nothing_are_named():
+    found = laws.plan(laws.QUEST_2025, flops=1e20, precisions=[4, 5, 8, 4])
+    assert [row.bits for row in found.rows] == [4, 8]
+    assert "of 5 bits the law says nothing: left out" in found.warnings
+    assert "4 bits, is the fewest that the plan looked at" in " ".join(found.warnings)
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
+        (lambda: laws.compare(cast(Any, None), {}), "laws are several laws of jaxquant.laws; got None"),
+        (lambda: laws.compare([KUMAR.law], {}, held_out="N"), "held_out names columns"),
         (lambda: laws.plan(KUMAR, flops=cast(Any, "1e20")), "flops is a number above 0; got '1e20'"),
         (lambda: laws.plan(KUMAR, flops=1e20, precisions=cast(Any, "48")), "a list of bits; got '48'"),
         (lambda: laws.plan(KUMAR, flops=1e20, precisions=cast(Any, ["a"])), "precision is a number"),

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -56,10 +56,10 @@ class Comparison:
 
 
 def compare(
-    laws: Sequence[Law],
+    laws: Iterable[Law],
     runs: Any,
     *,
-    held_out: Sequence[str] = ("N", "D", "P_w"),
+    held_out: Iterable[str] = ("N", "D", "P_w"),
     starts: int = 64,
     delta: float = DELTA,
     seed: int = 0,
@@ -80,8 +80,14 @@ def compare(
     """
     if isinstance(laws, Law):
         raise ValueError(f"laws are several, as [{laws.name}]; got one")
+    if not isinstance(laws, Iterable):
+        raise ValueError(f"laws are several laws of jaxquant.laws; got {laws!r}")
+    laws = [*laws]
     for law in laws:
         check_law(law)
+    if isinstance(held_out, str) or not isinstance(held_out, Iterable):
+        raise ValueError(f"held_out names columns, as ('N', 'D'); got {held_out!r}")
+    held_out = [*held_out]
     if not laws or len({law.target for law in laws}) != 1:
         raise ValueError(f"laws are one or more of one target; got {[law.name for law in laws]}")
     check_numbers(starts, 0, delta, seed)

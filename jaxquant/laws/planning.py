@@ -183,6 +183,12 @@ def plan(
     if dead:
         gone = ", ".join(f"{b:g}" for b in dead)
         said = (*said, f"at {gone} bits the law's efficiency is next to nothing: left out")
+    unknown = [b for b in precisions if b not in (*known, *dead)]
+    if unknown:
+        said = (
+            *said,
+            f"of {', '.join(f'{b:g}' for b in unknown)} bits the law says nothing: left out",
+        )
     return Plan(rows, best, optimum, said)
 
 
@@ -249,7 +255,7 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
         check_number("a precision", bits)
         if bits > _MOST_BITS:
             raise ValueError(f"a precision is up to {_MOST_BITS} bits; got {bits!r}")
-    return found
+    return list(dict.fromkeys(found))
 
 
 def _sized(
@@ -368,6 +374,8 @@ def _warnings(law, ptq, rows, best: Row, serve_bits) -> tuple[str, ...]:
         )
     for source in (law, *([ptq] if served < best.bits else [])):
         said += getattr(source, "warnings", ())
-    if best.bits in (rows[0].bits, rows[-1].bits) and len(rows) > 1:
-        said.append(f"the best precision, {best.bits:g} bits, is the last that was looked at")
+    looked = [row.bits for row in rows]
+    for which, end in (("fewest", min(looked)), ("most", max(looked))):
+        if best.bits == end and len(rows) > 1:
+            said.append(f"the best precision, {end:g} bits, is the {which} that the plan looked at")
     return tuple(dict.fromkeys(said))
