@@ -467,16 +467,11 @@ PANFEROV = Law(
 )
 
 
-def _state(p: Values, r: Values) -> Any:
-    return _saturating(p, "state", r["P_state"], True)
-
-
 def state_law(place: str) -> Law:
     """Bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
 
-    With f = 1 − exp(−P_state/γ_state + n_state): L = A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E; or
-    A N^−α + B D^−β + E + C_state exp(−P_state/γ_state).  Each has two parameters of the bits, a rate and a
-    height, so that a comparison asks for the place alone.
+    With f = 1 − exp(−P_state/γ_state + n_state): A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E, or
+    A N^−α + B D^−β + E + C_state exp(−P_state/γ_state): two parameters of the bits each, a rate and a height.
 
     Args:
         place: ``"N"``, ``"D"`` or ``"E"``.
@@ -491,11 +486,10 @@ def state_law(place: str) -> Law:
     floor = " + C_state exp(−P_state/γ_state)" if place == "E" else ""
 
     def log_prediction(p: Values, r: Values) -> Any:
-        if place == "E":
-            added = jnp.log(p["C_state"]) - r["P_state"] / p["gamma_state"]
-            return log_sum(_loss(p, r), added)
-        f = _state(p, r)
-        return _loss(p, r, *((f, 1.0) if place == "N" else (1.0, f)))
+        if floor:
+            return log_sum(_loss(p, r), jnp.log(p["C_state"]) - r["P_state"] / p["gamma_state"])
+        f = _saturating(p, "state", r["P_state"], True)
+        return _loss(p, r, **{f"of_{place.lower()}": f})
 
     return Law(
         name="state bits raise E" if floor else f"state bits cost {place}",
