@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness import files, ledgers, trials
+from experiments.harness import files, ledgers, memory, trials
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -69,6 +69,14 @@ def test_every_trial_has_one_record_and_scratch_is_gone(ledger, workers):
     assert [ledger.read(t)["result"] for t in GRID] == [0, 1, 4, 9, 16]
     assert len(list((ledger.workdir / "trials").iterdir())) == 5
     assert not [p for p in (ledger.workdir / "scratch").iterdir() if p.is_dir()]
+
+
+def test_pages_are_given_back_before_a_trial_and_within_it(ledger, monkeypatch):
+    trims = []
+    monkeypatch.setattr(memory, "trim", lambda at_most_every=0.0: trims.append(at_most_every))
+    run(ledger, [Trial(4)])
+    assert len(trims) == 2
+    assert trims[0] == 0.0 < trims[1]
 
 
 def test_finished_trials_are_skipped(ledger):

@@ -50,6 +50,8 @@ class Context:
 
 RunTrial = Callable[[Any, Context], dict]
 
+_SECONDS_BETWEEN_TRIMS = 30.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -196,8 +198,13 @@ def _run_one(run_trial, kind, ledger, keep_checkpoints, trial, scratch, progress
     """Runs a trial in its scratch folder and writes its record, unless another process has."""
     if ledger.read(trial) is None:  # another process may have finished it meanwhile
         memory.make_room(kind(trial))
+
+        def trimmed(amount: float, note: str) -> None:
+            memory.trim(at_most_every=_SECONDS_BETWEEN_TRIMS)
+            progress(amount, note)
+
         start = time.monotonic()
-        results = run_trial(trial, Context(scratch, progress))
+        results = run_trial(trial, Context(scratch, trimmed))
         ledger.write(trial, results, time.monotonic() - start)
     if not keep_checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)
