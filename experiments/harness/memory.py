@@ -1,18 +1,15 @@
 """A process that runs many trials for hours stays as large as one of them needs.
 
-JAX keeps all that it has compiled, 100 to 250 MB a model and method of the studies here.  The GNU C library
-keeps what was freed: in eight arenas a core, each with holes of its own, and their pages until a trim.
+JAX keeps all that it has compiled, 100 to 250 MB a model and method of the studies here, and the GNU C library
+the pages of what was freed, most of all by the compiler, a quarter of the process.
 """
 
 import ctypes
 import gc
-import os
 import time
 from typing import Any
 
 import jax
-
-_ARENA_MAX = -8  # mallopt's M_ARENA_MAX
 
 _NONE = object()
 _last: Any = _NONE
@@ -27,9 +24,7 @@ def make_room(kind: Any) -> None:
             another kind begins.
     """
     global _last
-    if _last is _NONE:
-        _limit_arenas()
-    elif kind != _last:
+    if _last is not _NONE and kind != _last:
         jax.clear_caches()
     _last = kind
     gc.collect()
@@ -45,20 +40,7 @@ def trim(at_most_every: float = 0.0) -> None:
     global _trimmed
     if time.monotonic() - _trimmed < at_most_every:
         return
-    malloc_trim = _of_the_c_library("malloc_trim")
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # the GNU C library's alone
     if malloc_trim is not None:
         malloc_trim(0)
     _trimmed = time.monotonic()
-
-
-def _limit_arenas() -> None:
-    """An arena a core.  It binds those not yet made, so it comes before the threads that make them."""
-    mallopt = _of_the_c_library("mallopt")
-    if mallopt is not None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        mallopt(_ARENA_MAX, cores or 1)
-
-
-def _of_the_c_library(name: str) -> Any:
-    """A function that the GNU C library has, or None where another is in its place."""
-    return getattr(ctypes.CDLL(None), name, None)
