@@ -46,7 +46,6 @@ def test_what_was_freed_goes_back_to_the_system():
     assert before - _resident() > 80e6
 
 
-@pytest.mark.usefixtures("_freed")
 def test_a_trim_soon_after_another_does_nothing(monkeypatch):
     memory.trim()
     called = []

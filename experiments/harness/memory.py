@@ -1,7 +1,7 @@
 """A process that runs many trials for hours stays as large as one of them needs.
 
-JAX keeps all that it has compiled, 100 to 250 MB a model and method of the studies here, and the GNU C library
-the pages of what was freed, most of all by the compiler, a quarter of the process.
+JAX keeps all that it has compiled, 100 to 250 MB a model and method of the studies here, and the GNU C
+library the pages of what was freed, most of all by the compiler, a quarter of the process.
 """
 
 import ctypes
