@@ -120,6 +120,14 @@ def test_any_flipped_byte_is_found(folder, caplog):
     assert "is not what was written" in caplog.text
 
 
+@pytest.mark.parametrize("seal", ["null", "[]", '"x"', "{}", "", '{"size":'])
+def test_a_seal_that_is_none_is_damage(folder, seal, caplog):
+    (folder / "20" / "seal.json").write_text(seal)
+    (found, *_), _ = restore(folder)
+    np.testing.assert_array_equal(found["w"], 10)
+    assert "is unusable" in caplog.text
+
+
 def test_one_that_was_not_sealed_in_time_is_read_as_it_is(folder):
     (folder / "20" / "seal.json").unlink()
     (found, *_), _ = restore(folder)

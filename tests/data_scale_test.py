@@ -151,6 +151,11 @@ WRONG_VERSION = np.array([20240520, 3] + [0] * 254, np.int32)
         (lambda d: llm_c(d / "a.bin", range(9), count=10), "10 tokens of uint16; it has 9"),
         (lambda d: llm_c(d / "a.bin", [2**20 + 1] * 9, np.uint32), "must lie in 0"),
         (lambda d: (d / "a.bin").write_bytes(WRONG_VERSION), "version is 1; got 3"),
+        (lambda d: (d / "a.bin").write_bytes(WRONG_VERSION.byteswap()), "written big-endian"),
+        (
+            lambda d: (d / "a.bin").write_bytes(WRONG_VERSION.tobytes()[:40]),
+            "cut off within llm.c's header: it has 40 bytes of 1024",
+        ),
         (
             lambda d: (llm_c(d / "a.bin", [1]), llm_c(d / "b.bin", [1], np.uint32)),
             "a.bin uint16, b.bin uint32",

@@ -133,6 +133,11 @@ def test_a_profile_of_steps_behind_it_is_missed_aloud(tmp_path, caplog):
         run(tmp_path, 40, Watching(profile=(7, 8)))
     assert "no profile was taken: step 7 was behind" in caplog.text
     assert not (tmp_path / "profile").exists()
+    (tmp_path / "profile" / "plugins").mkdir(parents=True)
+    (tmp_path / "profile" / "plugins" / "a.xplane.pb").touch()
+    caplog.clear()
+    run(tmp_path, 40, Watching(profile=(7, 8)))  # it was taken before
+    assert "no profile" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -144,6 +149,7 @@ def test_a_profile_of_steps_behind_it_is_missed_aloud(tmp_path, caplog):
         (Watching(profile=(4, 41)), "1 to 40; got 4:41"),
         (Watching(input_timeout=-1.0), "--input_timeout is a number of seconds"),
         (Watching(input_timeout=float("nan")), "--input_timeout is a number of seconds"),
+        (Watching(input_timeout=1e300), "from 0 to 1e[+]09; got 1e[+]300"),
     ],
 )
 def test_what_cannot_be_looked_at_is_named(watching, words):

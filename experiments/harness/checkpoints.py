@@ -177,12 +177,13 @@ class Checkpoints:
         try:
             sealed = json.loads((folder / _SEAL).read_bytes())
         except ValueError:
+            sealed = None
+        if not isinstance(sealed, dict):
             return ValueError(f"{_SEAL} is damaged")
         found = _digests(folder)
         if sealed == found:
             return None
-        keys = {*found, *(sealed if isinstance(sealed, dict) else ())}
-        names = sorted(k for k in keys if sealed.get(k) != found.get(k))
+        names = sorted(k for k in {*found, *sealed} if sealed.get(k) != found.get(k))
         return ValueError(f"{names[0]} is not what was written")
 
     def _read(self, step: int, state: Any) -> Any:

@@ -20,6 +20,12 @@ from experiments.harness import stopping, watchdog
 
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2
+_OUT_OF_MEMORY = " (a smaller model, batch or sequence takes less memory; more devices have more)"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BAD_PATH = (
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
+)
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -56,25 +62,27 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
         try:
             if len(argv) > 1:
                 raise ValueError(f"unexpected argument {argv[1]!r}; flags start with --")
+            if "workdir" in FLAGS and FLAGS.workdir == "":
+                raise ValueError("--workdir names a folder; got an empty name")
             run(FLAGS.config)
         except ValueError as error:
             _fail(_one_line(error), _BAD_INPUT)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno in _FULL:
+                advice = ". What was finished is kept: free some space and run this again"
+            elif error.errno in _BAD_PATH:
+                advice = ""
+            else:
                 raise
-            _fail(
-                f"{_one_line(error)}. What was finished is kept: free some space and run this again",
-                2,
-            )
+            _leave(f"{_one_line(error)}{advice}", _BAD_INPUT)
         except stopping.Preempted as error:
             _fail(str(error), stopping.RESTART)
         except watchdog.Hung as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            os._exit(stopping.RESTART)  # what hangs may never be joined
+            _leave(str(error), stopping.RESTART)
         except RuntimeError as error:
-            _fail(str(error), 1)
+            _fail(f"{error}{_OUT_OF_MEMORY if 'RESOURCE_EXHAUSTED' in str(error) else ''}", 1)
         except KeyboardInterrupt:
-            _fail("stopped; the same command goes on from here", 130)
+            _leave("stopped; the same command goes on from here", 130)
 
     app.run(checked, flags_parser=parse)
 
@@ -141,6 +149,14 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     text = ": ".join(map(str, error.args)) if is_pair else text
     return " ".join(text.split()) or type(error).__name__
+
+
+def _leave(message: str, status: int) -> None:
+    """`_fail` at once, whatever threads of libraries hang, or would say of what they did not finish."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _fail(message: str, status: int) -> None:

@@ -18,7 +18,7 @@ class Diverged(RuntimeError):
             f"training diverged: the loss is {loss} by step {step}{tried}; a lower learning rate, stronger "
             "clipping or wider formats may help"
         )
-        self.step = step
+        self.step, self.loss = step, loss
 
 
 @dataclasses.dataclass(frozen=True)

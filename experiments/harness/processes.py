@@ -143,8 +143,11 @@ def _initialize(where: str, seconds: float, **arguments: object) -> None:
         jax.devices()  # the processes tell each other of theirs
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
+        advice = (
+            "" if arguments else "; elsewhere say --coordinator=HOST:PORT --processes=N --process=I"
+        )
         raise RuntimeError(
-            f"the run's processes did not come together by {where}: {reason}"
+            f"the run's processes did not come together by {where}: {reason}{advice}"
         ) from None
     finally:
         late.cancel()

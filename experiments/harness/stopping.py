@@ -1,6 +1,7 @@
 """Being told to stop: a preempted machine's SIGTERM, answered with a checkpoint and an exit status."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,20 @@ class Preempted(RuntimeError):
         super().__init__(
             f"stopped by SIGTERM; saved at step {step}, the same command goes on from there"
         )
+
+
+def end_to_restart() -> None:
+    """From here on SIGTERM ends this process with the status `RESTART`, but while `told_to_stop` is open.
+
+    It is of the main thread, and of runs that write whole files or none.
+    """
+
+    def end(*_: Any) -> None:
+        # No exception, which a library might take for its own, and no stream, which it may be within.
+        os.write(2, b"error: stopped by SIGTERM; the same command goes on from what is saved\n")
+        os._exit(RESTART)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager

@@ -305,11 +305,11 @@ def fit(
         if at % log_every == 0 or at == steps:
             try:
                 mean = _mean_loss(losses, at, guard, history)
-            except Diverged:
+            except Diverged as error:
                 rollbacks += 1
                 back = _rolled_back(guard, rollbacks, checkpoints, state, batches, at)
                 if back is None:
-                    raise
+                    raise Diverged(error.step, error.loss, _tried(guard, rollbacks)) from None
                 state, history, losses = back
                 at = int(state.step)
                 on_log(at - logged, history[-1][1] if history else math.nan)
@@ -356,3 +356,12 @@ def _rolled_back(
     if guard.action != "roll_back" or checkpoints is None or rollbacks > guard.most:
         return None
     return checkpoints.roll_back(state, batches, at - guard.steps)
+
+
+def _tried(guard: Guard, rollbacks: int) -> str:
+    """What a guard that rolls back could not do any more, in words."""
+    if guard.action != "roll_back":
+        return ""
+    if rollbacks > guard.most:
+        return f", after going back {guard.most} times"
+    return ", with no checkpoint to go back to"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.harness import cli, files, processes
+from experiments.harness import cli, files, processes, stopping
 from experiments.train import PRESETS, Config, Watching, ahead, run
 from experiments.train.ahead_table import to_text
 
@@ -13,6 +13,7 @@ FLAGS = flags.FLAGS
 
 
 def main(config: Config) -> None:
+    stopping.end_to_restart()
     if FLAGS.compile_only:
         _compile(config)
         return

@@ -13,6 +13,8 @@ from experiments.harness import cli, data, models, sharding, train
 from experiments.harness.guarding import Guard
 from experiments.optimizer_states import arms
 
+_MOST_TOKENS = 2**31 - 1  # of a step
+
 
 @dataclasses.dataclass
 class Config:
@@ -196,7 +198,14 @@ def check(config: Config) -> None:
     cli.check_positive(config, "roll_back_steps")
     if config.spike and not config.spike > 1:
         raise ValueError(f"config.spike is a factor above 1, or 0 for none; got {config.spike}")
-    if config.vocab_size < 0:
-        raise ValueError(f"config.vocab_size is a number from 0; got {config.vocab_size}")
+    if not 0 <= config.vocab_size <= data.LARGEST_VOCABULARY:
+        raise ValueError(
+            f"config.vocab_size is a number from 0 to {data.LARGEST_VOCABULARY}; got {config.vocab_size}"
+        )
+    if config.batch * config.sequence > _MOST_TOKENS:
+        raise ValueError(
+            f"config.batch x config.sequence is at most {_MOST_TOKENS} tokens a step; got {config.batch} x "
+            f"{config.sequence}"
+        )
     make_guard(config)
     make_schedule(config)

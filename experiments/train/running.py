@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tqdm.auto import tqdm
 
 from experiments.harness import data, files, metering, processes, sharding, stopping, train
 from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.guarding import Diverged
+from experiments.train import claiming
 from experiments.train.program import (
     Config,
     Program,
@@ -26,8 +29,6 @@ from experiments.train.program import (
 )
 from experiments.train.watching import Watch, Watching
 
-# What may differ between a run and the run that goes on from its checkpoint.
-_LAYOUT_FIELDS = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
 _NOTHING = Watching()
 
 
@@ -58,15 +59,18 @@ def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> d
         raise ValueError(
             f"config.vocab_size is at least the corpus's {corpus.vocab_size}; got {vocabulary}"
         )
+    there = claiming.read(workdir)
+    config = dataclasses.replace(config, state_shards=claiming.page_shards(config, mesh, there))
     program = make_program(config, mesh, vocabulary)
     batches = data.train_batches(
         corpus, config.sequence, config.batch, config.seed, sharding.share(mesh)
     )
     processes.agree("the config", json.dumps(dataclasses.asdict(config)))
+    processes.agree("the data", corpus.fingerprint)
     flops = program.model.step_flops(config.batch, config.sequence)
     meter = metering.Meter(config.batch * config.sequence, flops, [*mesh.devices.flat])
     with _alone(workdir):
-        _claim(workdir, config)
+        claiming.claim(workdir, config, corpus.fingerprint)
         content = dataclasses.asdict(config)
         with Watch(watching, workdir, content, batches, make_schedule(config), meter) as watch:
             state, history = _trained(config, workdir, program, mesh, watch)
@@ -147,6 +151,9 @@ def _finish(workdir, config, corpus, program, state, history) -> dict:
             for split in corpus.evaluation
         },
     }
+    for value in result["loss"].values():
+        if not math.isfinite(value):  # the last update, which no later loss has shown
+            raise Diverged(config.steps, value)
     if processes.is_first():
         files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
         files.write_json(workdir / "result.json", result)
@@ -158,37 +165,3 @@ def _mean_loss(loss, params, windows: np.ndarray, batch: int) -> float:
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
     total = sum(float(loss(params, jnp.asarray(part))) * len(part) for part in parts)
     return total / len(windows)
-
-
-def _claim(workdir: Path, config: Config) -> None:
-    """Marks the folder as this run's, or finds that it is.
-
-    Raises:
-        ValueError: it cannot be written, or holds another run.
-    """
-    own = {k: v for k, v in vars(config).items() if k not in _LAYOUT_FIELDS}
-    content = {k: [*v] if isinstance(v, tuple) else v for k, v in own.items()}  # as JSON has it
-    try:
-        found = files.read_json(workdir / "config.json")
-        if not isinstance(found, dict) and any((workdir / "checkpoints").glob("[0-9]*")):
-            raise ValueError(
-                f"workdir '{workdir}' holds checkpoints, but no whole config.json saying of which run; "
-                "choose another --workdir"
-            )
-        if found is None and (workdir / "study.json").exists():
-            raise ValueError(
-                f"workdir '{workdir}' holds a study's records; choose another --workdir"
-            )
-        if processes.is_first():
-            content_there = found if isinstance(found, dict) else content
-            files.write_json(workdir / "config.json", content_there)
-    except OSError as error:
-        raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
-    there = found if isinstance(found, dict) else content
-    changed = ", ".join(
-        f"{k} {there.get(k)!r} there, {v!r} here" for k, v in content.items() if there.get(k) != v
-    )
-    if changed:
-        raise ValueError(
-            f"workdir '{workdir}' holds another run ({changed}); choose another --workdir"
-        )

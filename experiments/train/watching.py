@@ -12,6 +12,8 @@ import jax
 from experiments.harness import files, metering, metrics, processes, train
 from experiments.harness.watchdog import Watched
 
+_LONGEST = 1e9  # the system's clocks of waiting threads have an end
+
 
 @dataclasses.dataclass(frozen=True)
 class Watching:
@@ -30,9 +32,9 @@ class Watching:
     def check(self, steps: int) -> None:
         """Raises a ValueError for what no run of so many steps could do."""
         metrics.check(self.metrics)
-        if not self.input_timeout >= 0:
+        if not 0 <= self.input_timeout <= _LONGEST:
             raise ValueError(
-                f"--input_timeout is a number of seconds from 0; got {self.input_timeout}"
+                f"--input_timeout is a number of seconds from 0 to {_LONGEST:g}; got {self.input_timeout}"
             )
         if self.profile is not None and not 0 < self.profile[0] <= self.profile[1] <= steps:
             raise ValueError(
@@ -169,8 +171,12 @@ class _Profile:
         self._is_open = False
 
     def warn(self) -> None:
-        """Says so where a run has come to its end without one."""
-        if self._steps is not None and not self._begun:
+        """Says so where a run has come to its end without one, now or before."""
+        if (
+            self._steps is not None
+            and not self._begun
+            and not any(self._folder.rglob("*.xplane.pb"))
+        ):
             logging.getLogger(__name__).warning(
                 "no profile was taken: step %d was behind this run, which had gone on later",
                 self._steps[0],

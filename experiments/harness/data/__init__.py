@@ -5,7 +5,7 @@ is one, ``shift`` (unlike it).  Pipelines are deterministic in the seed, their p
 state that can be checkpointed, and each process of a run reads its own share.
 """
 
-from experiments.harness.data.corpus import HELD_OUT_EVERY, Corpus
+from experiments.harness.data.corpus import HELD_OUT_EVERY, LARGEST_VOCABULARY, Corpus
 from experiments.harness.data.loading import DOCUMENTS, SOURCES, load, load_any, load_documents
 from experiments.harness.data.markov import MarkovSource, markov_source
 from experiments.harness.data.tokenizers import BYTES, SEPARATOR
@@ -15,6 +15,7 @@ __all__ = [
     "BYTES",
     "DOCUMENTS",
     "HELD_OUT_EVERY",
+    "LARGEST_VOCABULARY",
     "SEPARATOR",
     "SOURCES",
     "Corpus",

@@ -149,6 +149,11 @@ def _read_bin(file: Path) -> np.ndarray:
     magic = int(header[0]) if header.size else 0
     kinds = {number: (dtype, version) for dtype, (number, version) in MAGIC.items()}
     if magic not in kinds:
+        if header.size and int(header[0].byteswap()) in kinds:
+            raise ValueError(
+                f"token file '{file}' has llm.c's number with its bytes reversed: it was written big-endian, "
+                "and is read little-endian"
+            )
         if size % 2:
             raise ValueError(
                 f"token file '{file}' has {size} bytes, no whole number of uint16 tokens, and no header of "
@@ -156,10 +161,13 @@ def _read_bin(file: Path) -> np.ndarray:
             )
         return np.memmap(file, np.uint16, "r")
     dtype, version = kinds[magic]
-    if header.size < HEADER or int(header[1]) != version:
-        found = int(header[1]) if header.size > 1 else "nothing"
+    if header.size < HEADER:
         raise ValueError(
-            f"token file '{file}' has llm.c's number {magic}, whose version is {version}; got {found}"
+            f"token file '{file}' is cut off within llm.c's header: it has {size} bytes of {4 * HEADER}"
+        )
+    if int(header[1]) != version:
+        raise ValueError(
+            f"token file '{file}' has llm.c's number {magic}, whose version is {version}; got {header[1]}"
         )
     count, found = int(header[2]), (size - 4 * HEADER) / dtype.itemsize
     if count < 1 or count != found:
