@@ -157,6 +157,7 @@ EXPERIMENTS = [
         "train.ahead",
         "train.ahead_table",
         "train.scaling",
+        "train.claiming",
         "train.watching",
         "train.running",
         "tokenize",
