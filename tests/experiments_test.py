@@ -130,7 +130,7 @@ def bad_inputs(folder) -> dict[str, list[str]]:
     (folder / "other" / "study.json").write_text('{"study": "qat_efficiency"}')
     (folder / "train").mkdir()
     (folder / "train" / "config.json").write_text("{}")
-    work = folder / "work"
+    work, own = folder / "work", folder / "own"  # of studies, and of training runs
 
     def text(name):
         return ["--config.data=text", f"--config.data_path={folder / name}"]
@@ -155,10 +155,11 @@ def bad_inputs(folder) -> dict[str, list[str]]:
         "short.txt has": study_command(work, *text("short.txt")),
         "cannot be written": study_command(folder / "file" / "work"),
         "holds the study 'qat_efficiency'": study_command(folder / "other"),
+        "--workdir names a folder": study_command("", "--preset=smoke"),
         "--shard is i/n": study_command(work, "--shard=4/4"),
         "workers is at least 1": study_command(work, "--workers=-2"),
-        "model size is one of": study_command(work, "--config.size=70b", study="train"),
-        "does not cover 1 device": study_command(work, "--config.mesh_fsdp=3", study="train"),
+        "model size is one of": study_command(own, "--config.size=70b", study="train"),
+        "does not cover 1 device": study_command(own, "--config.mesh_fsdp=3", study="train"),
     }
 
 
