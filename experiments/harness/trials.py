@@ -4,6 +4,7 @@ Where they run is a `Launch`: in this process, in several of this machine, in on
 cluster (`harness.ray_launcher`).
 """
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
@@ -91,7 +92,8 @@ def run(
         ledger: where records lie.
         cost: work of a trial, in any unit; a trial's progress should add up to it.
         kind: a module's function; trials of which it gives the same run the same compiled programs, which are
-            dropped, with all else that JAX has cached, when their process comes to another kind.
+            dropped, with all else that JAX has cached, when this process comes to another kind; of several
+            processes each runs trials of one kind.
         launch: where they run.
         workers: processes on this machine where `launch` names no number; each has its share of the cores.
 
@@ -121,7 +123,7 @@ def run(
                     one(trial, scratch, functools.partial(bar.add, trial))
                 bar.finish(trial)
         else:
-            _run_in_processes(pending, one, ledger, workers, bar)
+            _run_in_processes(pending, one, kind, ledger, workers, bar)
     return [record for trial in trials if (record := ledger.read(trial)) is not None]
 
 
@@ -215,8 +217,12 @@ def _run_quietly(one: Callable[..., None], trial: Any, scratch: Path) -> None:
     one(trial, scratch, lambda amount, note: None)
 
 
-def _run_in_processes(pending, one, ledger, workers, bar) -> None:
-    """The parent hands out trials one by one over pipes; a lost worker costs its own trial only."""
+def _run_in_processes(pending, one, kind, ledger, workers, bar) -> None:
+    """The parent hands out trials one by one over pipes; a lost worker costs its own trial only.
+
+    A process takes trials of one kind, and another one those of the next: what a kind's compiler and programs
+    leave behind, of which 20 to 70 MB are not given back, goes with it.
+    """
     context = multiprocessing.get_context("spawn")
     queue, busy, failures = list(pending), {}, []
 
@@ -229,17 +235,17 @@ def _run_in_processes(pending, one, ledger, workers, bar) -> None:
         )
         _start(process)
         there.close()
-        busy[here] = _Busy(process, number)
-        _hand_out(here, queue, busy)
+        busy[here] = _Busy(process, number, queue.pop(0))
+        _send(here, busy[here])
 
     try:
         for number in range(min(workers, len(pending))):
             begin(number)
         while busy:
             for pipe in wait(list(busy)):
-                lost = _listen(pipe, queue, busy, failures, bar)
-                if lost is not None and queue:
-                    begin(lost)
+                gone = _listen(pipe, kind, queue, busy, failures, bar)
+                if gone is not None and queue:
+                    begin(gone)
     finally:
         for worker in busy.values():
             worker.process.kill()
@@ -268,41 +274,46 @@ class _Busy:
     trial: Any = None
 
 
-def _hand_out(pipe, queue: list, busy: dict) -> None:
+def _hand_out(pipe, kind, queue: list, busy: dict) -> int | None:
+    """The next trial, where it is of this worker's kind; else ends the worker, and returns its number."""
     worker = busy[pipe]
-    worker.trial = queue.pop(0) if queue else None
-    try:
+    is_of_its_kind = queue and kind(queue[0]) == kind(worker.trial)
+    worker.trial = queue.pop(0) if is_of_its_kind else None
+    _send(pipe, worker)
+    if worker.trial is not None:
+        return None
+    worker.process.join()
+    del busy[pipe]
+    return worker.number
+
+
+def _send(pipe: Any, worker: _Busy) -> None:
+    with contextlib.suppress(OSError):  # it is gone: `_listen` hears that next
         pipe.send(worker.trial)
-    except OSError:  # it is gone: `_listen` hears that next
-        return
-    if worker.trial is None:
-        worker.process.join()
-        del busy[pipe]
 
 
-def _listen(pipe: Any, queue: list, busy: dict, failures: list, bar: _Bar) -> int | None:
-    """Hears one word of a worker; returns its number where the worker is lost."""
+def _listen(pipe: Any, kind, queue: list, busy: dict, failures: list, bar: _Bar) -> int | None:
+    """Hears one word of a worker; returns its number where it has gone, with its kind or before."""
     worker = busy[pipe]
     process, trial = worker.process, worker.trial
     try:
-        kind, *content = pipe.recv()
+        word, *content = pipe.recv()
     except (EOFError, ConnectionResetError):
         process.join()
         if trial is not None:
             failures.append((trial, f"its process ended with exit code {process.exitcode}", ""))
         del busy[pipe]
         return worker.number
-    if kind == "progress":
+    if word == "progress":
         bar.add(trial, *content)
         return None
-    if kind == "system":
+    if word == "system":
         raise OSError(*content)
-    if kind == "failed":
+    if word == "failed":
         failures.append((trial, *content))
     else:
         bar.finish(trial)
-    _hand_out(pipe, queue, busy)
-    return None
+    return _hand_out(pipe, kind, queue, busy)
 
 
 def _failure_message(failures: list) -> str:
