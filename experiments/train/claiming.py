@@ -15,6 +15,8 @@ _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
 _POLICY = ("on_spike", "spike", "roll_back_steps")
 _DATA = "data_fingerprint"
 _AXES = ("fsdp", "tensor")
+# What both have alike, and every run's config.json names.
+_SETTINGS = {field.name for field in dataclasses.fields(Config)} - {*_LAYOUT, *_POLICY}
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
@@ -36,7 +38,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
         )
     if found is None and (workdir / "study.json").exists():
         raise ValueError(f"workdir '{workdir}' holds a study's records; choose another --workdir")
-    if found is not None and not (isinstance(found, dict) and _settings(Config()) <= found.keys()):
+    if found is not None and not (isinstance(found, dict) and found.keys() >= _SETTINGS):
         raise ValueError(f"'{path}' is not a training run's; choose another --workdir")
     return found if has_saved else None
 
@@ -79,10 +81,8 @@ def claim(workdir: Path, config: Config, fingerprint: str) -> None:
     Raises:
         ValueError: it cannot be written, or holds another run.
     """
-    settings = {k: v for k, v in vars(config).items() if k in _settings(config) | {*_POLICY}}
-    content = {
-        k: [*v] if isinstance(v, tuple) else v for k, v in settings.items()
-    }  # as JSON has it
+    kept = {k: v for k, v in vars(config).items() if k not in _LAYOUT}
+    content = {k: [*v] if isinstance(v, tuple) else v for k, v in kept.items()}  # as JSON has it
     content[_DATA] = fingerprint
     there = read(workdir)
     if there is not None:
@@ -92,11 +92,6 @@ def claim(workdir: Path, config: Config, fingerprint: str) -> None:
             files.write_json(workdir / "config.json", content)
         except OSError as error:
             raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
-
-
-def _settings(config: Config) -> set[str]:
-    """Names of what a run that goes on must have alike."""
-    return {f.name for f in dataclasses.fields(config)} - {*_LAYOUT, *_POLICY}
 
 
 def _compare(workdir: Path, content: dict[str, Any], there: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from experiments.harness import data, files, metering, processes, sharding, stopping, train
 from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.guarding import Diverged
 from experiments.train import claiming
 from experiments.train.program import (
     Config,
@@ -153,7 +152,7 @@ def _finish(workdir, config, corpus, program, state, history) -> dict:
     }
     for value in result["loss"].values():
         if not math.isfinite(value):  # the last update, which no later loss has shown
-            raise Diverged(config.steps, value)
+            raise train.Diverged(config.steps, value)
     if processes.is_first():
         files.write_json(workdir / "metrics.json", [{"step": s, "loss": x} for s, x in history])
         files.write_json(workdir / "result.json", result)
