@@ -1,6 +1,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -19,8 +20,8 @@ from conftest import Counter
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models, sharding, train
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness import data, models, sharding, train, trials, wsd
+from experiments.harness.checkpoints import Checkpoints, Spacing
 from experiments.harness.guarding import Guard
 from experiments.harness.stopping import Preempted
 
@@ -119,6 +120,96 @@ def test_a_resumed_run_is_bit_identical(toy, tmp_path, stop):
     resumed, resumed_history = run(toy, 60, tmp_path / "run", log_every=5, checkpoint_every=10)
     chex.assert_trees_all_equal(whole, resumed)
     assert history == resumed_history
+
+
+class Counted(Checkpoints):
+    """Checkpoints that say at which steps they were saved."""
+
+    def __init__(self, folder, spacing):
+        super().__init__(folder, spacing=spacing)
+        self.steps = []
+
+    def save(self, step, *arguments):
+        self.steps.append(step)
+        super().save(step, *arguments)
+
+
+def spaced(toy, folder, spacing, steps=60, stop=None):
+    start, step, mesh = toy
+    with Counted(folder, spacing) as checkpoints, contextlib.suppress(Preempted):
+        plan = train.cosine(0.05, 200, 10)
+        train.fit(
+            step, start(), Counter(), plan, steps, mesh, log_every=5, checkpoint_every=20,
+            checkpoints=checkpoints, told_to_stop=lambda at: at == stop,
+        )  # fmt: skip
+    return checkpoints.steps
+
+
+@pytest.mark.parametrize(
+    ("seconds", "saves_ends", "stop", "steps"),
+    [
+        (1e9, False, None, []),
+        (1e9, True, None, [60]),
+        (1e9, False, 33, [33]),
+        (0.0, False, None, [20, 40, 60]),
+        (0.0, False, 33, [20, 33]),
+    ],
+)
+def test_saves_are_so_many_seconds_apart_and_a_stop_saves_at_once(
+    toy, tmp_path, seconds, saves_ends, stop, steps
+):
+    assert spaced(toy, tmp_path / "run", Spacing(seconds, saves_ends), stop=stop) == steps
+    whole, history = run(toy, 60, log_every=5)
+    resumed, resumed_history = run(toy, 60, tmp_path / "run", log_every=5)
+    chex.assert_trees_all_equal(whole, resumed)
+    assert history == resumed_history
+
+
+def test_what_a_run_worked_since_its_last_save_is_remembered_while_it_is_closed(toy, tmp_path):
+    spacing = Spacing(1000.0)
+    assert spaced(toy, tmp_path / "run", spacing, steps=20) == []
+    assert 0 < spacing.worked < 1000
+    spacing.worked += 1000  # as though it had been at work so long
+    assert spaced(toy, tmp_path / "run", spacing) == [20]
+    assert spacing.worked < 1000
+
+
+def grown(toy, context):
+    """Two branches of a trunk, as a study's trial has them: (history, parameters) of each."""
+    start, step, mesh = toy
+    options = {"log_every": 10, "checkpoint_every": 10, "on_log": context.progress}
+    stops = {30: 24, 60: 48}
+    trunk = wsd.Trunk(
+        step, start(), Counter(), mesh, context.checkpoints, list(stops.values()), options
+    )
+
+    def point(end):
+        trunk.grow(train.stable(0.05, 3), stops[end])
+        plan = train.cooldown(0.05, 3, stops[end], end)
+        state, history = trunk.branch(plan, end, f"branch-{end}")
+        return {"history": [[*x] for x in history], "x": state.params["x"].tolist()}
+
+    return [context.remember(str(end), functools.partial(point, end)) for end in stops]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("cut_at", [1, 4, 6, 8])  # in the trunk, the first branch, both again
+def test_a_trial_cut_off_between_saves_ends_in_the_same_record(toy, tmp_path, cut_at, seconds):
+    calls = []
+
+    def context(name):
+        def progress(steps, loss):
+            calls.append(name)
+            if name == "cut" and len(calls) == cut_at:
+                raise KeyboardInterrupt
+
+        (tmp_path / name).mkdir(exist_ok=True)
+        return trials.Context(tmp_path / name, progress, seconds_between_saves=seconds)
+
+    with pytest.raises(KeyboardInterrupt):
+        grown(toy, context("cut"))
+    assert grown(toy, context("cut")) == grown(toy, context("whole"))
+    assert any((tmp_path / "whole" / "trunk").glob("[0-9]*")) == (seconds == 0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's threads

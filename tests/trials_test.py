@@ -185,6 +185,25 @@ def test_what_an_interrupted_trial_finished_is_remembered(tmp_path):
     assert context.remember("a", lambda: {"x": 2}) == {"x": 1}
 
 
+def test_a_trial_s_runs_are_saved_half_a_minute_apart(tmp_path):
+    """Each save loses 40 kB within Orbax: 120 an hour are less than 5 MB."""
+    context = trials.Context(tmp_path, lambda amount, note: None)
+    with context.checkpoints("trunk") as trunk, context.checkpoints("branch") as branch:
+        for run in (trunk, branch):
+            assert not run.is_due(1000, 0, 1, ends=True)
+        context._spacings["trunk"].worked = 29.0
+        assert not trunk.is_due(1000, 0, 1, ends=True)
+        context._spacings["trunk"].worked = 30.0
+        assert trunk.is_due(1000, 0, 1, ends=False)
+        assert not branch.is_due(1000, 0, 1, ends=False)
+    with context.checkpoints("trunk") as again:
+        assert again.is_due(1000, 0, 1, ends=False)
+    kept = trials.Context(tmp_path, lambda amount, note: None, keeps_checkpoints=True)
+    with kept.checkpoints("trunk") as trunk:
+        assert trunk.is_due(1000, 0, 1, ends=True)
+        assert not trunk.is_due(1000, 0, 1, ends=False)
+
+
 def test_records_say_what_they_are(ledger):
     run(ledger, GRID[:1])
     record = json.loads(ledger.path(GRID[0]).read_text())

@@ -5,6 +5,7 @@ A checkpoint that is whole is sealed: ``seal.json`` within it holds the SHA-256 
 
 import contextlib
 import copy
+import dataclasses
 import errno
 import hashlib
 import json
@@ -34,6 +35,24 @@ class Restored(NamedTuple):
     pending: list[float]
 
 
+@dataclasses.dataclass
+class Spacing:
+    """Saves of a run that are some seconds of its work apart.
+
+    Each save of some 60 arrays loses 40 kB within TensorStore, so a process that runs trials for hours saves
+    by time.  A run may be opened again and again: what it has worked since its last save is remembered.
+
+    Attributes:
+        seconds: of work from one save to the next, at least.
+        saves_ends: whether the state that a run ends in is saved all the same.
+        worked: seconds since the last save.
+    """
+
+    seconds: float
+    saves_ends: bool = False
+    worked: float = 0.0
+
+
 class Checkpoints:
     """The newest checkpoints of one run in one folder.
 
@@ -45,15 +64,17 @@ class Checkpoints:
         seconds: that `save` has kept its caller waiting.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, every: int = 1):
+    def __init__(self, folder: Path, keep: int = 2, every: int = 1, spacing: Spacing | None = None):
         """Opens or makes the folder.
 
         Args:
             folder: of the checkpoints.
             keep: the newest ones of a multiple of `every` steps stay, so many of them, and the newest of all.
             every: steps between those that a run saves unless it is told to stop.
+            spacing: between them, in time; as many as are asked for where not given.
         """
         self.seconds = 0.0
+        self._spacing, self._since = spacing, time.monotonic()
         self._every = every
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +94,23 @@ class Checkpoints:
         for step in {*steps} - {*steps[:1], *regular[: self._keep]}:
             self._manager.delete(step)
 
+    def is_due(self, step: int, last: int, every: int, ends: bool) -> bool:
+        """Whether a run saves here by its interval of steps, and by time where its saves are spaced so.
+
+        Args:
+            step: where the run is.
+            last: step of its last save, or where it began.
+            every: steps between saves: their multiples, or so many after the last where they are spaced.
+            ends: whether this is the run's last step.
+        """
+        spacing = self._spacing
+        if spacing is None:
+            return ends or step % every == 0
+        if ends and spacing.saves_ends:
+            return True
+        worked = spacing.worked + time.monotonic() - self._since
+        return (ends or step - last >= every) and processes.any_of(worked >= spacing.seconds)
+
     def save(
         self, step: int, state: Any, batches: Any, history: list, pending: Sequence[float] = ()
     ) -> None:
@@ -89,6 +127,13 @@ class Checkpoints:
         with _full_disk_named(self._folder):
             self._save(step, state, batches, history, pending)
         self.seconds += time.perf_counter() - start
+        self._count(0.0)
+
+    def _count(self, worked: float) -> None:
+        """Goes on counting the seconds of work from here."""
+        self._since = time.monotonic()
+        if self._spacing is not None:
+            self._spacing.worked = worked
 
     def _save(
         self, step: int, state: Any, batches: Any, history: list, pending: Sequence[float]
@@ -223,6 +268,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is still being written."""
+        if self._spacing is not None:
+            self._count(self._spacing.worked + time.monotonic() - self._since)
         try:
             with _full_disk_named(self._folder):
                 self._manager.wait_until_finished()

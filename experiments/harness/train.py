@@ -7,7 +7,7 @@ of the compiled step, so a sweep compiles once per model.  Where arrays lie is `
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -257,6 +257,7 @@ def fit(
     history: History | None = None,
     checkpoints: Checkpoints | None = None,
     log_every: int = 20,
+    log_at: Collection[int] = (),
     checkpoint_every: int = 500,
     on_log: Callable[[int, float], None] = lambda steps, loss: None,
     data: tuple = (),
@@ -275,7 +276,9 @@ def fit(
         history: entries so far.
         checkpoints: where to save; None saves nothing.
         log_every: steps between entries of the history and looks at the loss.
-        checkpoint_every: steps between checkpoints, rounded up to a multiple of `log_every`.
+        log_at: further steps that have an entry, as `steps` has: where the run may have ended before.
+        checkpoint_every: steps between checkpoints, rounded up to a multiple of `log_every`; at least so many
+            where `checkpoints` are spaced in time.
         on_log: called with (steps done since the last call, mean loss) for progress.
         data: further arguments of the loss.
         guard: what to do about losses that are not finite, and spikes; the step `skips` where it does.
@@ -296,13 +299,14 @@ def fit(
         on_log(int(state.step) - start, history[-1][1] if history else math.nan)
     checkpoint_every = saving_interval(checkpoint_every, log_every)
     schedule = jax.tree.map(jnp.asarray, schedule)
-    at, logged, rollbacks = int(state.step), int(state.step), 0
+    at = logged = saved = int(state.step)
+    rollbacks = 0
     while at < steps:
         batch = sharding.place(mesh, next(batches))
         state, loss = step(state, batch, schedule, data, guard.limit(history))
         losses.append(loss)
         at += 1
-        if at % log_every == 0 or at == steps:
+        if at % log_every == 0 or at == steps or at in log_at:
             try:
                 mean = _mean_loss(losses, at, guard, history)
             except Diverged as error:
@@ -319,9 +323,11 @@ def fit(
             history.append((at, mean))
             losses, logged = [], at
         stops = told_to_stop(at) and at < steps
-        if checkpoints is not None and (at % checkpoint_every == 0 or at == steps or stops):
+        if checkpoints is not None and (
+            stops or (logged == at and checkpoints.is_due(at, saved, checkpoint_every, at == steps))
+        ):
             checkpoints.save(at, state, batches, history, jax.device_get(losses))
-            rollbacks = 0
+            saved, rollbacks = at, 0
         if stops:
             raise Preempted(at)
     return state, history

@@ -23,6 +23,7 @@ import jax
 from tqdm.auto import tqdm
 
 from experiments.harness import files, memory, ray_launcher
+from experiments.harness.checkpoints import Checkpoints, Spacing
 from experiments.harness.ledgers import Ledger, trial_id
 from experiments.harness.ray_launcher import Ray
 
@@ -34,10 +35,21 @@ class Context:
     Attributes:
         scratch: a folder of its own, kept until its record is written.
         progress: called with (work done since the last call, a few words on how it goes).
+        keeps_checkpoints: whether the folder stays, and with it the state that each run ends in.
+        seconds_between_saves: of a run, at least; each save loses memory, as `Spacing` says.
     """
 
     scratch: Path
     progress: Callable[[float, str], None]
+    keeps_checkpoints: bool = False
+    seconds_between_saves: float = 30.0
+    _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
+
+    def checkpoints(self, name: str) -> Checkpoints:
+        """Where one of the trial's runs is saved: its interval of steps apart, and half a minute."""
+        spacing = Spacing(self.seconds_between_saves, self.keeps_checkpoints)
+        spacing = self._spacings.setdefault(name, spacing)
+        return Checkpoints(self.scratch / name, spacing=spacing)
 
     def remember(self, name: str, compute: Callable[[], dict]) -> dict:
         """compute(), or what it gave before the trial was interrupted."""
@@ -206,7 +218,7 @@ def _run_one(run_trial, kind, ledger, keep_checkpoints, trial, scratch, progress
             progress(amount, note)
 
         start = time.monotonic()
-        results = run_trial(trial, Context(scratch, trimmed))
+        results = run_trial(trial, Context(scratch, trimmed, keep_checkpoints))
         ledger.write(trial, results, time.monotonic() - start)
     if not keep_checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,6 +20,7 @@ class Trunk:
         batches: at the state's position.
         mesh: of the state.
         checkpoints: from the name of the trunk or of a branch to where it is saved.
+        stops: the steps where branches leave it.
         options: further arguments of `train.fit`.
         history: of the trunk.
     """
@@ -29,12 +30,16 @@ class Trunk:
     batches: Any
     mesh: Mesh
     checkpoints: Callable[[str], contextlib.AbstractContextManager]
+    stops: Collection[int]
     options: dict[str, Any]
     history: train.History = dataclasses.field(default_factory=list)
 
     def grow(self, schedule: train.Schedule, steps: int) -> None:
-        """Trains the trunk to a step."""
-        self.state, self.history = self._fit(self.state, schedule, steps, "trunk")
+        """Trains the trunk to a step.
+
+        Its history does not tell whether it ended at the stops on its way, or began anew after being cut off.
+        """
+        self.state, self.history = self._fit(self.state, schedule, steps, "trunk", self.stops)
 
     def branch(
         self, schedule: train.Schedule, steps: int, name: str
@@ -45,7 +50,14 @@ class Trunk:
         self.batches.set_state(position)
         return found
 
-    def _fit(self, state: train.TrainState, schedule: train.Schedule, steps: int, name: str):
+    def _fit(
+        self,
+        state: train.TrainState,
+        schedule: train.Schedule,
+        steps: int,
+        name: str,
+        log_at: Collection[int] = (),
+    ):
         with self.checkpoints(name) as checkpoints:
             return train.fit(
                 self.step,
@@ -56,5 +68,6 @@ class Trunk:
                 self.mesh,
                 history=self.history,
                 checkpoints=checkpoints,
+                log_at=log_at,
                 **self.options,
             )

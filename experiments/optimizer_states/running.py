@@ -10,7 +10,6 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import sharding, train, trials
-from experiments.harness.checkpoints import Checkpoints
 from experiments.optimizer_states import arms
 from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 
@@ -38,7 +37,7 @@ class _Run:
 
     def to(self, steps: int) -> None:
         """Trains to a step, from the newest checkpoint where there is one."""
-        with Checkpoints(self.context.scratch / "run") as checkpoints:
+        with self.context.checkpoints("run") as checkpoints:
             self.state, self.curve = train.fit(
                 self._step,
                 self.state,
@@ -49,6 +48,7 @@ class _Run:
                 history=self.curve,
                 checkpoints=checkpoints,
                 log_every=self.trial.log_every,
+                log_at=self.trial.stops,
                 checkpoint_every=self.trial.checkpoint_every,
                 on_log=lambda n, loss: self.context.progress(
                     n * step_cost(self.trial), f"{self.trial.arm}: loss {loss:.3f}"
@@ -66,12 +66,10 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     run = _Run(trial, context)
     elements = sum(x.size for x in jax.tree.leaves(run.state.params))
     head = {"versions": _versions(), "parameters": elements}
-    stops = sorted({round(trial.steps * (i + 1) / trial.snapshots) for i in range(trial.snapshots)})
     try:
         found = [
             context.remember(f"widths-{stop}", functools.partial(run.widths, stop))
-            for stop in stops
-            if stop > 0
+            for stop in trial.stops
         ]
         run.to(trial.steps)
     except train.Diverged as error:

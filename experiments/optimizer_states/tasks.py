@@ -54,6 +54,12 @@ class Trial:
     log_every: int
     checkpoint_every: int
 
+    @property
+    def stops(self) -> list[int]:
+        """The steps after which the widths are looked at."""
+        ends = {round(self.steps * (i + 1) / self.snapshots) for i in range(self.snapshots)}
+        return sorted(ends - {0})
+
     def plan(self) -> train.Schedule:
         """The learning rate."""
         warmup = max(1, round(WARMUP * self.steps))

@@ -13,7 +13,6 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import cli, data, ledgers, models, sharding, train, trials, wsd
-from experiments.harness.checkpoints import Checkpoints
 from experiments.ptq_overtraining import report
 from jaxquant.groups import Granularity
 
@@ -368,7 +367,8 @@ class _Run:
             state,
             batches,
             mesh,
-            lambda name: Checkpoints(context.scratch / name),
+            context.checkpoints,
+            [trial.cooldown_start(d) for d in trial.tokens_per_parameter],
             {
                 "log_every": trial.log_every,
                 "checkpoint_every": trial.checkpoint_every,

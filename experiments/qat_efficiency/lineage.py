@@ -13,7 +13,6 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import sharding, train, trials
-from experiments.harness.checkpoints import Checkpoints
 from experiments.qat_efficiency import tasks
 from experiments.qat_efficiency.measuring import all_logits, bit_operations, measure
 
@@ -205,7 +204,7 @@ class _Lineage:
     def _checkpoints(self, folder: str, steps: int):
         """Where a run is saved: what others start from always, the others where they are long."""
         if folder in ("base", "reference") or steps > self.trial.checkpoint_every:
-            return Checkpoints(self.context.scratch / folder)
+            return self.context.checkpoints(folder)
         return contextlib.nullcontext()
 
     def _finetune(self, model: nnx.Module, folder: str, seed: int | None = None):

@@ -11,7 +11,6 @@ import numpy as np
 
 import jaxquant as jq
 from experiments.harness import data, models, sharding, train, trials, wsd
-from experiments.harness.checkpoints import Checkpoints
 from experiments.training_precision.numerics import Numerics, Precision
 
 COOLDOWN = 0.1  # the share of a run in which the learning rate falls
@@ -172,6 +171,7 @@ class _Run:
             batches,
             self._programs.mesh,
             self._checkpoints,
+            [trial.cooldown_start(d) for d in trial.tokens_per_parameter],
             {
                 "log_every": trial.log_every,
                 "checkpoint_every": trial.checkpoint_every,
@@ -190,7 +190,7 @@ class _Run:
         """A run that is short is sooner done again than saved."""
         if self.trial.steps(self.trial.tokens_per_parameter[-1]) <= self.trial.checkpoint_every:
             return contextlib.nullcontext()
-        return Checkpoints(self.context.scratch / folder)
+        return self.context.checkpoints(folder)
 
     def point(self, tokens_per_parameter: int) -> dict:
         """Trains to a length and measures there; the trunk stays where the branch left it."""
