@@ -1,6 +1,8 @@
 """Checkpoints with Orbax: the state, the data's position and the history, together or not at all.
 
-A checkpoint that is whole is sealed: ``seal.json`` within it holds the SHA-256 of each of its files.
+``seal.json`` within a checkpoint holds the SHA-256 of each of its files.  A checkpoint is written and sealed
+beside its place, and put there by one rename; one that is there without its seal has lost it, and is not
+used.
 """
 
 import contextlib
@@ -11,9 +13,10 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +28,7 @@ from experiments.harness import files, processes
 _LAYOUT = 2  # raised when what a checkpoint holds changes
 _SET_ASIDE = "set-aside"
 _SEAL = "seal.json"
+_UNSEALED = ".unsealed"  # after a step: what is being written, or removed
 
 
 class Restored(NamedTuple):
@@ -79,20 +83,47 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
-        self._manager = self._open()
-        self._closing = threading.Event()
-        self._sealing: list[threading.Thread] = []
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._sealing: _Sealing | None = None
 
-    def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(self._folder, options=ocp.CheckpointManagerOptions())
+    def _steps(self) -> list[int]:
+        """Those of the checkpoints that are in their place, the newest first."""
+        names = (p.name for p in self._folder.iterdir() if p.name.isdecimal())
+        return sorted(map(int, names), reverse=True)
+
+    def _remove(self, step: int) -> None:
+        """Deletes a checkpoint: out of its place at once."""
+        old = self._folder / f"{step}{_UNSEALED}-old"
+        shutil.rmtree(old, ignore_errors=True)
+        (self._folder / str(step)).rename(old)
+        shutil.rmtree(old)
+
+    def _unsealed(self, step: int) -> Path:
+        return self._folder / f"{step}{_UNSEALED}"
 
     def _prune(self) -> None:
-        """Deletes what is older than all that stay."""
-        self._manager.wait_until_finished()
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        """Deletes what is older than all that stay, and what no process finished."""
+        self._wait()
+        if not processes.is_first():
+            return
+        steps = self._steps()
         regular = [s for s in steps if s % self._every == 0]
         for step in {*steps} - {*steps[:1], *regular[: self._keep]}:
-            self._manager.delete(step)
+            self._remove(step)
+        for pattern in (f"*{_UNSEALED}*", "*.orbax-checkpoint-tmp*"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path)
+
+    def _wait(self) -> None:
+        """Waits until what is being written is sealed and in its place."""
+        sealing, self._sealing = self._sealing, None
+        try:
+            self._checkpointer.wait_until_finished()
+        finally:
+            if sealing is not None:
+                sealing.end()
+        if sealing is not None and sealing.error is not None:
+            raise sealing.error
 
     def is_due(self, step: int, last: int, every: int, ends: bool) -> bool:
         """Whether a run saves here by its interval of steps, and by time where its saves are spaced so.
@@ -149,27 +180,23 @@ class Checkpoints:
             "history": list(history),  # written later, when the caller's has grown
             "pending": [repr(float(x)) for x in pending],  # NaN is no JSON
         }
-        self._manager.save(
-            step,
+        unsealed = self._unsealed(step)
+        self._checkpointer.save(
+            unsealed,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
             ),
         )
         if processes.is_first():
-            sealing = threading.Thread(target=self._seal, args=(step,), daemon=True)
-            sealing.start()
-            self._sealing = [t for t in self._sealing if t.is_alive()] + [sealing]
+            self._sealing = _Sealing(unsealed, lambda: self._commit(step))
 
-    def _seal(self, step: int) -> None:
-        """Seals a checkpoint once Orbax has put it in its place, or gives up where it never does."""
-        folder = self._folder / str(step)
-        while not folder.exists():
-            if self._closing.wait(0.02) and not folder.exists():
-                return
-        try:
-            files.write_json(folder / _SEAL, _digests(folder))
-        except FileNotFoundError:  # newer ones have taken its place already
-            return
+    def _commit(self, step: int) -> None:
+        """Seals what has been written, and puts it in its place."""
+        unsealed, place = self._unsealed(step), self._folder / str(step)
+        files.write_json(unsealed / _SEAL, _digests(unsealed))
+        if place.exists():  # of a run that went on from an earlier step
+            self._remove(step)
+        unsealed.rename(place)
 
     def restore(self, state: Any, batches: Any, at_most: int) -> Restored | None:
         """The newest usable one up to step `at_most`, laid out as `state` is, or None.
@@ -179,8 +206,7 @@ class Checkpoints:
         return self._restored(state, batches, at_most, 1)
 
     def _restored(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
-        steps = (s for s in self._manager.all_steps() if s <= at_most and s % every == 0)
-        for step in sorted(steps, reverse=True):
+        for step in (s for s in self._steps() if s <= at_most and s % every == 0):
             restored, problem = None, self._broken(step)
             if not processes.any_of(problem is not None):
                 try:
@@ -202,26 +228,26 @@ class Checkpoints:
 
     def roll_back(self, state: Any, batches: Any, at_most: int) -> Restored | None:
         """The newest usable regular one up to a step, later ones dropped; `batches` stay where they are."""
-        self._manager.wait_until_finished()
+        self._wait()
+        processes.wait_for_all("roll back")
         position = copy.deepcopy(batches.get_state())
         found = self._restored(state, batches, at_most, self._every)
         batches.set_state(position)
-        for step in self._manager.all_steps():
-            if found is not None and step > int(found.state.step):
-                self._manager.delete(step)
+        if processes.is_first() and found is not None:
+            for step in (s for s in self._steps() if s > int(found.state.step)):
+                self._remove(step)
         return found
 
     def _broken(self, step: int) -> Exception | None:
-        """What is wrong with the files of a sealed checkpoint, by the first process's look at them.
-
-        One without a seal was whole when its run ended, a moment before its seal: Orbax reads it as it is.
-        """
-        folder = self._folder / str(step)
-        if not processes.is_first() or not (folder / _SEAL).exists():
+        """What is wrong with a checkpoint's files, by the first process's look at them."""
+        if not processes.is_first():
             return None
+        folder = self._folder / str(step)
         try:
             sealed = json.loads((folder / _SEAL).read_bytes())
-        except ValueError:
+        except OSError as error:
+            return ValueError(f"{_SEAL} cannot be read: {error.strerror}")
+        except (ValueError, RecursionError):
             sealed = None
         if not isinstance(sealed, dict):
             return ValueError(f"{_SEAL} is damaged")
@@ -232,26 +258,25 @@ class Checkpoints:
         return ValueError(f"{names[0]} is not what was written")
 
     def _read(self, step: int, state: Any) -> Any:
-        extra = self._manager.restore(step, args=ocp.args.Composite(extra=ocp.args.JsonRestore()))[
-            "extra"
-        ]
+        folder = self._folder / str(step)
+        extra = self._checkpointer.restore(
+            folder, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
+        )["extra"]
         if extra.get("layout") != _LAYOUT:
             raise ValueError(f"its layout is {extra.get('layout')}, not {_LAYOUT}")
         # Orbax would cast a wrong type silently.
         if extra["arrays"] != _describe(state):
             raise ValueError("its arrays have other shapes or types than this run's")
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-        arrays = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        arrays = self._checkpointer.restore(
+            folder, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         )["state"]
         return {"state": arrays, "extra": extra}
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        self._manager.close()
         if processes.is_first():
             self._move(step, error)
         processes.wait_for_all(f"set aside {step}")
-        self._manager = self._open()
 
     def _move(self, step: int, error: Exception) -> None:
         target = self._folder.parent / _SET_ASIDE / f"{self._folder.name}-{step}-{time.time_ns()}"
@@ -272,18 +297,44 @@ class Checkpoints:
             self._count(self._spacing.worked + time.monotonic() - self._since)
         try:
             with _full_disk_named(self._folder):
-                self._manager.wait_until_finished()
+                self._wait()
         finally:
-            self._closing.set()
-            for sealing in self._sealing:
-                sealing.join()
-            self._manager.close()
+            self._checkpointer.close()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
         self.close()
+
+
+class _Sealing:
+    """Does something in the background once Orbax has written a folder.
+
+    Attributes:
+        error: what it failed with, if it did.
+    """
+
+    def __init__(self, folder: Path, commit: Callable[[], None]):
+        self.error: Exception | None = None
+        self._folder, self._commit = folder, commit
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._folder.exists():
+            if self._is_over.wait(0.02) and not self._folder.exists():
+                return
+        try:
+            self._commit()
+        except Exception as error:  # the main thread raises it
+            self.error = error
+
+    def end(self) -> None:
+        """Waits for it, after Orbax has written the folder or never will."""
+        self._is_over.set()
+        self._thread.join()
 
 
 @contextlib.contextmanager
