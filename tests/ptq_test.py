@@ -229,13 +229,13 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
     model, data = mlp(), batches(1)
     quantized(model, RULES, data, workdir=tmp_path)
     others = [
-        (MLP(nnx.Rngs(1)), RULES, data, "gptq"),
-        (model, RULES, batches(2), "gptq"),
-        (model, RULES, data, "awq"),
-        (model, [("unused", None), (".*", "w4a16")], data, "gptq"),
+        ("model", MLP(nnx.Rngs(1)), RULES, data, "gptq"),
+        ("data", model, RULES, batches(2), "gptq"),
+        ("method", model, RULES, data, "awq"),
+        ("rules", model, [("unused", None), (".*", "w4a16")], data, "gptq"),
     ]
-    for arguments in others:
-        with pytest.raises(ValueError, match="of another model, method, data or rules"):
+    for what, *arguments in others:
+        with pytest.raises(ValueError, match=f"of another {what}, or of another version"):
             quantized(*arguments, workdir=tmp_path)
     (stage,) = tmp_path.glob("*.npz")
     whole = stage.read_bytes()
@@ -247,6 +247,28 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
             quantized(model, RULES, data, workdir=tmp_path)
     stage.unlink()
     assert_same(quantized(model, RULES, data, workdir=tmp_path), quantized(model, RULES, data))
+
+
+def test_calls_of_one_scope_are_two(tmp_path):
+    model, data = mlp(), batches(1)
+
+    def scaled(n):
+        return lambda model, x: model(x * n)
+
+    whole = quantized(model, RULES, data, call=scaled(2.0), workdir=tmp_path)
+    assert_same(quantized(model, RULES, data, call=scaled(2.0), workdir=tmp_path), whole)
+    for other in (scaled(3.0), lambda model, x: model(-x), None):
+        with pytest.raises(ValueError, match="of another call"):
+            quantized(model, RULES, data, call=other, workdir=tmp_path)
+
+
+def test_layers_staged_otherwise_are_quantized_anew(tmp_path):
+    """The last layer alone is a stage both times, but it saw others before it."""
+    model, data = mlp(), batches(2)
+    size = 4 * max(x.shape[0] for x in jax.tree.leaves(nnx.state(model)) if x.ndim == 2) ** 2
+    for memory in (1, 2 * size, 100 * size):
+        found = quantized(model, RULES, data, memory=memory, workdir=tmp_path)
+        assert_same(found, quantized(model, RULES, data, memory=memory))
 
 
 @pytest.mark.parametrize(

@@ -124,12 +124,31 @@ def test_stopped_it_goes_on_and_measures_nothing_twice(model, data, tmp_path):
 
 def test_measurements_of_another_run_are_refused(model, data, tmp_path):
     search(model, data, 3000, workdir=tmp_path)
-    for other, batches in ((Uneven(nnx.Rngs(1)), data), (model, data[:1])):
-        with pytest.raises(ValueError, match="measurements of another model, other data"):
-            search(other, batches, 3000, workdir=tmp_path)
+    others = [
+        ("model", Uneven(nnx.Rngs(1)), data, None),
+        ("data", model, data[:1], None),
+        ("loss", model, data, lambda model, x: jnp.mean(model(x) ** 2)),
+    ]
+    for what, other, batches, loss in others:
+        with pytest.raises(ValueError, match=f"measurements of another {what}, or of another ver"):
+            search(other, batches, 3000, loss=loss, workdir=tmp_path)
     (tmp_path / "sensitivity.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged; delete it"):
         search(model, data, 3000, workdir=tmp_path)
+
+
+def test_another_loss_is_measured_anew(model, data, tmp_path):
+    def power(n):
+        return lambda model, x: jnp.mean(jnp.abs(model(x)) ** n)
+
+    found = search(model, data, 3000, loss=power(2), workdir=tmp_path)
+    again = search(model, data, 3000, loss=power(2), workdir=tmp_path)
+    np.testing.assert_array_equal(found.losses, again.losses)
+    with pytest.raises(ValueError, match="of another loss"):
+        search(model, data, 3000, loss=power(4), workdir=tmp_path)
+    numbers = iter([1.0])
+    with pytest.raises(ValueError, match=r"loss holds .*attribute `fingerprint`"):
+        search(model, data, 3000, loss=lambda m, x: m(x).sum() * next(numbers), workdir=tmp_path)
 
 
 def test_it_prints_what_was_measured(model, data, capsys):

@@ -24,6 +24,7 @@ from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.quantizing import find_uses
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import Site, as_kind, put, sites
+from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
 from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
 from jaxquant.qarray import QArray
@@ -79,6 +80,7 @@ def quantize(
             and layers that see more of what those before them became, which at few bits is worth it.
         call: from (model, *batch); the model's own call where not given.
         workdir: a folder in which finished layers are kept, so that the same call goes on where it stopped.
+            `call` is known by its code and what it closes over, or by its string ``fingerprint``.
         progress: whether a bar is shown.
 
     Returns:
@@ -87,7 +89,7 @@ def quantize(
     Raises:
         ValueError: whatever `jaxquant.nnx.quantize` refuses; an unknown method, or two that scale channels;
             no batches, or one with a NaN; recipes with learned steps or traced widths; a workdir of
-            another model, method, data or other rules.
+            another model, method, data, call or other rules, or a call whose content cannot be told.
 
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> batches = [jax.random.normal(jax.random.key(i), (32, 64)) for i in range(2)]
@@ -118,11 +120,12 @@ def quantize(
             _check_dense(target[path], method)
         if "hadamard" in chosen:
             _rotate(target[path])
-    store_ = _Store(workdir, _fingerprint(model, target, batches, method, call) if workdir else "")
+    store_ = _Store(workdir, lambda: _identities(model, target, batches, method, call))
     order = _call_order(model, batches, call, solvable)
     with tqdm(total=len(order), disable=not progress, desc=f"quantizing by {method}") as bar:
         for stage in _stages([target[p] for p in order], memory, chosen):
             paths = [site.path for site in stage]
+            store_.enter(paths)
             solved = store_.read(paths)
             if solved is None:
                 seen = _statistics(working, stage, batches, chosen, call)
@@ -414,60 +417,62 @@ def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
 # Going on where it stopped
 
 
-def _fingerprint(
+def _identities(
     model: Any, target: Mapping[str, Site], batches: Any, method: str, call: Any
-) -> str:
-    """A hash of all that decides the result."""
-    digest = hashlib.sha256()
-    digest.update(f"{method} {getattr(call, '__qualname__', call)}".encode())
-    for path, site in target.items():
-        digest.update(f"{path} {site.operation!r}".encode())
-    for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)):
-        digest.update(np.asarray(leaf).tobytes())
-    for batch in series(batches):
-        for leaf in jax.tree.leaves(batch):
-            digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()
+) -> dict[str, str]:
+    """Hashes of all that decides the result."""
+    rules = {path: site.operation for path, site in target.items()}
+    return {
+        "model": identity("model", model),
+        "rules": identity("rules", rules),
+        "data": identity("batches", list(series(batches))),
+        "method": method,
+        "call": identity("call", call),
+    }
 
 
 class _Store:
     """Finished stages in a folder, or nowhere."""
 
-    def __init__(self, workdir: Any, fingerprint: str):
+    def __init__(self, workdir: Any, identities: Callable[[], Mapping[str, str]]):
         self.folder = None if workdir is None else Path(workdir)
-        self._fingerprint = fingerprint
+        self._stage = ""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         marker = self.folder / "quantization.json"
+        parts = identities()
         if not marker.exists():
-            _write(marker, json.dumps({"fingerprint": fingerprint}).encode())
+            _write(marker, json.dumps({"fingerprint": parts}).encode())
         try:
             known = json.loads(marker.read_text())["fingerprint"]
         except (ValueError, KeyError, TypeError):
             known = None
-        if known != fingerprint:
+        if other := difference(known, parts):
             raise ValueError(
-                f"workdir '{self.folder}' holds the layers of another model, method, data or rules; choose "
-                "another"
+                f"workdir '{self.folder}' holds the layers of another {other}, or of another version of "
+                "jaxquant; choose another"
             )
 
-    def _path(self, paths: Sequence[str]) -> Path:
+    def enter(self, paths: Sequence[str]) -> None:
+        """Comes to a stage: what it sees depends on how the layers before it were staged."""
+        self._stage = hashlib.sha256("\n".join([self._stage, *paths]).encode()).hexdigest()[:16]
+
+    def _path(self) -> Path:
         assert self.folder is not None
-        name = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
-        return self.folder / f"{name}.npz"
+        return self.folder / f"{self._stage}.npz"
 
     def read(self, paths: Sequence[str]) -> dict[str, Any] | None:
-        if self.folder is None or not self._path(paths).exists():
+        if self.folder is None or not self._path().exists():
             return None
         try:
-            with np.load(self._path(paths)) as file:
+            with np.load(self._path()) as file:
                 arrays = {name: file[name] for name in file.files}
             descriptions = json.loads(str(arrays.pop("descriptions")))
             found = storage.from_arrays(arrays, descriptions)
         except (ValueError, OSError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(
-                f"'{self._path(paths)}' is damaged ({error}); delete it, and it is made anew"
+                f"'{self._path()}' is damaged ({error}); delete it, and it is made anew"
             ) from None
         return {path: found[_key(path)] for path in paths}
 
@@ -475,10 +480,10 @@ class _Store:
         if self.folder is None:
             return
         arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
-        temporary = self._path(paths).with_suffix(".partial.npz")
+        temporary = self._path().with_suffix(".partial.npz")
         named: dict[str, Any] = {k: np.asarray(v) for k, v in arrays.items()}
         np.savez(temporary, descriptions=json.dumps(dict(descriptions)), **named)
-        os.replace(temporary, self._path(paths))
+        os.replace(temporary, self._path())
 
 
 def _key(path: str) -> str:

@@ -1,11 +1,10 @@
 """The search for mixed precision: each layer's loss in each recipe is measured, then a budget is spent."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from jaxquant.nnx.modules import read, write
 from jaxquant.nnx.observing import checked, fitting
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import sites
+from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.quantizing import check_batches, series
 from jaxquant.ptq.search import Allocation, allocate
 from jaxquant.qarray import dequantize
@@ -88,11 +88,13 @@ def search(
         loss: from (model, *batch) to a scalar; where not given, the mean Kullback-Leibler divergence of the
             model's softmax from what it was in floating point.
         workdir: a folder in which measurements are kept, so that the same call goes on where it stopped.
+            `loss` is known by its code and what it closes over, or by its string ``fingerprint``.
         progress: whether a bar is shown.
 
     Raises:
         ValueError: no batches; a budget below what the cheapest recipes take; an expression that matches
-            nothing; a layer that cannot take a recipe.
+            nothing; a layer that cannot take a recipe; a workdir of another model, data or loss, or a loss
+            whose content cannot be told.
 
     >>> model = nnx.Sequential(*[nnx.Linear(32, 32, rngs=nnx.Rngs(i)) for i in range(2)])
     >>> batches = [jax.random.normal(jax.random.key(0), (8, 32))]
@@ -126,7 +128,7 @@ def search(
             f"a budget of {budget} bytes is less than the smallest of these, {smallest}"
         )
     measure = _Measure(model, batches, loss)
-    known = _Known(workdir, measure.fingerprint(choices, modules) if workdir else "")
+    known = _Known(workdir, lambda: _identities(model, batches, loss))
     losses = np.zeros(total.shape)
     with tqdm(total=losses.size, disable=not progress, desc="measuring sensitivity") as bar:
         for i, (name, members) in enumerate(groups.items()):
@@ -199,14 +201,6 @@ class _Measure:
                 found.append(float(self._run(model, *known, *arguments)))
         return float(np.mean(found))
 
-    def fingerprint(self, choices: Sequence[str], modules: str) -> str:
-        digest = hashlib.sha256(f"{list(choices)} {modules}".encode())
-        for leaf in jax.tree.leaves(
-            (nnx.state(self._model, nnx.Param), list(series(self._batches)))
-        ):
-            digest.update(np.asarray(leaf).tobytes())
-        return digest.hexdigest()
-
 
 def quantized_values(site: Any, quantizer: Any) -> jax.Array:
     """A layer's weight as it comes back from storage."""
@@ -241,15 +235,24 @@ def _divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 
 
+def _identities(model: nnx.Module, batches: Any, loss: Loss | None) -> dict[str, str]:
+    """Hashes of all that decides what is measured."""
+    return {
+        "model": identity("model", model),
+        "data": identity("batches", list(series(batches))),
+        "loss": identity("loss", loss),
+    }
+
+
 class _Known:
     """Measurements in a file, or nowhere."""
 
-    def __init__(self, workdir: Any, fingerprint: str):
+    def __init__(self, workdir: Any, identities: Callable[[], Mapping[str, str]]):
         self._path = None if workdir is None else Path(workdir) / "sensitivity.json"
         self._values: dict[str, float] = {}
-        self._fingerprint = fingerprint
         if self._path is None:
             return
+        self._identities = dict(identities())
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             try:
@@ -259,16 +262,17 @@ class _Known:
                 raise ValueError(
                     f"'{self._path}' is damaged; delete it, and it is made anew"
                 ) from None
-            if known != fingerprint:
+            if other := difference(known, self._identities):
                 raise ValueError(
-                    f"workdir '{workdir}' holds measurements of another model, other data or recipes"
+                    f"workdir '{workdir}' holds measurements of another {other}, or of another version of "
+                    "jaxquant; choose another"
                 )
 
     def get(self, key: str, compute: Callable[[], float]) -> float:
         if key not in self._values:
             self._values[key] = compute()
             if self._path is not None:
-                content = {"fingerprint": self._fingerprint, "losses": self._values}
+                content = {"fingerprint": self._identities, "losses": self._values}
                 temporary = self._path.with_suffix(".partial")
                 temporary.write_text(json.dumps(content))
                 os.replace(temporary, self._path)
