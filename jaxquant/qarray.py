@@ -398,11 +398,12 @@ def _stored(
     element = quantizer.element
     rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
     grid, scales, _ = _to_grid(rotated, quantizer, axis, key)
+    stored = element.store(grid.reshape(x.shape))
     scale = scales.scale.reshape(groups)
     if isinstance(quantizer.format, Block):
         scale = quantizer.format.scale.store(scale)
     return (
-        element.store(grid.reshape(x.shape)),
+        stored,
         scale,
         None if scales.zero is None else element.store(scales.zero.reshape(groups)),
         None if scales.tensor is None else scales.tensor.reshape((1,) * x.ndim),
