@@ -200,9 +200,9 @@ def result_spec(
 
     def spec() -> PartitionSpec:
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
-        return jax.eval_shape(
-            functools.partial(operation, **options), *map(_shape_of, (lhs, rhs))
-        ).sharding.spec
+        trace = jax.make_jaxpr(functools.partial(operation, **options))
+        (result,) = trace(*map(_shape_of, (lhs, rhs))).out_avals  # jax.eval_shape has no mixed meshes
+        return result.sharding.spec
 
     if out_sharding is not None:
         found = spec()

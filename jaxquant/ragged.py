@@ -130,8 +130,7 @@ def _check(lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any) -> None:
 
 
 def _one_matrix(lhs: jax.Array, rhs: jax.Array, **options: Any) -> jax.Array:
-    matrix = jax.lax.index_in_dim(rhs, 0, keepdims=False)
-    return jax.lax.dot_general(lhs, matrix, (((1,), (0,)), ((), ())), **options)
+    return jax.lax.dot_general(lhs, jnp.sum(rhs, axis=0), (((1,), (0,)), ((), ())), **options)
 
 
 def _groups(group_sizes: jax.Array, rows: int) -> jax.Array:

@@ -48,7 +48,12 @@ def computed_as_auto(
         specs(),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    return jax.sharding.auto_axes(inside, axes=explicit_axes(mesh), out_sharding=out)(*arrays)
+    computed = jax.sharding.auto_axes(inside, axes=explicit_axes(mesh), out_sharding=out)
+    if AxisType.Manual in mesh.axis_types:
+        # What a derivative keeps leaves a shard_map and comes back with Explicit axes, where Auto ones are
+        # wanted, and JAX refuses.  Computed again, it is kept nowhere.
+        computed = jax.checkpoint(computed)
+    return computed(*arrays)
 
 
 def explicit_mesh(*arrays: Any) -> Any:
