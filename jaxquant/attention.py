@@ -4,17 +4,20 @@ Shape suffixes: B batch, T queries, S keys, H query heads, K key-value heads, G 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
+from jax.sharding import PartitionSpec
 
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
+from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
 
 
 @jax.tree_util.register_dataclass
@@ -93,17 +96,47 @@ class Attention:
             )
         if dtype is not None:
             query, key, value = (x.astype(dtype) for x in (query, key, value))
+        if deterministic:
+            dropout_rate = 0.0
+        compute = functools.partial(
+            Attention._computed,
+            is_causal=is_causal,
+            dropout=(dropout_rate, broadcast_dropout),
+            precision=precision,
+        )
+        operands = (self, query, key, value, bias, mask, scale, dropout_rng)
+        return computed_as_auto(compute, operands, lambda: _spec(query, value))
+
+    def _computed(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        bias: Any,
+        mask: Any,
+        scale: Any,
+        dropout_rng: Any,
+        *,
+        is_causal: bool,
+        dropout: tuple[float, bool],
+        precision: Any,
+    ) -> jax.Array:
         key, value = self.stored(key), self.stored(value)
         dots = [jax.lax.dot_general if dot is None else dot for dot in (self.qk, self.pv)]
         logits = _logits(query, key, dots[0], scale, precision)
         weights = _probabilities(logits, bias, mask, is_causal)
-        if dropout_rate > 0 and not deterministic:
-            weights = _dropout(weights, dropout_rng, dropout_rate, broadcast_dropout)
+        if dropout[0] > 0:
+            weights = _dropout(weights, dropout_rng, *dropout)
         return _weighted(weights.astype(value.dtype), value, dots[1], precision)
 
     def stored(self, x: jax.Array) -> jax.Array:
         """Keys or values as the cache gives them back."""
         return x if self.kv is None else fake_quant(x, self.kv, axis=-1)
+
+
+def _spec(query: jax.Array, value: jax.Array) -> PartitionSpec:
+    """How the result is split: as the queries, and along d as the values."""
+    return unrepeated((*tuple(spec_of(query))[:-1], tuple(spec_of(value))[-1]))
 
 
 def _logits(query, key, dot_general: Any, scale: float | None, precision: Any) -> jax.Array:
@@ -234,15 +267,13 @@ class KVCache:
         if key.shape[1] > self.length:
             raise ValueError(f"{key.shape[1]} tokens do not fit a cache of {self.length}")
 
-        def write(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
-
-        def put(old: Any, new: jax.Array) -> Any:
-            if self.quantizer is None:
-                return write(old, new.astype(old.dtype))
-            return jax.tree.map(write, old, _stored(new.astype(old.dtype), self.quantizer))
-
-        return dataclasses.replace(self, key=put(self.key, key), value=put(self.value, value))
+        own = (self.key, self.value)
+        found = computed_as_auto(
+            _updated,
+            (*own, key, value, self.quantizer, position),
+            lambda: jax.tree.map(spec_of, own),
+        )
+        return dataclasses.replace(self, key=found[0], value=found[1])
 
     def attend(
         self, query: jt.Float[jax.Array, "B T H d"], position: Any, scale: float | None = None
@@ -255,11 +286,29 @@ class KVCache:
             scale: of the logits; 1/√d where not given.
         """
         key, value = (dequantize(x) if isinstance(x, QArray) else x for x in (self.key, self.value))
-        queries = query.shape[1]
-        seen = jnp.arange(self.length)[None, :] <= position + jnp.arange(queries)[:, None]
-        logits = _logits(query, key, jax.lax.dot_general, scale, None)
-        weights = _probabilities(logits, None, seen[None, None], False)
-        return _weighted(weights.astype(value.dtype), value, jax.lax.dot_general, None)
+        operands = (query, key, value, position, scale)
+        return computed_as_auto(_attended, operands, lambda: _spec(query, value))
+
+
+def _updated(old_key, old_value, key, value, quantizer: Quantizer | None, position: Any) -> Any:
+    """(keys, values) with those of some more tokens from a position on."""
+
+    def write(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
+
+    def put(old: Any, new: jax.Array) -> Any:
+        new = new.astype(old.dtype)
+        return jax.tree.map(write, old, new if quantizer is None else _stored(new, quantizer))
+
+    return put(old_key, key), put(old_value, value)
+
+
+def _attended(query, key, value, position: Any, scale: Any) -> jax.Array:
+    queries, length = query.shape[1], key.shape[1]
+    seen = jnp.arange(length)[None, :] <= position + jnp.arange(queries)[:, None]
+    logits = _logits(query, key, jax.lax.dot_general, scale, None)
+    weights = _probabilities(logits, None, seen[None, None], False)
+    return _weighted(weights.astype(value.dtype), value, jax.lax.dot_general, None)
 
 
 def _stored(x: jax.Array, quantizer: Quantizer) -> QArray:

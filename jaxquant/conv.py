@@ -20,12 +20,14 @@ from jaxquant.dot import (
     kept,
     laid,
     likes,
+    result_spec,
     simulate,
 )
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.product import is_float8, scaled
 from jaxquant.qarray import QArray, dequantize, quantize
 from jaxquant.quantizer import Quantizer
+from jaxquant.sharding import computed_as_auto
 
 Axes = tuple[int, ...]
 Padding = str | Sequence[tuple[int, int]]
@@ -108,10 +110,13 @@ class ConvGeneralDilated:
             (feature_group_count, batch_group_count),
         )
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        if out_sharding is not None:
-            options["out_sharding"] = out_sharding
         for name, x, spec in (("lhs", lhs, window.lhs_spec), ("rhs", rhs, window.rhs_spec)):
             _check_stored(name, x, getattr(self.forward, name), spec[0])
+        specs = result_spec(window.convolve, lhs, rhs, out_sharding)
+        compute = functools.partial(ConvGeneralDilated._computed, window=window, options=options)
+        return computed_as_auto(compute, (self, lhs, rhs), specs)
+
+    def _computed(self, lhs: Any, rhs: Any, window: "Window", options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
             lhs = simulate(lhs, forward.lhs, _all_but(window.lhs_spec[0], lhs.ndim))

@@ -2,10 +2,12 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant import estimators, rounding
 from jaxquant.hadamard import hadamard
@@ -13,6 +15,7 @@ from jaxquant.integers import is_integer
 from jaxquant.product import is_float8, product
 from jaxquant.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
+from jaxquant.sharding import computed_as_auto, spec_of
 
 DimensionNumbers = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_batch)), as in lax
 
@@ -157,11 +160,15 @@ class DotGeneral:
     ) -> jax.Array:
         """As `jax.lax.dot_general`, whose arguments these are."""
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
-        if out_sharding is not None:
-            options["out_sharding"] = out_sharding
         dims = as_tuples(dimension_numbers)
         for name, x in (("lhs", lhs), ("rhs", rhs)):
             check_stored(name, x, getattr(self.forward, name))
+        lax_product = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
+        specs = result_spec(lax_product, lhs, rhs, out_sharding)
+        compute = functools.partial(DotGeneral._computed, dims=dims, options=options)
+        return computed_as_auto(compute, (self, lhs, rhs), specs)
+
+    def _computed(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
             lhs = simulate(lhs, forward.lhs, dims[0][0])
@@ -178,6 +185,36 @@ def _varying_axes(x: jax.Array) -> frozenset:
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # what newer versions call it
     return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
+
+
+def result_spec(
+    operation: Callable[..., jax.Array], lhs: Any, rhs: Any, out_sharding: Any
+) -> Callable[[], PartitionSpec]:
+    """How the result of lax's own operation on such operands is split, for `computed_as_auto`.
+
+    Args:
+        operation: of two arrays, and of out_sharding where that is given.
+        lhs, rhs: operands, of which only shapes and shardings count.
+        out_sharding: as of the operation; wherever it is given, lax says whether it can be.
+    """
+
+    def spec() -> PartitionSpec:
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
+        trace = jax.make_jaxpr(functools.partial(operation, **options))
+        (result,) = trace(*map(_shape_of, (lhs, rhs))).out_avals  # jax.eval_shape has no mixed meshes
+        return result.sharding.spec
+
+    if out_sharding is not None:
+        found = spec()
+        return lambda: found
+    return spec
+
+
+def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """An operand's shape and sharding, stored or not."""
+    array = x.qvalue if isinstance(x, QArray) else x
+    sharding = NamedSharding(jax.typeof(array).sharding.mesh, spec_of(array, x.shape))
+    return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)
 
 
 def as_values(operands: Any) -> list[jax.Array]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxquant.qarray import QArray
 
@@ -20,6 +21,7 @@ def einsum(
     dot_general: Callable[..., jax.Array] = jax.lax.dot_general,
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: Any = None,
+    out_sharding: Any = None,
 ) -> jax.Array:
     """Einstein summation as one matrix product: out = Σ lhs · rhs over the labels that are not put out.
 
@@ -35,6 +37,7 @@ def einsum(
         dot_general: the product, with `jax.lax.dot_general`'s signature: a `DotGeneral` or a recipe.
         precision: as of `jax.lax.dot_general`.
         preferred_element_type: as of `jax.lax.dot_general`.
+        out_sharding: of the result, a PartitionSpec or NamedSharding, as of `jnp.einsum`.
 
     Raises:
         ValueError: subscripts that are not those of two operands or do not fit their shapes; a label that
@@ -63,9 +66,20 @@ def einsum(
         (tuple(map(left.index, batch)), tuple(map(right.index, batch))),
     )
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
-    result = dot_general(lhs, rhs, numbers, **options)
     free = [x for x in (*left, *right) if x not in batch and x not in summed]
-    return jnp.transpose(result, tuple(map([*batch, *free].index, out)))
+    order = [*batch, *free]  # of the product's axes
+    if out_sharding is not None:
+        options["out_sharding"] = _permuted(out_sharding, [out.index(x) for x in order])
+    result = dot_general(lhs, rhs, numbers, **options)
+    return jnp.transpose(result, tuple(map(order.index, out)))
+
+
+def _permuted(sharding: Any, order: list[int]) -> Any:
+    """The sharding of an array whose axes come in another order."""
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
+    parts = [*spec, *[None] * (len(order) - len(spec))]
+    spec = PartitionSpec(*(parts[a] for a in order))
+    return NamedSharding(sharding.mesh, spec) if isinstance(sharding, NamedSharding) else spec
 
 
 def _parse(subscripts: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[list[str], list[str], list[str]]:

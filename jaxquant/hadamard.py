@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
+from jaxquant.sharding import computed_as_auto, spec_of
+
 # What its products are named in a program, so that they can be told from a model's own.
 ROTATION = "hadamard_rotation"
 # Factors of at most this size are multiplied as matrices, which suits matrix units and vector lanes.
@@ -55,6 +57,11 @@ def hadamard(
         raise ValueError(
             f"a Hadamard block of {size} does not divide axis {axis} of shape {x.shape}"
         )
+    rotated = functools.partial(_rotated, size=size, axis=axis)
+    return computed_as_auto(rotated, (x,), lambda: spec_of(x))
+
+
+def _rotated(x: jax.Array, size: int, axis: int) -> jax.Array:
     before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     inner = 1
     while inner < size:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from jaxquant.formats import Format, Int, is_static
 from jaxquant.qarray import QArray
@@ -30,13 +30,12 @@ def is_integer(format: Format) -> bool:
     return int(format.bits) <= (7 if format.levels == "midrise" else 8)
 
 
-def integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+def integers(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     """Σ (l − z_l)(r − z_r), float32; scales and zero points do not vary along the sum.
 
     Args:
         lhs, rhs: unpacked.
         dims: dimension numbers, as of `jax.lax.dot_general`.
-        options: out_sharding, as of `jax.lax.dot_general`, where it is given.
 
     Raises:
         ValueError: a sum that could leave int32 and does not divide into parts that cannot.
@@ -44,14 +43,13 @@ def integers(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
     terms = math.prod(lhs.shape[a] for a in dims[0][0])
     needed = -(-terms // _most_terms(lhs, rhs))
     if needed <= 1:
-        return _exact(lhs, rhs, dims, options).astype(jnp.float32)
+        return _exact(lhs, rhs, dims).astype(jnp.float32)
     parts, which = _division(lhs, rhs, dims, needed)
     # The parts' axis comes first, as one more axis of the batch.
     left, right = (split(x, a[which], parts) for x, a in zip((lhs, rhs), dims[0], strict=True))
     contracting, batch = (tuple(tuple(a + 1 for a in axes) for axes in both) for both in dims)
     dims = (contracting, tuple((0, *axes) for axes in batch))
-    options = {name: _beneath(value) for name, value in options.items()}
-    found = _spread(_exact(left, right, dims, options))
+    found = _spread(_exact(left, right, dims))
     return jnp.sum(found.astype(jnp.float32), axis=0)
 
 
@@ -91,18 +89,11 @@ def _spread(parts: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(parts, PartitionSpec(*spec))
 
 
-def _beneath(sharding: Any) -> Any:
-    """The sharding of an array with one more axis in front, which is not split."""
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
-    return None if sharding is None else PartitionSpec(None, *sharding)
-
-
-def _exact(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+def _exact(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     """Σ (l − z_l)(r − z_r) in int32, which holds it."""
     (left, left_zero), (right, right_zero) = as_int8(lhs), as_int8(rhs)
     terms = math.prod(lhs.shape[a] for a in dims[0][0])
-    result = integer_dot(left, right, dims, options)
+    result = integer_dot(left, right, dims)
     left_sum = right_sum = None
     if right_zero is not None:
         left_sum = jnp.sum(left.astype(jnp.int32), dims[0][0], keepdims=True)
@@ -155,25 +146,20 @@ def _most_terms(lhs: QArray, rhs: QArray) -> int:
     return (2**31 - 1) // max(1, largest(lhs) * largest(rhs))
 
 
-def integer_dot(
-    lhs: jax.Array, rhs: jax.Array, dims: Dims, options: dict | None = None
-) -> jax.Array:
+def integer_dot(lhs: jax.Array, rhs: jax.Array, dims: Dims) -> jax.Array:
     """The int32 product of two int8 arrays, computed the way that suits the platform.
 
     The numbers are the same everywhere.  TPU and GPU multiply int8 as given.  A CPU does so only where the
     left operand's contracting axes come last; other layouts fall to a loop some thirty times slower, so
     there the operand is transposed first.
     """
-    options = dict(options or {}, preferred_element_type=jnp.int32)
 
     def plain(lhs, rhs):
-        return jax.lax.dot_general(lhs, rhs, dims, **options)
+        return jax.lax.dot_general(lhs, rhs, dims, preferred_element_type=jnp.int32)
 
     def on_cpu(lhs, rhs):
         return _contracting_last(lhs, rhs, dims, plain)
 
-    if "out_sharding" in options:
-        return plain(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu, default=plain)
 
 

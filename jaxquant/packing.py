@@ -40,6 +40,15 @@ def pack_bits(
     return jnp.stack(planes, axis=-2).astype(jnp.uint8).reshape(*rows, bits * groups)
 
 
+def packed_bytes(length: int, bits: int) -> int:
+    """Bytes of a row of codes.
+
+    >>> packed_bytes(9, 3)
+    6
+    """
+    return bits * -(-length // 8)
+
+
 def unpack_bits(
     packed: jt.UInt8[jax.Array, "*rows bytes"], bits: int, length: int
 ) -> jt.UInt[jax.Array, "*rows n"]:

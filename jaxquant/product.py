@@ -45,7 +45,7 @@ def product(
         lhs: left operand.
         rhs: right operand.
         dims: dimension numbers, as of `jax.lax.dot_general`.
-        options: preferred_element_type, precision and out_sharding, as of `jax.lax.dot_general`.
+        options: preferred_element_type and precision, as of `jax.lax.dot_general`.
 
     Raises:
         ValueError: formats that no product takes together; a sum that could leave int32; blocks of two
@@ -58,12 +58,10 @@ def product(
     lhs, rhs = lhs.unpack(), rhs.unpack()
     if lhs.hadamard or rhs.hadamard:
         _check_rotations(lhs, rhs, dims)
-    options.pop(
-        "precision", None
-    )  # chooses among floating-point algorithms; these products are exact
+    # No precision, which chooses among floating-point algorithms: these products are exact.
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
-        return _blockwise(lhs, rhs, dims, options).astype(dtype)
-    return _scaled(lhs, rhs, dims, options).astype(dtype)
+        return _blockwise(lhs, rhs, dims).astype(dtype)
+    return _scaled(lhs, rhs, dims).astype(dtype)
 
 
 def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
@@ -116,11 +114,7 @@ def _one_sided(
         stored = dataclasses.replace(quantized, qvalue=qvalue)
         return _few_rows(other, stored, dims, options["preferred_element_type"])
 
-    if (
-        isinstance(rhs, QArray)
-        and "out_sharding" not in options
-        and _has_few_rows(other, rhs, dims)
-    ):
+    if isinstance(rhs, QArray) and _has_few_rows(other, rhs, dims):
         result = jax.lax.platform_dependent(other, rhs.qvalue, cpu=few, default=plain)
     else:
         result = plain(other, quantized.qvalue)
@@ -228,13 +222,13 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
     return math.prod(operand.scale.shape[a] for a in axes)
 
 
-def _scaled(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+def _scaled(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     """A product whose scales do not vary along the contracting axes, float32."""
     if is_integer(lhs.element) and is_integer(rhs.element):
-        result = integers(lhs, rhs, dims, options)
+        result = integers(lhs, rhs, dims)
     elif is_float8(lhs.element) and is_float8(rhs.element):
         result = jax.lax.dot_general(
-            lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32, **options
+            lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32
         )
     else:
         raise ValueError(
@@ -282,7 +276,7 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
     return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
 
 
-def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array:
+def _blockwise(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     """Σ over blocks of the block's product times its scales, float32."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
@@ -296,10 +290,10 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, options: dict) -> jax.Array
     parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled(pair[0], pair[1], dims, options), None
+        return total + _scaled(pair[0], pair[1], dims), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, options), *first)
+    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims), *first)
     return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
 
 

@@ -11,6 +11,7 @@ does one whose given range is negative.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxquant import calibration as calibrations
 from jaxquant import estimators
@@ -25,8 +27,9 @@ from jaxquant import rounding as roundings
 from jaxquant.formats import Block, Codebook, Format, Int, divide, is_static
 from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
 from jaxquant.hadamard import hadamard
-from jaxquant.packing import pack_bits, unpack_bits
+from jaxquant.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.quantizer import Quantizer
+from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
 
 _TINY = jnp.finfo(jnp.float32).tiny
 # Beyond this a scale's reciprocal is subnormal, which most hardware flushes.
@@ -114,17 +117,16 @@ class QArray:
             raise ValueError(
                 f"a QArray is indexed by ... or by an array of integers, with 2 axes or more; got {rows!r}"
             )
-        n = self.shape[0]
+        parts = (self.qvalue, self.scale, self.zero_point, self.tensor_scale)
 
-        def take(part: jax.Array | None) -> jax.Array | None:
-            if part is None or part.shape[0] == n:
-                return None if part is None else part[rows]
-            return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
+        def taken(parts: Any, rows: jax.Array) -> Any:
+            return jax.tree.map(lambda part: _taken(part, rows, self.shape[0]), parts)
 
-        parts = map(take, (self.qvalue, self.scale, self.zero_point, self.tensor_scale))
-        qvalue, scale, zero_point, tensor_scale = parts
-        assert qvalue is not None
-        assert scale is not None
+        def specs() -> Any:
+            own = jax.tree.map(lambda part: (*spec_of(rows), *tuple(spec_of(part))[1:]), parts)
+            return tuple(None if spec is None else unrepeated(spec) for spec in own)
+
+        qvalue, scale, zero_point, tensor_scale = computed_as_auto(taken, (parts, rows), specs)
         return dataclasses.replace(
             self, qvalue=qvalue, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale
         )
@@ -139,18 +141,26 @@ class QArray:
             return self
         if self.ndim == 0:
             raise ValueError("a scalar cannot be packed: it has no row of codes")
-        codes = self.element.encode(self.element.load(self.qvalue))
-        return dataclasses.replace(
-            self, qvalue=pack_bits(codes, self.element.bits), length=self.shape[-1]
+        element = self.element
+        row = packed_bytes(self.shape[-1], element.bits)
+        packed = computed_as_auto(
+            lambda stored: pack_bits(element.encode(element.load(stored)), element.bits),
+            (self.qvalue,),
+            lambda: spec_of(self.qvalue, (*self.shape[:-1], row)),
         )
+        return dataclasses.replace(self, qvalue=packed, length=self.shape[-1])
 
     def unpack(self) -> "QArray":
         """The same array with its values in the format's array type."""
         if self.length is None:
             return self
-        codes = unpack_bits(self.qvalue, self.element.bits, self.length)
-        qvalue = self.element.store(self.element.decode(codes))
-        return dataclasses.replace(self, qvalue=qvalue, length=None)
+        element, length = self.element, self.length
+        stored = computed_as_auto(
+            lambda packed: element.store(element.decode(unpack_bits(packed, element.bits, length))),
+            (self.qvalue,),
+            lambda: spec_of(self.qvalue, self.shape),
+        )
+        return dataclasses.replace(self, qvalue=stored, length=None)
 
     def float_scale(self) -> jt.Float[jax.Array, "*groups"]:
         """The scales in float32, a Block's decoded."""
@@ -158,6 +168,13 @@ class QArray:
             return self.scale
         scale = self.format.scale.load(self.scale)
         return scale if self.tensor_scale is None else scale * self.tensor_scale
+
+
+def _taken(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
+    """Rows of what holds n of them, or one for several that share a scale."""
+    if part.shape[0] == n:
+        return part[rows]
+    return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -320,8 +337,13 @@ def calibrate(
            [20.]], dtype=float32)
     """
     _check(x, quantizer)
-    x = _rotated(x.astype(jnp.float32), quantizer, axis)
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
+    calibrated = functools.partial(_calibrated, groups=groups, axis=axis)
+    return computed_as_auto(calibrated, (x, quantizer), lambda: spec_of(x, groups))
+
+
+def _calibrated(x: jax.Array, quantizer: Quantizer, groups: tuple[int, ...], axis: Any) -> Any:
+    x = _rotated(x.astype(jnp.float32), quantizer, axis)
     found = quantizer.calibration(grouped(x, groups), within(x.shape, groups), quantizer.element)
     found = found.value if isinstance(found, calibrations.Scale) else found
     return jax.tree.map(lambda range_: range_.reshape(groups), found)
@@ -353,26 +375,38 @@ def quantize(
            [ 127,   64]], dtype=int8)
     """
     _check(x, quantizer)
-    element = quantizer.element
-    _ = element.dtype  # a traced format is refused before anything is computed
-    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
-    grid, scales, _ = _to_grid(rotated, quantizer, axis, key)
-    stored = element.store(grid.reshape(x.shape))
-    scale = scales.scale.reshape(scale_shape(x.shape, quantizer.granularity, axis))  # pyright: ignore
-    if isinstance(quantizer.format, Block):
-        scale = quantizer.format.scale.store(scale)
+    _ = quantizer.element.dtype  # a traced format is refused before anything is computed
+    groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
+
+    def specs() -> Any:
+        scale = spec_of(x, groups)
+        return spec_of(x), scale, scale, PartitionSpec()
+
+    stored = functools.partial(_stored, groups=groups, axis=axis)
+    parts = computed_as_auto(stored, (x, quantizer, key), specs)
     rotation = None
     if quantizer.hadamard is not None:
         # Counted from the end, so that a leading axis may come or go.
         rotation = (quantizer.hadamard, _last_axis(x, axis) - x.ndim)
-    return QArray(
+    return QArray(*parts, format=quantizer.format, dtype=np.dtype(x.dtype), hadamard=rotation)
+
+
+def _stored(
+    x: jax.Array, quantizer: Quantizer, key: Any, groups: tuple[int, ...], axis: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
+    """A QArray's arrays."""
+    element = quantizer.element
+    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
+    grid, scales, _ = _to_grid(rotated, quantizer, axis, key)
+    stored = element.store(grid.reshape(x.shape))
+    scale = scales.scale.reshape(groups)
+    if isinstance(quantizer.format, Block):
+        scale = quantizer.format.scale.store(scale)
+    return (
         stored,
         scale,
-        zero_point=None if scales.zero is None else element.store(scales.zero.reshape(scale.shape)),
-        tensor_scale=None if scales.tensor is None else scales.tensor.reshape((1,) * x.ndim),
-        format=quantizer.format,
-        dtype=np.dtype(x.dtype),
-        hadamard=rotation,
+        None if scales.zero is None else element.store(scales.zero.reshape(groups)),
+        None if scales.tensor is None else scales.tensor.reshape((1,) * x.ndim),
     )
 
 
@@ -387,6 +421,10 @@ def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
         raise ValueError(
             f"dequantize takes a QArray, as quantize gives it; got {type(qarray).__name__}"
         )
+    return computed_as_auto(_dequantized, (qarray,), lambda: spec_of(qarray.qvalue, qarray.shape))
+
+
+def _dequantized(qarray: QArray) -> jax.Array:
     qarray = qarray.unpack()
     view = grouped(qarray.element.load(qarray.qvalue), qarray.scale.shape)
     if qarray.zero_point is not None:
@@ -424,6 +462,11 @@ def fake_quant(
     (Array([ 3., -3., 21.], dtype=float32), Array([ 0., -7., 21.], dtype=float32))
     """
     _check(x, quantizer)
+    simulated = functools.partial(_simulated, axis=axis)
+    return computed_as_auto(simulated, (x, quantizer, key), lambda: spec_of(x))
+
+
+def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
     rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
     if quantizer.estimator is estimators.straight_through:
         # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.

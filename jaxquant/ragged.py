@@ -9,9 +9,19 @@ import jax.numpy as jnp
 import jaxtyping as jt
 
 from jaxquant import rounding
-from jaxquant.dot import DotGeneral, Operands, differentiable, first_order, kept, likes, simulate
+from jaxquant.dot import (
+    DotGeneral,
+    Operands,
+    differentiable,
+    first_order,
+    kept,
+    likes,
+    result_spec,
+    simulate,
+)
 from jaxquant.native import check_operands, parts, wide
 from jaxquant.qarray import QArray, dequantize, quantize
+from jaxquant.sharding import computed_as_auto
 
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
 
@@ -71,10 +81,17 @@ class RaggedDot:
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: Any = None,
         group_offset: None = None,
+        out_sharding: Any = None,
     ) -> jt.Float[jax.Array, "m n"]:
         """As `jax.lax.ragged_dot`, whose arguments these are."""
         _check(lhs, rhs, group_sizes, group_offset)
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
+        # Rows go where lhs has them and columns where rhs has them, as in the product with one matrix.
+        specs = result_spec(_one_matrix, lhs, rhs, out_sharding)
+        compute = functools.partial(RaggedDot._computed, options=options)
+        return computed_as_auto(compute, (self, lhs, rhs, group_sizes), specs)
+
+    def _computed(self, lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
         # Rows of no group are multiplied with nothing, so that they must not widen a scale either.
         lhs = _in_groups(lhs, group_sizes)
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
@@ -110,6 +127,10 @@ def _check(lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any) -> None:
         raise ValueError(
             f"group_offset is not supported: all groups are computed, from the first; got {group_offset!r}"
         )
+
+
+def _one_matrix(lhs: jax.Array, rhs: jax.Array, **options: Any) -> jax.Array:
+    return jax.lax.dot_general(lhs, jnp.sum(rhs, axis=0), (((1,), (0,)), ((), ())), **options)
 
 
 def _groups(group_sizes: jax.Array, rows: int) -> jax.Array:

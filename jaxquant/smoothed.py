@@ -16,6 +16,7 @@ import jaxtyping as jt
 
 from jaxquant.dot import DimensionNumbers, as_tuples
 from jaxquant.qarray import QArray
+from jaxquant.sharding import computed_as_auto, spec_of
 
 
 @functools.partial(jax.tree_util.register_pytree_node_class)
@@ -125,6 +126,12 @@ def multiplied(
             f"axes {tuple(axes)} of shape {x.shape} have {math.prod(sizes)} channels; "
             f"got factors of shape {factor.shape}"
         )
+    multiply = functools.partial(_multiplied, axes=tuple(axes))
+    return computed_as_auto(multiply, (x, factor), lambda: spec_of(x))
+
+
+def _multiplied(x: jax.Array, factor: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    sizes = tuple(x.shape[a] for a in axes)
     rising = sorted(range(len(axes)), key=axes.__getitem__)
     laid = jnp.transpose(factor.astype(jnp.float32).reshape(sizes), rising)
     laid = laid.reshape([n if a in axes else 1 for a, n in enumerate(x.shape)])

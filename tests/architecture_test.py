@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 LIBRARY = [
     [
+        "sharding",
         "formats.base",
         "formats.integer",
         "formats.floating",
