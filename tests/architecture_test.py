@@ -21,6 +21,7 @@ LIBRARY = [
         "packing",
         "hadamard",
         "pages",
+        "reductions",
     ],
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     [
