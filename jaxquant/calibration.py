@@ -17,6 +17,7 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant.formats import Format, Int
+from jaxquant.reductions import largest
 
 Calibration = Callable[[jax.Array, tuple[int, ...], Format], Any]
 
@@ -32,19 +33,14 @@ def absmax(
         format: not needed.
 
     Returns:
-        max |x| over `axes`, zero where there is nothing to take it of.
+        max |x| over `axes`, zero where there is nothing to take it of, NaN where one is a NaN or an Inf.
 
     >>> absmax(jnp.array([[1.0, -3.0], [2.0, 0.5]]), (1,))
     Array([[3.],
            [2.]], dtype=float32)
     """
     del format
-    magnitudes = jnp.abs(x)
-    if len(axes) > 1 and x.ndim - 1 in axes:
-        # The contiguous axis first, by itself: a CPU's compiler is slow at all axes at once.
-        magnitudes = jnp.max(magnitudes, axis=-1, keepdims=True, initial=0)
-        magnitudes = jax.lax.optimization_barrier(magnitudes)
-    return jnp.max(magnitudes, axis=axes, keepdims=True, initial=0)
+    return largest(jnp.abs(x), axes)
 
 
 def minmax(
@@ -59,14 +55,13 @@ def minmax(
            [ 0.]], dtype=float32)
     """
     del format
-    low = jnp.min(x, axis=axes, keepdims=True, initial=0)
-    return low, jnp.max(x, axis=axes, keepdims=True, initial=0)
+    return 0 - largest(-x, axes), largest(x, axes)
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """√(mean x²) over `axes`, of values whose squares need not be representable."""
-    largest = absmax(x, axes)
-    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    top = absmax(x, axes)
+    unit = jnp.where(top > 0, top, 1)
     count = max(1, math.prod(x.shape[a] for a in axes))
     squares = (x * (1 / unit)) ** 2
     # A choice after each product, or it may become one multiply-add with the sum that follows.
@@ -227,9 +222,8 @@ class mse:
             raise ValueError(f"mse takes candidates of at least 1; got {self.candidates!r}")
 
     def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> jax.Array:
-        largest = absmax(x, axes)
-        unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        x = x / unit
+        whole = absmax(x, axes)
+        x = x / jnp.where(whole > 0, whole, 1)
         top = jnp.asarray(format.max_value, jnp.float32)
 
         def search(i, best):
@@ -243,8 +237,8 @@ class mse:
                 for new, old in zip((error, share), best, strict=True)
             )
 
-        start = tuple(jnp.full(largest.shape, v, jnp.float32) for v in (jnp.inf, 1))
-        return largest * jax.lax.fori_loop(0, self.candidates, search, start)[1]
+        start = tuple(jnp.full(whole.shape, v, jnp.float32) for v in (jnp.inf, 1))
+        return whole * jax.lax.fori_loop(0, self.candidates, search, start)[1]
 
 
 @jax.tree_util.register_dataclass

@@ -43,9 +43,12 @@ class Laid:
 
     @property
     def inside(self) -> jax.Array:
-        """Which elements lie within the range of the grid."""
+        """Which elements do not lie beyond the range of the grid; where there is no range, none does.
+
+        So the gradient of a group that holds a NaN is passed on, with the NaNs that it has by then.
+        """
         scale = jax.lax.stop_gradient(self.scale)
-        return (self.x >= self.low * scale) & (self.x <= self.high * scale)
+        return ~((self.x < self.low * scale) | (self.x > self.high * scale))
 
 
 def straight_through(laid: Laid) -> jax.Array:

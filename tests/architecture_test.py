@@ -22,6 +22,7 @@ LIBRARY = [
         "packing",
         "hadamard",
         "pages",
+        "reductions",
     ],
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     [

@@ -179,9 +179,16 @@ def calibrate(
 
 
 def check_range(path: str, bounds: Any, weight: Any = 1) -> None:
-    """Raises a ValueError for a range of nothing but zero, which would make zeros of all activations."""
-    widest = jnp.max(jnp.stack([jnp.abs(bound) for bound in jax.tree.leaves(bounds)]), axis=0)
-    if bool(jnp.any((widest == 0) & (jnp.asarray(weight) > 0))):
+    """Raises a ValueError for a range of nothing but zero, which would make zeros of all activations, or
+    one that is not finite, which would make NaN of them."""
+    found = jnp.stack([jnp.abs(bound) for bound in jax.tree.leaves(bounds)])
+    is_used = jnp.asarray(weight) > 0
+    if bool(jnp.any(~jnp.isfinite(found) & is_used)):
+        raise ValueError(
+            f"{path or 'the model'} was given a NaN or an Inf on the calibration data, which is no range; "
+            "give a model and batches without, or a rule that leaves its activations in float"
+        )
+    if bool(jnp.any(jnp.all(found == 0, axis=0) & is_used)):
         raise ValueError(
             f"{path or 'the model'} was given zeros alone, which is no range; give batches that reach it, or "
             "a rule before the others that leaves its activations in float"

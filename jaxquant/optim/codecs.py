@@ -128,7 +128,7 @@ class Companded(Codec):
         return jax.ShapeDtypeStruct((1,), jnp.bfloat16)
 
     def measures(self, x):
-        return (_bits(x) & jnp.int32(0x7FFFFFFF),)
+        return (_magnitude(x),)
 
     def scaled(self, largest, bits):
         return _real(largest[0]).astype(jnp.bfloat16)
@@ -188,6 +188,11 @@ def straight_log2(x: jax.Array) -> jax.Array:
 
 def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    """The bits of |x|, which is NaN's largest too: processors make NaNs with the sign bit set."""
+    return _bits(x) & jnp.int32(0x7FFFFFFF)
 
 
 def _real(bits: jax.Array) -> jax.Array:
@@ -277,7 +282,7 @@ class Logarithmic(Codec):
         return jax.ShapeDtypeStruct((2,), jnp.uint8)
 
     def measures(self, x):
-        log = _bits(x)
+        log = _magnitude(x)
         return log, jnp.where(log > 0, -log, -_MOST)
 
     def scaled(self, largest, bits):
@@ -293,7 +298,7 @@ class Logarithmic(Codec):
     def codes(self, x, scale, bits, draws):
         low, high = _ends(scale)
         step, top = _step(low, high, bits), _top(bits)
-        place = (_bits(x) - (low << 23)).astype(jnp.float32) * (1 / step.astype(jnp.float32))
+        place = (_magnitude(x) - (low << 23)).astype(jnp.float32) * (1 / step.astype(jnp.float32))
         if self.stochastic:
             last = top.astype(jnp.float32) - 0.75  # rounded down to the last level but one
             k = jnp.maximum(_nearest(_at_most(place, last) - 0.5), 0)

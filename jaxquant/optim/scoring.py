@@ -25,6 +25,7 @@ from jaxquant.optim.state import (
     with_leaf,
 )
 from jaxquant.optim.updating import members
+from jaxquant.reductions import largest
 
 Scores = list[list[jax.Array]]  # for each run and slot, float32[shards, groups, pages]
 
@@ -84,9 +85,11 @@ class Felt:
         self, inner: Inner, state: QuantizedState, memory: Any, seed: int
     ) -> tuple[Scores, Any, jax.Array]:
         errors = _felt(inner, state, seed, self.weight == "loss")
-        largest = jnp.max(jnp.stack([jnp.max(x) for slots in errors for x in slots]))
+        most = largest(jnp.stack([largest(x).ravel() for slots in errors for x in slots])).reshape(
+            ()
+        )
         # A page that is felt 2^-24 times the most has the least bits anyway; zero has no logarithm.
-        floor = jnp.maximum(largest * 2.0**-48, jnp.finfo(jnp.float32).tiny)
+        floor = jnp.maximum(most * 2.0**-48, jnp.finfo(jnp.float32).tiny)
         before, count = memory
         keep = jnp.where(count == 0, 0.0, self.memory)
         scores = [
@@ -97,7 +100,7 @@ class Felt:
             ]
             for rows in zip(errors, state.tables, before, strict=True)
         ]
-        return scores, (scores, count + 1), (largest > 0) & jnp.isfinite(largest)
+        return scores, (scores, count + 1), most > 0
 
 
 def _bits(table: jax.Array) -> jax.Array:

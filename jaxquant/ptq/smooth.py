@@ -15,6 +15,7 @@ import jaxtyping as jt
 from jaxquant.ptq.solvers import Statistics, check_grid, check_layer, least_of, objective
 from jaxquant.qarray import fake_quant
 from jaxquant.quantizer import Quantizer
+from jaxquant.reductions import largest
 
 # Channels below this share of the largest one count as that large, so that no scale is zero or Inf.
 _LEAST_SHARE = 1e-5
@@ -108,14 +109,14 @@ def smoothquant_scale(
         )
     if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is from 0 to 1; got {alpha!r}")
-    rows = jnp.max(jnp.abs(weight.astype(jnp.float32)), axis=1, initial=0)
+    rows = largest(jnp.abs(weight.astype(jnp.float32)), (1,))[:, 0]
     return _floored(state.absmax) ** alpha / _floored(rows) ** (1 - alpha)
 
 
 def _floored(magnitudes: jax.Array) -> jax.Array:
     """Magnitudes of channels, none less than a small share of the largest; ones where all are zero."""
-    largest = jnp.max(magnitudes)
-    return jnp.where(largest > 0, jnp.maximum(magnitudes, _LEAST_SHARE * largest), 1)
+    top = largest(magnitudes)
+    return jnp.where(top == 0, 1, jnp.maximum(magnitudes, _LEAST_SHARE * top))
 
 
 def rescaled(state: Statistics, scale: jt.Float[jax.Array, " n"]) -> Statistics:

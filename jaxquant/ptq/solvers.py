@@ -24,6 +24,7 @@ from jaxquant.groups import scale_shape
 from jaxquant.hadamard import hadamard
 from jaxquant.qarray import QArray, calibrate, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
+from jaxquant.reductions import largest
 
 _TINY = jnp.finfo(jnp.float32).tiny
 
@@ -40,7 +41,7 @@ class Statistics:
         largest: max |x| of each channel.
         magnitudes: Σ |x| of each channel.
         count: how many x were seen, below 2³¹.
-        nonfinite: how many of their elements were NaN or Inf.  The sums are NaN or Inf then too, and
+        nonfinite: how many of their elements were NaN or Inf.  The others are NaN or Inf then too, and
             what is solved with them decodes to NaN.
     """
 
@@ -115,7 +116,7 @@ def update(state: Statistics, x: jt.Float[jax.Array, "*batch n"]) -> Statistics:
     magnitude = jnp.abs(x)
     return Statistics(
         None if state.products is None else state.products + _matmul(x.T, x),
-        jnp.maximum(state.largest, jnp.max(magnitude, axis=0, initial=0)),
+        jnp.maximum(state.largest, largest(magnitude, (0,))[0]),
         state.magnitudes + jnp.sum(magnitude, axis=0),
         state.count + x.shape[0],
         state.nonfinite + jnp.sum(~jnp.isfinite(x), dtype=jnp.int32),
