@@ -81,7 +81,7 @@ LIBRARY = [
     ],
     ["optim.budget", "optim.scoring", "optim.adapting", "optim.report"],
     ["optim.kernels", "optim.spans", "optim.quantizing"],
-    ["optim.exchange", "optim.diagnosing"],
+    ["optim.identity", "optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
     [
