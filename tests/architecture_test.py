@@ -70,6 +70,7 @@ LIBRARY = [
         "optim.layout",
         "optim.policies",
         "optim.plans",
+        "optim.named",
     ],
     [
         "optim.tracing",

@@ -22,7 +22,7 @@ import safetensors.numpy
 from jaxquant import artifacts
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
-from jaxquant.optim.state import QuantizedState, decoded, with_leaf
+from jaxquant.optim.state import QuantizedState, decoded, exact_leaves, with_exact, with_leaf
 
 VERSION = 4  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
@@ -57,7 +57,7 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
 @jax.jit
 def _all_decoded(state: QuantizedState) -> list[jax.Array]:
     """The leaves of the plain state, in its order."""
-    found = {leaf.index: x for leaf, x in zip(state.plan.exact, state.exact, strict=True)}
+    found = {leaf.index: x for leaf, x in zip(state.plan.exact, exact_leaves(state), strict=True)}
     for number, run in enumerate(state.plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
@@ -88,8 +88,8 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
 @functools.partial(jax.jit, static_argnames="seed")
 def _all_encoded(state: QuantizedState, leaves: list[jax.Array], seed: int) -> QuantizedState:
     """The state with all leaves of a plain one in it."""
-    exact = tuple(jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact)
-    state = state._replace(exact=exact)
+    exact = [jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact]
+    state = state._replace(exact=with_exact(state.exact, exact))
     for number, run in enumerate(state.plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
@@ -213,7 +213,7 @@ def _named(state: QuantizedState) -> dict[str, Any]:
         for run, slots in enumerate(runs)
         for slot, x in enumerate(slots)
     ]
-    exact = [(f"exact[{i}]", x) for i, x in enumerate(jax.tree.leaves(state.exact))]
+    exact = [(f"exact[{i}]", x) for i, x in enumerate(exact_leaves(state))]
     memory = jax.tree.leaves_with_path(state.memory)
     memory = [(f"memory{jax.tree_util.keystr(keys)}", x) for keys, x in memory]
     return dict([("step", state.step), ("pool", state.pool), *nested, *exact, *memory])
