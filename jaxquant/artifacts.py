@@ -334,8 +334,8 @@ def sealed(kind: str, version: int, body: Mapping[str, Any]) -> str:
     return json.dumps({**content, "sha256": _seal(content)}, indent=1, allow_nan=False) + "\n"
 
 
-def unsealed(path: Path, kind: str, version: int) -> dict[str, Any]:
-    """What `sealed` wrote to a file.
+def unsealed(path: Path, kind: str, *versions: int) -> dict[str, Any]:
+    """What `sealed` wrote to a file, in one of these versions.
 
     Raises:
         ValueError: no such file, or one of another kind or version, or one that was changed.
@@ -343,10 +343,9 @@ def unsealed(path: Path, kind: str, version: int) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ValueError(f"{path} is not of a {kind}")
-    if content.get("version") != version:
-        raise ValueError(
-            f"{path} is of version {content.get('version')}; this is version {version}"
-        )
+    version = content.get("version")
+    if type(version) is not int or version not in versions:
+        raise ValueError(f"{path} is of version {version}; this is version {max(versions)}")
     seal = content.pop("sha256", None)
     if seal != _seal(content):
         raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")

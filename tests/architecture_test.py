@@ -72,6 +72,7 @@ LIBRARY = [
         "optim.layout",
         "optim.policies",
         "optim.plans",
+        "optim.named",
     ],
     [
         "optim.tracing",
@@ -83,7 +84,7 @@ LIBRARY = [
     ],
     ["optim.budget", "optim.scoring", "optim.adapting", "optim.report"],
     ["optim.kernels", "optim.spans", "optim.quantizing"],
-    ["optim.exchange", "optim.diagnosing"],
+    ["optim.identity", "optim.exchange", "optim.diagnosing"],
 ]
 EXPERIMENTS = [
     [

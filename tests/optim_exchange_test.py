@@ -95,7 +95,7 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
     other: Any = quantize_state(ADAM, fixed(5, 4)).init(
         {"w": jnp.ones((256, 100)), "b": jnp.zeros(5)}
     )
-    with pytest.raises(ValueError, match=r"holds \.pool as uint8"):
+    with pytest.raises(ValueError, match="holds pool as uint8"):
         load(tmp_path / "state", other)
     sgd: Any = quantize_state(optax.adam(1e-2), fixed(4, 5)).init(params)
     with pytest.raises(ValueError, match="another transformation, policy or set of parameters"):
@@ -111,7 +111,7 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
         load(tmp_path / "state", like)
     head = tmp_path / "state" / "state.json"
     head.write_text(json.dumps(json.loads(head.read_text()) | {"version": 1}))
-    with pytest.raises(ValueError, match="of version 1; this is version 3"):
+    with pytest.raises(ValueError, match="of version 1; this is version 4"):
         load(tmp_path / "state", like)
     with pytest.raises(ValueError, match="is missing"):
         load(tmp_path / "nothing", like)

@@ -8,22 +8,24 @@ import optax
 
 from jaxquant.optim.inner import Inner
 from jaxquant.optim.leaves import path_of
+from jaxquant.optim.named import bare
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.state import QuantizedState
+from jaxquant.optim.state import QuantizedState, exact_leaves
 
 
 def opened(tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]) -> Inner:
     """The wrapped transformation's update of a state, taken apart.
 
     Raises:
-        ValueError: no quantized state; updates or parameters that it is not of.
+        ValueError: no quantized state; updates or parameters that it is not of; an exact leaf of another
+            shape or kind than it had.
     """
     check_state(state)
     check_parameters(state.plan, updates, "updates")
     if params is not None:
         check_parameters(state.plan, params, "params")
     tx = optax.with_extra_args_support(tx)
-    return Inner(tx, state.plan, updates, params, state.exact, extra)
+    return Inner(tx, state.plan, updates, params, exact_leaves(state), extra)
 
 
 def check_state(state: Any) -> None:
@@ -41,7 +43,7 @@ def check_parameters(plan: Plan, tree: Any, name: str) -> None:
     for leaf in plan.leaves:
         keys, found = flat[leaf.parameter] if leaf.parameter < len(flat) else ((), ())
         there = path_of(keys) if leaf.parameter < len(flat) else "nothing"
-        if _bare(there) != _bare(leaf.path):
+        if bare(there) != bare(leaf.path):
             raise ValueError(
                 f"{name} are not those that the state is of: it has {leaf.path!r} in place "
                 f"{leaf.parameter}, where {name} have {there!r}"
@@ -53,18 +55,13 @@ def check_parameters(plan: Plan, tree: Any, name: str) -> None:
             )
 
 
-def _bare(path: str) -> str:
-    """A path without the step from an NNX variable to its array, which some calls have and others not."""
-    return path.removesuffix("/value")
-
-
 def check_plain(plan: Plan, plain: Any) -> None:
     """Raises a ValueError where a plain state's leaves are not named as those that the plan codes."""
     flat = jax.tree.leaves_with_path(plain)
     for leaf in plan.leaves:
         wanted = "/".join(part for part in (leaf.slot, leaf.path) if part)
         found = path_of(flat[leaf.index][0]) if leaf.index < len(flat) else "nothing"
-        if _bare(found) != _bare(wanted):
+        if bare(found) != bare(wanted):
             raise ValueError(
                 f"the plain state is not of the transformation and parameters that this one is of: "
                 f"leaf {leaf.index} is {wanted!r} here; got {found!r}"

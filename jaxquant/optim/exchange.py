@@ -1,6 +1,7 @@
 """Quantized state to and from plain optax state, and to and from disk.
 
-    state.json           the format's version, the plan, arrays' shapes and types, SHA-256 of their file
+    state.json           the format's version, what the state is of (`jaxquant.optim.identity`), shapes and
+                         types of arrays, SHA-256 of their file
     arrays.safetensors   the arrays
 
 A folder appears whole or not at all.  Arrays have one form however devices share them, so that what eight
@@ -20,9 +21,10 @@ import safetensors.numpy
 
 from jaxquant import artifacts
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
-from jaxquant.optim.state import QuantizedState, decoded, with_leaf
+from jaxquant.optim.identity import difference, from_version_3, identity
+from jaxquant.optim.state import QuantizedState, decoded, exact_leaves, with_exact, with_leaf
 
-VERSION = 3  # what codes stand for is part of it
+VERSION = 4  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
 _HEAD, _ARRAYS = "state.json", "arrays.safetensors"
 
@@ -55,7 +57,7 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
 @jax.jit
 def _all_decoded(state: QuantizedState) -> list[jax.Array]:
     """The leaves of the plain state, in its order."""
-    found = {leaf.index: x for leaf, x in zip(state.plan.exact, state.exact, strict=True)}
+    found = {leaf.index: x for leaf, x in zip(state.plan.exact, exact_leaves(state), strict=True)}
     for number, run in enumerate(state.plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
@@ -86,8 +88,8 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
 @functools.partial(jax.jit, static_argnames="seed")
 def _all_encoded(state: QuantizedState, leaves: list[jax.Array], seed: int) -> QuantizedState:
     """The state with all leaves of a plain one in it."""
-    exact = tuple(jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact)
-    state = state._replace(exact=exact)
+    exact = [jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact]
+    state = state._replace(exact=with_exact(state.exact, exact))
     for number, run in enumerate(state.plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
@@ -132,7 +134,7 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
         stored = {name: artifacts.as_stored(x) for name, x in _named(state).items()}
         safetensors.numpy.save_file(stored, temporary / _ARRAYS)
         body = {
-            "plan": repr(state.plan),
+            "state": identity(state.plan),
             "arrays": _described(state),
             "files": artifacts.digests(temporary),
         }
@@ -153,7 +155,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
             was changed; a state of another plan or of other shapes.
     """
     folder = Path(folder)
-    body = artifacts.unsealed(folder / _HEAD, _KIND, VERSION)
+    body = _read_head(folder)
     artifacts.check_digests(folder, body.get("files"), (_ARRAYS,))
     wanted = _described(like)
     if body["arrays"] != wanted:
@@ -164,20 +166,57 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
         raise ValueError(
             f"{folder} holds {names[0]} as {kept}; the state to load into has it {asked}"
         )
-    if body["plan"] != repr(like.plan):
+    if differs := difference(body["state"], identity(like.plan)):
         raise ValueError(
-            f"{folder} was saved of another transformation, policy or set of parameters"
+            f"{folder} was saved of another transformation, policy or set of parameters: {differs}"
         )
     arrays = artifacts.read_safetensors(folder / _ARRAYS)
     found = [
-        _placed(artifacts.from_stored(arrays[name], x.dtype, x.shape), x)
+        _placed(artifacts.from_stored(arrays[body["names"].get(name, name)], x.dtype, x.shape), x)
         for name, x in _named(like).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(like), found)
 
 
+def _read_head(folder: Path) -> dict[str, Any]:
+    """What a folder says of itself, as this version says it.
+
+    Of an older version's arrays, "names" has the names in their file.
+    """
+    path = folder / _HEAD
+    body = artifacts.unsealed(path, _KIND, 3, VERSION)
+    for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
+        if part in body and not isinstance(body[part], kind):
+            raise ValueError(f"{path} holds {body[part]!r} as its {part}")
+    body["names"] = {}
+    try:
+        if body["version"] == 3:
+            body["names"] = {name.removeprefix("."): name for name in body["arrays"]}
+            body["arrays"] = {n: body["arrays"][old] for n, old in body["names"].items()}
+            body["state"] = from_version_3(body["plan"])
+        return {part: body[part] for part in ("arrays", "state", "files", "names")}
+    except KeyError as error:
+        raise ValueError(f"{path} does not say its {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
 def _named(state: QuantizedState) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(state)}
+    """The arrays, in the state's order, by the names that they have in files.
+
+    Exact leaves go by their place in the plan.  Only what a score remembers is named by its own fields.
+    """
+    nested = [("tables", state.tables), ("scales", state.scales)]
+    nested = [
+        (f"{part}[{run}][{slot}]", x)
+        for part, runs in nested
+        for run, slots in enumerate(runs)
+        for slot, x in enumerate(slots)
+    ]
+    exact = [(f"exact[{i}]", x) for i, x in enumerate(exact_leaves(state))]
+    memory = jax.tree.leaves_with_path(state.memory)
+    memory = [(f"memory{jax.tree_util.keystr(keys)}", x) for keys, x in memory]
+    return dict([("step", state.step), ("pool", state.pool), *nested, *exact, *memory])
 
 
 def _described(state: QuantizedState) -> dict[str, str]:

@@ -18,6 +18,7 @@ from jaxquant.optim.codecs import Codec
 from jaxquant.optim.cutting import Spec
 from jaxquant.optim.inner import pieces_by_run
 from jaxquant.optim.leaves import Leaf
+from jaxquant.optim.named import without_codes
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
 from jaxquant.optim.spans import bytes_moved, updated_by_kernels
@@ -50,6 +51,11 @@ def quantize_state(
     of pages is decoded, updated and encoded before the next, and no more than that is ever held in full
     precision.  Where it does not (Muon's matrices, a norm over all momenta), a parameter's state, or that of
     all parameters that a result needs, is decoded whole for the step; `whole` says which, and why.
+
+    `inject_hyperparams`, `MultiSteps`, `apply_if_finite` and other wrappers go inside or around, as in plain
+    optax, and their fields are read and set in either order: `state.hyperparams`, `MultiSteps.has_updated`,
+    `optax.tree_utils.tree_get` and `tree_set` (see `QuantizedState`).  Inside, what a wrapper holds of a
+    parameter's shape, such as `MultiSteps`' sum of gradients, is in few bits as well; around, it is not.
 
     Updates come from the state before it is encoded: rounding is felt from the next step on.  Blocks whose
     state a step leaves alone keep their codes.  Nothing depends on how arrays are sharded.
@@ -153,9 +159,10 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict
     return dict(zip(axis, given, strict=True))
 
 
-def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:
-    """A plain state's leaves in pages, at the plan's first widths."""
-    state = empty(plan, [jnp.asarray(leaves[leaf.index]) for leaf in plan.exact])
+def encoded(plan: Any, plain: Any, seed: int) -> QuantizedState:
+    """A plain state in pages, at the plan's first widths."""
+    leaves = jax.tree.leaves(plain)
+    state = empty(plan, jax.tree.map(jnp.asarray, without_codes(plan, plain)))
     for number, run in enumerate(plan.runs):
         for i, slot in enumerate(run.leaves):
             for place, leaf in enumerate(slot):
@@ -164,17 +171,18 @@ def encoded(plan: Any, leaves: list[jax.Array], seed: int) -> QuantizedState:
     return state
 
 
-def _first(tx: Any, params: Any) -> list[Any]:
-    """The leaves of the first state; while it is traced, NumPy's zeros for those that are zeros always.
+def _first(tx: Any, params: Any) -> Any:
+    """The first plain state; while it is traced, with NumPy's zeros for leaves that are zeros always.
 
     A compiler would encode those as constants, which takes it seconds.
     """
-    leaves = jax.tree.leaves(tx.init(params))
+    leaves, structure = jax.tree.flatten(tx.init(params))
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
-        return leaves
+        return structure.unflatten(leaves)
     program = Program(tx.init, jax.eval_shape(lambda x: x, params))
     pairs = zip(leaves, program.outputs, strict=True)
-    return [np.zeros(x.shape, x.dtype) if program.is_zero(n) else x for x, n in pairs]
+    found = [np.zeros(x.shape, x.dtype) if program.is_zero(n) else x for x, n in pairs]
+    return structure.unflatten(found)
 
 
 def _is_zero(leaf: Any) -> bool:

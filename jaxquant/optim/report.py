@@ -11,7 +11,7 @@ from flax import nnx
 from jaxquant import pages
 from jaxquant.nnx.modules import read
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.state import QuantizedState
+from jaxquant.optim.state import QuantizedState, exact_leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +138,7 @@ def report(state: Any) -> Report:
     if len(states) != 1:
         raise ValueError(f"report takes a state with one quantized state in it; got {len(states)}")
     (state,) = states
-    exact = zip(state.plan.exact, state.exact, strict=True)
+    exact = list(zip(state.plan.exact, exact_leaves(state), strict=True))
     rows = {
         leaf.index: Row(
             leaf.path,
@@ -154,7 +154,7 @@ def report(state: Any) -> Report:
     }
     rows |= dict(_coded(state))
     full = sum(leaf.size * leaf.dtype.itemsize for leaf in state.plan.leaves)
-    full += sum(x.nbytes for x in state.exact)
+    full += sum(x.nbytes for _, x in exact)
     ordered = tuple(rows[i] for i in sorted(rows))
     return Report(state.plan.policy, ordered, state_bytes(state), full)
 

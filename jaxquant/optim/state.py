@@ -15,13 +15,36 @@ from jaxquant import pages
 from jaxquant.optim.codecs import BLOCK, Codec
 from jaxquant.optim.cutting import dealt
 from jaxquant.optim.layout import BLOCKS
-from jaxquant.optim.leaves import Leaf
+from jaxquant.optim.leaves import Exact, Leaf, path_of
+from jaxquant.optim.named import Coded, OwnNames, bare, fields_of, in_codes, is_coded
 from jaxquant.optim.plans import Plan
 from jaxquant.rounding import mixed
 
 
-class QuantizedState(NamedTuple):
+class _Arrays(NamedTuple):
+    step: jax.Array
+    pool: jax.Array
+    tables: tuple[tuple[jax.Array, ...], ...]
+    scales: tuple[tuple[jax.Array, ...], ...]
+    exact: Any
+    memory: Any
+    plan: Plan
+
+
+class _Fields:
+    """`_fields` of the class; of a state, as `OwnNames`."""
+
+    def __get__(self, state: Any, cls: type) -> tuple[str, ...]:
+        return _Arrays._fields if state is None else OwnNames(_Arrays._fields, state.exact)
+
+
+class QuantizedState(_Arrays):
     """The state of `quantize_state`: a pytree of arrays, for jit, scan and checkpoints.
+
+    Named fields of the wrapped transformation's state are fields of this one: `state.hyperparams` of
+    `inject_hyperparams`, `state.mini_step` of `MultiSteps`.  optax's `tree_get` and `tree_set` find and set
+    them, wherever they lie.  As attributes coded fields are decoded; where only codes could be found or set,
+    a ValueError says so.
 
     Attributes:
         step: updates so far, which key the draws.
@@ -30,22 +53,114 @@ class QuantizedState(NamedTuple):
             int32[shards, groups, pages, 8].
         scales: for each run and slot, what its codec keeps of each block,
             [shards, groups, pages, 8, 8, entries].
-        exact: the leaves that stay as they are, in the plan's order.
+        exact: the plain state with `jaxquant.optim.named.Coded` in place of the parts that are coded: its
+            leaves are those that stay as they are, in the plan's order.
         memory: where widths move, the step of the last decision and what the policy remembers; else empty.
         plan: what is known from shapes; holds no array.
+
+    >>> import optax
+    >>> from jaxquant.optim import fixed, quantize_state
+    >>> inner = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
+    >>> state = quantize_state(inner, fixed(5, 4)).init(jnp.ones((64, 64)))
+    >>> state = optax.tree_utils.tree_set(state, learning_rate=1e-4)
+    >>> state.hyperparams["learning_rate"], optax.tree_utils.tree_get(state, "b2")
+    (0.0001, Array(0.999, dtype=float32))
     """
 
-    step: jax.Array
-    pool: jax.Array
-    tables: tuple[tuple[jax.Array, ...], ...]
-    scales: tuple[tuple[jax.Array, ...], ...]
-    exact: tuple[jax.Array, ...]
-    memory: Any
-    plan: Plan
+    __slots__ = ()
+    _fields = _Fields()  # pyright: ignore[reportAssignmentType]
+
+    def __getattr__(self, name: str) -> Any:
+        exact = self.exact
+        if name not in fields_of(exact):
+            raise AttributeError(f"neither quantized state nor what it is of has a field {name!r}")
+        found = getattr(exact, name)
+        if not any(map(is_coded, jax.tree.leaves(found, is_leaf=is_coded))):
+            return found  # itself: what is set in its dictionaries stays set
+        return jax.tree.map(
+            lambda x: _filled(self, x) if is_coded(x) else x, found, is_leaf=is_coded
+        )
+
+    # Of the plain state, where it has such fields, not of tuples.
+    count = property(lambda self: self.__getattr__("count"))  # pyright: ignore
+    index = property(lambda self: self.__getattr__("index"))  # pyright: ignore
+
+    def _replace(self, **fields: Any) -> "QuantizedState":  # pyright: ignore
+        """The state with other fields, its own or those of what it is of."""
+        own = {name: x for name, x in fields.items() if name in _Arrays._fields}
+        for name in fields.keys() - own.keys():
+            if is_coded(getattr(self.exact, name, None)):
+                raise in_codes(name)
+        rest = {name: x for name, x in fields.items() if name not in own}
+        exact = {"exact": self.exact._replace(**rest)} if rest else {}
+        return super()._replace(**own, **exact)
 
 
-def empty(plan: Plan, exact: Sequence[jax.Array]) -> QuantizedState:
-    """State of zeros, at the plan's first widths."""
+@jax.jit
+def _filled(state: QuantizedState, part: Coded) -> Any:
+    """A part of the plain state, decoded."""
+    places = {
+        leaf.index: (number, slot, place)
+        for number, run in enumerate(state.plan.runs)
+        for slot, leaves in enumerate(run.leaves)
+        for place, leaf in enumerate(leaves)
+    }
+    return part.filled(lambda i: decoded(state, *places[i]), places.keys())
+
+
+def with_exact(exact: Any, leaves: Sequence[Any]) -> Any:
+    """The same containers with other leaves."""
+    return jax.tree.unflatten(jax.tree.structure(exact), leaves)
+
+
+def exact_leaves(state: QuantizedState) -> list[jax.Array]:
+    """The exact leaves, in the plan's order and types.
+
+    Raises:
+        ValueError: where somebody set one to what has another shape or another kind of number, or the
+            containers are not those that they were.
+    """
+    found, wanted = jax.tree.leaves_with_path(state.exact), state.plan.exact
+    names = [path_of(keys) for keys, _ in found]
+    if len(names) != len(wanted) or not all(map(_is_place_of, names, wanted)):
+        raise ValueError(
+            f"the state's exact leaves are those of its transformation, "
+            f"{', '.join(leaf.path for leaf in wanted[:8])}; got {', '.join(names[:8])}"
+        )
+    return [_of_type(x, leaf) for (_, x), leaf in zip(found, wanted, strict=True)]
+
+
+def _is_place_of(path: str, leaf: Exact) -> bool:
+    """Whether an exact leaf lies at a path in a state's containers; in a part with codes it has a number."""
+    return bare(path) == bare(leaf.path) or path.rpartition("/")[0] == leaf.slot
+
+
+def _of_type(x: Any, leaf: Exact) -> jax.Array:
+    try:
+        found = jnp.result_type(x)
+    except TypeError:
+        found = type(x).__name__
+    if np.shape(x) != leaf.shape or not _holds(leaf.dtype, found):
+        raise ValueError(
+            f"{leaf.path} of the state is {leaf.dtype}{list(leaf.shape)}; got {found}{list(np.shape(x))}"
+        )
+    return x if getattr(x, "dtype", None) == leaf.dtype else jnp.asarray(x, leaf.dtype)
+
+
+def _holds(dtype: Any, other: Any) -> bool:
+    """Whether a type holds the kind of numbers of another."""
+    wider = {jnp.integer: (jnp.integer,), jnp.floating: (jnp.integer, jnp.floating)}
+    if isinstance(other, str):
+        return False
+    return dtype == other or any(
+        jnp.issubdtype(dtype, kind) and jnp.issubdtype(other, own)
+        for kind, others in wider.items()
+        for own in others
+    )
+
+
+def empty(plan: Plan, exact: Any) -> QuantizedState:
+    """State of zeros, at the plan's first widths, around what `without_codes` gives."""
     widths = plan.widths()
     shards = plan.runs[0].shards
     by_shard = [
@@ -65,7 +180,7 @@ def empty(plan: Plan, exact: Sequence[jax.Array]) -> QuantizedState:
     adaptation, memory = plan.adaptation, ()
     if adaptation is not None:
         memory = jnp.int32(-adaptation.interval), adaptation.score.init(plan)
-    arrays = tuple(tables), tuple(scales), tuple(exact), memory
+    arrays = tuple(tables), tuple(scales), exact, memory
     return QuantizedState(jnp.int32(0), pool, *arrays, plan)
 
 

@@ -20,6 +20,7 @@ from jaxquant.optim.state import (
     joined,
     merged,
     rooted,
+    with_exact,
     with_leaf,
 )
 
@@ -154,6 +155,6 @@ def updated(
     for component in inner.components():
         if rest & set(component.parameters):
             state = _whole(inner, state, component, seed)
-    exact = tuple(inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact)
+    exact = [inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact]
     updates = [inner.known[n] for n in inner.updates]
-    return updates, state._replace(step=state.step + 1, exact=exact)
+    return updates, state._replace(step=state.step + 1, exact=with_exact(state.exact, exact))
