@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.optim.codecs import BLOCK
+from jaxquant.sharding import names
 
 # For each axis of the shards, in order: the array's axis that it cuts, and into how many parts.
 Cut = tuple[tuple[int, int], ...]
@@ -35,7 +35,7 @@ def cut_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> Cut | No
     """
     rest, found = list(shape), []
     for name, count in shards.items():
-        named = [axis for axis, own in enumerate(spec) if name in _names(own)]
+        named = [axis for axis, own in enumerate(spec) if name in names(own)]
         able = [axis for axis in named or range(len(rest)) if rest[axis] % count == 0]
         if not able:
             return None
@@ -43,11 +43,6 @@ def cut_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> Cut | No
         rest[axis] //= count
         found.append((axis, count))
     return tuple(found) if math.prod(rest) >= BLOCK else None
-
-
-def _names(part: Any) -> tuple[str, ...]:
-    """The mesh's axes over which one axis of an array is split."""
-    return (part,) if isinstance(part, str) else tuple(part or ())
 
 
 def dealt(x: jax.Array, cut: Cut) -> jax.Array:

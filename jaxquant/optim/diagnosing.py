@@ -1,13 +1,16 @@
 """What rounding does to a state in one step, as data: stalls, zeros, bias, and the preconditioner's error."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jaxquant.optim.checks import opened
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
+from jaxquant.sharding import computed_as_auto
 
 
 class Diagnosis(NamedTuple):
@@ -65,6 +68,13 @@ def diagnose(
     >>> bool(found["trace/w"].relative_error < 0.02)
     True
     """
+    look = functools.partial(_diagnosed, tx, seed)
+    return computed_as_auto(look, (state, updates, params, extra), PartitionSpec)
+
+
+def _diagnosed(
+    tx: Any, seed: int, state: QuantizedState, updates: Any, params: Any, extra: dict[str, Any]
+) -> dict[str, Diagnosis]:
     inner = opened(tx, state, updates, params, extra)
     places = [
         (run, slot, place, leaf)

@@ -22,7 +22,15 @@ import safetensors.numpy
 from jaxquant import artifacts
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
-from jaxquant.optim.state import QuantizedState, decoded, exact_leaves, with_exact, with_leaf
+from jaxquant.optim.state import (
+    QuantizedState,
+    decoded,
+    exact_leaves,
+    leaf_specs,
+    with_exact,
+    with_leaf,
+)
+from jaxquant.sharding import computed_as_auto, spec_of
 
 VERSION = 4  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
@@ -49,7 +57,7 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
     check_state(state)
     check_parameters(state.plan, params, "params")
     specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
-    leaves = _all_decoded(state)
+    leaves = computed_as_auto(_all_decoded, (state,), lambda: leaf_specs(tx, params))
     _check_alike(specs, leaves, "the state of tx for these parameters")
     return structure.unflatten(leaves)
 
@@ -82,7 +90,8 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
     specs = [jax.ShapeDtypeStruct(own[i].shape, own[i].dtype) for i in range(len(own))]
     _check_alike(specs, leaves, "the plain state that this one quantizes")
     check_plain(state.plan, plain)
-    return _all_encoded(state, leaves, seed)
+    encode = functools.partial(_all_encoded, seed=seed)
+    return computed_as_auto(encode, (state, leaves), lambda: jax.tree.map(spec_of, state))
 
 
 @functools.partial(jax.jit, static_argnames="seed")

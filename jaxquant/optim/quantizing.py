@@ -1,6 +1,8 @@
 """`quantize_state`: any optax transformation, its state held in pages of few bits."""
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +24,10 @@ from jaxquant.optim.named import without_codes
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
 from jaxquant.optim.spans import bytes_moved, updated_by_kernels
-from jaxquant.optim.state import QuantizedState, empty, layout, with_leaf
+from jaxquant.optim.state import QuantizedState, empty, first_specs, layout, with_leaf
 from jaxquant.optim.tracing import Program
 from jaxquant.optim.updating import updated
+from jaxquant.sharding import computed_as_auto, explicit_axes, spec_of
 
 KERNELS = {"xla": updated, "pallas": updated_by_kernels}
 
@@ -73,7 +76,7 @@ def quantize_state(
         shards: the leading axis of every array of codes and scales, for devices to share: a multiple of the
             mesh's axis, which it is where not given; one number for each of several axes.  The bits depend on
             it, not on the mesh: what eight devices saved with eight shards, two go on with.
-        mesh: whose devices share the state, each going through its own pages.  Its axes are of the type Auto.
+        mesh: whose devices share the state, each going through its own pages.
         axis: of the mesh, or several.
         spec: how a parameter of some path and shape is sharded.  Its state is cut along the same axes, so
             that no gradient moves to where its state is; what `spec` leaves whole is cut along the longest
@@ -116,19 +119,33 @@ def quantize_state(
     if kernel == "pallas" and max(counts.values()) > 1:
         raise ValueError(f"kernel='pallas' takes one shard, got shards={shards}; 'xla' takes more")
     tx = optax.with_extra_args_support(tx)
+    # What shares the state runs where all axes are Auto.
+    shared = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
     def init(params: Any) -> QuantizedState:
         plan = make_plan(tx, policy, codec, params, counts, spec)
-        plan = dataclasses.replace(plan, mesh=mesh, axis=axis)
-        state = encoded(plan, _first(tx, params), seed)
-        return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
+        plan = dataclasses.replace(plan, mesh=shared, axis=axis)
+
+        def first(plain: Any) -> QuantizedState:
+            return placed(encoded(plan, plain, seed))
+
+        with _within(mesh, params):
+            plain = _first(tx, params)
+            exact = without_codes(plan, plain)
+            specs = functools.partial(first_specs, plan, exact, tx, params)
+            return computed_as_auto(first, (plain,), specs)
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
-        inner = opened(tx, state, updates, params, extra)
-        new, state = KERNELS[kernel](inner, adapted(inner, state, seed), seed)
-        if mesh is not None:
-            state = jax.lax.with_sharding_constraint(state, layout(state))
-        return inner.structure.unflatten(new), state
+        def step(updates: Any, state: QuantizedState, params: Any, extra: dict[str, Any]) -> Any:
+            inner = opened(tx, state, updates, params, extra)
+            new, state = KERNELS[kernel](inner, adapted(inner, state, seed), seed)
+            return inner.structure.unflatten(new), placed(state)
+
+        operands = (updates, state, params, extra)
+        return computed_as_auto(step, operands, lambda: jax.tree.map(spec_of, operands[:2]))
+
+    def placed(state: QuantizedState) -> QuantizedState:
+        return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))
 
     return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType]
 
@@ -137,10 +154,9 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict
     """How many shards there are to be along each axis."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh is a jax.sharding.Mesh; got {mesh!r}")
-    if mesh is not None and any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if mesh is not None and AxisType.Manual in mesh.axis_types:
         raise ValueError(
-            f"mesh has axes of the type Auto, as jax.sharding.Mesh(devices, names) makes them; got "
-            f"{mesh.axis_types}"
+            f"mesh has axes of the types Auto or Explicit, as jax.make_mesh has; got {mesh.axis_types}"
         )
     for name in axis:
         if mesh is not None and name not in mesh.shape:
@@ -157,6 +173,17 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict
         if count % size:
             raise ValueError(f"shards is a multiple of {size}, the mesh's {name}; got {count}")
     return dict(zip(axis, given, strict=True))
+
+
+def _within(mesh: Mesh | None, params: Any) -> contextlib.AbstractContextManager:
+    """Where a first state is made: on a mesh of Explicit axes its constants need one that is set."""
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    is_traced = any(isinstance(x, Tracer) for x in arrays)
+    if is_traced or not jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    meshes = [mesh, *(getattr(x.sharding, "mesh", None) for x in arrays)]
+    own = next((m for m in meshes if isinstance(m, Mesh) and explicit_axes(m)), None)
+    return contextlib.nullcontext() if own is None else jax.set_mesh(own)
 
 
 def encoded(plan: Any, plain: Any, seed: int) -> QuantizedState:

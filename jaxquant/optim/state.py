@@ -198,6 +198,19 @@ def layout(state: QuantizedState) -> QuantizedState:
     return state._replace(step=alike, exact=exact, memory=memory, **own)
 
 
+def first_specs(plan: Plan, exact: Any, tx: Any, params: Any) -> QuantizedState:
+    """How a first state is split by its types: by `layout`, or exact leaves as the transformation's own."""
+    spread = P() if plan.mesh is None else P(plan.axis)
+    own = leaf_specs(tx, params)
+    specs = [own[leaf.index] if plan.mesh is None else P() for leaf in plan.exact]
+    return QuantizedState(P(), spread, spread, spread, with_exact(exact, specs), P(), plan)
+
+
+def leaf_specs(tx: Any, params: Any) -> list[P]:
+    """How the leaves of a transformation's own first state are split by their types."""
+    return [x.sharding.spec for x in jax.make_jaxpr(tx.init)(params).out_avals]
+
+
 def by_shards(plan: Plan, function: Callable[..., Any], own: Any, shared: Any) -> Any:
     """function(own, shared); where the plan has a mesh, of each device's shards on that device.
 
