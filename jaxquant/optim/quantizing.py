@@ -126,14 +126,15 @@ def quantize_state(
         plan = make_plan(tx, policy, codec, params, counts, spec)
         plan = dataclasses.replace(plan, mesh=shared, axis=axis)
 
-        def first(plain: Any) -> QuantizedState:
+        def first(plain: Any, params: Any) -> QuantizedState:
+            del params  # whose mesh counts where the plain state is of constants alone
             return placed(encoded(plan, plain, seed))
 
         with _within(mesh, params):
             plain = _first(tx, params)
             exact = without_codes(plan, plain)
             specs = functools.partial(first_specs, plan, exact, tx, params)
-            return computed_as_auto(first, (plain,), specs)
+            return computed_as_auto(first, (plain, params), specs)
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         def step(updates: Any, state: QuantizedState, params: Any, extra: dict[str, Any]) -> Any:
