@@ -15,7 +15,7 @@ from jaxquant.attention import Attention
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, simulate
 from jaxquant.einsum import einsum
-from jaxquant.product import materialized
+from jaxquant.product import materialized, rows_of
 from jaxquant.qarray import QArray, dequantize
 from jaxquant.rules import ATTENTION
 
@@ -293,7 +293,7 @@ def _look_up(product: Product, inputs: jax.Array) -> jax.Array:
     if not isinstance(table, QArray):
         with product.named():
             table = simulate(table, product.operation.forward.rhs, (1,))
-        return materialized(jnp.take(table, inputs, axis=0))
+        return materialized(rows_of(table, inputs))
     rows, n = dequantize(table[inputs]), table.shape[0]
     place = inputs.astype(jnp.int32)
     is_there = (place >= -n) & (place < n)  # jnp.take gives NaN elsewhere

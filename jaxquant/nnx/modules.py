@@ -15,7 +15,7 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.groups import scale_shape
-from jaxquant.product import materialized
+from jaxquant.product import materialized, rows_of
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 
@@ -62,9 +62,8 @@ class Einsum:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        if out_sharding is not None:
-            raise ValueError(f"a quantized Einsum takes no out_sharding; got {out_sharding}")
-        return einsum(subscripts, lhs, rhs, self.dot_general, precision, preferred_element_type)
+        options = (precision, preferred_element_type, out_sharding)
+        return einsum(subscripts, lhs, rhs, self.dot_general, *options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +96,8 @@ class QuantizedEmbed(nnx.Embed):
         if not jnp.issubdtype(inputs.dtype, jnp.integer):
             raise ValueError(f"an Embed takes integers; got {inputs.dtype}")
         if out_sharding is not None:
-            raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
+            rows = QuantizedEmbed.__call__(self, inputs)
+            return jax.sharding.auto_axes(lambda x: x, out_sharding=out_sharding)(rows)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if isinstance(table, QArray):
             stored: Any = table[inputs]
@@ -107,16 +107,15 @@ class QuantizedEmbed(nnx.Embed):
             return materialized(jnp.where(inside[..., None], rows, jnp.nan))
         operation = operation_of(self.dot_general)
         if operation is None or operation.forward.rhs is None:
-            return jnp.take(table, inputs, axis=0)
+            return rows_of(table, inputs)
         table = fake_quant(table, operation.forward.rhs, axis=-1)
-        return materialized(jnp.take(table, inputs, axis=0))
+        return materialized(rows_of(table, inputs))
 
     def attend(self, query: jax.Array, out_sharding: Any = None) -> jax.Array:
         """query · tableᵀ, as `nnx.Embed`."""
-        if out_sharding is not None:
-            raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
+        options = {} if out_sharding is None else {"out_sharding": out_sharding}
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
-        return self.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+        return self.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())), **options)
 
 
 def as_attribute(operation: Any) -> Any:
