@@ -62,10 +62,12 @@ def with_gradients(function):
     return run
 
 
-def compare(name, function, operands, specs, exact=True, gradients=True, eager=False, out=None):
+def compare(
+    name, function, operands, specs, exact=True, gradients=True, eager=False, out=None, alone=None
+):
     """The function of sharded operands beside that of unsharded ones; results split as types promise."""
     run = with_gradients(function) if gradients else function
-    wanted = jax.jit(run)(*operands)
+    wanted = jax.jit(run if alone is None else with_gradients(alone))(*operands)
     with jax.set_mesh(MESH):
         sharded = [put(x, spec) for x, spec in zip(operands, specs, strict=True)]
         found = (run if eager else jax.jit(run))(*sharded)
@@ -97,8 +99,8 @@ def recipes():
     for recipe, name in sorted(cases | {("int8_train", name) for name in names}):
         lhs, rhs, out = LAYOUTS[name]
         exact = recipe == "int8_train"
-        dot = product(jq.recipe(recipe), out)
-        compare(f"{recipe} {name}", dot, (x, w), (lhs, rhs), exact, out=out)
+        dot, alone = (product(jq.recipe(recipe), o) for o in (out, None))
+        compare(f"{recipe} {name}", dot, (x, w), (lhs, rhs), exact, out=out, alone=alone)
 
 
 def smallest():
