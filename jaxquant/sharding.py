@@ -48,7 +48,7 @@ def computed_as_auto(
         specs(),
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    computed = jax.sharding.auto_axes(inside, axes=explicit_axes(mesh), out_sharding=out)
+    computed: Any = jax.sharding.auto_axes(inside, axes=explicit_axes(mesh), out_sharding=out)
     if AxisType.Manual in mesh.axis_types:
         # What a derivative keeps leaves a shard_map and comes back with Explicit axes, where Auto ones are
         # wanted, and JAX refuses.  Computed again, it is kept nowhere.

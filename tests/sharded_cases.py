@@ -82,7 +82,7 @@ def compare(
     for x, y in pairs:
         x, y = np.asarray(x).astype(np.float64), np.asarray(y).astype(np.float64)
         assert exact is not True or (x == y).all(), (name, np.abs(x - y).max())
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-6 * np.abs(y).max(), err_msg=name)
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max(), err_msg=name)
     print("compared", name, flush=True)
 
 

@@ -97,7 +97,8 @@ class QuantizedEmbed(nnx.Embed):
             raise ValueError(f"an Embed takes integers; got {inputs.dtype}")
         if out_sharding is not None:
             rows = QuantizedEmbed.__call__(self, inputs)
-            return jax.sharding.auto_axes(lambda x: x, out_sharding=out_sharding)(rows)
+            placed: Any = jax.sharding.auto_axes(lambda x: x, out_sharding=out_sharding)
+            return placed(rows)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if isinstance(table, QArray):
             stored: Any = table[inputs]

@@ -203,7 +203,8 @@ def first_specs(plan: Plan, exact: Any, tx: Any, params: Any) -> QuantizedState:
     spread = P() if plan.mesh is None else P(plan.axis)
     own = leaf_specs(tx, params)
     specs = [own[leaf.index] if plan.mesh is None else P() for leaf in plan.exact]
-    return QuantizedState(P(), spread, spread, spread, with_exact(exact, specs), P(), plan)
+    parts: Any = (P(), spread, spread, spread, with_exact(exact, specs), P())
+    return QuantizedState(*parts, plan)
 
 
 def leaf_specs(tx: Any, params: Any) -> list[P]:
