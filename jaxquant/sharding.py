@@ -104,6 +104,7 @@ def unrepeated(parts: Sequence[Any]) -> PartitionSpec:
     used: set[str] = set()
     found = []
     for part in parts:
-        found.append(None if used & set(names(part)) else part)
-        used |= set(names(part))
+        kept = None if used & set(names(part)) else part
+        used |= set(names(kept))
+        found.append(kept)
     return PartitionSpec(*found)
