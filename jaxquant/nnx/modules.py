@@ -1,5 +1,6 @@
 """What quantization puts into a model's modules: operations with state of their own, and hooks."""
 
+import copyreg
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -86,8 +87,8 @@ class KeepStored:
 class QuantizedEmbed(nnx.Embed):
     """`nnx.Embed` whose table is quantized, and whose `attend` is a quantized product.
 
-    An Embed becomes one by its class alone: its variables and settings stay.  Rows are summed over their
-    features, so those share a scale.
+    An Embed becomes one by its class alone (`quantized_embed`): its variables and settings stay.  Rows are
+    summed over their features, so those share a scale.
     """
 
     dot_general: Any
@@ -99,13 +100,15 @@ class QuantizedEmbed(nnx.Embed):
         if out_sharding is not None:
             raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        operation = operation_of(self.dot_general)
+        if self.num_embeddings == 1:
+            inputs = jnp.zeros_like(inputs)  # as there, one row is everyone's
         if isinstance(table, QArray):
             stored: Any = table[inputs]
             rows = dequantize(stored)
             # As jnp.take has it: what lies outside of the table is NaN.
             inside = (inputs >= -self.num_embeddings) & (inputs < self.num_embeddings)
             return materialized(jnp.where(inside[..., None], rows, jnp.nan))
-        operation = operation_of(self.dot_general)
         if operation is None or operation.forward.rhs is None:
             return jnp.take(table, inputs, axis=0)
         table = fake_quant(table, operation.forward.rhs, axis=-1)
@@ -117,6 +120,34 @@ class QuantizedEmbed(nnx.Embed):
             raise ValueError(f"a quantized Embed takes no out_sharding; got {out_sharding}")
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return self.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())))
+
+
+class _Made(type(nnx.Embed)):
+    """The class of the classes that `quantized_embed` makes."""
+
+
+@functools.cache
+def quantized_embed(cls: type) -> type:
+    """The class of an Embed that is quantized: the user's own, before `QuantizedEmbed`.
+
+    What the user's class overrides stays, and its `super()` finds the quantized methods.
+
+    >>> class Scaled(nnx.Embed):
+    ...     def __call__(self, inputs):
+    ...         return 8 * super().__call__(inputs)
+    >>> [c.__name__ for c in quantized_embed(Scaled).__mro__[:4]]
+    ['Scaled', 'Scaled', 'QuantizedEmbed', 'Embed']
+    """
+    if cls is nnx.Embed or issubclass(cls, QuantizedEmbed):
+        return QuantizedEmbed if cls is nnx.Embed else cls
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    # A metaclass of the user's own is kept; such classes are not pickled.
+    made = _Made if type(cls) is type(nnx.Embed) else type(cls)
+    return made(cls.__name__, (cls, QuantizedEmbed), names)
+
+
+# By the class that it was made of: its name is that class's.
+copyreg.pickle(_Made, lambda cls: (quantized_embed, cls.__bases__[:1]))
 
 
 def as_attribute(operation: Any) -> Any:

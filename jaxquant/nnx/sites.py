@@ -13,10 +13,10 @@ from jaxquant.dot import DotGeneral
 from jaxquant.nnx.modules import (
     Einsum,
     Learned,
-    QuantizedEmbed,
     as_attribute,
     einsum_axes,
     is_learned,
+    quantized_embed,
     read,
 )
 from jaxquant.rules import ATTENTION, Rule
@@ -147,9 +147,9 @@ def _kind(module: Any) -> str | None:
 
 def put(site: Site, operation: Any) -> None:
     """Puts an operation into a module's slot."""
-    if site.kind == "embed" and not isinstance(site.module, QuantizedEmbed):
+    if site.kind == "embed":
         # The variables and settings are the module's own; what it does with them changes.
-        object.__setattr__(site.module, "__class__", QuantizedEmbed)
+        object.__setattr__(site.module, "__class__", quantized_embed(type(site.module)))
     setattr(site.module, site.slot, as_attribute(operation))
 
 
