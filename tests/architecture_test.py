@@ -39,7 +39,7 @@ LIBRARY = [
     ],
     ["rules", "coverage"],
     ["settings", "specification", "cards", "artifacts"],
-    ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
+    ["nnx.stacking", "nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
     ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.identity", "ptq.quantizing", "ptq.searching"],
     [

@@ -60,7 +60,7 @@ def freeze(
     scales = {}  # of one layer's weight
     for place, weight, array in zip(places, weights, arrays, strict=True):
         stored = place[weight.name] = jax.eval_shape(weight.stored, array)
-        scales[weight.path] = stored.scale.shape[weight.stacked(array) :]
+        scales[weight.path] = weight.stacking(array).own(stored.scale.shape)
     _check(quantized, scales, frozen, *inputs, **options)
     for place, weight, array in zip(places, weights, arrays, strict=True):
         check_weight(weight.path, array)

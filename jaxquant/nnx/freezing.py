@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
 from jaxquant.nnx.sites import Site, put, sites
+from jaxquant.nnx.stacking import Stacking
 from jaxquant.qarray import QArray, quantize
 from jaxquant.quantizer import Quantizer
 
@@ -118,22 +119,30 @@ def quantize_weight(site: Site, quantizer: Quantizer) -> QArray:
     weight, dtype = read(site.variable), site.module.dtype
     mask = getattr(site.module, "mask", None)
     # The layer multiplies in its own type, so that is what is quantized.
-    static = (site.axes, site.stacked, None if dtype is None else np.dtype(dtype))
+    static = (site.axes, site.stacking, None if dtype is None else np.dtype(dtype))
     if isinstance(weight, jax.ShapeDtypeStruct):
         weight = jnp.zeros(weight.shape, weight.dtype)  # within eval_shape, where nothing is made
     return quantize_stacked(*static, weight, mask, quantizer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def quantize_stacked(axes, stacked, dtype, weight, mask, quantizer) -> QArray:
-    def one(weight: jax.Array, quantizer: Quantizer) -> QArray:
-        weight = weight if mask is None else weight * mask
-        return packed(quantize(weight, quantizer, axes))
+def quantize_stacked(
+    axes: tuple[int, ...], stacking: Stacking, dtype: Any, weight: Any, mask: Any, quantizer: Any
+) -> QArray:
+    """The weight of one or several layers, quantized each by itself and packed.
 
-    for _ in range(stacked):
-        # A recipe's own arrays, as learned steps are, are stacked as the weights are.
-        one = jax.vmap(one)
-    return one(weight if dtype is None else weight.astype(dtype), quantizer)
+    Args:
+        axes: what the product sums over, in one layer's weight.
+        stacking: where the layers are.
+        dtype: the type that the weight is multiplied in; None for its own.
+        weight: of all layers.
+        mask: what it is multiplied by before, of one layer or of all; None for nothing.
+        quantizer: whose own arrays, as learned steps are, are stacked as the weights are.
+    """
+
+    weight = stacking.masked(weight if dtype is None else weight.astype(dtype), mask)
+    one = stacking.each(lambda weight, quantizer: packed(quantize(weight, quantizer, axes)))
+    return stacking.marked(one(weight, quantizer))
 
 
 def packed(x: QArray) -> QArray:
@@ -156,7 +165,9 @@ def store(site: Site, weight: QArray) -> None:
         module.kernel = variable
     if getattr(module, "mask", None) is not None:
         module.mask = None  # the stored weight is masked
-    module.promote_dtype = KeepStored(module.promote_dtype)
+    is_stacked = bool(site.stacking.axes)
+    scale_shape = site.stacking.own(weight.scale.shape) if is_stacked else None
+    module.promote_dtype = KeepStored(module.promote_dtype, scale_shape)
 
 
 def _for_stored(operation: Any) -> Any:

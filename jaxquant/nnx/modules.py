@@ -16,6 +16,7 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.groups import scale_shape
+from jaxquant.nnx.stacking import Stacking
 from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
@@ -68,13 +69,32 @@ class Einsum:
         return einsum(subscripts, lhs, rhs, self.dot_general, precision, preferred_element_type)
 
 
+def check_part(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises a ValueError where a layer is given another part of several layers' numbers than its own."""
+    if tuple(found) != tuple(expected):
+        raise ValueError(
+            f"{what} have shape {tuple(found)}, not {tuple(expected)}: the layers are stacked along another "
+            "axis than their sizes tell; stack them along axis 0, or a number of them that is none of their "
+            "weights' sizes"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class KeepStored:
-    """A layer's promote_dtype that passes stored weights on, in the type they would be promoted to."""
+    """A layer's promote_dtype that passes stored weights on, in the type they would be promoted to.
+
+    Attributes:
+        promote_dtype: the layer's own.
+        scale_shape: that of the scales of a layer that is stacked with others; None of one that is not.
+    """
 
     promote_dtype: Callable[..., Any]
+    scale_shape: tuple[int, ...] | None = None
 
     def __call__(self, operands: Sequence[Any], /, **options: Any) -> tuple[Any, ...]:
+        for x in operands:
+            if isinstance(x, QArray) and self.scale_shape is not None:
+                check_part("the scales of a stored weight", x.scale.shape, self.scale_shape)
         # In the place of a stored weight its type alone takes part.
         arrays = [jnp.zeros((), x.dtype) if isinstance(x, QArray) else x for x in operands]
         promoted = self.promote_dtype(tuple(arrays), **options)
@@ -166,19 +186,20 @@ class Learned(nnx.Module):
     call of `jaxquant.nnx.calibrate`, and a call before that is an error.
     """
 
-    def __init__(self, operation: Any, weight: jax.Array, axes: tuple[int, ...], stacked: int):
+    def __init__(
+        self, operation: Any, weight: jax.Array, axes: tuple[int, ...], stacking: Stacking
+    ):
         self.operation = operation
         forward = operation_of(operation).forward
         self.rhs_step = self.lhs_step = nnx.data(None)
         if is_learned(forward.rhs):
-            first = _first_weight_step
-            for _ in range(stacked):
-                first = jax.vmap(first, in_axes=(0, None, None))
-            self.rhs_step = StepSize(first(weight, forward.rhs, axes))
+            first = stacking.each(lambda w: _first_weight_step(w, forward.rhs, axes))
+            self.rhs_step = StepSize(first(weight))
+            self.rhs_shape = stacking.own(self.rhs_step.shape)  # of one layer's
         self.calibrated = not is_learned(forward.lhs)
         self.wanted: Quantizer | None = None  # whose start is being looked for
         if is_learned(forward.lhs):
-            self.lhs_step = StepSize(jnp.ones(weight.shape[:stacked], jnp.float32))
+            self.lhs_step = StepSize(stacking.placed(jnp.ones(stacking.sizes, jnp.float32)))
 
     def resolved(self) -> Any:
         """The operation with the steps as they are now."""
@@ -202,6 +223,8 @@ class Learned(nnx.Module):
         return with_forward(self.operation, dataclasses.replace(forward, **changes))
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        if self.rhs_step is not None:
+            check_part("the learned steps of a weight", self.rhs_step.shape, self.rhs_shape)
         return self.resolved()(*args, **kwargs)
 
 
@@ -246,20 +269,41 @@ class Observer(nnx.Module):
     Args:
         kind: of the module.
         operation: what it does besides.
-        state: where the statistics start, stacked where the module is.
+        state: where the statistics of one layer start.
         update: from (state, `Activations`) to the next state.
+        stacking: where several layers are.
     """
 
-    def __init__(self, kind: str, operation: Any, state: Any, update: Callable[..., Any]):
+    def __init__(
+        self,
+        kind: str,
+        operation: Any,
+        state: Any,
+        update: Callable[..., Any],
+        stacking: Stacking,
+    ):
         self.kind = kind
         self.operation = as_attribute(operation)
-        self.observed = Observation(state)
         self.update = update
+        self.stacking = nnx.static(stacking)
+        self.shapes = nnx.static(tuple(leaf.shape for leaf in jax.tree.leaves(state)))
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacking.sizes, *x.shape)), state)
+        self.observed = Observation(jax.tree.map(stacking.placed, copies))
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         seen = _activations(self.kind, args, kwargs)
-        write(self.observed, self.update(read(self.observed), seen))
+        held, tree = jax.tree.flatten(read(self.observed))
+        state = [x.reshape(shape) for x, shape in zip(held, self.shapes, strict=True)]
+        new = jax.tree.leaves(self.update(tree.unflatten(state), seen))
+        kept = [x.reshape(before.shape) for x, before in zip(new, held, strict=True)]
+        write(self.observed, tree.unflatten(kept))
         return self.operation(*args, **kwargs)
+
+    def found(self) -> Any:
+        """The state of one layer, or of all, stacked along leading axes."""
+        held, tree = jax.tree.flatten(read(self.observed))
+        pairs = zip(held, self.shapes, strict=True)
+        return tree.unflatten([self.stacking.gathered(x, shape) for x, shape in pairs])
 
 
 def _activations(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:
