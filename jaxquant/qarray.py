@@ -27,6 +27,7 @@ from jaxquant import rounding as roundings
 from jaxquant.formats import Block, Codebook, Format, Int, divide, is_static
 from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
 from jaxquant.hadamard import hadamard
+from jaxquant.opaque import DirectRead, Opaque, Owner
 from jaxquant.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.quantizer import Quantizer
 from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
@@ -38,7 +39,7 @@ _HUGE = 2.0**100
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QArray:
+class QArray(Opaque):
     """A quantized array: values on the grid and their scales.
 
     Attributes:
@@ -53,6 +54,7 @@ class QArray:
         hadamard: None, or (block, axis) of the rotation in whose coordinates the values are.
         length: None, or the length of the packed axis of a packed array.
         packed_axis: along which it is packed.
+        owner: the parameter that it was stored for, which errors name.
     """
 
     qvalue: jt.Shaped[jax.Array, "*shape"]
@@ -64,6 +66,7 @@ class QArray:
     hadamard: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     length: int | None = dataclasses.field(default=None, metadata={"static": True})
     packed_axis: int = dataclasses.field(default=-1, metadata={"static": True})
+    owner: Owner = dataclasses.field(default=Owner(), metadata={"static": True}, repr=False)
 
     @property
     def element(self) -> Format:
@@ -118,6 +121,8 @@ class QArray:
         if rows is Ellipsis:
             return self
         if self.ndim < 2 or not jnp.issubdtype(getattr(rows, "dtype", type(None)), jnp.integer):
+            if self.owner.path:
+                raise DirectRead(self.not_an_array(f"the index {rows!r}"))
             raise ValueError(
                 f"a QArray is indexed by ... or by an array of integers, with 2 axes or more; got {rows!r}"
             )

@@ -25,6 +25,9 @@ from jaxquant.quantizer import Quantizer
 class Stored(nnx.Variable):
     """A weight that is stored as a `QArray`, which no optimizer touches."""
 
+    def __jax_array__(self) -> Any:
+        return read(self).__jax_array__()  # which says why it cannot be one
+
 
 class StepSize(nnx.Param):
     """A step size that learns with the weights (LSQ)."""

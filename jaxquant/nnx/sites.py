@@ -69,11 +69,14 @@ class Site:
         return getattr(self.module, self.slot, None) if self.kind in _SLOTS else None
 
     @property
+    def weight(self) -> str:
+        """The attribute that holds its weight; modules of attention have none."""
+        return "embedding" if self.kind == "embed" else "kernel"
+
+    @property
     def variable(self) -> Any:
         """The weight's variable; None for attention."""
-        if self.kind == ATTENTION:
-            return None
-        return self.module.embedding if self.kind == "embed" else self.module.kernel
+        return None if self.kind == ATTENTION else getattr(self.module, self.weight)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -185,6 +188,12 @@ def _kind(module: Any) -> str | None:
         getattr(module, "attention_fn", None)
     )
     return ATTENTION if has_attention else None
+
+
+def base_of(module: Any) -> type | None:
+    """The class of Flax's that a module with matrix products is of; None of a module of one's own."""
+    bases = (*(cls for cls, _ in _KINDS), nnx.MultiHeadAttention)
+    return next((cls for cls in bases if isinstance(module, cls)), None)
 
 
 def put(site: Site, operation: Any) -> None:

@@ -18,7 +18,17 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import storage
-from jaxquant.nnx.freezing import check_weight, packed, quantize_weight, shared_copy, store
+from jaxquant.nnx.freezing import (
+    check_tied,
+    check_weight,
+    packed,
+    quantize_weight,
+    share,
+    shared_copy,
+    store,
+    tied,
+    weight_quantizer,
+)
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.quantizing import find_uses
@@ -104,9 +114,11 @@ def quantize(
         raise ValueError(f"memory is a number of bytes, at least 1; got {memory!r}")
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
+    quantized = apply_rules(model, rules)
+    groups = [group for group in tied(quantized) if any(map(weight_quantizer, group))]
     target = {
         path: site
-        for path, site in sites(apply_rules(model, rules)).items()
+        for path, site in sites(quantized).items()
         if site.kind == ATTENTION or operation_of(site.operation) is not None
     }
     working = shared_copy(model)
@@ -114,6 +126,9 @@ def quantize(
     solvable = [path for path, site in target.items() if _quantizer(site) is not None]
     if not solvable:
         raise ValueError("the rules quantize no weights")
+    check_tied(quantized, groups)
+    for group in groups:
+        _check_shared(group, chosen, method)
     for path in solvable:
         _check_recipe(target[path])
         check_weight(path, read(target[path].variable))
@@ -138,6 +153,8 @@ def quantize(
     for path, site in target.items():
         if path not in solvable:
             put(found[path], site.operation)
+    for group in groups:
+        share([found[site.path] for site in group])
     return working
 
 
@@ -205,6 +222,17 @@ def _check_dense(site: Site, method: str) -> None:
         raise ValueError(
             f"{site.path or 'the model'} has {found}, which method {method!r} does not take; method 'rtn' "
             f"does, and a rule ('{site.path}', None) before the others leaves the layer in float"
+        )
+
+
+def _check_shared(group: Sequence[Site], chosen: frozenset[str], method: str) -> None:
+    """Raises a ValueError for a weight of several layers, each of which would have it rounded otherwise."""
+    if len(group) > 1 and (
+        chosen & {"hadamard"} or any(_needs_statistics(s, chosen) for s in group)
+    ):
+        raise ValueError(
+            f"{' and '.join(site.path for site in group)} share one weight, and method {method!r} rounds for "
+            "one layer's inputs; method 'rtn' takes it, and a rule with None for each leaves it in float"
         )
 
 
