@@ -10,6 +10,7 @@ import numpy as np
 from jaxquant.linen.sites import Use
 from jaxquant.nnx.freezing import quantize_stacked
 from jaxquant.nnx.stacking import Stacking
+from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
 
@@ -65,11 +66,12 @@ class Weight:
         """
         stacking = self.stacking(array)
         try:
-            return quantize_stacked(
+            stored = quantize_stacked(
                 self.axes, stacking, self.dtype, array, self.mask, self.quantizer
             )
         except ValueError as error:
             raise ValueError(f"{self.path} cannot be frozen: {error}") from None
+        return dataclasses.replace(stored, owner=Owner(f"{self.path}/{self.name}".lstrip("/")))
 
 
 def weight_of(use: Use) -> Weight | None:
