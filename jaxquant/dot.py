@@ -201,7 +201,9 @@ def result_spec(
     def spec() -> PartitionSpec:
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         trace = jax.make_jaxpr(functools.partial(operation, **options))
-        (result,) = trace(*map(_shape_of, (lhs, rhs))).out_avals  # jax.eval_shape has no mixed meshes
+        (result,) = trace(
+            *map(_shape_of, (lhs, rhs))
+        ).out_avals  # jax.eval_shape has no mixed meshes
         return result.sharding.spec
 
     if out_sharding is not None:
