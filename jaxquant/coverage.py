@@ -24,7 +24,8 @@ class Row:
         shape: of its weight; None where it has none.
         rule: the expression that took it, or None.
         recipe: what it got, in words; ``"float"`` for nothing.
-        bytes_before, bytes_after: of its weight as it is, and as `freeze` stores it, scales included.
+        bytes_before, bytes_after: of its weight as it is, and as `freeze` stores it, scales included; 0 of
+            one that a module before it has too.
         macs: multiplications in its products, for the example inputs; None without.
     """
 

@@ -27,6 +27,7 @@ from jaxquant import rounding as roundings
 from jaxquant.formats import Block, Codebook, Format, Int, divide, is_static
 from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
 from jaxquant.hadamard import hadamard
+from jaxquant.opaque import DirectRead, Opaque, Owner
 from jaxquant.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.quantizer import Quantizer
 from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
@@ -38,12 +39,12 @@ _HUGE = 2.0**100
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class QArray:
+class QArray(Opaque):
     """A quantized array: values on the grid and their scales.
 
     Attributes:
         qvalue: what the format stores of the grid's values, in the array's shape; or, packed, its codes
-            as bit planes along the last axis.
+            as bit planes along an axis, the last where nothing else is said.
         scale: of the array's rank, each dimension dividing the array's; float32, or what a Block's
             scale format stores.
         zero_point: None, or the grid's value that stands for zero, float32 in the scale's shape.
@@ -51,7 +52,9 @@ class QArray:
         format: the grid, static.
         dtype: the type that `dequantize` returns.
         hadamard: None, or (block, axis) of the rotation in whose coordinates the values are.
-        length: None, or the length of the last axis of a packed array.
+        length: None, or the length of the packed axis of a packed array.
+        packed_axis: along which it is packed.
+        owner: the parameter that it was stored for, which errors name.
     """
 
     qvalue: jt.Shaped[jax.Array, "*shape"]
@@ -62,6 +65,8 @@ class QArray:
     dtype: Any = dataclasses.field(default=np.dtype(np.float32), metadata={"static": True})
     hadamard: tuple[int, int] | None = dataclasses.field(default=None, metadata={"static": True})
     length: int | None = dataclasses.field(default=None, metadata={"static": True})
+    packed_axis: int = dataclasses.field(default=-1, metadata={"static": True})
+    owner: Owner = dataclasses.field(default=Owner(), metadata={"static": True}, repr=False)
 
     @property
     def element(self) -> Format:
@@ -72,7 +77,9 @@ class QArray:
     def shape(self) -> tuple[int, ...]:
         if self.length is None:
             return self.qvalue.shape
-        return (*self.qvalue.shape[:-1], self.length)
+        shape = list(self.qvalue.shape)
+        shape[self.packed_axis] = self.length
+        return tuple(shape)
 
     @property
     def ndim(self) -> int:
@@ -114,10 +121,17 @@ class QArray:
         if rows is Ellipsis:
             return self
         if self.ndim < 2 or not jnp.issubdtype(getattr(rows, "dtype", type(None)), jnp.integer):
+            if self.owner.path:
+                raise DirectRead(self.not_an_array(f"the index {rows!r}"))
             raise ValueError(
                 f"a QArray is indexed by ... or by an array of integers, with 2 axes or more; got {rows!r}"
             )
         parts = (self.qvalue, self.scale, self.zero_point, self.tensor_scale)
+        # Counted from the end, axes stay what they were.
+        rotation, packed_axis = self.hadamard, self.packed_axis
+        if rotation is not None and rotation[1] >= 0:
+            rotation = (rotation[0], rotation[1] - self.ndim)
+        packed_axis = packed_axis - self.ndim if packed_axis >= 0 else packed_axis
 
         def taken(parts: Any, rows: jax.Array) -> Any:
             return jax.tree.map(lambda part: _taken(part, rows, self.shape[0]), parts)
@@ -128,7 +142,13 @@ class QArray:
 
         qvalue, scale, zero_point, tensor_scale = computed_as_auto(taken, (parts, rows), specs)
         return dataclasses.replace(
-            self, qvalue=qvalue, scale=scale, zero_point=zero_point, tensor_scale=tensor_scale
+            self,
+            qvalue=qvalue,
+            scale=scale,
+            zero_point=zero_point,
+            tensor_scale=tensor_scale,
+            hadamard=rotation,
+            packed_axis=packed_axis,
         )
 
     def pack(self) -> "QArray":
@@ -154,13 +174,18 @@ class QArray:
         """The same array with its values in the format's array type."""
         if self.length is None:
             return self
-        element, length = self.element, self.length
+        element, length, axis = self.element, self.length, self.packed_axis
+        is_last = axis % self.ndim == self.ndim - 1
+
+        def unpacked(packed: jax.Array) -> jax.Array:
+            packed = packed if is_last else jnp.moveaxis(packed, axis, -1)
+            stored = element.store(element.decode(unpack_bits(packed, element.bits, length)))
+            return stored if is_last else jnp.moveaxis(stored, -1, axis)
+
         stored = computed_as_auto(
-            lambda packed: element.store(element.decode(unpack_bits(packed, element.bits, length))),
-            (self.qvalue,),
-            lambda: spec_of(self.qvalue, self.shape),
+            unpacked, (self.qvalue,), lambda: spec_of(self.qvalue, self.shape)
         )
-        return dataclasses.replace(self, qvalue=stored, length=None)
+        return dataclasses.replace(self, qvalue=stored, length=None, packed_axis=-1)
 
     def float_scale(self) -> jt.Float[jax.Array, "*groups"]:
         """The scales in float32, a Block's decoded."""

@@ -75,9 +75,12 @@ class Smoothed:
             )
         # Pairs of axes in the order of the right operand's, which is the scales'.
         pairs = sorted(zip(*dims[0], strict=True), key=lambda pair: pair[1])
-        lhs = multiplied(lhs, 1 / self.scale, [left for left, _ in pairs])
+        # A layer's part of several layers' scales may have axes of size 1 before their own.
+        scale = self.scale
+        scale = scale.reshape(-1) if scale.size == scale.shape[-1] else scale
+        lhs = multiplied(lhs, 1 / scale, [left for left, _ in pairs])
         if not isinstance(rhs, QArray):
-            rhs = multiplied(rhs, self.scale, [right for _, right in pairs])
+            rhs = multiplied(rhs, scale, [right for _, right in pairs])
         return self.dot_general(
             lhs,
             rhs,

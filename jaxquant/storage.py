@@ -175,6 +175,8 @@ def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         parts["scale"] = x.format.scale.encode(x.format.scale.load(x.scale))
     if x.zero_point is not None:
         parts["zero_point"] = x.element.encode(x.element.load(x.zero_point))
+    # Written where it is not the last, so that all else reads as it always did.
+    along = {} if packed.packed_axis == -1 else {"packed_axis": packed.packed_axis}
     return parts, {
         "kind": "qarray",
         "format": str(x.format),
@@ -182,6 +184,7 @@ def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         "shape": list(x.shape),
         "hadamard": None if x.hadamard is None else list(x.hadamard),
         "packed": x.length is not None,
+        **along,
     }
 
 
@@ -190,6 +193,7 @@ def _rebuild(path: str, parts: dict[str, jax.Array], description: dict[str, Any]
     element = format.element if isinstance(format, Block) else format
     _check_parts(path, parts, format, shape)
     scale, zero = parts["scale"], parts.get("zero_point")
+    along = _packed_axis(path, description.get("packed_axis", -1), shape)
     if isinstance(format, Block):
         scale = format.scale.store(format.scale.decode(scale))
     qarray = QArray(
@@ -200,7 +204,8 @@ def _rebuild(path: str, parts: dict[str, jax.Array], description: dict[str, Any]
         format=format,
         dtype=_dtype(path, description["dtype"]),
         hadamard=_rotation(path, description["hadamard"], shape),
-        length=shape[-1] if shape else None,
+        length=shape[along] if shape else None,
+        packed_axis=along,
     )
     if qarray.shape != shape:
         raise ValueError(f"{path}: {qarray.shape} values are stored for an array of shape {shape}")
@@ -263,12 +268,18 @@ def _rotation(path: str, rotation: Any, shape: tuple[int, ...]) -> tuple[int, in
     try:
         block, axis = rotation
         check_block(block)
-        fits = -len(shape) <= axis < 0 and shape[axis] % block == 0
+        fits = -len(shape) <= axis < len(shape) and shape[axis] % block == 0
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise ValueError(f"{path}: {rotation!r} is no (block, axis) of an array of shape {shape}")
     return block, axis
+
+
+def _packed_axis(path: str, axis: Any, shape: tuple[int, ...]) -> int:
+    if type(axis) is not int or (axis != -1 and not -len(shape) <= axis < len(shape)):
+        raise ValueError(f"{path}: {axis!r} is no axis of an array of shape {shape}")
+    return axis
 
 
 def _description(path: str, text: str) -> dict[str, Any]:

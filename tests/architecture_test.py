@@ -23,6 +23,7 @@ LIBRARY = [
         "hadamard",
         "pages",
         "reductions",
+        "opaque",
     ],
     ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
     [
@@ -39,7 +40,15 @@ LIBRARY = [
     ],
     ["rules", "coverage"],
     ["settings", "specification", "cards", "artifacts"],
-    ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
+    [
+        "nnx.stacking",
+        "nnx.modules",
+        "nnx.sites",
+        "nnx.overriding",
+        "nnx.freezing",
+        "nnx.observing",
+        "nnx.quantizing",
+    ],
     ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.identity", "ptq.quantizing", "ptq.searching"],
     [

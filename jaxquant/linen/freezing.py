@@ -10,6 +10,7 @@ from jaxquant.linen.quantizing import Quantized, used_weights
 from jaxquant.linen.sites import Use
 from jaxquant.linen.weights import Weight, abstractly, at
 from jaxquant.nnx.freezing import check_weight
+from jaxquant.opaque import DirectRead
 
 
 def freeze(
@@ -31,8 +32,9 @@ def freeze(
 
     Raises:
         ValueError: a model in which nothing is quantized, that is frozen already, or whose precision is
-            traced; layers stacked along other than leading axes; variables or inputs that do not fit the
-            module, or weights with a NaN or an Inf.
+            traced; layers stacked along other than leading axes; a weight that the module's own code reads
+            in another way than by its layer's call; variables or inputs that do not fit the module, or
+            weights with a NaN or an Inf.
 
     >>> from jaxquant.linen import quantize
     >>> quantized, x = quantize(nn.Dense(8), {".*": "w4a16"}), jax.numpy.ones((2, 64))
@@ -60,7 +62,7 @@ def freeze(
     scales = {}  # of one layer's weight
     for place, weight, array in zip(places, weights, arrays, strict=True):
         stored = place[weight.name] = jax.eval_shape(weight.stored, array)
-        scales[weight.path] = stored.scale.shape[weight.stacked(array) :]
+        scales[weight.path] = weight.stacking(array).own(stored.scale.shape)
     _check(quantized, scales, frozen, *inputs, **options)
     for place, weight, array in zip(places, weights, arrays, strict=True):
         check_weight(weight.path, array)
@@ -93,6 +95,8 @@ def _check(quantized: Quantized, scales: Any, frozen: Any, *inputs: Any, **optio
 
     try:
         abstractly(run, frozen, *inputs, **options)
+    except DirectRead as error:
+        raise ValueError(str(error)) from None
     except ValueError as error:
         raise ValueError(
             f"the stored weights cannot be applied, as where layers are stacked along another axis: {error}"

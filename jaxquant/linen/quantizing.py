@@ -24,6 +24,7 @@ from jaxquant.linen.sites import (
     attributes,
     call_with,
     check_slot,
+    overridden,
     site_of,
 )
 from jaxquant.linen.weights import Weight, abstractly, at, split, weight_of
@@ -139,12 +140,18 @@ class _Interceptor:
         self.ranges = ranges
         self.watch = watch
         self.kinds: dict[str, str] = {}  # of the modules that were called, by path
+        self.reached: list[tuple[str, str]] = []  # paths and methods that came to a product
 
     def __call__(self, call: Any, args: Any, options: Any, context: Any) -> Any:
         mark(context.module, self)
         site = site_of(context)
         if site is None:
-            return call(*args, **options)
+            before = len(self.reached)
+            output = call(*args, **options)
+            self._check_reached(context, before)
+            return output
+        if site.method != "setup":
+            self.reached.append((site.path, site.method))
         self.kinds[site.path] = site.kind
         rule = next((r for r in self.rules if r.takes(site.path, site.kind)), None)
         if rule is None or rule.value is None:
@@ -156,6 +163,29 @@ class _Interceptor:
             with attributes(site.module, attention_fn=rule.value):
                 return call(*args, **options)
         return call_with(self._product(site, rule), call, args, options)
+
+    def _check_reached(self, context: Any, before: int) -> None:
+        """Raises a ValueError where a method of a user's subclass passed its layer's product by.
+
+        Args:
+            context: of the method.
+            before: how many products were come to before it.
+        """
+        module, method, kind = context.module, context.method_name, overridden(context)
+        if kind is None or module.scope is None:
+            return
+        path = "/".join(module.path)
+        rule = next((r for r in self.rules if r.takes(path, kind)), None)
+        if rule is None or rule.value is None:
+            return
+        if any(path == reached for reached, _ in self.reached[before:]):
+            self.reached.append((path, method))  # nn.jit will not show it again
+        elif (path, method) not in self.reached:
+            raise ValueError(
+                f"{path or 'the module'} is a {type(module).__name__}, whose own {method} does not reach the "
+                f"layer's product, so that no rule does; have it call super().{method}, or leave the layer "
+                f"in float by a rule ('{path}', None) before the others"
+            )
 
     def _product(self, site: Site, rule: Rule) -> Product:
         assert isinstance(rule.value, DotGeneral)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxquant import artifacts
 from jaxquant.linen.quantizing import RANGES, Quantized, coverage, mark
 from jaxquant.linen.weights import abstractly
+from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.rules import parse_rules
 from jaxquant.settings import Types, check_types, types_from_array, types_of, types_to_array
@@ -116,7 +117,7 @@ def load(
     if _TYPES in tree:
         check_types(types.found, types_from_array(tree[_TYPES]))
     rules = tuple(_rule(tree["rules"][i]) for i in range(len(tree["rules"])))
-    return Quantized(module, rules), tree["variables"]
+    return Quantized(module, rules), _owned(tree["variables"])
 
 
 class _CalledTypes:
@@ -142,6 +143,19 @@ def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     found = jax.tree.leaves_with_path(kept, is_leaf=lambda x: isinstance(x, QArray))
     return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in found}
+
+
+def _owned(variables: Any) -> Any:
+    """Variables whose stored weights know where they are from."""
+
+    def owned(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, QArray):
+            return leaf
+        owner = "/".join(str(key.key) for key in path[1:])  # without the collection
+        return dataclasses.replace(leaf, owner=Owner(owner))
+
+    is_leaf = lambda x: isinstance(x, QArray)  # noqa: E731
+    return jax.tree.map_with_path(owned, variables, is_leaf=is_leaf)
 
 
 def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:

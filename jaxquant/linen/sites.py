@@ -37,6 +37,13 @@ _KINDS = {
         (nn.MultiHeadDotProductAttention.__call__, ATTENTION),
     )
 }
+_LAYERS = (
+    (nn.Dense, "linear"),
+    (nn.DenseGeneral, "linear"),
+    (nn.Einsum, "einsum"),
+    (nn.Conv, "conv"),
+    (nn.Embed, "embed"),
+)
 _SLOTS = {"linear": "dot_general", "conv": "conv_general_dilated", ATTENTION: "attention_fn"}
 _DEFAULTS = (None, jax.lax.dot_general, jax.lax.conv_general_dilated)
 _ATTENTIONS = (nn.dot_product_attention, jax.nn.dot_product_attention)
@@ -84,6 +91,16 @@ def site_of(context: nn.module.InterceptorContext) -> Site | None:
     if kind is None or module.scope is None:
         return None
     return Site("/".join(module.path), kind, module, context.method_name)
+
+
+def overridden(context: nn.module.InterceptorContext) -> str | None:
+    """The kind of layer of which a method that is called is a subclass's own; None of all others."""
+    if context.method_name not in ("__call__", "attend"):
+        return None
+    for layer, kind in _LAYERS:
+        if isinstance(context.module, layer) and hasattr(layer, context.method_name):
+            return kind
+    return None
 
 
 def _has_attention(module: nn.Module) -> bool:

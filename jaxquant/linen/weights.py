@@ -9,6 +9,8 @@ import numpy as np
 
 from jaxquant.linen.sites import Use
 from jaxquant.nnx.freezing import quantize_stacked
+from jaxquant.nnx.stacking import Stacking
+from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
 
@@ -42,8 +44,8 @@ class Weight:
         """Whether its precision is known when the program runs alone."""
         return bool(jax.tree.leaves(self.quantizer.format))
 
-    def stacked(self, array: Any) -> int:
-        """How many axes of the whole weight layers are stacked along: leading ones.
+    def stacking(self, array: Any) -> Stacking:
+        """The axes of the whole weight along which layers are stacked: leading ones.
 
         Raises:
             ValueError: they are stacked otherwise.
@@ -54,7 +56,7 @@ class Weight:
                 f"{self.path} has weights {tuple(array.shape)}, and one layer's is {self.shape}; layers that "
                 "nn.scan or nn.vmap stacks along leading axes can be frozen, others cannot"
             )
-        return extra
+        return Stacking.along(range(extra), array.shape)
 
     def stored(self, array: Any) -> QArray:
         """The whole weight in packed integers.
@@ -62,13 +64,14 @@ class Weight:
         Raises:
             ValueError: layers that are not stacked along leading axes; a precision that is traced.
         """
-        stacked = self.stacked(array)
+        stacking = self.stacking(array)
         try:
-            return quantize_stacked(
-                self.axes, stacked, self.dtype, array, self.mask, self.quantizer
+            stored = quantize_stacked(
+                self.axes, stacking, self.dtype, array, self.mask, self.quantizer
             )
         except ValueError as error:
             raise ValueError(f"{self.path} cannot be frozen: {error}") from None
+        return dataclasses.replace(stored, owner=Owner(f"{self.path}/{self.name}".lstrip("/")))
 
 
 def weight_of(use: Use) -> Weight | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -11,9 +12,13 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
+from jaxquant.nnx.overriding import check_frozen
 from jaxquant.nnx.sites import Site, put, sites
+from jaxquant.nnx.stacking import Stacking
+from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray, quantize
 from jaxquant.quantizer import Quantizer
+from jaxquant.recipes import describe
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -22,7 +27,9 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
     """The model for serving: every quantized weight stored as packed integers with its scales.
 
     Its outputs equal the quantized model's bit for bit.  Ranges and steps that were calibrated or learned
-    are kept.  A frozen weight is a `Stored` variable with a `QArray`, which optimizers pass over.
+    are kept.  A frozen weight is a `Stored` variable with a `QArray`, which optimizers pass over; one that
+    several modules share is stored once.  Code that reads it in another way than by its layer's call gets an
+    error that names it.
 
     Args:
         model: as `jaxquant.nnx.quantize` made it.
@@ -34,7 +41,8 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
 
     Raises:
         ValueError: a model in which nothing is quantized, that is frozen already, or whose precision is
-            traced; weights with a NaN or an Inf; learned steps that were never calibrated.
+            traced; weights with a NaN or an Inf; learned steps that were never calibrated; a weight that
+            several modules share, and that would not be stored once for all of them.
 
     >>> from jaxquant.nnx import quantize
     >>> model = quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w4a16"})
@@ -43,20 +51,101 @@ def freeze(model: Model, *, donate: bool = False) -> Model:
     4.5
     """
     model = shared_copy(model)
-    quantized = [s for s in sites(model).values() if weight_quantizer(s) is not None]
-    if not quantized:
+    groups = [group for group in tied(model) if any(map(weight_quantizer, group))]
+    if not groups:
         raise ValueError(
             f"{type(model).__name__} has no quantized weights to freeze; call jaxquant.nnx.quantize first"
         )
-    for site in quantized:
-        if isinstance(read(site.variable), QArray):
-            raise ValueError(f"{site.path} is frozen already")
+    check_tied(model, groups)
+    for group in groups:
+        site = group[0]
         weight = read(site.variable)
+        if isinstance(weight, QArray):
+            raise ValueError(f"{site.path} is frozen already")
         check_weight(site.path, weight)
-        store(site, stored_weight(site))
+        for user in group:
+            check_frozen(user, lambda one: store(one, stored_weight(one)))
+        stored = stored_weight(site)
+        for user in group:
+            store(user, stored)
+        share(group)
         if donate:
             weight.delete()
     return model
+
+
+def tied(model: nnx.Module) -> list[list[Site]]:
+    """The modules with weights, those that share one variable together."""
+    groups: dict[int, list[Site]] = {}
+    for site in sites(model).values():
+        if isinstance(site.variable, nnx.Variable):
+            groups.setdefault(id(site.variable), []).append(site)
+    return list(groups.values())
+
+
+def check_tied(model: nnx.Module, groups: Iterable[Sequence[Site]]) -> None:
+    """Raises a ValueError where a shared weight cannot be stored once, for all that use it.
+
+    Args:
+        model: quantized.
+        groups: of its modules, as of `tied`, whose weights are to be stored.
+    """
+    groups = list(groups)
+    for first, *others in groups:
+        for site in others:
+            if not _is_stored_alike(first, site):
+                raise ValueError(
+                    f"{first.path} and {site.path} share one weight, which their rules would store in two "
+                    f"ways: {_label(first)} and {_label(site)}; give both the same recipe, or None to both"
+                )
+    for path, site in _held_elsewhere(model, groups):
+        raise ValueError(
+            f"{path} is the weight of {site.path or 'the model'} too, and no layer's own: it would be held "
+            "twice, stored and in float; have what reads it call the layer (an Embed's `attend` for a head), "
+            f"or leave it in float by a rule ('{site.path}', None) before the others"
+        )
+
+
+def _is_stored_alike(one: Site, other: Site) -> bool:
+    def how(site: Site) -> Any:
+        dtype = np.dtype(site.module.dtype or read(site.variable).dtype)
+        leaves, tree = jax.tree.flatten(
+            (weight_quantizer(site), getattr(site.module, "mask", None))
+        )
+        return (site.axes, site.stacking, dtype), tree, leaves
+
+    (*static, leaves), (*other_static, others) = how(one), how(other)
+    if static != other_static:
+        return False
+    return all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
+
+
+def _label(site: Site) -> str:
+    operation = operation_of(site.operation)
+    return f"{site.path} in " + ("float" if operation is None else describe(operation))
+
+
+def _held_elsewhere(
+    model: nnx.Module, groups: Sequence[Sequence[Site]]
+) -> Iterator[tuple[str, Site]]:
+    """Where else in a model weights are, and a module of each."""
+    users = {id(group[0].variable): group[0] for group in groups}
+    taken = [(s.module, s.weight, s.variable) for group in groups for s in group]
+    try:
+        for module, name, _ in taken:
+            object.__setattr__(module, name, None)
+        for path, value in nnx.iter_graph(model):
+            if id(value) in users:
+                yield "/".join(map(str, path)), users[id(value)]
+    finally:
+        for module, name, variable in taken:
+            object.__setattr__(module, name, variable)
+
+
+def share(group: Sequence[Site]) -> None:
+    """Gives all modules of a group the first one's variable."""
+    for site in group[1:]:
+        setattr(site.module, site.weight, group[0].variable)
 
 
 def shared_copy(model: Model) -> Model:
@@ -118,22 +207,30 @@ def quantize_weight(site: Site, quantizer: Quantizer) -> QArray:
     weight, dtype = read(site.variable), site.module.dtype
     mask = getattr(site.module, "mask", None)
     # The layer multiplies in its own type, so that is what is quantized.
-    static = (site.axes, site.stacked, None if dtype is None else np.dtype(dtype))
+    static = (site.axes, site.stacking, None if dtype is None else np.dtype(dtype))
     if isinstance(weight, jax.ShapeDtypeStruct):
         weight = jnp.zeros(weight.shape, weight.dtype)  # within eval_shape, where nothing is made
     return quantize_stacked(*static, weight, mask, quantizer)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def quantize_stacked(axes, stacked, dtype, weight, mask, quantizer) -> QArray:
-    def one(weight: jax.Array, quantizer: Quantizer) -> QArray:
-        weight = weight if mask is None else weight * mask
-        return packed(quantize(weight, quantizer, axes))
+def quantize_stacked(
+    axes: tuple[int, ...], stacking: Stacking, dtype: Any, weight: Any, mask: Any, quantizer: Any
+) -> QArray:
+    """The weight of one or several layers, quantized each by itself and packed.
 
-    for _ in range(stacked):
-        # A recipe's own arrays, as learned steps are, are stacked as the weights are.
-        one = jax.vmap(one)
-    return one(weight if dtype is None else weight.astype(dtype), quantizer)
+    Args:
+        axes: what the product sums over, in one layer's weight.
+        stacking: where the layers are.
+        dtype: the type that the weight is multiplied in; None for its own.
+        weight: of all layers.
+        mask: what it is multiplied by before, of one layer or of all; None for nothing.
+        quantizer: whose own arrays, as learned steps are, are stacked as the weights are.
+    """
+
+    weight = stacking.masked(weight if dtype is None else weight.astype(dtype), mask)
+    one = stacking.each(lambda weight, quantizer: packed(quantize(weight, quantizer, axes)))
+    return stacking.marked(one(weight, quantizer))
 
 
 def packed(x: QArray) -> QArray:
@@ -149,14 +246,13 @@ def store(site: Site, weight: QArray) -> None:
     if isinstance(operation, Learned):
         operation = operation.resolved()
     put(site, _for_stored(operation))
-    variable: Any = Stored(weight)
-    if site.kind == "embed":
-        module.embedding = variable
-    else:
-        module.kernel = variable
+    owner = Owner(f"{site.path}/{site.weight}".lstrip("/"))
+    setattr(module, site.weight, Stored(dataclasses.replace(weight, owner=owner)))
     if getattr(module, "mask", None) is not None:
         module.mask = None  # the stored weight is masked
-    module.promote_dtype = KeepStored(module.promote_dtype)
+    is_stacked = bool(site.stacking.axes)
+    scale_shape = site.stacking.own(weight.scale.shape) if is_stacked else None
+    module.promote_dtype = KeepStored(module.promote_dtype, scale_shape)
 
 
 def _for_stored(operation: Any) -> Any:

@@ -1,5 +1,6 @@
 """What quantization puts into a model's modules: operations with state of their own, and hooks."""
 
+import copyreg
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.groups import scale_shape
+from jaxquant.nnx.stacking import Stacking
 from jaxquant.product import materialized, rows_of
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
@@ -22,6 +24,9 @@ from jaxquant.quantizer import Quantizer
 
 class Stored(nnx.Variable):
     """A weight that is stored as a `QArray`, which no optimizer touches."""
+
+    def __jax_array__(self) -> Any:
+        return read(self).__jax_array__()  # which says why it cannot be one
 
 
 class StepSize(nnx.Param):
@@ -66,13 +71,32 @@ class Einsum:
         return einsum(subscripts, lhs, rhs, self.dot_general, *options)
 
 
+def check_part(what: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    """Raises a ValueError where a layer is given another part of several layers' numbers than its own."""
+    if tuple(found) != tuple(expected):
+        raise ValueError(
+            f"{what} have shape {tuple(found)}, not {tuple(expected)}: the layers are stacked along another "
+            "axis than their sizes tell; stack them along axis 0, or a number of them that is none of their "
+            "weights' sizes"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class KeepStored:
-    """A layer's promote_dtype that passes stored weights on, in the type they would be promoted to."""
+    """A layer's promote_dtype that passes stored weights on, in the type they would be promoted to.
+
+    Attributes:
+        promote_dtype: the layer's own.
+        scale_shape: that of the scales of a layer that is stacked with others; None of one that is not.
+    """
 
     promote_dtype: Callable[..., Any]
+    scale_shape: tuple[int, ...] | None = None
 
     def __call__(self, operands: Sequence[Any], /, **options: Any) -> tuple[Any, ...]:
+        for x in operands:
+            if isinstance(x, QArray) and self.scale_shape is not None:
+                check_part("the scales of a stored weight", x.scale.shape, self.scale_shape)
         # In the place of a stored weight its type alone takes part.
         arrays = [jnp.zeros((), x.dtype) if isinstance(x, QArray) else x for x in operands]
         promoted = self.promote_dtype(tuple(arrays), **options)
@@ -85,8 +109,8 @@ class KeepStored:
 class QuantizedEmbed(nnx.Embed):
     """`nnx.Embed` whose table is quantized, and whose `attend` is a quantized product.
 
-    An Embed becomes one by its class alone: its variables and settings stay.  Rows are summed over their
-    features, so those share a scale.
+    An Embed becomes one by its class alone (`quantized_embed`): its variables and settings stay.  Rows are
+    summed over their features, so those share a scale.
     """
 
     dot_general: Any
@@ -100,13 +124,15 @@ class QuantizedEmbed(nnx.Embed):
             placed: Any = jax.sharding.auto_axes(lambda x: x, out_sharding=out_sharding)
             return placed(rows)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        operation = operation_of(self.dot_general)
+        if self.num_embeddings == 1:
+            inputs = jnp.zeros_like(inputs)  # as there, one row is everyone's
         if isinstance(table, QArray):
             stored: Any = table[inputs]
             rows = dequantize(stored)
             # As jnp.take has it: what lies outside of the table is NaN.
             inside = (inputs >= -self.num_embeddings) & (inputs < self.num_embeddings)
             return materialized(jnp.where(inside[..., None], rows, jnp.nan))
-        operation = operation_of(self.dot_general)
         if operation is None or operation.forward.rhs is None:
             return rows_of(table, inputs)
         table = fake_quant(table, operation.forward.rhs, axis=-1)
@@ -117,6 +143,34 @@ class QuantizedEmbed(nnx.Embed):
         options = {} if out_sharding is None else {"out_sharding": out_sharding}
         query, table = self.promote_dtype((query, self.embedding[...]), dtype=self.dtype)
         return self.dot_general(query, table, (((query.ndim - 1,), (1,)), ((), ())), **options)
+
+
+class _Made(type(nnx.Embed)):
+    """The class of the classes that `quantized_embed` makes."""
+
+
+@functools.cache
+def quantized_embed(cls: type) -> type:
+    """The class of an Embed that is quantized: the user's own, before `QuantizedEmbed`.
+
+    What the user's class overrides stays, and its `super()` finds the quantized methods.
+
+    >>> class Scaled(nnx.Embed):
+    ...     def __call__(self, inputs):
+    ...         return 8 * super().__call__(inputs)
+    >>> [c.__name__ for c in quantized_embed(Scaled).__mro__[:4]]
+    ['Scaled', 'Scaled', 'QuantizedEmbed', 'Embed']
+    """
+    if cls is nnx.Embed or issubclass(cls, QuantizedEmbed):
+        return QuantizedEmbed if cls is nnx.Embed else cls
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    # A metaclass of the user's own is kept; such classes are not pickled.
+    made = _Made if type(cls) is type(nnx.Embed) else type(cls)
+    return made(cls.__name__, (cls, QuantizedEmbed), names)
+
+
+# By the class that it was made of: its name is that class's.
+copyreg.pickle(_Made, lambda cls: (quantized_embed, cls.__bases__[:1]))
 
 
 def as_attribute(operation: Any) -> Any:
@@ -135,19 +189,20 @@ class Learned(nnx.Module):
     call of `jaxquant.nnx.calibrate`, and a call before that is an error.
     """
 
-    def __init__(self, operation: Any, weight: jax.Array, axes: tuple[int, ...], stacked: int):
+    def __init__(
+        self, operation: Any, weight: jax.Array, axes: tuple[int, ...], stacking: Stacking
+    ):
         self.operation = operation
         forward = operation_of(operation).forward
         self.rhs_step = self.lhs_step = nnx.data(None)
         if is_learned(forward.rhs):
-            first = _first_weight_step
-            for _ in range(stacked):
-                first = jax.vmap(first, in_axes=(0, None, None))
-            self.rhs_step = StepSize(first(weight, forward.rhs, axes))
+            first = stacking.each(lambda w: _first_weight_step(w, forward.rhs, axes))
+            self.rhs_step = StepSize(first(weight))
+            self.rhs_shape = stacking.own(self.rhs_step.shape)  # of one layer's
         self.calibrated = not is_learned(forward.lhs)
         self.wanted: Quantizer | None = None  # whose start is being looked for
         if is_learned(forward.lhs):
-            self.lhs_step = StepSize(jnp.ones(weight.shape[:stacked], jnp.float32))
+            self.lhs_step = StepSize(stacking.placed(jnp.ones(stacking.sizes, jnp.float32)))
 
     def resolved(self) -> Any:
         """The operation with the steps as they are now."""
@@ -171,6 +226,8 @@ class Learned(nnx.Module):
         return with_forward(self.operation, dataclasses.replace(forward, **changes))
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        if self.rhs_step is not None:
+            check_part("the learned steps of a weight", self.rhs_step.shape, self.rhs_shape)
         return self.resolved()(*args, **kwargs)
 
 
@@ -215,20 +272,41 @@ class Observer(nnx.Module):
     Args:
         kind: of the module.
         operation: what it does besides.
-        state: where the statistics start, stacked where the module is.
+        state: where the statistics of one layer start.
         update: from (state, `Activations`) to the next state.
+        stacking: where several layers are.
     """
 
-    def __init__(self, kind: str, operation: Any, state: Any, update: Callable[..., Any]):
+    def __init__(
+        self,
+        kind: str,
+        operation: Any,
+        state: Any,
+        update: Callable[..., Any],
+        stacking: Stacking,
+    ):
         self.kind = kind
         self.operation = as_attribute(operation)
-        self.observed = Observation(state)
         self.update = update
+        self.stacking = nnx.static(stacking)
+        self.shapes = nnx.static(tuple(leaf.shape for leaf in jax.tree.leaves(state)))
+        copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (*stacking.sizes, *x.shape)), state)
+        self.observed = Observation(jax.tree.map(stacking.placed, copies))
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         seen = _activations(self.kind, args, kwargs)
-        write(self.observed, self.update(read(self.observed), seen))
+        held, tree = jax.tree.flatten(read(self.observed))
+        state = [x.reshape(shape) for x, shape in zip(held, self.shapes, strict=True)]
+        new = jax.tree.leaves(self.update(tree.unflatten(state), seen))
+        kept = [x.reshape(before.shape) for x, before in zip(new, held, strict=True)]
+        write(self.observed, tree.unflatten(kept))
         return self.operation(*args, **kwargs)
+
+    def found(self) -> Any:
+        """The state of one layer, or of all, stacked along leading axes."""
+        held, tree = jax.tree.flatten(read(self.observed))
+        pairs = zip(held, self.shapes, strict=True)
+        return tree.unflatten([self.stacking.gathered(x, shape) for x, shape in pairs])
 
 
 def _activations(kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Activations:

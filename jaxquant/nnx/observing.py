@@ -19,7 +19,6 @@ from jaxquant.nnx.modules import (
     first_step,
     is_learned,
     operation_of,
-    read,
     with_forward,
     write,
 )
@@ -52,7 +51,7 @@ def observe(
         call: from (model, *batch); the model's own call where not given.
 
     Returns:
-        The last state of each module's statistic, by path; stacked modules' are stacked.
+        The last state of each module's statistic, by path; stacked modules' are stacked along leading axes.
 
     Raises:
         ValueError: no batches; a batch that holds a NaN or an Inf; no module to look at.
@@ -63,12 +62,9 @@ def observe(
     for path, site in sites(model).items():
         found = None if site.kind in (ATTENTION, "conv_transpose") else statistics(site)
         if found is not None:
-            state, update = found
-            for n in reversed(read(site.variable).shape[: site.stacked]):
-                state = jax.tree.map(lambda x, n=n: jnp.stack([x] * n), state)
             operation = site.operation
             operation = jax.lax.dot_general if operation is None else operation
-            watched[path] = Observer(site.kind, operation, state, update)
+            watched[path] = Observer(site.kind, operation, *found, site.stacking)
             put(site, watched[path])
     if not watched:
         raise ValueError("no module's activations are to be observed")
@@ -76,7 +72,7 @@ def observe(
     for index, arguments in checked(batches):
         with fitting(index, arguments):
             run(call, model, *arguments)
-    return {path: read(observer.observed) for path, observer in watched.items()}
+    return {path: observer.found() for path, observer in watched.items()}
 
 
 def _run(call: Any, model: nnx.Module, *arguments: Any) -> None:
@@ -265,7 +261,7 @@ def _fix(site: Site, state: Any) -> None:
         if isinstance(site.operation, Learned):
             site.operation.calibrated = True
         return
-    value = jax.tree.map(lambda x: x / weight, total)
+    value = jax.tree.map(lambda x: site.stacking.placed(x / weight), total)
     operation = site.operation
     if isinstance(operation, Learned):
         assert operation.lhs_step is not None

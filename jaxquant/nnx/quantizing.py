@@ -13,8 +13,15 @@ from jaxquant.attention import Attention
 from jaxquant.coverage import Coverage, Row, Tagged, find_products
 from jaxquant.dot import DotGeneral
 from jaxquant.formats import INT8
-from jaxquant.nnx.freezing import frozen_nbytes, quantize_weight, shared_copy, weight_quantizer
+from jaxquant.nnx.freezing import (
+    frozen_nbytes,
+    quantize_weight,
+    shared_copy,
+    tied,
+    weight_quantizer,
+)
 from jaxquant.nnx.modules import operation_of, read
+from jaxquant.nnx.overriding import check_reached
 from jaxquant.nnx.sites import Site, as_kind, install, put, sites
 from jaxquant.qarray import QArray
 from jaxquant.recipes import describe
@@ -29,8 +36,9 @@ def quantize(model: Model, rules: Rules) -> Model:
     A rule's recipe goes to every `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv` and
     `nnx.Embed` that it matches first; an `Attention` to every module with an ``attention_fn``, as
     `nnx.MultiHeadAttention` and models of one's own have.  An Embed becomes one whose table is quantized and
-    whose `attend` is a quantized product.  Layers under `nnx.vmap` and `nnx.scan` are quantized each by
-    itself.  The given model is not changed; one that is quantized already gets the new recipes in place of
+    whose `attend` is a quantized product.  Subclasses of these keep methods of their own, whose `super()` is
+    quantized.  Layers under `nnx.vmap` and `nnx.scan`, stacked along any axis, are quantized each by itself.
+    The given model is not changed; one that is quantized already gets the new recipes in place of
     the old.  Formats may be traced when this is called within the jitted function that uses the model.
 
     Args:
@@ -42,8 +50,8 @@ def quantize(model: Model, rules: Rules) -> Model:
         A new module tree with variables of its own over the same arrays.
 
     Raises:
-        ValueError: a rule that nothing takes; a module that cannot take its recipe, or has an operation of
-            the user's own; a model without a matrix product.
+        ValueError: a rule that nothing takes; a module that cannot take its recipe, has an operation of the
+            user's own, or is of a subclass that multiplies by itself; a model without a matrix product.
 
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> quantize(model, {".*": "w8a8"})(jax.numpy.ones((2, 64))).shape
@@ -53,6 +61,8 @@ def quantize(model: Model, rules: Rules) -> Model:
     found = sites(model)
     assigned = assign({path: site.kind for path, site in found.items()}, rules)
     for path, rule in assigned.items():
+        if rule.value is not None:
+            check_reached(found[path])
         install(found[path], rule)
         _check_weight(found[path], rule)
     return model
@@ -97,8 +107,9 @@ def coverage(model: nnx.Module, rules: Rules | None = None, *inputs: Any) -> Cov
         kinds = {path: site.kind for path, site in sites(model).items()}
         assigned = assign(kinds, rules)
         model = quantize(model, rules)
+    later = {site.path for group in tied(model) for site in group[1:]}
     rows = [
-        _row(site, assigned.get(path), macs.get(path, 0) if inputs else None)
+        _row(site, assigned.get(path), macs.get(path, 0) if inputs else None, path in later)
         for path, site in sites(model).items()
     ]
     return Coverage(tuple(rows), others)
@@ -134,7 +145,7 @@ def find_uses(
     return find_products(lambda s, *inputs: run(nnx.merge(graphdef, s), *inputs), state, *inputs)
 
 
-def _row(site: Site, rule: Rule | None, macs: int | None) -> Row:
+def _row(site: Site, rule: Rule | None, macs: int | None, is_counted: bool) -> Row:
     operation = site.operation
     if site.kind == ATTENTION:
         recipe = describe(operation) if isinstance(operation, Attention) else "float"
@@ -147,6 +158,8 @@ def _row(site: Site, rule: Rule | None, macs: int | None) -> Row:
         after = before
         if not isinstance(weight, QArray) and weight_quantizer(site) is not None:
             after = before if _is_traced(site) else frozen_nbytes(site)
+        if is_counted:  # where another module holds the same weight
+            before = after = 0
     if rule is not None:
         recipe = rule.label
     return Row(

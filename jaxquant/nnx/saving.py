@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -14,7 +14,7 @@ from jaxquant import artifacts
 from jaxquant.attention import Attention
 from jaxquant.calibration import Range, Step
 from jaxquant.conv import ConvGeneralDilated
-from jaxquant.nnx.freezing import shared_copy, store
+from jaxquant.nnx.freezing import share, shared_copy, store, tied
 from jaxquant.nnx.modules import Einsum, Learned, operation_of, read
 from jaxquant.nnx.quantizing import coverage
 from jaxquant.nnx.sites import Site, put, sites
@@ -116,8 +116,8 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
         check_types(_types(model), types_from_array(tree[_TYPES]))
     for path, operation in operations.items():
         _install(by_slot[path], operation)
-    for site in by_slot.values():
-        _store(site, values)
+    for group in tied(model):
+        _store(group, values)
     return _filled(model, values, str(folder))
 
 
@@ -144,7 +144,7 @@ def _slot_path(site: Site) -> str:
 
 
 def _weight_path(site: Site) -> str:
-    return f"{site.path}/{'embedding' if site.kind == 'embed' else 'kernel'}".strip("/")
+    return f"{site.path}/{site.weight}".strip("/")
 
 
 def _to_save(site: Site) -> Any:
@@ -163,16 +163,20 @@ def _install(site: Site, operation: Any) -> None:
     put(site, Einsum(operation) if site.kind == "einsum" else operation)
 
 
-def _store(site: Site, values: Mapping[str, Any]) -> None:
-    """Puts a stored weight into its module, where the saved one has one."""
-    variable, path = site.variable, _weight_path(site)
-    weight = values.get(path)
-    if variable is None or not isinstance(weight, QArray):
+def _store(group: Sequence[Site], values: Mapping[str, Any]) -> None:
+    """Puts a stored weight into the modules that share it, where the saved ones have one."""
+    paths = {_weight_path(site): site for site in group}
+    found = {p: values[p] for p in paths if isinstance(values.get(p), QArray)}
+    if not found:
         return
-    if operation_of(site.operation) is None:
-        raise ValueError(f"{site.path} has a stored weight and no operation that multiplies it")
-    _check_shape(path, weight.shape, read(variable).shape)
-    store(site, weight)
+    for path, site in paths.items():
+        if operation_of(site.operation) is None:
+            raise ValueError(f"{site.path} has a stored weight and no operation that multiplies it")
+        weight = found.get(path, next(iter(found.values())))
+        _check_shape(path, weight.shape, read(site.variable).shape)
+        store(site, weight)
+    if len(found) == 1:  # folders of before weights were shared have one for each
+        share(group)
 
 
 def _variables(model: nnx.Module) -> list[tuple[str, Any]]:

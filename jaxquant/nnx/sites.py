@@ -1,6 +1,8 @@
 """Where an NNX model multiplies: its modules by path, their weights, and the slot an operation goes into."""
 
 import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +15,13 @@ from jaxquant.dot import DotGeneral
 from jaxquant.nnx.modules import (
     Einsum,
     Learned,
-    QuantizedEmbed,
     as_attribute,
     einsum_axes,
     is_learned,
+    quantized_embed,
     read,
 )
+from jaxquant.nnx.stacking import Stacking, agreeing, places
 from jaxquant.rules import ATTENTION, Rule
 
 # A subclass before its base: the first that fits counts.
@@ -47,11 +50,13 @@ class Site:
         path: with slashes.
         kind: of `jaxquant.coverage.Row`.
         module: itself.
+        weights: of all sites of its model: path, shape, and the shape of one layer's.
     """
 
     path: str
     kind: str
     module: Any
+    weights: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = ()
 
     @property
     def slot(self) -> str:
@@ -64,11 +69,14 @@ class Site:
         return getattr(self.module, self.slot, None) if self.kind in _SLOTS else None
 
     @property
+    def weight(self) -> str:
+        """The attribute that holds its weight; modules of attention have none."""
+        return "embedding" if self.kind == "embed" else "kernel"
+
+    @property
     def variable(self) -> Any:
         """The weight's variable; None for attention."""
-        if self.kind == ATTENTION:
-            return None
-        return self.module.embedding if self.kind == "embed" else self.module.kernel
+        return None if self.kind == ATTENTION else getattr(self.module, self.weight)
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -82,34 +90,68 @@ class Site:
         if self.kind == "einsum":
             left = module.einsum_str.split(",")[0].replace("...", "")
             return einsum_axes(module.einsum_str, len(left))[1]
-        return tuple(range(self.rank - 1))
+        return tuple(range(len(self.shape) - 1))
 
     @property
-    def rank(self) -> int:
-        """Axes of the module's own weight, without those along which modules are stacked."""
+    def shape(self) -> tuple[int, ...]:
+        """One layer's weight, as the module's settings have it."""
         module = self.module
+        if self.kind == "embed":
+            return (module.num_embeddings, module.features)
         if self.kind in ("conv", "conv_transpose", "einsum"):
-            return len(module.kernel_shape)
+            return tuple(module.kernel_shape)
         if isinstance(module, nnx.LinearGeneral):
-            parts = (module.batch_axis, module.in_features, module.out_features)
-            return sum(map(len, parts))
-        return 2
+            return (*module.batch_axis.values(), *module.in_features, *module.out_features)
+        return (module.in_features, module.out_features)
 
     @property
-    def stacked(self) -> int:
-        """Leading axes that vmap or scan has put before the weight's own.
+    def stacking(self) -> Stacking:
+        """Along which axes vmap has stacked layers, where it has.
+
+        The weight's shape beside one layer's tells; where that allows several places, the bias', and then
+        that of the nearest layers; where these leave several too, the first counts.  What was taken of a
+        weight then is looked at again where a layer uses it.
 
         Raises:
-            ValueError: a weight of fewer axes than the module's own.
+            ValueError: a weight that is none of a layer's own shape, nor several of them.
         """
         if self.kind == ATTENTION:
-            return 0
-        extra = len(read(self.variable).shape) - self.rank
-        if extra < 0:
+            return Stacking.along((), ())
+        whole = tuple(read(self.variable).shape)
+        found = places(whole, self.shape) if len(whole) != len(self.shape) else [()]
+        if not found:
             raise ValueError(
-                f"{self.path} has a weight of {self.rank + extra} axes, not {self.rank}"
+                f"{self.path or 'the model'} has weights of shape {whole}, and one layer's is {self.shape}: "
+                "they are no layers that nnx.vmap has stacked"
             )
-        return extra
+        for rank, others in self._witnesses() if len(found) > 1 else ():
+            found = agreeing(found, len(whole), others, rank) or found
+        return Stacking.along(found[0], whole)
+
+    def _witnesses(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+        """Where other arrays of the same layers are stacked: their ranks, and the axes that may be."""
+        bias, own = getattr(self.module, "bias", None), self._bias_shape()
+        if bias is not None and own is not None:
+            yield len(bias.shape), places(bias.shape, own)
+        parts = self.path.split("/")
+
+        def nearness(path: str) -> int:
+            pairs = zip(parts, path.split("/"), strict=False)
+            return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+        for _, shape, own in sorted(self.weights, key=lambda w: nearness(w[0]), reverse=True):
+            found = places(shape, own)
+            if len(found) == 1 and found != [()]:
+                yield len(shape), found
+
+    def _bias_shape(self) -> tuple[int, ...] | None:
+        """One layer's bias; None where the module's settings do not tell."""
+        module = self.module
+        if self.kind == "einsum":
+            return None
+        if isinstance(module, nnx.LinearGeneral):
+            return (*module.batch_axis.values(), *module.out_features)
+        return (module.out_features,) if hasattr(module, "out_features") else None
 
 
 def sites(model: nnx.Module) -> dict[str, Site]:
@@ -121,12 +163,15 @@ def sites(model: nnx.Module) -> dict[str, Site]:
     if not isinstance(model, nnx.Module):
         hint = "; Linen modules go to jaxquant.linen" if hasattr(model, "apply") else ""
         raise ValueError(f"an NNX model is wanted; got {type(model).__name__}{hint}")
-    found = {}
+    found: dict[str, Site] = {}
+    weights: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for path, module in nnx.iter_graph(model):
         kind = _kind(module)
         if kind is not None:
             name = "/".join(map(str, path))
-            found[name] = Site(name, kind, module)
+            site = found[name] = Site(name, kind, module, weights)
+            if isinstance(site.variable, nnx.Variable):
+                weights.append((name, tuple(read(site.variable).shape), site.shape))
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no module with a matrix product to quantize: no Linear, "
@@ -145,11 +190,17 @@ def _kind(module: Any) -> str | None:
     return ATTENTION if has_attention else None
 
 
+def base_of(module: Any) -> type | None:
+    """The class of Flax's that a module with matrix products is of; None of a module of one's own."""
+    bases = (*(cls for cls, _ in _KINDS), nnx.MultiHeadAttention)
+    return next((cls for cls in bases if isinstance(module, cls)), None)
+
+
 def put(site: Site, operation: Any) -> None:
     """Puts an operation into a module's slot."""
-    if site.kind == "embed" and not isinstance(site.module, QuantizedEmbed):
+    if site.kind == "embed":
         # The variables and settings are the module's own; what it does with them changes.
-        object.__setattr__(site.module, "__class__", QuantizedEmbed)
+        object.__setattr__(site.module, "__class__", quantized_embed(type(site.module)))
     setattr(site.module, site.slot, as_attribute(operation))
 
 
@@ -212,7 +263,7 @@ def _operation(site: Site, rule: Rule) -> Any:
     try:
         operation = as_kind(site.kind, value)
         if is_learned(value.forward.lhs) or is_learned(value.forward.rhs):
-            return Learned(operation, read(site.variable), site.axes, site.stacked)
+            return Learned(operation, read(site.variable), site.axes, site.stacking)
     except ValueError as error:
         raise ValueError(f"{site.path} cannot take {rule.label}: {error}") from None
     return operation

@@ -18,12 +18,23 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import storage
-from jaxquant.nnx.freezing import check_weight, packed, quantize_weight, shared_copy, store
+from jaxquant.nnx.freezing import (
+    check_tied,
+    check_weight,
+    packed,
+    quantize_weight,
+    share,
+    shared_copy,
+    store,
+    tied,
+    weight_quantizer,
+)
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.quantizing import find_uses
 from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import Site, as_kind, put, sites
+from jaxquant.nnx.stacking import Stacking
 from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
 from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
@@ -103,9 +114,11 @@ def quantize(
         raise ValueError(f"memory is a number of bytes, at least 1; got {memory!r}")
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
+    quantized = apply_rules(model, rules)
+    groups = [group for group in tied(quantized) if any(map(weight_quantizer, group))]
     target = {
         path: site
-        for path, site in sites(apply_rules(model, rules)).items()
+        for path, site in sites(quantized).items()
         if site.kind == ATTENTION or operation_of(site.operation) is not None
     }
     working = shared_copy(model)
@@ -113,6 +126,9 @@ def quantize(
     solvable = [path for path, site in target.items() if _quantizer(site) is not None]
     if not solvable:
         raise ValueError("the rules quantize no weights")
+    check_tied(quantized, groups)
+    for group in groups:
+        _check_shared(group, chosen, method)
     for path in solvable:
         _check_recipe(target[path])
         check_weight(path, read(target[path].variable))
@@ -137,6 +153,8 @@ def quantize(
     for path, site in target.items():
         if path not in solvable:
             put(found[path], site.operation)
+    for group in groups:
+        share([found[site.path] for site in group])
     return working
 
 
@@ -207,11 +225,22 @@ def _check_dense(site: Site, method: str) -> None:
         )
 
 
+def _check_shared(group: Sequence[Site], chosen: frozenset[str], method: str) -> None:
+    """Raises a ValueError for a weight of several layers, each of which would have it rounded otherwise."""
+    if len(group) > 1 and (
+        chosen & {"hadamard"} or any(_needs_statistics(s, chosen) for s in group)
+    ):
+        raise ValueError(
+            f"{' and '.join(site.path for site in group)} share one weight, and method {method!r} rounds for "
+            "one layer's inputs; method 'rtn' takes it, and a rule with None for each leaves it in float"
+        )
+
+
 def _rotate(site: Site) -> None:
     """Puts a layer's product into Hadamard coordinates, in the largest blocks that divide its inputs."""
     if site.kind not in ("linear", "einsum"):
         return
-    size = read(site.variable).shape[site.stacked + site.axes[-1]]
+    size = site.stacking.own(read(site.variable).shape)[site.axes[-1]]
     forward = operation_of(site.operation).forward
     if not isinstance(forward.rhs.granularity, str):
         size = math.gcd(
@@ -258,9 +287,14 @@ def _needs_statistics(site: Site, chosen: frozenset[str]) -> bool:
 
 
 def _statistics_bytes(site: Site) -> int:
-    shape = read(site.variable).shape
-    n = math.prod(shape[site.stacked + a] for a in site.axes)
-    return 4 * n * (n + 2) * math.prod(shape[: site.stacked])
+    n = _inputs(site)
+    return 4 * n * (n + 2) * math.prod(site.stacking.sizes)
+
+
+def _inputs(site: Site) -> int:
+    """How many numbers one layer's products sum over."""
+    own = site.stacking.own(read(site.variable).shape)
+    return math.prod(own[a] for a in site.axes)
 
 
 def _statistics(
@@ -274,9 +308,8 @@ def _statistics(
     def statistic(site: Site) -> Any:
         if site.path not in wanted:
             return None
-        shape = read(site.variable).shape
-        n = math.prod(shape[site.stacked + a] for a in site.axes)
-        return statistics(n, hessian), lambda state, seen: update(state, seen.columns())
+        start = statistics(_inputs(site), hessian)
+        return start, lambda state, seen: update(state, seen.columns())
 
     found = observe(model, series(batches), statistic, call)
     for path, state in found.items():
@@ -310,7 +343,7 @@ def _solve(site: Site, state: Statistics | None, chosen: frozenset[str]) -> dict
     is_linear = site.kind in ("linear", "einsum")
 
     def each(f: Callable[..., Any], *arguments: Any) -> Any:
-        for _ in range(matrix.stacked):
+        for _ in matrix.stacking.axes:
             f = jax.vmap(f)
         return f(*arguments)
 
@@ -335,52 +368,51 @@ class _Matrix:
     """How a layer's weight becomes a matrix, inputs by outputs, and a stored one becomes a weight again.
 
     Attributes:
-        shape: of the weight.
-        stacked: how many leading axes are of layers side by side.
-        axes: what the product sums over, after those.
+        own: shape of one layer's weight.
+        stacking: where several layers are; as matrices they are stacked along leading axes.
+        axes: what the product sums over, in one layer's weight.
     """
 
-    shape: tuple[int, ...]
-    stacked: int
+    own: tuple[int, ...]
+    stacking: Stacking
     axes: tuple[int, ...]
 
     @classmethod
     def of(cls, site: Site) -> "_Matrix":
-        return cls(tuple(read(site.variable).shape), site.stacked, site.axes)
+        stacking = site.stacking
+        return cls(stacking.own(read(site.variable).shape), stacking, site.axes)
 
     @property
     def order(self) -> list[int]:
         """Axes of one layer's weight: those that are summed over first."""
-        rest = [a for a in range(len(self.shape) - self.stacked) if a not in self.axes]
+        rest = [a for a in range(len(self.own)) if a not in self.axes]
         return [*self.axes, *rest]
 
     def flat(self, weight: jax.Array, dtype: Any) -> jax.Array:
         weight = weight if dtype is None else weight.astype(dtype)
-        own = self.shape[self.stacked :]
-        n = math.prod(own[a] for a in self.axes)
-        lead = range(self.stacked)
-        moved = jnp.transpose(weight, (*lead, *(self.stacked + a for a in self.order)))
-        return moved.reshape(*self.shape[: self.stacked], n, -1)
+        n, count = math.prod(self.own[a] for a in self.axes), len(self.stacking.sizes)
+        places = (*range(count), *(count + a for a in self.order))
+        moved = jnp.transpose(self.stacking.front(weight), places)
+        return moved.reshape(*self.stacking.sizes, n, -1)
 
     def whole(self, x: QArray) -> QArray:
         """A stored matrix with the weight's own axes, packed."""
-        own = self.shape[self.stacked :]
-        sizes = [own[a] for a in self.order]
-        count = len(self.axes)
-        back = [self.order.index(a) for a in range(len(own))]
+        sizes = [self.own[a] for a in self.order]
+        count, lead = len(self.axes), self.stacking.sizes
+        back = [self.order.index(a) for a in range(len(self.own))]
 
         def unflatten(part: jax.Array | None) -> jax.Array | None:
             if part is None:
                 return None
-            rows, columns = part.shape[self.stacked :]
+            rows, columns = part.shape[len(lead) :]
             shape = [*_split(rows, sizes[:count]), *_split(columns, sizes[count:])]
-            lead = part.shape[: self.stacked]
             view = part.reshape(*lead, *shape)
-            return jnp.transpose(view, (*range(len(lead)), *(len(lead) + a for a in back)))
+            view = jnp.transpose(view, (*range(len(lead)), *(len(lead) + a for a in back)))
+            return self.stacking.back(view)
 
         rotation = x.hadamard
         if rotation is not None:
-            rotation = (rotation[0], self.axes[-1] - len(own))
+            rotation = (rotation[0], self.axes[-1] - len(self.own))
         parts = map(unflatten, (x.qvalue, x.scale, x.zero_point, x.tensor_scale))
         qvalue, scale, zero_point, tensor_scale = parts
         assert qvalue is not None
@@ -388,10 +420,7 @@ class _Matrix:
         unpacked = QArray(
             qvalue, scale, zero_point, tensor_scale, x.format, x.dtype, hadamard=rotation
         )
-        repack = packed
-        for _ in range(self.stacked):
-            repack = jax.vmap(repack)
-        return repack(unpacked)
+        return self.stacking.marked(self.stacking.each(packed)(unpacked))
 
 
 def _split(groups: int, sizes: Sequence[int]) -> list[int]:
@@ -407,7 +436,8 @@ def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
     operation = target.operation
     if "scale" in solved:
         # Stacked scales go with the layers that they belong to.
-        smoothed: Any = Smoothed(operation_of(operation), solved["scale"])
+        scale = site.stacking.placed(solved["scale"])
+        smoothed: Any = Smoothed(operation_of(operation), scale)
         operation = as_kind(site.kind, smoothed)
     put(site, operation)
     store(site, solved["weight"])

@@ -204,11 +204,7 @@ class _Measure:
 
 def quantized_values(site: Any, quantizer: Any) -> jax.Array:
     """A layer's weight as it comes back from storage."""
-    stored = quantize_weight(site, quantizer)
-    back = dequantize
-    for _ in range(site.stacked):
-        back = jax.vmap(back)
-    return back(stored)
+    return site.stacking.each(dequantize)(quantize_weight(site, quantizer))
 
 
 @nnx.jit

@@ -98,20 +98,19 @@ def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str,
             continue
         if path not in floats:
             raise ValueError(f"{path} is stored, and the reference has no such layer")
-        weight = read(floats[path].variable)
-        mask = getattr(floats[path].module, "mask", None)
-        yield path, (weight if mask is None else weight * mask, site.stacked), _unsmoothed(site)
+        stacking, mask = site.stacking, getattr(floats[path].module, "mask", None)
+        weight = stacking.front(stacking.masked(read(floats[path].variable), mask))
+        yield path, (weight, len(stacking.axes)), stacking.front(_unsmoothed(site))
 
 
 def _unsmoothed(site: Site) -> jax.Array:
     """What a stored weight stands for, without scales of its channels."""
-    values, operation = dequantize(read(site.variable)), site.operation
+    stored, operation = read(site.variable), site.operation
+    values = site.stacking.each(dequantize)(stored)
     if not isinstance(operation, Smoothed):
         return values
-    undo = lambda values, scale: multiplied(values, 1 / scale, site.axes)  # noqa: E731
-    for _ in range(site.stacked):
-        undo = jax.vmap(undo)
-    return undo(values, operation.scale)
+    undo = lambda values, scale: multiplied(values, 1 / scale.reshape(-1), site.axes)  # noqa: E731
+    return site.stacking.each(undo)(values, operation.scale)
 
 
 def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
