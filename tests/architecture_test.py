@@ -11,6 +11,8 @@ ROOT = Path(__file__).parent.parent
 
 LIBRARY = [
     [
+        "files",
+        "seals",
         "formats.base",
         "formats.integer",
         "formats.floating",
