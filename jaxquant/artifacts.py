@@ -17,7 +17,6 @@ import json
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -381,7 +380,7 @@ def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder to write in, gone afterwards unless it was `placed`."""
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{uuid.uuid4().hex}.tmp"
+    path = files.beside(parent / "folder")
     path.mkdir()
     try:
         yield path

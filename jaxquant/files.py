@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ _KINDS = {
 # Opening a pipe waits for who writes to it, but so.
 _FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NONBLOCK", "CLOEXEC", "BINARY"))
 _CODE = re.compile(r"os[ _]error(?:_code)?\W+(\d+)")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp(/|$)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -109,6 +111,13 @@ def check_regular(path: Any, most: int | None = None, name: str | None = None) -
     """
     with opened(path, most, name) as file:
         return os.fstat(file.fileno()).st_size
+
+
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """Raises a ValueError where something in an archive takes more bytes than it has there."""
+    for entry in archive.infolist():
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise ValueError(f"{entry.filename} is compressed, and nothing there should be")
 
 
 def sha256(path: Any) -> str:
@@ -211,13 +220,23 @@ def write(path: Any, content: str | bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)  # objects appear whole
         return
-    path = Path(path)
+    with replacing(Path(path)) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """`write` of what is written piece by piece, to the file that this gives.
+
+    Raises:
+        OSError: as of `write`.
+    """
     temporary = beside(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
-                file.write(content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -232,11 +251,15 @@ def beside(path: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Any) -> Iterator[None]:
-    """Trouble in writing as an OSError with the path, whichever library met it."""
+    """Trouble in writing as an OSError with the path, whichever library met it.
+
+    One that names another file than what takes the path's place keeps that name.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None:
+        is_named = error.filename is not None and not _TEMPORARY.search(str(error.filename))
+        if error.errno is None or is_named:
             raise
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     except Exception as error:

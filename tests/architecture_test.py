@@ -37,7 +37,7 @@ LIBRARY = [
         "attention",
         "recipes",
     ],
-    ["rules", "coverage"],
+    ["expressions", "rules", "coverage"],
     ["settings", "specification", "cards", "artifacts"],
     ["nnx.modules", "nnx.sites", "nnx.freezing", "nnx.observing", "nnx.quantizing"],
     ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
@@ -125,6 +125,7 @@ EXPERIMENTS = [
     ],
     ["harness.images", "harness.corruptions", "harness.vision", "harness.ood"],
     [
+        "harness.pretrained.gguf_header",
         "harness.pretrained.files",
         "harness.pretrained.smollm2",
         "harness.pretrained.minilm",

@@ -16,9 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 
-from jaxquant import artifacts
+from jaxquant import artifacts, files
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
@@ -114,6 +113,7 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
 
     Raises:
         ValueError: a folder that exists; something that is no quantized state.
+        OSError: it cannot be written (no space, no permission); nothing of it stays.
 
     >>> import tempfile
     >>> from jaxquant.optim import fixed, quantize_state
@@ -128,12 +128,13 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
     folder = Path(folder)
     if os.path.lexists(folder):
         raise ValueError(f"{folder} exists already; give a new folder")
-    with artifacts.temporary_folder(folder.parent) as temporary:
+    with artifacts.temporary_folder(folder.parent) as temporary, files.writing(folder):
         stored = {name: artifacts.as_stored(x) for name, x in _named(state).items()}
-        safetensors.numpy.save_file(stored, temporary / _ARRAYS)
+        artifacts.write_safetensors(temporary / _ARRAYS, stored)
         body = {
             "plan": repr(state.plan),
             "arrays": _described(state),
+            "not_finite": artifacts.not_finite(_named(state)),
             "files": artifacts.digests(temporary),
         }
         artifacts.write(temporary / _HEAD, artifacts.sealed(_KIND, VERSION, body))
@@ -156,6 +157,8 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
     body = artifacts.unsealed(folder / _HEAD, _KIND, VERSION)
     artifacts.check_digests(folder, body.get("files"), (_ARRAYS,))
     wanted = _described(like)
+    if not isinstance(body.get("arrays"), dict):
+        raise ValueError(f"{folder / _HEAD} describes no arrays")
     if body["arrays"] != wanted:
         names = sorted(set(wanted) ^ set(body["arrays"])) or [
             name for name in wanted if wanted[name] != body["arrays"][name]
@@ -164,16 +167,32 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
         raise ValueError(
             f"{folder} holds {names[0]} as {kept}; the state to load into has it {asked}"
         )
-    if body["plan"] != repr(like.plan):
+    if body.get("plan") != repr(like.plan):
         raise ValueError(
             f"{folder} was saved of another transformation, policy or set of parameters"
         )
-    arrays = artifacts.read_safetensors(folder / _ARRAYS)
-    found = [
-        _placed(artifacts.from_stored(arrays[name], x.dtype, x.shape), x)
-        for name, x in _named(like).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+    stored, named = artifacts.read_safetensors(folder / _ARRAYS), _named(like)
+    types = {name: (x.dtype, x.shape) for name, x in named.items()}
+    structure = jax.tree.structure(like)
+    try:
+        arrays = artifacts.all_from_stored(stored, types, body.get("not_finite"))
+        _check_tables(structure.unflatten(arrays[name] for name in named))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / _ARRAYS} holds no such state: {error}") from None
+    return structure.unflatten(_placed(arrays[name], x) for name, x in named.items())
+
+
+def _check_tables(state: QuantizedState) -> None:
+    """Raises a ValueError unless each row of the pool belongs to one page, and the pool has it."""
+    rows = state.pool.shape[1]
+    for shard in range(state.pool.shape[0]):
+        own = [table[shard].ravel() for table in jax.tree.leaves(state.tables)]
+        used = np.concatenate(own) if own else np.zeros(0, np.int32)
+        used = used[used != 0]
+        if used.size and not 0 < used.min() <= used.max() < rows:
+            raise ValueError(f"its tables name rows {used.min()} to {used.max()} of {rows}")
+        if np.unique(used).size < used.size:
+            raise ValueError("its tables give a row to two pages")
 
 
 def _named(state: QuantizedState) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant import storage
+from jaxquant import files, storage
 from jaxquant.nnx.freezing import check_weight, packed, quantize_weight, shared_copy, store
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import checked, fitting, observe
@@ -441,9 +441,9 @@ class _Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         marker = self.folder / "quantization.json"
         if not marker.exists():
-            _write(marker, json.dumps({"fingerprint": fingerprint}).encode())
+            files.write(marker, json.dumps({"fingerprint": fingerprint}))
         try:
-            known = json.loads(marker.read_text())["fingerprint"]
+            known = files.read_json(marker)["fingerprint"]
         except (ValueError, KeyError, TypeError):
             known = None
         if known != fingerprint:
@@ -461,9 +461,10 @@ class _Store:
         if self.folder is None or not self._path(paths).exists():
             return None
         try:
-            with np.load(self._path(paths)) as file:
+            with files.opened(self._path(paths)) as opened, np.load(opened) as file:
+                files.check_stored(file.zip)
                 arrays = {name: file[name] for name in file.files}
-            descriptions = json.loads(str(arrays.pop("descriptions")))
+            descriptions = files.parse_json(str(arrays.pop("descriptions")), "what they are")
             found = storage.from_arrays(arrays, descriptions)
         except (ValueError, OSError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(
@@ -475,17 +476,10 @@ class _Store:
         if self.folder is None:
             return
         arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
-        temporary = self._path(paths).with_suffix(".partial.npz")
         named: dict[str, Any] = {k: np.asarray(v) for k, v in arrays.items()}
-        np.savez(temporary, descriptions=json.dumps(dict(descriptions)), **named)
-        os.replace(temporary, self._path(paths))
+        with files.replacing(self._path(paths)) as file:
+            np.savez(file, descriptions=json.dumps(dict(descriptions)), **named)
 
 
 def _key(path: str) -> str:
     return path.replace("/", ".") or "model"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
