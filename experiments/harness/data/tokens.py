@@ -82,10 +82,10 @@ def _vocab_of(found: Sequence[Path]) -> int | None:
     meta = _beside(found, META)
     if meta is None:
         return None
-    try:
-        size = read_json(meta)["vocab_size"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"'{meta}' says no vocab_size: it is not whole") from None
+    content = read_json(meta, name=f"'{meta}'")
+    if not isinstance(content, dict) or "vocab_size" not in content:
+        raise ValueError(f"'{meta}' says no vocab_size: it is not whole")
+    size = content["vocab_size"]
     if type(size) is not int or not 0 < size <= LARGEST_VOCABULARY:
         raise ValueError(f"'{meta}' says a vocab_size of {size!r}; it is 1 to {LARGEST_VOCABULARY}")
     return size
