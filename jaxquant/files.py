@@ -191,7 +191,9 @@ def _readable(name: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Missing(f"{name} cannot be read: {error.strerror or error}") from None
     except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror or error}") from None
+        if error.errno is None:  # a library's, of what it found in the file
+            raise
+        raise ValueError(f"{name} cannot be read: {error.strerror}") from None
 
 
 def _check(found: os.stat_result, most: int | None, name: str) -> None:

@@ -36,6 +36,7 @@ CLASSES = {
 }
 HELD_OUT_EVERY = 10  # of each class's training images, every tenth is held out for `valid`
 _LARGEST = 2**30  # bytes of a file of images, packed or not, at most
+_PIECE = 2**16
 _DIGITS_TEST_EVERY = 5  # digits come without a test split: every fifth image of each class is one
 _BRIGHTEST_DIGIT = 16
 
@@ -224,7 +225,8 @@ def _decompress(file: Path, start: int) -> bytes:
                 raise ValueError(
                     f"'{file}' announces {items:,} bytes; at most {_LARGEST:,} are read"
                 )
-            return head + content.read(items + 1)
+            # Of a file of another kind some of the rest, which tells whether it is whole.
+            return head + content.read(max(items, _PIECE) + 1)
     except Missing:
         raise ValueError(
             f"image file '{file}' does not exist: apt-get install dataset-fashion-mnist, or give "
