@@ -91,7 +91,7 @@ def read_bytes(path: Any, most: int = LARGEST, name: str | None = None) -> bytes
 
     >>> read_bytes("/dev/zero")
     Traceback (most recent call last):
-    ValueError: /dev/zero is a device; it must be a regular file
+    ValueError: /dev/zero cannot be read: it is a device; it must be a regular file
     """
     name = str(path) if name is None else name
     with opened(path, most, name) as file:
@@ -199,7 +199,9 @@ def _readable(name: str) -> Iterator[None]:
 def _check(found: os.stat_result, most: int | None, name: str) -> None:
     kind = stat.S_IFMT(found.st_mode)
     if kind != stat.S_IFREG:
-        raise ValueError(f"{name} is {_KINDS.get(kind, 'no file')}; it must be a regular file")
+        raise ValueError(
+            f"{name} cannot be read: it is {_KINDS.get(kind, 'no file')}; it must be a regular file"
+        )
     if most is not None and found.st_size > most:
         raise ValueError(f"{name} has {found.st_size:,} bytes; at most {most:,} are read")
 

@@ -193,7 +193,9 @@ def test_folders_of_text_pass_over_what_is_no_file(tmp_path):
 def test_a_lock_is_a_file(tmp_path, make):
     make(tmp_path / ".lock")
     with (
-        pytest.raises(ValueError, match=r"\.lock is a|cannot be written: Is a directory"),
+        pytest.raises(
+            ValueError, match=r"\.lock cannot be read: it is a|cannot be written: Is a directory"
+        ),
         files.alone(tmp_path),
     ):
         pass
@@ -208,7 +210,10 @@ def test_at_the_command_line_it_is_one_line_and_status_2(tmp_path):
         timeout=100,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr == "error: data file '/dev/zero' is a device; it must be a regular file\n"
+    assert (
+        done.stderr
+        == "error: data file '/dev/zero' cannot be read: it is a device; it must be a regular file\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------
