@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from experiments.harness import cli, files, packages
+from jaxquant.files import read_bytes, writing
 
 FLAGS = flags.FLAGS
 MIRROR = "https://deb.debian.org/debian"
@@ -145,7 +146,8 @@ def _fetched(text: Text, target: Path, mirror: str) -> Path:
             files.write(target.with_name(f"{target.name}.copyright"), content)
         for path, part in _converted(text, name, content):
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
-            (partial / path).write_bytes(part)
+            with writing(target):
+                (partial / path).write_bytes(part)
     if digest_of(partial) != text.digest:
         raise ValueError(f"{url} does not give the text that it should: {digest_of(partial)}")
     partial.rename(target)
@@ -167,7 +169,7 @@ def digest_of(folder: Path) -> str:
     """The SHA-256 of a folder's files, by name; empty files count."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        content = path.read_bytes()
+        content = read_bytes(path)
         digest.update(f"{path.relative_to(folder).as_posix()}:{len(content)}:".encode() + content)
     return digest.hexdigest()
 

@@ -6,18 +6,18 @@
     arrays.safetensors   or arrays/, an Orbax checkpoint
 
 A folder appears whole or not at all, and what is read is what was written, or a ValueError says which file
-is not.  Types that a file format lacks (int4, float8 …) are held as their bytes.
+is not.  Types that a file format lacks (int4, float8 …) are held as their bytes.  Seals and digests are
+checksums, which find damage; whoever may write to the folder may write others.
 """
 
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import json
+import math
 import os
 import shutil
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,10 @@ import safetensors
 import safetensors.numpy
 from orbax import checkpoint
 
+from jaxquant import files
 from jaxquant.cards import Card, versions_now
+from jaxquant.files import write
+from jaxquant.seals import check_digests, check_links, digests, sealed, unsealed
 from jaxquant.specification import describe_operation, is_operation, operation_from
 from jaxquant.storage import from_arrays, to_arrays
 
@@ -59,6 +62,7 @@ def save(
 
     Raises:
         ValueError: a folder that exists; a tree without arrays, or with something else; another format.
+        OSError: it cannot be written (no space, no permission); nothing of it stays.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as root:
@@ -79,9 +83,14 @@ def save(
     if not arrays:
         raise ValueError("a tree to save has at least one array; this one has none")
     _check_readable(arrays, descriptions)
-    index = {"descriptions": descriptions, "operations": operations}
-    with temporary_folder(folder.parent) as temporary:
-        _write_arrays(temporary / _ARRAYS[format], arrays, format)
+    stored = {name: as_stored(array) for name, array in arrays.items()}
+    index = {
+        "descriptions": descriptions,
+        "operations": operations,
+        "not_finite": not_finite(arrays),
+    }
+    with temporary_folder(folder.parent) as temporary, files.writing(folder):
+        _write_arrays(temporary / _ARRAYS[format], stored, format)
         write(temporary / TREE, json.dumps(index, indent=1, allow_nan=False))
         body = {"format": format, "files": digests(temporary), "card": card.to_dict()}
         write(temporary / CARD, sealed(_KIND, VERSION, body))
@@ -104,13 +113,14 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
         raise ValueError(f"{folder / CARD} names the format {body.get('format')!r}, not known here")
     name = _ARRAYS[body["format"]]
     check_digests(folder, body.get("files"), (TREE, name))
-    index = read_json(folder / TREE)
+    index = files.read_json(folder / TREE)
     try:
-        arrays = _read_arrays(folder / name, _described_types(index["descriptions"]))
+        known = index.get("not_finite")  # folders of before it was noted have none
+        arrays = _read_arrays(folder / name, _described_types(index["descriptions"]), known)
         tree = from_arrays(arrays, index["descriptions"])
         for operation in index["operations"]:
             tree = _with_operation(tree, operation["path"], operation["description"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, MemoryError) as error:
         raise ValueError(f"{folder} does not hold what its tree describes: {error}") from error
     return tree, card
 
@@ -170,10 +180,109 @@ def as_stored(array: Any) -> np.ndarray:
     return array if array.dtype.name in _NATIVE else array.reshape(-1).view(np.uint8)
 
 
-def from_stored(stored: np.ndarray, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """The array that `as_stored` wrote; its type and shape are checked by who asks for them."""
+def not_finite(arrays: Mapping[str, Any]) -> list[str]:
+    """The names of arrays with a NaN or an Inf, kept beside them: in the others none is to be read."""
+    return sorted(name for name, array in arrays.items() if not _is_finite(np.asarray(array)))
+
+
+def from_stored(
+    stored: Any,
+    dtype: Any,
+    shape: Sequence[int],
+    name: str = "the array",
+    *,
+    finite: bool = False,
+) -> np.ndarray:
+    """The array that `as_stored` wrote.
+
+    Args:
+        stored: what was read.
+        dtype: of the array.
+        shape: of it.
+        name: what it is called in messages.
+        finite: whether it had neither NaN nor Inf.
+
+    Raises:
+        ValueError: another type or shape, bytes that are no numbers of the type, or a NaN where none was.
+
+    >>> from_stored(as_stored(jnp.arange(3).astype(jnp.int4)), "int4", (3,))
+    array([0, 1, 2], dtype=int4)
+    """
+    dtype, shape = jnp.dtype(dtype), tuple(shape)
+    held = _held(dtype, shape)
+    if (stored.dtype, stored.shape) != held:
+        raise ValueError(
+            f"{name} is {_said(dtype, shape)}, held as {_said(*held)}; "
+            f"got {_said(stored.dtype, stored.shape)}"
+        )
+    array = stored if dtype.name in _NATIVE else stored.view(dtype).reshape(shape)
+    if not _is_of_its_type(array):
+        raise ValueError(f"{name} has bytes that are no {dtype}")
+    if finite and not _is_finite(array):
+        raise ValueError(f"{name} has a NaN or an Inf, and had none when it was written")
+    return array
+
+
+def all_from_stored(
+    stored: Mapping[str, Any],
+    types: Mapping[str, tuple[Any, Sequence[int]]],
+    known: Sequence[str] | None = None,
+) -> dict[str, np.ndarray]:
+    """All arrays of a file, of which each is there and no other.
+
+    Args:
+        stored: what was read, by name.
+        types: each array's type and shape.
+        known: what `not_finite` gave; None where nobody noted it.
+
+    Raises:
+        ValueError: an array that is missing or not described, or as of `from_stored`.
+    """
+    if missing := [name for name in types if name not in stored]:
+        raise ValueError(f"arrays that are missing: {', '.join(missing[:5])}")
+    if unknown := [name for name in stored if name not in types]:
+        raise ValueError(f"arrays without a description: {', '.join(unknown[:5])}")
+    if known is not None and not set(known) <= set(types):
+        raise ValueError(f"arrays with a NaN or an Inf are some of those there; got {known!r}")
+    return {
+        name: from_stored(stored[name], *spec, name, finite=known is not None and name not in known)
+        for name, spec in types.items()
+    }
+
+
+def _held(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
+    """The type and shape that `as_stored` gives an array."""
     dtype = jnp.dtype(dtype)
-    return stored if dtype.name in _NATIVE else stored.view(dtype).reshape(shape)
+    if dtype.name in _NATIVE:
+        return dtype, tuple(shape)
+    return np.dtype(np.uint8), (math.prod(shape) * dtype.itemsize,)
+
+
+def _said(dtype: Any, shape: Sequence[int]) -> str:
+    return f"{dtype}{list(shape)}"
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    return not jnp.issubdtype(array.dtype, jnp.inexact) or bool(np.isfinite(array).all())
+
+
+def _is_of_its_type(array: np.ndarray) -> bool:
+    """Whether each element's byte is one that its type has, where not every byte is."""
+    bits = _bits(array.dtype)
+    if bits >= 8:
+        return True
+    codes = array.reshape(-1).view(np.uint8)
+    fits = codes < 2**bits
+    if jnp.issubdtype(array.dtype, jnp.signedinteger):
+        fits |= codes >= 256 - 2 ** (bits - 1)  # negative ones may be held with their sign spread
+    return bool(fits.all())
+
+
+def _bits(dtype: np.dtype) -> int:
+    if dtype.kind == "b":
+        return 1
+    is_integer = jnp.issubdtype(dtype, jnp.integer)
+    return (jnp.iinfo if is_integer else jnp.finfo)(dtype).bits
 
 
 def _check_readable(arrays: Mapping[str, jax.Array], descriptions: Mapping[str, str]) -> None:
@@ -195,14 +304,13 @@ def _described_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tu
     return {
         f"{path}/{part}".rstrip("/"): (dtype, tuple(shape))
         for path, text in descriptions.items()
-        for part, (dtype, shape) in json.loads(text)["arrays"].items()
+        for part, (dtype, shape) in files.parse_json(text, path)["arrays"].items()
     }
 
 
-def _write_arrays(path: Path, arrays: Mapping[str, jax.Array], format: str) -> None:
-    stored = {name: as_stored(array) for name, array in arrays.items()}
+def _write_arrays(path: Path, stored: Mapping[str, np.ndarray], format: str) -> None:
     if format == "safetensors":
-        safetensors.numpy.save_file(stored, path)
+        write_safetensors(path, stored)
         return
     with checkpoint.StandardCheckpointer() as checkpointer:
         # Orbax takes no empty arrays, whose shape says all there is.
@@ -210,15 +318,22 @@ def _write_arrays(path: Path, arrays: Mapping[str, jax.Array], format: str) -> N
         checkpointer.wait_until_finished()
 
 
-def _read_arrays(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    if path.suffix == ".safetensors":
-        stored = read_safetensors(path)
-        unknown = [name for name in stored if name not in types]
-        if unknown:
-            raise ValueError(f"arrays without a description: {', '.join(unknown)}")
-    else:
-        stored = _read_orbax(path, types)
-    return {name: from_stored(array, *types[name]) for name, array in stored.items()}
+def _read_arrays(
+    path: Path, types: Mapping[str, Any], known: Sequence[str] | None
+) -> dict[str, np.ndarray]:
+    is_one_file = path.suffix == ".safetensors"
+    stored = read_safetensors(path) if is_one_file else _read_orbax(path, types)
+    return all_from_stored(stored, types, known)
+
+
+def write_safetensors(path: Path, stored: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays of `as_stored`.
+
+    Raises:
+        OSError: as the system says.
+    """
+    with files.writing(path):
+        safetensors.numpy.save_file(dict(stored), path)
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -227,35 +342,45 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     Raises:
         ValueError: a file that is none.
     """
+    files.check_regular(path)
     try:
         with safetensors.safe_open(path, "np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except (
+        Exception
+    ) as error:  # its own type, and others for a header that is not JSON or a type of no array
         raise ValueError(f"{path} is no safetensors file: {error}") from None
 
 
 def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    like = {name: as_stored(np.zeros(shape, jnp.dtype(d))) for name, (d, shape) in types.items()}
-    filled = {name: array for name, array in like.items() if array.size}
+    """The arrays, whose types and shapes are looked at first: Orbax would cast them to what is asked for."""
+    check_links(path)
+    held = {name: _held(*spec) for name, spec in types.items()}
+    empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in held.items() if 0 in shape}
+    wanted = {name: spec for name, spec in held.items() if name not in empty}
     with checkpoint.StandardCheckpointer() as checkpointer:
-        return like | checkpointer.restore(path.absolute(), filled)
+        there = checkpointer.metadata(path.absolute())
+        there = getattr(there, "item_metadata", there)
+        there = getattr(there, "tree", there)
+        found = {name: (np.dtype(x.dtype), tuple(x.shape)) for name, x in there.items()}
+        for name in {**wanted, **found}:
+            one, other = wanted.get(name), found.get(name)
+            if one != other:
+                texts = ["absent" if spec is None else _said(*spec) for spec in (one, other)]
+                raise ValueError(f"{name} is {texts[0]} by its description; got {texts[1]}")
+        like = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
+        return empty | checkpointer.restore(path.absolute(), like)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Files that are whole or not there
 
 
-def write(path: Path, content: str) -> None:
-    """Writes a new file."""
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(content)
-
-
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """A new folder to write in, gone afterwards unless it was `placed`."""
     parent.mkdir(parents=True, exist_ok=True)
-    path = parent / f".{uuid.uuid4().hex}.tmp"
+    path = files.beside(parent / "folder")
     path.mkdir()
     try:
         yield path
@@ -284,87 +409,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file in a folder, by its path there."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": _sha256(path),
-        }
-        for path in files
-    }
-
-
-def check_digests(folder: Path, files: Any, needed: tuple[str, ...] = ()) -> None:
-    """Raises a ValueError where a file is not as it was when `digests` was taken.
-
-    Args:
-        folder: where the files are.
-        files: what `digests` gave.
-        needed: files, or folders with files, that must be among them.
-    """
-    entries = files.values() if isinstance(files, Mapping) else [None]
-    if not all(isinstance(e, dict) and set(e) == {"bytes", "sha256"} for e in entries):
-        raise ValueError(f"{folder} does not say which files it has; got {files!r}")
-    for name in needed:
-        if not any(file == name or file.startswith(f"{name}/") for file in files):
-            raise ValueError(f"{folder} does not list its file {name}")
-    for name, wanted in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != wanted["bytes"]:
-            raise ValueError(f"{path} has {size:,} bytes; {wanted['bytes']:,} were written")
-        if _sha256(path) != wanted["sha256"]:
-            raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sealed(kind: str, version: int, body: Mapping[str, Any]) -> str:
-    """JSON that says what it is, with its own SHA-256."""
-    content = {"kind": kind, "version": version, **body}
-    return json.dumps({**content, "sha256": _seal(content)}, indent=1, allow_nan=False) + "\n"
-
-
-def unsealed(path: Path, kind: str, *versions: int) -> dict[str, Any]:
-    """What `sealed` wrote to a file, in one of these versions.
-
-    Raises:
-        ValueError: no such file, or one of another kind or version, or one that was changed.
-    """
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ValueError(f"{path} is not of a {kind}")
-    version = content.get("version")
-    if type(version) is not int or version not in versions:
-        raise ValueError(f"{path} is of version {version}; this is version {max(versions)}")
-    seal = content.pop("sha256", None)
-    if seal != _seal(content):
-        raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")
-    return content
-
-
-def _seal(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        ValueError: no file, or one that is not whole JSON.
-    """
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not whole JSON: {error}") from None

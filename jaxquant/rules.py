@@ -3,7 +3,7 @@
 Rules are ordered pairs of a regular expression and a recipe.  A module takes the first rule whose
 expression matches its whole path, written with slashes (``blocks/0/attention/query``), and whose recipe is
 for modules of its kind: a product's recipe for layers with weights, an `Attention` for attention, None for
-any.
+any.  Expressions of one's own are Python's; those of a file are matched by `jaxquant.expressions`.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from jaxquant.attention import Attention
 from jaxquant.dot import DotGeneral
+from jaxquant.expressions import Expression
 from jaxquant.recipes import describe, recipe
 
 Rules = Mapping[str, Any] | Sequence[tuple[str, Any]]
@@ -23,7 +24,7 @@ ATTENTION = "attention"  # the kind of module that takes an Attention; all other
 class Rule(NamedTuple):
     """A rule as it was read: the compiled expression, what it gives, and that in words."""
 
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] | Expression
     value: DotGeneral | Attention | None
     label: str
 
@@ -61,7 +62,7 @@ def parse_rules(rules: Rules) -> list[Rule]:
 
 def _parse(pattern: Any, value: Any) -> Rule:
     try:
-        compiled = re.compile(pattern)
+        compiled = pattern if isinstance(pattern, Expression) else re.compile(pattern)
         compiled.fullmatch("")  # a bytes pattern compiles and matches no path
     except (re.error, TypeError) as error:
         raise ValueError(f"rule {pattern!r} is not a regular expression: {error}") from None

@@ -4,18 +4,16 @@
     weights.safetensors     the weights, by their places in that list
 
 in a zip archive without compression.  Weights are the program's arguments, not constants in it: a compiler
-folds constants, which changes the last bits and unpacks what is stored packed.
+folds constants, which changes the last bits and unpacks what is stored packed.  The program is code, and runs
+when it is called: load what you would run.
 """
 
 import dataclasses
 import io
 import json
 import os
-import uuid
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,7 +24,8 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from jaxquant.artifacts import as_stored
+from jaxquant import files
+from jaxquant.artifacts import all_from_stored, as_stored, not_finite
 
 VERSION = 1
 _KIND = "jaxquant program"
@@ -85,6 +84,7 @@ def export(
         The file's bytes.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: weights beside an NNX model; no arrays among them; an unknown platform; a path where
             something is; a model that cannot be exported so, such as one whose operations need to know the
             size of the batch.
@@ -111,7 +111,7 @@ def export(
         raise ValueError(f"the model cannot be exported{size}: {lines[0]}") from error
     data = _archive(content, leaves)
     if path is not None:
-        _write(Path(path), data)
+        files.write(path, data)
     return data
 
 
@@ -130,16 +130,13 @@ def load(source: str | os.PathLike | bytes) -> Program:
         raise ValueError(
             f"a program is loaded from a file or its bytes; got {type(source).__name__}"
         )
-    name = "the program" if isinstance(source, bytes | bytearray) else str(source)
+    is_data = isinstance(source, bytes | bytearray)
+    name = "the program" if is_data else str(source)
+    data = bytes(source) if is_data else files.read_bytes(source)
     try:
-        data = bytes(source) if isinstance(source, bytes | bytearray) else Path(source).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{name} cannot be read: {error.strerror}") from error
-    try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            manifest = json.loads(archive.read(_MANIFEST))
-            content, stored = archive.read(_PROGRAM), archive.read(_WEIGHTS)
-    except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError, zlib.error) as error:
+        parts = _unpacked(data)
+        manifest = files.parse_json(parts[_MANIFEST], _MANIFEST)
+    except Exception as error:  # a damaged directory can surface as almost any exception
         raise ValueError(f"{name} is no whole program of jaxquant.serving: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
         raise ValueError(f"{name} is not of a {_KIND}")
@@ -148,12 +145,23 @@ def load(source: str | os.PathLike | bytes) -> Program:
             f"{name} is of version {manifest.get('version')}; this is version {VERSION}"
         )
     try:
-        exported = jax.export.deserialize(bytearray(content))
-        weights = _weights(exported, dict(safetensors.deserialize(stored)))
+        exported = jax.export.deserialize(bytearray(parts[_PROGRAM]))
+        weights = _weights(exported, parts[_WEIGHTS], manifest.get("not_finite"))
     except Exception as error:
         # A program of a later JAX, or with types that this one lacks, fails in ways of its own.
         raise ValueError(f"{name} cannot be read by JAX {jax.__version__}: {error}") from error
     return Program(exported, weights, jax.jit(exported.call))
+
+
+def _unpacked(data: bytes) -> dict[str, bytes]:
+    """The parts by name, each as long in the archive as it is: nothing in it grows."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        names = sorted(entry.filename for entry in entries)
+        if names != sorted((_MANIFEST, _PROGRAM, _WEIGHTS)):
+            raise ValueError(f"it holds {', '.join(names[:5]) or 'nothing'}")
+        files.check_stored(archive)
+        return {entry.filename: archive.read(entry) for entry in entries}
 
 
 def _program(model: Any, weights: Any) -> tuple[list[Any], Callable[..., Any]]:
@@ -200,8 +208,10 @@ def _specs(inputs: tuple[Any, ...], batch: str | None) -> Any:
 
 
 def _archive(program: bytes, leaves: list[Any]) -> bytes:
-    manifest = json.dumps({"kind": _KIND, "version": VERSION})
-    stored = safetensors.numpy.save({str(i): as_stored(leaf) for i, leaf in enumerate(leaves)})
+    named = {str(i): leaf for i, leaf in enumerate(leaves)}
+    kept = {"kind": _KIND, "version": VERSION, "not_finite": not_finite(named)}
+    manifest = json.dumps(kept)
+    stored = safetensors.numpy.save({name: as_stored(leaf) for name, leaf in named.items()})
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in ((_MANIFEST, manifest), (_PROGRAM, program), (_WEIGHTS, stored)):
@@ -209,23 +219,22 @@ def _archive(program: bytes, leaves: list[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _weights(exported: jax.export.Exported, stored: dict[str, Any]) -> list[jax.Array]:
-    """The stored bytes in the types and shapes that the program takes."""
-    avals = exported.in_avals[: len(stored)]
-    return [
-        jnp.asarray(np.frombuffer(stored[str(i)]["data"], aval.dtype).reshape(aval.shape))
-        for i, aval in enumerate(avals)
-    ]
+def _weights(
+    exported: jax.export.Exported, content: bytes, known: Sequence[str] | None
+) -> list[jax.Array]:
+    """The stored weights, in the types and shapes that the program takes."""
+    (arguments, _) = exported.in_tree.children()
+    count = arguments.children()[0].num_leaves
+    types = {str(i): (x.dtype, x.shape) for i, x in enumerate(exported.in_avals[:count])}
+    stored = {
+        name: np.frombuffer(x["data"], _type(x["dtype"])).reshape(x["shape"])
+        for name, x in safetensors.deserialize(content)
+    }
+    return [jnp.asarray(x) for x in all_from_stored(stored, types, known).values()]
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _type(name: str) -> np.dtype:
+    """The type that safetensors calls so: BF16, F32, I8, U8, BOOL …"""
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "BOOL": "bool"}
+    kind = name.rstrip("0123456789")
+    return jnp.dtype(kinds[kind] + name.removeprefix(kind))

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant import files
+
 # Flax's names for them.  Types of parameters are those of the arrays that are saved.
 _NAMES = ("dtype", "preferred_element_type")
 _MISSING = object()
@@ -41,10 +43,32 @@ def types_to_array(types: Types) -> np.ndarray:
 def types_from_array(array: Any) -> Types:
     """What `types_to_array` made an array of.
 
+    Raises:
+        ValueError: an array of something else.
+
     >>> types_from_array(types_to_array({"up": {"dtype": "bfloat16"}}))
     {'up': {'dtype': 'bfloat16'}}
     """
-    return json.loads(bytes(np.asarray(array)))
+    found = files.parse_json(text_of(array), "the note of types")
+    entries = found.values() if isinstance(found, dict) else [None]
+    if not all(isinstance(types, dict) for types in entries):
+        raise ValueError("the note of types has, for each module, names and types")
+    return found
+
+
+def text_of(array: Any) -> str:
+    """The text that an array of bytes holds, in UTF-8.
+
+    Raises:
+        ValueError: another array, or other bytes.
+
+    >>> text_of(np.frombuffer(b"head", np.uint8))
+    'head'
+    """
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim != 1:
+        raise ValueError(f"text is held as bytes in line; got {array.dtype}{list(array.shape)}")
+    return array.tobytes().decode()
 
 
 def check_types(here: Types, saved: Mapping[str, Any]) -> None:

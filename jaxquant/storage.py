@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import files
 from jaxquant.formats import Block, Int, code_dtype, parse
 from jaxquant.hadamard import check_block
 from jaxquant.qarray import QArray
@@ -99,6 +100,8 @@ def _check_paths(descriptions: Any) -> None:
     if not isinstance(descriptions, Mapping):
         raise ValueError(f"descriptions are texts by path; got {type(descriptions).__name__}")
     for path in descriptions:
+        if path.count("/") >= files.DEPTH:
+            raise ValueError(f"{path[:40]}… lies deeper than {files.DEPTH} levels")
         above = path
         while "/" in above:
             above = above.rsplit("/", 1)[0]
@@ -284,7 +287,7 @@ def _packed_axis(path: str, axis: Any, shape: tuple[int, ...]) -> int:
 
 def _description(path: str, text: str) -> dict[str, Any]:
     try:
-        description = json.loads(text)
+        description = files.parse_json(text, path)
         version = description["version"]
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path}: the description {text!r} is not one of to_arrays") from None

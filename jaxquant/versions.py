@@ -1,11 +1,12 @@
 """A folder of versions of a model: published whole, judged, withdrawn, and gone back from in one call.
 
     root/0001/model            what was saved: a folder or a file
-    root/0001/version.json     its card, its verdict, and SHA-256 of every file
+    root/0001/version.json     its name, its card, its verdict, and SHA-256 of every file
     root/0001/withdrawn.json   why it no longer serves, where it does not
 
 Published files never change.  What serves is the latest version that passed its gate, was not withdrawn and
-is whole.  A folder without version.json is no version, whatever its name.
+is whole.  A folder without version.json is no version, whatever its name.  One that is damaged, or a copy of
+another, does not serve, and keeps none of the others from it.
 """
 
 import dataclasses
@@ -18,22 +19,14 @@ from typing import Any
 
 from flax import nnx
 
-from jaxquant.artifacts import (
-    Card,
-    check_digests,
-    digests,
-    load_card,
-    placed,
-    sealed,
-    temporary_folder,
-    unsealed,
-    versions_now,
-    write,
-)
+from jaxquant import files
+from jaxquant.artifacts import Card, load_card, placed, temporary_folder, versions_now
 from jaxquant.nnx import saving
 from jaxquant.quality.gates import Check, Verdict
+from jaxquant.seals import check_digests, digests, sealed, unsealed
 
-VERSION = 1
+VERSION = 2
+_WITHOUT_NAME = 1  # the version of records before they held their name
 _KIND = "jaxquant published version"
 _NAME = re.compile(r"[0-9]{4,}")
 _MODEL, _RECORD, _WITHDRAWN = "model", "version.json", "withdrawn.json"
@@ -79,7 +72,9 @@ class Versions:
             Its name: "0001", "0002" …
 
         Raises:
-            ValueError: a function that writes nothing; no card, or one with another verdict.
+            ValueError: a function that writes nothing, or what is neither file nor folder; no card, or one
+                with another verdict.
+            OSError: it cannot be written; nothing of it stays.
         """
         if not isinstance(model, nnx.Module) and not callable(model):
             raise ValueError(f"model is a frozen NNX model or a function of a path; got {model!r}")
@@ -90,7 +85,7 @@ class Versions:
         judged = dataclasses.replace(card, verdict=verdict)
         if card.verdict not in (None, judged.verdict):
             raise ValueError("the card has another verdict than the one it is published with")
-        with temporary_folder(self.root) as temporary:
+        with temporary_folder(self.root) as temporary, files.writing(self.root):
             path = temporary / _MODEL
             if isinstance(model, nnx.Module):
                 saving.save(path, model, judged)
@@ -98,20 +93,23 @@ class Versions:
             else:
                 model(path)
                 judged = dataclasses.replace(judged, versions=versions_now())
-            files = digests(temporary)
-            if not files:
+            body = {"card": judged.to_dict(), "files": digests(temporary)}
+            if not body["files"]:
                 raise ValueError(f"{model!r} wrote nothing to the path that it was given")
-            body = {"card": judged.to_dict(), "files": files}
-            write(temporary / _RECORD, sealed(_KIND, VERSION, body))
             number = 1 + max((int(name) for name in self.names()), default=0)
-            while not placed(temporary, self.root / f"{number:04}"):
+            while not self._placed(temporary, f"{number:04}", body):
                 number += 1  # another process was first
         return f"{number:04}"
+
+    def _placed(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
+        record = sealed(_KIND, VERSION, {"name": name, **body})
+        files.write(temporary / _RECORD, record)
+        return placed(temporary, self.root / name)
 
     def names(self) -> tuple[str, ...]:
         """All versions, the earliest first; other folders with a number for a name are not among them."""
         named = self._numbered()
-        return tuple(name for name in named if (self.root / name / _RECORD).is_file())
+        return tuple(name for name in named if os.path.lexists(self.root / name / _RECORD))
 
     def path(self, name: str) -> Path:
         """Where a version's model is.
@@ -127,7 +125,7 @@ class Versions:
         Raises:
             ValueError: no such version, or one whose record is damaged.
         """
-        return Card.from_dict(self._record(name)["card"])
+        return Card.from_dict(self._record(name).get("card", {}))
 
     def verdict(self, name: str) -> Verdict | None:
         """A version's verdict, None where it was not judged.
@@ -138,27 +136,35 @@ class Versions:
         fields = self.card(name).verdict
         if fields is None:
             return None
-        return Verdict(
-            fields["status"], fields["tier"], tuple(Check(**check) for check in fields["checks"])
-        )
+        try:
+            checks = tuple(Check(**check) for check in fields["checks"])
+            return Verdict(fields["status"], fields["tier"], checks)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the verdict of {name} is none of a gate: {error!r}") from None
 
     def withdraw(self, name: str, reason: str) -> None:
         """Takes a version out of service, for good.
 
         Raises:
             ValueError: no such version, no reason, or one that was withdrawn before.
+            OSError: it cannot be written; the version is then not withdrawn.
         """
         if not isinstance(reason, str) or not reason.strip():
             raise ValueError(f"withdrawing takes a reason in words; got {reason!r}")
         path = self._folder(name) / _WITHDRAWN
         try:
             # Created by one process only; that it is there is what counts, were its writer to die now.
-            with open(path, "x", encoding="utf-8") as file:
+            file = open(path, "x", encoding="utf-8")  # noqa: SIM115
+        except FileExistsError:
+            raise ValueError(f"{name} is withdrawn already: {self.withdrawn(name)}") from None
+        try:
+            with files.writing(path), file:
                 file.write(json.dumps({"reason": reason}))
                 file.flush()
                 os.fsync(file.fileno())
-        except FileExistsError:
-            raise ValueError(f"{name} is withdrawn already: {self.withdrawn(name)}") from None
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
     def withdrawn(self, name: str) -> str | None:
         """Why a version was withdrawn; None where it was not.
@@ -166,11 +172,10 @@ class Versions:
         Raises:
             ValueError: no such version.
         """
-        path = self._folder(name) / _WITHDRAWN
-        if not path.exists():
-            return None
         try:
-            return str(json.loads(path.read_bytes())["reason"])
+            return str(files.read_json(self._folder(name) / _WITHDRAWN)["reason"])
+        except files.Missing:
+            return None
         except (ValueError, KeyError, TypeError):
             return "for a reason that cannot be read"
 
@@ -189,7 +194,7 @@ class Versions:
             if not verdict:
                 return f"judged {verdict.status!r}"
             check_digests(self._folder(name), self._record(name).get("files"), (_MODEL,))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             return f"damaged: {error}"
         return None
 
@@ -245,4 +250,8 @@ class Versions:
         return self.root / name
 
     def _record(self, name: str) -> dict[str, Any]:
-        return unsealed(self._folder(name) / _RECORD, _KIND, VERSION)
+        path = self._folder(name) / _RECORD
+        record = unsealed(path, _KIND, VERSION, _WITHOUT_NAME)
+        if record["version"] != _WITHOUT_NAME and record.get("name") != name:
+            raise ValueError(f"{path} is the record of {record.get('name')!r}, not of {name!r}")
+        return record

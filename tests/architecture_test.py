@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 LIBRARY = [
     [
         "sharding",
+        "files",
+        "seals",
         "formats.base",
         "formats.integer",
         "formats.floating",
@@ -38,7 +40,7 @@ LIBRARY = [
         "attention",
         "recipes",
     ],
-    ["rules", "coverage"],
+    ["expressions", "rules", "coverage"],
     ["settings", "specification", "cards", "artifacts"],
     [
         "nnx.stacking",
@@ -135,6 +137,7 @@ EXPERIMENTS = [
     ],
     ["harness.images", "harness.corruptions", "harness.vision", "harness.ood"],
     [
+        "harness.pretrained.gguf_header",
         "harness.pretrained.files",
         "harness.pretrained.smollm2",
         "harness.pretrained.minilm",

@@ -148,6 +148,147 @@ def test_a_folder_that_is_not_as_it_was_written_is_an_error(tmp_path, damage, me
         artifacts.load(folder)
 
 
+NOWHERE = {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "../../../../../../../../etc/passwd",
+        "/etc/passwd",
+        "/proc/self/environ",
+        "arrays/../../outside",
+        "..",
+        ".",
+        "",
+        "a//b",
+        "./tree.json",
+        "a\0b",
+    ],
+)
+def test_what_a_folder_lists_lies_within_it(tmp_path, name):
+    folder = small(tmp_path)
+    (tmp_path / "outside").write_bytes(b"")
+    listed = json.loads((folder / CARD).read_text())["files"]
+    resealed(folder / CARD, files={**listed, name: NOWHERE})
+    with pytest.raises(ValueError, match="what it lists are names of files within it"):
+        artifacts.load(folder)
+
+
+def test_links_lead_nowhere_else(tmp_path):
+    folder = small(tmp_path)
+    (tmp_path / "outside").write_bytes(b"")
+    listed = json.loads((folder / CARD).read_text())["files"]
+    for name, target in {"file": "../outside", "deep": "/dev/zero"}.items():
+        (folder / name).symlink_to(target)
+        resealed(folder / CARD, files={**listed, name: NOWHERE})
+        with pytest.raises(ValueError, match=rf"{name} is a link that leads out of .*model"):
+            artifacts.load(folder)
+        with pytest.raises(ValueError, match="is a link that leads out"):
+            artifacts.digests(folder)
+        (folder / name).unlink()
+    (folder / "above").symlink_to("..")  # a folder above, by a link
+    resealed(folder / CARD, files={**listed, "above/outside": NOWHERE})
+    with pytest.raises(ValueError, match="outside is a link that leads out"):
+        artifacts.load(folder)
+    (folder / "above").unlink()
+    (folder / "same").symlink_to(TREE)
+    resealed(folder / CARD, files={**listed, "same": listed[TREE]})
+    assert set(artifacts.load(folder)[0]) == {"w", "b"}
+
+
+def rewritten(folder: Path, arrays: dict) -> None:
+    """Other arrays in a folder whose digests are right."""
+    (folder / ARRAYS).unlink()
+    artifacts.write_safetensors(folder / ARRAYS, arrays)
+    listed = artifacts.digests(folder)
+    resealed(folder / CARD, files={name: listed[name] for name in (ARRAYS, TREE)})
+
+
+TYPED = {"w": X, "b": X[0], "n": jnp.array([jnp.nan, 1.0]), "i": X[0].astype("int4")}
+TYPED |= {"bool": X[0] > 0, "f": X[0].astype("float4_e2m1fn"), "e": X.astype("float8_e4m3fn")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"w": a["w"].T.copy()}, None),
+        (lambda a: a | {"w": a["w"].reshape(-1)}, r"w is float32\[8, 64\].*; got float32\[512\]"),
+        (lambda a: a | {"w": a["w"].astype(np.float64)}, r"w is float32.*; got float64"),
+        (lambda a: a | {"w": a["w"].view(np.int32)}, r"w is float32.*; got int32"),
+        (
+            lambda a: a | {"i": a["i"][:-1]},
+            r"i is int4\[64\], held as uint8\[64\]; got uint8\[63\]",
+        ),
+        (lambda a: a | {"i": a["i"].view(np.int8)}, r"i is int4.*; got int8"),
+        (lambda a: a | {"i": a["i"] + np.uint8(64)}, "i has bytes that are no int4"),
+        (lambda a: a | {"f": a["f"] | np.uint8(16)}, "f has bytes that are no float4_e2m1fn"),
+        (
+            lambda a: a | {"bool": np.full(64, 2, np.uint8).view(bool)},
+            "bool has bytes that are no bool",
+        ),
+        (lambda a: a | {"b": a["b"] * np.float32("nan")}, "b has a NaN or an Inf, and had none"),
+        (lambda a: a | {"b": a["b"] / np.float32(0)}, "b has a NaN or an Inf, and had none"),
+        (lambda a: a | {"e": np.full(512, 0x7F, np.uint8)}, "e has a NaN or an Inf, and had none"),
+        (lambda a: {k: v for k, v in a.items() if k != "w"}, "arrays that are missing: w"),
+        (lambda a: a | {"other": a["b"]}, "arrays without a description: other"),
+    ],
+)
+def test_arrays_are_held_to_what_was_written(tmp_path, change, message):
+    artifacts.save(tmp_path / "model", TYPED, Card(**NOTHING))
+    folder = tmp_path / "model"
+    assert bits(artifacts.load(folder)[0]) == bits(TYPED)
+    stored = artifacts.read_safetensors(folder / ARRAYS)
+    with np.errstate(all="ignore"):
+        changed = change(stored)
+    if message is None:  # the transpose has another shape
+        message = r"w is float32\[8, 64\]"
+    rewritten(folder, changed)
+    with pytest.raises(ValueError, match=f"does not hold what its tree describes: .*{message}"):
+        artifacts.load(folder)
+
+
+def test_folders_of_before_nans_were_noted_are_read(tmp_path):
+    artifacts.save(tmp_path / "model", TYPED, Card(**NOTHING))
+    folder = tmp_path / "model"
+    index = json.loads((folder / TREE).read_text())
+    assert index.pop("not_finite") == ["n"]
+    (folder / TREE).write_text(json.dumps(index))
+    rewritten(folder, artifacts.read_safetensors(folder / ARRAYS))
+    assert bits(artifacts.load(folder)[0]) == bits(TYPED)
+
+
+def test_orbax_does_not_cast_what_is_not_described(tmp_path):
+    for name, arrays, message in (
+        ("type", {"w": X.astype(jnp.int32), "b": X[0]}, r"w is float32.*; got int32"),
+        ("shape", {"w": X[:4], "b": X[0]}, r"w is float32\[8, 64\].*; got float32\[4, 64\]"),
+        ("missing", {"w": X}, "b is float32.*; got absent"),
+        ("extra", {"w": X, "b": X[0], "c": X}, "c is absent.*; got float32"),
+    ):
+        (tmp_path / name).mkdir()
+        folder = small(tmp_path / name, "orbax")
+        artifacts.save(tmp_path / name / "other", arrays, Card(**NOTHING), format="orbax")
+        (folder / "arrays").rename(tmp_path / name / "gone")
+        (tmp_path / name / "other" / "arrays").rename(folder / "arrays")
+        listed = artifacts.digests(folder)
+        kept = {k: v for k, v in listed.items() if k.startswith("arrays/") or k == TREE}
+        resealed(folder / CARD, files=kept)
+        with pytest.raises(ValueError, match=message):
+            artifacts.load(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000])
+def test_a_description_nested_without_end_is_an_error(tmp_path, text):
+    folder = small(tmp_path)
+    index = json.loads((folder / TREE).read_text())
+    index["descriptions"]["w"] = text
+    (folder / TREE).write_text(json.dumps(index))
+    rewritten(folder, artifacts.read_safetensors(folder / ARRAYS))
+    with pytest.raises(ValueError, match="nests deeper than 100 levels"):
+        artifacts.load(folder)
+
+
 def test_a_damaged_orbax_checkpoint_is_an_error(tmp_path):
     folder = small(tmp_path, "orbax")
     largest = max((f for f in folder.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)

@@ -246,3 +246,28 @@ def test_bad_augmentations_are_named(dataset):
 
 def test_epochs_count_passes_over_the_training_images(dataset):
     assert dataset.epochs(90) == 0.5
+
+
+# ---- bombs
+
+
+def test_what_unpacks_to_more_than_it_announces_is_not_unpacked(folder):
+    import resource
+
+    name = "train-images-idx3-ubyte.gz"
+    honest = gzip.decompress((folder / name).read_bytes())
+    bomb = gzip.compress(honest + bytes(2**28), 1)
+    assert len(bomb) < 2**21
+    (folder / name).write_bytes(bomb)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"announces 7200 bytes \(200, 6, 6\) and holds 65537"):
+        images.load("fashion_mnist", str(folder))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # KiB
+
+
+@pytest.mark.parametrize("shape", [(2**31, 2**20, 2**10), (2**30, 1, 2), (2**32 - 1,) * 3])
+def test_what_announces_more_than_is_read_is_not_unpacked(folder, shape):
+    header = bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape)
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + bytes(99)))
+    with pytest.raises(ValueError, match=r"announces [\d,]+ bytes; at most 1,073,741,824 are read"):
+        images.load("fashion_mnist", str(folder))

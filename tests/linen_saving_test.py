@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import time
 from typing import Any
 
 import jax
@@ -206,3 +208,75 @@ def test_misuse_is_named(tmp_path):
     (tmp_path / "model" / "card.json").write_text(json.dumps({**card, "version": 99}))
     with pytest.raises(ValueError, match="of version 99; this is version 1"):
         linen.load(tmp_path / "model", MLP(), x)
+
+
+def resaved(folder, change):
+    """The folder's tree changed, and saved again."""
+    tree, card = jq.artifacts.load(folder)
+    shutil.rmtree(folder)
+    jq.artifacts.save(folder, change(tree), card)
+
+
+class Named(nn.Module):
+    layer: str
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name=self.layer)(x)
+
+
+X3 = np.zeros(3, np.float32)
+
+
+def with_pattern(pattern):
+    def change(tree):
+        rule = tree["rules"][0] | {"pattern": np.frombuffer(pattern, np.uint8)}
+        return tree | {"rules": {0: rule}}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_pattern(b"(a)\\1"), "which is not matched in a rule of a file"),
+        (with_pattern(b"a" * 2000), "has 2000 letters"),
+        (with_pattern(b"(" * 900 + b")" * 900), "letters|deep"),
+        (with_pattern(b"\xff"), "can't decode byte"),
+        (lambda t: t | {"rules": {0: {"pattern": np.zeros((2, 2), np.uint8)}}}, "bytes in line"),
+        (lambda t: t | {"rules": {1: t["rules"][0]}}, "holds no rules, each with an expression"),
+        (lambda t: t | {"rules": {0: {}}}, "holds no rules, each with an expression"),
+        (lambda t: t | {"rules": X3}, "holds no rules, each with an expression"),
+        (lambda t: t | {"rules": {0: t["rules"][0] | {"value": X3}}}, "maps to a recipe"),
+        (lambda t: t | {"variables": X3}, "is not of a Linen model"),
+        (lambda t: t | {"types": np.frombuffer(b"[" * 100_000, np.uint8)}, "nests deeper than 100"),
+        (lambda t: t | {"types": np.frombuffer(b'{"a": 3}', np.uint8)}, "names and types"),
+    ],
+)
+def test_a_folder_with_other_rules_or_types_is_an_error(tmp_path, change, message):
+    module, x = nn.Dense(8), normal(2, 64)
+    quantized = linen.quantize(module, {".*": "w8a8"})
+    linen.save(tmp_path / "model", quantized, quantized.init(KEY, x), x)
+    resaved(tmp_path / "model", change)
+    with pytest.raises(ValueError, match=message):
+        linen.load(tmp_path / "model", module, x)
+
+
+def test_an_expression_of_a_folder_runs_in_bounded_time(tmp_path):
+    module, x = Named("a" * 40), normal(2, 64)
+    quantized = linen.quantize(module, {".*": "w8a8"})
+    linen.save(tmp_path / "model", quantized, quantized.init(KEY, x), x)
+    resaved(tmp_path / "model", with_pattern(b"(a+)+b"))
+    loaded, variables = linen.load(tmp_path / "model", module, x)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="is unused: nothing has such a path"):
+        loaded.apply(variables, x)
+    assert time.monotonic() - start < 60  # Python's would take 2^40 steps
+
+
+def test_what_could_not_be_loaded_is_not_written(tmp_path):
+    x = normal(2, 64)
+    quantized = linen.quantize(Named("aa"), {r"(a)\1": "w8a8"})
+    with pytest.raises(ValueError, match="which is not matched in a rule of a file"):
+        linen.save(tmp_path / "model", quantized, quantized.init(KEY, x), x)
+    assert not list(tmp_path.iterdir())

@@ -1,5 +1,6 @@
 """Quantized state leaves and comes back: to plain optax state, to disk, to other layouts; diagnoses tell."""
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxquant import artifacts
 from jaxquant.optim import (
     adaptive,
     diagnose,
@@ -23,6 +25,7 @@ from jaxquant.optim import (
     save,
     to_optax,
 )
+from jaxquant.seals import digests, sealed
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 ADAM = optax.adam(1e-2)
@@ -117,6 +120,88 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
         load(tmp_path / "nothing", like)
     with pytest.raises(ValueError, match="state of a quantize_state"):
         save(tmp_path / "plain", cast(Any, ADAM.init(params)))
+
+
+def rewritten(folder, change):
+    """The state's arrays changed, and digests that are right for them."""
+    path, head = folder / "arrays.safetensors", folder / "state.json"
+    stored = change(artifacts.read_safetensors(path))
+    path.unlink()
+    artifacts.write_safetensors(path, stored)
+    content = json.loads(head.read_text())
+    kind, version = content.pop("kind"), content.pop("version")
+    del content["sha256"]
+    head.unlink()
+    head.write_text(sealed(kind, version, content | {"files": digests(folder)}))
+
+
+def changed(ending, function):
+    """Of the first array whose name ends so."""
+
+    def change(arrays):
+        name = next(name for name in sorted(arrays) if name.endswith(ending))
+        return arrays | {name: function(arrays[name])}
+
+    return change
+
+
+@functools.cache
+def saved_and_like() -> Any:
+    tx: Any = quantize_state(ADAM, fixed(5, 4))
+    params, state = trained(tx, steps=1)
+    return state, tx.init(params)
+
+
+def twice(table):
+    """A row of one page given to another."""
+    table = table.copy()
+    rows = table.reshape(-1, table.shape[-1])
+    rows[-1, 0] = rows[0, 0]
+    return table
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (changed(".pool", lambda x: x[:, :-1]), r"\.pool is uint8.*; got uint8"),
+        (changed(".pool", lambda x: x.view(np.int8)), r"\.pool is uint8.*; got int8"),
+        (changed(".step", lambda x: x.astype(np.float32)), r"\.step is int32.*; got float32"),
+        (changed(".scales[0][0]", lambda x: x.swapaxes(1, 2)[..., :0]), r"scales.*; got bfloat16"),
+        (
+            changed(".scales[0][0]", lambda x: x * x.dtype.type("nan")),
+            "scales.* has a NaN or an Inf",
+        ),
+        (changed(".exact[1]", lambda x: x * np.float32("nan")), "exact.* has a NaN or an Inf"),
+        (changed(".tables[0][0]", lambda x: x + np.int32(10_000)), "its tables name rows"),
+        (changed(".tables[0][0]", lambda x: -x), "its tables name rows"),
+        (changed(".tables[0][0]", twice), "its tables give a row to two pages"),
+        (
+            lambda a: {k: v for k, v in a.items() if k != ".pool"},
+            r"arrays that are missing: \.pool",
+        ),
+        (lambda a: a | {".more": a[".pool"]}, r"arrays without a description: \.more"),
+    ],
+)
+def test_arrays_are_held_to_what_was_written(tmp_path, change, message):
+    state, like = saved_and_like()
+    save(tmp_path / "state", state)
+    rewritten(tmp_path / "state", lambda arrays: arrays)
+    assert equal(load(tmp_path / "state", like), state)
+    rewritten(tmp_path / "state", change)
+    with pytest.raises(ValueError, match=rf"arrays\.safetensors holds no such state: .*{message}"):
+        load(tmp_path / "state", like)
+
+
+def test_a_run_that_came_to_nan_is_saved_and_loaded(tmp_path):
+    tx: Any = quantize_state(ADAM, fixed(5, 4))
+    params, state = trained(tx)
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, jnp.nan), params)
+    _, state = jax.jit(tx.update)(gradients, state, params)
+    save(tmp_path / "state", state)
+    found = load(tmp_path / "state", cast(Any, tx.init(params)))
+    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(found)] == [
+        np.asarray(x).tobytes() for x in jax.tree.leaves(state)
+    ]
 
 
 def test_state_of_another_transformation_is_refused():

@@ -1,5 +1,7 @@
 import importlib.util
 import json
+import struct
+import time
 
 import gguf
 import jax
@@ -560,3 +562,68 @@ def test_packaged_encoder_agrees_with_people_as_it_is_known_to(packaged_minilm, 
     assert len(judged.human) == {"lee": 1225, "wordsim353": 353, "simlex999": 999}[name]
     cosines = references.similarities(judged, lambda texts: minilm.encode(model, tokenizer, texts))
     assert references.correlation(judged, cosines) == pytest.approx(agreement, abs=0.002)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Declarations of GGUF files
+
+
+def declared(tensors=0, pairs=0, body=b"", order="<") -> bytes:
+    return b"GGUF" + struct.pack(f"{order}IQQ", 3, tensors, pairs) + body
+
+
+def text(value: bytes, size=None) -> bytes:
+    return struct.pack("<Q", len(value) if size is None else size) + value
+
+
+def tensor(*dims, kind=0, offset=0, axes=None) -> bytes:
+    head = text(b"w") + struct.pack("<I", len(dims) if axes is None else axes)
+    return head + struct.pack(f"<{len(dims)}QIQ", *dims, kind, offset)
+
+
+def array(kind, count, items=b"") -> bytes:
+    return text(b"key") + struct.pack("<IIQ", 9, kind, count) + items
+
+
+BOMBS = {
+    "tensors": (declared(tensors=2**60), "declares 1,152,921,504,606,846,976 arrays"),
+    "pairs": (declared(pairs=2**62), "values of metadata; at most"),
+    "reversed": (declared(pairs=2**62, order=">"), "values of metadata; at most"),
+    "key": (declared(0, 1, text(b"k", 2**63)), "bytes in a row where it has fewer"),
+    "string": (
+        declared(0, 1, text(b"k") + struct.pack("<IQ", 8, 2**40)),
+        "in a row where it has fewer",
+    ),
+    "numbers": (declared(0, 1, array(4, 2**61)), "more than 4,194,304 values"),
+    "few numbers": (declared(0, 1, array(4, 1000)), "4,000 bytes in a row where it has fewer"),
+    "bytes": (declared(0, 1, array(0, 2**23, bytes(2**23))), "more than 4,194,304 values"),
+    "strings": (declared(0, 1, array(8, 2**40, text(b""))), "cut off within its header"),
+    "nested": (
+        declared(0, 1, array(9, 1, struct.pack("<IQ", 9, 1) * 2000)),
+        "of type 9, which is none",
+    ),
+    "type": (declared(0, 1, array(77, 2)), "of type 77, which is none"),
+    "axes": (declared(1, 0, tensor(axes=2**32 - 1)), "4,294,967,295 axes; at most 4"),
+    "elements": (declared(1, 0, tensor(2**40)), "1,099,511,627,776 elements from byte 0"),
+    "wraps": (declared(1, 0, tensor(2**32, 2**32)), "18,446,744,073,709,551,616 elements"),
+    "offset": (
+        declared(1, 0, tensor(1, offset=2**60)),
+        "1 elements from byte 1,152,921,504,606,846,976",
+    ),
+    "kind": (declared(1, 0, tensor(1, kind=12345)), "12345 is not a valid"),
+    "overlap": (
+        declared(400, 0, b"".join([tensor(1000)] * 400)),
+        "1,600,000 bytes by their shapes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_what_a_gguf_file_declares_is_held_to_what_it_has(tmp_path, name):
+    content, message = BOMBS[name]
+    path = tmp_path / "bomb.gguf"
+    path.write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"bomb\.gguf.* is truncated or damaged: .*{message}"):
+        files.read_gguf(path)
+    assert time.monotonic() - start < 10

@@ -203,3 +203,103 @@ def test_a_file_that_is_not_whole_is_an_error(tmp_path):
 def test_misuse_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def archive(parts: dict, compression=zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as new:
+        for name, content in parts.items():
+            new.writestr(name, content)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def product() -> bytes:
+    weights = {"a": normal(32, 8), "b": normal(8).astype(jnp.bfloat16), "c": jnp.int4(3)}
+
+    def apply(w, x):
+        return x @ w["a"] + (w["b"].astype(jnp.float32) + w["c"].astype(jnp.float32))[None]
+
+    return serving.export(apply, X, weights=weights)
+
+
+def parts_of(data: bytes) -> dict:
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        return {name: old.read(name) for name in old.namelist()}
+
+
+def test_nothing_in_a_program_is_compressed(product):
+    parts = parts_of(product)
+    np.testing.assert_array_equal(serving.load(archive(parts))(X), serving.load(product)(X))
+    for kind in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        for changed in ({}, {"program": bytes(10**7)}, {"weights.safetensors": bytes(10**7)}):
+            with pytest.raises(ValueError, match=r"no whole program.* is compressed"):
+                serving.load(archive(parts | changed, kind))
+
+
+def test_a_program_has_its_three_parts(product):
+    parts = parts_of(product)
+    for changed in (parts | {"more": b""}, {k: v for k, v in parts.items() if k != "program"}):
+        with pytest.raises(ValueError, match=r"no whole program.*: it holds "):
+            serving.load(archive(changed))
+
+
+def test_every_flip_in_a_zip_directory_is_no_other_program(product):
+    """It is a ValueError, or what it concerns is of no account, as the time of day."""
+    start = product.index(b"PK\x01\x02")
+    expected = serving.load(product)(X)
+    harmless = 0
+    for place in range(start, len(product)):
+        for bit in (0, 3, 7) if place % 3 == 0 else (place % 8,):
+            damaged = bytearray(product)
+            damaged[place] ^= 1 << bit
+            try:
+                parts = serving._unpacked(bytes(damaged))
+            except Exception:
+                with pytest.raises(ValueError, match="no whole program"):
+                    serving.load(bytes(damaged))
+                continue
+            harmless += 1
+            assert parts == parts_of(product)
+    assert harmless < (len(product) - start) * 1.5
+    np.testing.assert_array_equal(serving.load(product)(X), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a | {"0": a["0"].T.copy()}, r"0 is float32\[32, 8\].*; got float32\[8, 32\]"),
+        (lambda a: a | {"0": a["0"].view(np.int32)}, r"0 is float32.*; got int32"),
+        (lambda a: a | {"2": a["2"] + np.uint8(99)}, "2 has bytes that are no int4"),
+        (lambda a: a | {"0": a["0"] * np.float32("nan")}, "0 has a NaN or an Inf, and had none"),
+        (
+            lambda a: a | {"1": a["1"] * np.float32("inf").astype(a["1"].dtype)},
+            "1 has a NaN or an Inf",
+        ),
+        (lambda a: {k: v for k, v in a.items() if k != "1"}, "arrays that are missing: 1"),
+        (lambda a: a | {"3": a["0"]}, "arrays without a description: 3"),
+        (lambda a: a | {"x": a["0"]}, "arrays without a description: x"),
+    ],
+)
+def test_weights_are_held_to_what_the_program_takes(product, change, message):
+    weights = {"0": normal(32, 8), "1": normal(8).astype(jnp.bfloat16), "2": jnp.int4(3)}
+    stored = {name: jq.artifacts.as_stored(x) for name, x in weights.items()}
+    parts = parts_of(product) | {"weights.safetensors": safetensors.numpy.save(stored)}
+    np.testing.assert_array_equal(serving.load(archive(parts))(X), serving.load(product)(X))
+    changed = {"weights.safetensors": safetensors.numpy.save(change(stored))}
+    with pytest.raises(ValueError, match=message):
+        serving.load(archive(parts | changed))
+
+
+def test_a_nan_that_was_exported_is_served():
+    weights = normal(32, 8).at[0, 0].set(jnp.nan)
+    program = serving.load(serving.export(lambda w, x: x @ w, X, weights=weights))
+    np.testing.assert_array_equal(program(X), jax.jit(lambda w, x: x @ w)(weights, X))
+
+
+def test_programs_of_before_nans_were_noted_are_read(product):
+    parts = parts_of(product)
+    manifest = json.loads(parts["manifest.json"])
+    assert manifest.pop("not_finite") == []
+    before = archive(parts | {"manifest.json": json.dumps(manifest)})
+    np.testing.assert_array_equal(serving.load(before)(X), serving.load(product)(X))

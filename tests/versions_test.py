@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +16,7 @@ import jaxquant as jq
 from jaxquant.artifacts import Card
 from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
+from jaxquant.seals import sealed
 from jaxquant.versions import Versions
 
 CARD = Card.empty()
@@ -219,3 +223,90 @@ def test_folders_without_a_record_are_no_versions(versions):
     assert versions.roll_back("slow") == "0001"
     with pytest.raises(ValueError, match=r"no version '2024', since that has no version\.json"):
         versions.card("2024")
+
+
+def test_a_record_holds_its_own_name(versions):
+    publish(versions, "pass", "fail")
+    for name in ("0003", "0010", "00011"):
+        shutil.copytree(versions.root / "0001", versions.root / name)
+        assert f"is the record of '0001', not of '{name}'" in versions.problem(name)
+    assert versions.latest_passing() == "0001"
+    with pytest.raises(ValueError, match="is the record of '0001', not of '0003'"):
+        versions.card("0003")
+
+
+def test_records_of_before_they_held_their_names_serve(versions):
+    publish(versions, "pass")
+    path = versions.root / "0001" / "version.json"
+    content = json.loads(path.read_text())
+    assert content.pop("name") == "0001"
+    kind = content.pop("kind")
+    del content["version"], content["sha256"]
+    path.write_text(sealed(kind, 1, content))
+    assert versions.latest_passing() == "0001"
+    path.write_text(sealed(kind, 2, content))
+    assert "is the record of None" in versions.problem("0001")
+
+
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def as_device(path):
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def deep(path):
+    path.write_text("[" * 100_000)
+
+
+def elsewhere(path):
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize("file", ["version.json", "model"])
+@pytest.mark.parametrize("spoil", [as_folder, as_pipe, as_device, deep, elsewhere])
+def test_a_bad_version_keeps_no_other_from_serving(versions, spoil, file):
+    publish(versions, "pass", "pass")
+    spoil(versions.root / "0002" / file)
+    assert versions.latest_passing() == "0001"
+    assert versions.problem("0002").startswith("damaged: ")
+    assert publish(versions, "pass") == ["0003"]
+
+
+@pytest.mark.parametrize("spoil", [as_folder, as_pipe, as_device, deep])
+def test_what_says_that_a_version_is_withdrawn_may_be_damaged(versions, spoil):
+    publish(versions, "pass", "pass")
+    versions.withdraw("0002", "slow")
+    spoil(versions.root / "0002" / "withdrawn.json")
+    assert versions.problem("0002") == "withdrawn: for a reason that cannot be read"
+    assert versions.latest_passing() == "0001"
+
+
+def test_what_is_published_lies_within(versions, tmp_path):
+    (tmp_path / "large").write_bytes(b"1")
+    with pytest.raises(ValueError, match="is a link that leads out"):
+        versions.publish(lambda path: path.symlink_to(tmp_path / "large"), CARD, verdict("pass"))
+    with pytest.raises(ValueError, match="is a pipe; it must be a regular file"):
+        versions.publish(os.mkfifo, CARD, verdict("pass"))
+    assert versions.names() == ()
+
+
+def test_a_full_disk_withdraws_nothing(versions, monkeypatch):
+    publish(versions, "pass")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space.*withdrawn\.json"):
+        versions.withdraw("0001", "slow")
+    assert versions.latest_passing() == "0001"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, on this machine or, by ``gs://`` and the like, on shared storage."""
+"""A workdir's files, on this machine or, by ``gs://`` and the like, on shared storage."""
 
 import contextlib
 import fcntl
@@ -8,9 +8,12 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from etils import epath
+
+from jaxquant import files as regular
+from jaxquant.files import is_remote
 
 
 def at(path: str | os.PathLike) -> Any:
@@ -18,35 +21,13 @@ def at(path: str | os.PathLike) -> Any:
     return epath.Path(path) if is_remote(path) else Path(path)
 
 
-def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is on storage that is no file system.
-
-    >>> is_remote("gs://bucket/study"), is_remote("runs/study")
-    (True, False)
-    """
-    return "://" in os.fspath(path)
-
-
-def write(path: Path, content: str | bytes) -> None:
+def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file atomically: a reader, or a crash, meets the old content or the new, never a part.
 
     Raises:
         OSError: as the system says (no space, no permission); the old content is then untouched.
     """
-    path = at(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(path):
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-        return  # objects appear whole
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    regular.write(at(path), content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -55,14 +36,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """The value of a JSON file, or None where there is none; a damaged file is set aside with a warning."""
+    """The value of a JSON file, or None where there is none; a damaged file is set aside with a warning.
+
+    Raises:
+        ValueError: something else than a file is there, or one that cannot be read.
+    """
     path = at(path)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
+        content = regular.read_bytes(path, regular.JSON)
+    except regular.Missing:
         return None
+    try:
+        return regular.parse_json(content, "it")
     except ValueError as error:
-        set_aside(path, f"it is not whole JSON: {error}")
+        set_aside(path, str(error))
         return None
 
 
@@ -75,7 +62,7 @@ def alone(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")  # noqa: SIM115
+        lock = open_lock(folder / ".lock")
     except OSError as error:
         raise ValueError(f"workdir '{folder}' cannot be written: {error.strerror}") from None
     with lock:
@@ -93,11 +80,30 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
+def open_lock(path: Path) -> IO[str]:
+    """A file to lock, made where there is none; nothing waits for the other end of a pipe.
+
+    Raises:
+        OSError: as the system says.
+        ValueError: something else than a file is there.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        regular.check_regular(path)
+    except ValueError:
+        os.close(descriptor)
+        raise
+    return os.fdopen(descriptor, "r+")
+
+
 def set_aside(path: Path, reason: str) -> None:
     """Moves a file that must not be used into ``set-aside`` beside it, with a warning."""
     target = path.parent / "set-aside" / f"{path.name}.{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)
-    path.rename(target)
+    try:
+        path.rename(target)
+    except FileNotFoundError:  # another process has done so
+        return
     logging.getLogger(__name__).warning(
         "%s is unusable (%s); set aside as %s", path, reason, target
     )

@@ -15,6 +15,7 @@ import grain.python as grain
 import numpy as np
 
 from experiments.harness import files, packages
+from jaxquant.files import Missing, opened
 
 SOURCES = ("fashion_mnist", "digits")
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
@@ -34,6 +35,8 @@ CLASSES = {
     "digits": tuple("0123456789"),
 }
 HELD_OUT_EVERY = 10  # of each class's training images, every tenth is held out for `valid`
+_LARGEST = 2**30  # bytes of a file of images, packed or not, at most
+_PIECE = 2**16
 _DIGITS_TEST_EVERY = 5  # digits come without a test split: every fifth image of each class is one
 _BRIGHTEST_DIGIT = 16
 
@@ -191,8 +194,8 @@ def _read_split(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _read_idx(file: Path, rank: int) -> np.ndarray:
     """An array of bytes: two zeros, type 8, the rank, each size in 4 bytes (big-endian), the items."""
-    content = _decompress(file)
     start = 4 + 4 * rank
+    content = _decompress(file, start)
     if content[:4] != bytes([0, 0, 8, rank]) or len(content) < start:
         raise ValueError(
             f"'{file}' is not an idx file of {rank}-dimensional bytes: it begins with "
@@ -207,18 +210,30 @@ def _read_idx(file: Path, rank: int) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
 
 
-def _decompress(file: Path) -> bytes:
+def _decompress(file: Path, start: int) -> bytes:
+    """What the sizes at its beginning announce, and a byte more where there is: packed, it is small."""
     try:
-        return gzip.decompress(file.read_bytes())
-    except FileNotFoundError:
+        with (
+            opened(file, _LARGEST, f"image file '{file}'") as packed,
+            gzip.GzipFile(fileobj=packed) as content,
+        ):
+            head = content.read(start)
+            items = math.prod(
+                int(size) for size in np.frombuffer(head[4:], ">u4", len(head) // 4 - 1)
+            )
+            if items > _LARGEST:
+                raise ValueError(
+                    f"'{file}' announces {items:,} bytes; at most {_LARGEST:,} are read"
+                )
+            # Of a file of another kind some of the rest, which tells whether it is whole.
+            return head + content.read(max(items, _PIECE) + 1)
+    except Missing:
         raise ValueError(
             f"image file '{file}' does not exist: apt-get install dataset-fashion-mnist, or give "
             "the folder of the four idx*-ubyte.gz files, or choose the image set 'digits'"
         ) from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"image file '{file}' is not a whole gzip file: {error}") from None
-    except OSError as error:
-        raise ValueError(f"image file '{file}' cannot be read: {error.strerror}") from None
 
 
 def fetch_fashion_mnist(folder: str | Path, url: str = PACKAGE_URL) -> Path:

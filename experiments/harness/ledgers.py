@@ -120,7 +120,7 @@ class Ledger:
             return
         folder = self.workdir / "scratch" / trial_id(trial)
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_suffix(".lock"), "w") as lock:
+        with files.open_lock(folder.with_suffix(".lock")) as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

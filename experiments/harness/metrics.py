@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.harness import files
+from jaxquant.files import read_bytes
 
 WRITERS = ("tensorboard", "wandb")
 
@@ -106,4 +107,4 @@ def _identity(path: Path) -> str:
     """What the service knows a run by, kept in its folder."""
     if not path.exists():
         files.write(path, uuid.uuid4().hex[:16])
-    return path.read_text()
+    return read_bytes(path, 1024).decode()

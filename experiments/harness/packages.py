@@ -6,10 +6,14 @@ import io
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
+from jaxquant.files import Missing, read_bytes
+
 _WAITS = (1.0, 4.0)  # seconds before another attempt
+_LARGEST = 2**30  # bytes of a package, at most
 _LOST = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
 
@@ -32,10 +36,19 @@ def fetch(url: str, sha256: str) -> bytes:
 
 
 def _read(url: str) -> bytes:
+    if url.startswith("file:"):
+        path = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+        try:
+            return read_bytes(path, _LARGEST, url)
+        except Missing:
+            raise ValueError(f"{url} is not there") from None
     for wait in (*_WAITS, None):
         try:
             with urllib.request.urlopen(url, timeout=60) as response:
-                return response.read()
+                package = response.read(_LARGEST + 1)
+            if len(package) > _LARGEST:
+                raise ValueError(f"{url} has more than {_LARGEST:,} bytes, which no package has")
+            return package
         except _LOST as error:
             reason = getattr(error, "reason", None) or str(error) or type(error).__name__
             code = getattr(error, "code", 0)

@@ -12,12 +12,20 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
+from jaxquant.expressions import Expression
 from jaxquant.linen.quantizing import RANGES, Quantized, coverage, mark
 from jaxquant.linen.weights import abstractly
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.rules import parse_rules
-from jaxquant.settings import Types, check_types, types_from_array, types_of, types_to_array
+from jaxquant.settings import (
+    Types,
+    check_types,
+    text_of,
+    types_from_array,
+    types_of,
+    types_to_array,
+)
 
 _SAVED = {"variables", "rules"}
 _TYPES = "types"  # folders of before they were noted have none
@@ -50,7 +58,8 @@ def save(
 
     Raises:
         ValueError: variables that the model cannot be applied with; an operation with a function that a
-            file has no name for; a folder that exists.
+            file has no name for; an expression that is not matched in a rule of a file; a folder that
+            exists.
 
     >>> import tempfile, jax
     >>> from jaxquant.linen import freeze, quantize
@@ -83,7 +92,8 @@ def load(
 ) -> tuple[Quantized, Any]:
     """The quantized model and the variables that were saved, of the same module.
 
-    Its outputs equal the saved model's bit for bit.
+    Its outputs equal the saved model's bit for bit.  The rules' expressions, which are the folder's, are
+    matched within a bound on time (`jaxquant.expressions`).
 
     That `module` is the one that was saved is checked by the names and shapes of its variables, and by the
     types that the modules that both calls reach compute in (``dtype`` and ``preferred_element_type``; folders
@@ -108,7 +118,8 @@ def load(
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is a flax.linen.Module; got {module!r}")
     tree, _ = artifacts.load(folder)
-    if not isinstance(tree, Mapping) or set(tree) - {_TYPES} != _SAVED:
+    is_saved = isinstance(tree, Mapping) and set(tree) - {_TYPES} == _SAVED
+    if not is_saved or not isinstance(tree["variables"], Mapping):
         raise ValueError(f"{folder} is not of a Linen model")
     rngs = jax.random.key(0) if rngs is None else rngs
     with nn.intercept_methods(types := _CalledTypes()):
@@ -116,8 +127,7 @@ def load(
     _check_same(str(folder), _shapes(expected), _shapes(tree["variables"]))
     if _TYPES in tree:
         check_types(types.found, types_from_array(tree[_TYPES]))
-    rules = tuple(_rule(tree["rules"][i]) for i in range(len(tree["rules"])))
-    return Quantized(module, rules), _owned(tree["variables"])
+    return Quantized(module, _rules(str(folder), tree["rules"])), _owned(tree["variables"])
 
 
 class _CalledTypes:
@@ -174,17 +184,26 @@ def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
 def _rule_tree(rule: Any) -> dict[str, Any]:
     """A rule as a tree of arrays and operations: its expression as text in UTF-8."""
     expression = rule.pattern.pattern
-    if rule.pattern.flags != re.compile(expression).flags:
+    is_own = isinstance(rule.pattern, re.Pattern)
+    if is_own and rule.pattern.flags != re.compile(expression).flags:
         raise ValueError(
             f"rule {expression!r} is compiled with flags, which a file does not hold; write them into the "
             "expression, as in '(?i)head'"
         )
+    Expression(expression)  # what could not be loaded is not written
     tree = {"pattern": np.frombuffer(expression.encode(), np.uint8)}
     return tree if rule.value is None else {**tree, "value": rule.value}
 
 
-def _rule(tree: Mapping[str, Any]) -> tuple[str, Any]:
-    return bytes(np.asarray(tree["pattern"])).decode(), tree.get("value")
+def _rules(folder: str, trees: Any) -> tuple[tuple[Expression, Any], ...]:
+    """The rules of a folder; their expressions are matched within a bound."""
+    try:
+        pairs = [(text_of(trees[i]["pattern"]), trees[i].get("value")) for i in range(len(trees))]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder} holds no rules, each with an expression") from None
+    found = tuple((Expression(pattern), value) for pattern, value in pairs)
+    parse_rules(found)
+    return found
 
 
 def _by_module(ranges: Any, path: str = "") -> dict[str, Any]:

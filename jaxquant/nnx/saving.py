@@ -103,7 +103,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     tree, _ = artifacts.load(folder)
     if not isinstance(tree, Mapping) or set(tree) - {_TYPES} != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
-    values = _flat(tree["variables"], lambda value: not isinstance(value, Mapping))
+    values = _flat(tree["variables"], lambda value: isinstance(value, QArray | jax.Array))
     operations = _flat(tree["operations"], is_operation)
     model = shared_copy(model)
     by_slot = {_slot_path(site): site for site in _slotted(model)}
@@ -255,6 +255,8 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(tree: Any, is_leaf: Callable[[Any], bool], path: str = "") -> dict[str, Any]:
     if is_leaf(tree):
         return {path: tree}
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"what is saved as {path} is a {type(tree).__name__}, which is none there")
     found = {}
     for key, value in tree.items():
         found |= _flat(value, is_leaf, f"{path}/{key}".strip("/"))

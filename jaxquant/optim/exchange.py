@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import safetensors.numpy
 
-from jaxquant import artifacts
+from jaxquant import artifacts, files
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
@@ -125,6 +124,7 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
 
     Raises:
         ValueError: a folder that exists; something that is no quantized state.
+        OSError: it cannot be written (no space, no permission); nothing of it stays.
 
     >>> import tempfile
     >>> from jaxquant.optim import fixed, quantize_state
@@ -139,12 +139,13 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
     folder = Path(folder)
     if os.path.lexists(folder):
         raise ValueError(f"{folder} exists already; give a new folder")
-    with artifacts.temporary_folder(folder.parent) as temporary:
+    with artifacts.temporary_folder(folder.parent) as temporary, files.writing(folder):
         stored = {name: artifacts.as_stored(x) for name, x in _named(state).items()}
-        safetensors.numpy.save_file(stored, temporary / _ARRAYS)
+        artifacts.write_safetensors(temporary / _ARRAYS, stored)
         body = {
             "state": identity(state.plan),
             "arrays": _described(state),
+            "not_finite": artifacts.not_finite(_named(state)),
             "files": artifacts.digests(temporary),
         }
         artifacts.write(temporary / _HEAD, artifacts.sealed(_KIND, VERSION, body))
@@ -165,7 +166,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
     """
     folder = Path(folder)
     body = _read_head(folder)
-    artifacts.check_digests(folder, body.get("files"), (_ARRAYS,))
+    artifacts.check_digests(folder, body["files"], (_ARRAYS,))
     wanted = _described(like)
     if body["arrays"] != wanted:
         names = sorted(set(wanted) ^ set(body["arrays"])) or [
@@ -179,12 +180,30 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
         raise ValueError(
             f"{folder} was saved of another transformation, policy or set of parameters: {differs}"
         )
-    arrays = artifacts.read_safetensors(folder / _ARRAYS)
-    found = [
-        _placed(artifacts.from_stored(arrays[body["names"].get(name, name)], x.dtype, x.shape), x)
-        for name, x in _named(like).items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(like), found)
+    stored, named = artifacts.read_safetensors(folder / _ARRAYS), _named(like)
+    renamed = {old: new for new, old in body["names"].items()}
+    stored = {renamed.get(name, name): x for name, x in stored.items()}
+    types = {name: (x.dtype, x.shape) for name, x in named.items()}
+    structure = jax.tree.structure(like)
+    try:
+        arrays = artifacts.all_from_stored(stored, types, body["not_finite"])
+        _check_tables(structure.unflatten(arrays[name] for name in named))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / _ARRAYS} holds no such state: {error}") from None
+    return structure.unflatten(_placed(arrays[name], x) for name, x in named.items())
+
+
+def _check_tables(state: QuantizedState) -> None:
+    """Raises a ValueError unless each row of the pool belongs to one page, and the pool has it."""
+    rows = state.pool.shape[1]
+    for shard in range(state.pool.shape[0]):
+        own = [table[shard].ravel() for table in jax.tree.leaves(state.tables)]
+        used = np.concatenate(own) if own else np.zeros(0, np.int32)
+        used = used[used != 0]
+        if used.size and not 0 < used.min() <= used.max() < rows:
+            raise ValueError(f"its tables name rows {used.min()} to {used.max()} of {rows}")
+        if np.unique(used).size < used.size:
+            raise ValueError("its tables give a row to two pages")
 
 
 def _read_head(folder: Path) -> dict[str, Any]:
@@ -194,6 +213,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     """
     path = folder / _HEAD
     body = artifacts.unsealed(path, _KIND, 3, VERSION)
+    body.setdefault("not_finite", None)  # nobody noted it at first
     for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
         if part in body and not isinstance(body[part], kind):
             raise ValueError(f"{path} holds {body[part]!r} as its {part}")
@@ -203,7 +223,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
             body["names"] = {name.removeprefix("."): name for name in body["arrays"]}
             body["arrays"] = {n: body["arrays"][old] for n, old in body["names"].items()}
             body["state"] = from_version_3(body["plan"])
-        return {part: body[part] for part in ("arrays", "state", "files", "names")}
+        return {part: body[part] for part in ("arrays", "state", "files", "names", "not_finite")}
     except KeyError as error:
         raise ValueError(f"{path} does not say its {error}") from None
     except ValueError as error:

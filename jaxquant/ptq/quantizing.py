@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant import storage
+from jaxquant import files, storage
 from jaxquant.nnx.freezing import (
     check_tied,
     check_weight,
@@ -473,9 +473,9 @@ class _Store:
         marker = self.folder / "quantization.json"
         parts = identities()
         if not marker.exists():
-            _write(marker, json.dumps({"fingerprint": parts}).encode())
+            files.write(marker, json.dumps({"fingerprint": parts}))
         try:
-            known = json.loads(marker.read_text())["fingerprint"]
+            known = files.read_json(marker)["fingerprint"]
         except (ValueError, KeyError, TypeError):
             known = None
         if other := difference(known, parts):
@@ -496,9 +496,10 @@ class _Store:
         if self.folder is None or not self._path().exists():
             return None
         try:
-            with np.load(self._path()) as file:
+            with files.opened(self._path()) as opened, np.load(opened) as file:
+                files.check_stored(file.zip)
                 arrays = {name: file[name] for name in file.files}
-            descriptions = json.loads(str(arrays.pop("descriptions")))
+            descriptions = files.parse_json(str(arrays.pop("descriptions")), "what they are")
             found = storage.from_arrays(arrays, descriptions)
         except (ValueError, OSError, KeyError, EOFError, BadZipFile, zlib.error) as error:
             raise ValueError(
@@ -510,17 +511,10 @@ class _Store:
         if self.folder is None:
             return
         arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
-        temporary = self._path().with_suffix(".partial.npz")
         named: dict[str, Any] = {k: np.asarray(v) for k, v in arrays.items()}
-        np.savez(temporary, descriptions=json.dumps(dict(descriptions)), **named)
-        os.replace(temporary, self._path())
+        with files.replacing(self._path()) as file:
+            np.savez(file, descriptions=json.dumps(dict(descriptions)), **named)
 
 
 def _key(path: str) -> str:
     return path.replace("/", ".") or "model"
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

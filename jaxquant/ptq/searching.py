@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
+from jaxquant import files
 from jaxquant.nnx.freezing import frozen_nbytes, quantize_weight, shared_copy, weight_quantizer
 from jaxquant.nnx.modules import read, write
 from jaxquant.nnx.observing import checked, fitting
@@ -252,7 +253,7 @@ class _Known:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
             try:
-                content = json.loads(self._path.read_text())
+                content = files.read_json(self._path)
                 known, self._values = content["fingerprint"], content["losses"]
             except (ValueError, KeyError, TypeError):
                 raise ValueError(
@@ -269,7 +270,5 @@ class _Known:
             self._values[key] = compute()
             if self._path is not None:
                 content = {"fingerprint": self._identities, "losses": self._values}
-                temporary = self._path.with_suffix(".partial")
-                temporary.write_text(json.dumps(content))
-                os.replace(temporary, self._path)
+                files.write(self._path, json.dumps(content))
         return self._values[key]

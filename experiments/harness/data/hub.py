@@ -111,6 +111,8 @@ def _arguments(path: str) -> dict[str, Any]:
         name, _, configuration = path.partition(":")
         return {"path": name, "name": configuration or None}
     files = paths.files_at(path, *_KINDS)
+    for file in files:
+        paths.size(file)
     kinds = {file.suffix for file in files}
     if len(kinds) != 1 or not kinds <= _KINDS.keys():
         raise ValueError(

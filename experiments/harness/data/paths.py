@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxquant.files import Missing, check_regular, read_bytes
+
 
 def files_at(path: str, *suffixes: str) -> list[Path]:
     """The files, sorted.
@@ -24,6 +26,7 @@ def files_at(path: str, *suffixes: str) -> list[Path]:
     except OSError as error:
         raise ValueError(f"data path '{path[:60]}…' cannot be read: {error.strerror}") from None
     if exists and not target.is_dir():
+        size(target)
         return [target]
     if exists:
         found = sorted(
@@ -45,35 +48,36 @@ def read(file: Path) -> bytes:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    with _named(file):
-        content = file.read_bytes()
-        _check_filled(file, len(content))
+    with _there(file):
+        content = read_bytes(file, name=_name(file))
+    _check_filled(file, len(content))
     return content
 
 
 def size(file: Path) -> int:
-    """A file's bytes, as `read` would find them.
+    """A file's bytes, for what reads it piece by piece.
 
     Raises:
-        ValueError: as `read`.
+        ValueError: it is none, is empty, or cannot be read.
     """
-    with _named(file):
-        found = file.stat().st_size if file.is_file() else len(file.read_bytes())
-        _check_filled(file, found)
+    with _there(file):
+        found = check_regular(file, name=_name(file))
+    _check_filled(file, found)
     return found
 
 
 @contextlib.contextmanager
-def _named(file: Path) -> Iterator[None]:
-    """Says of which file it is that the system refuses to read it."""
+def _there(file: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise ValueError(f"data file '{file}' does not exist") from None
-    except OSError as error:
-        raise ValueError(f"data file '{file}' cannot be read: {error.strerror}") from None
+    except Missing:
+        raise ValueError(f"{_name(file)} does not exist") from None
+
+
+def _name(file: Path) -> str:
+    return f"data file '{file}'"
 
 
 def _check_filled(file: Path, found: int) -> None:
     if not found:
-        raise ValueError(f"data file '{file}' is empty")
+        raise ValueError(f"{_name(file)} is empty")

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxquant.files import check_regular
+
+LARGEST = 2**30  # bytes of a tokenizer's file, at most
 SEPARATOR = b"\0"  # between documents of bytes; does not occur in text
 BYTES = 256
 # What stands between documents, by the names that tokenizers give it.
@@ -117,6 +120,8 @@ def load(name: str) -> Tokenizer:
     path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     is_file = path.exists() or path.suffix == ".json"
     read = library.Tokenizer.from_file if is_file else library.Tokenizer.from_pretrained
+    if path.exists():
+        check_regular(path, LARGEST, f"tokenizer file '{path}'")
     try:
         tokenizer = read(str(path) if is_file else name)
     except Exception as error:  # the library raises Exception itself

@@ -1,6 +1,5 @@
 """Files of tokens, mapped into memory: NumPy's ``.npy``, and the ``.bin`` of nanoGPT and of llm.c."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from experiments.harness.data.corpus import (
     of_splits,
 )
 from experiments.harness.data.shards import Shards
+from jaxquant.files import read_json
 
 META = "meta.json"  # beside shards that experiments.tokenize wrote
 UNFINISHED = "unfinished.json"  # while it has not written them all
@@ -82,11 +82,11 @@ def _vocab_of(found: Sequence[Path]) -> int | None:
     meta = _beside(found, META)
     if meta is None:
         return None
-    try:
-        size = json.loads(meta.read_bytes())["vocab_size"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"'{meta}' says no vocab_size: it is not whole") from None
-    if not isinstance(size, int) or not 0 < size <= LARGEST_VOCABULARY:
+    content = read_json(meta, name=f"'{meta}'")
+    if not isinstance(content, dict) or "vocab_size" not in content:
+        raise ValueError(f"'{meta}' says no vocab_size: it is not whole")
+    size = content["vocab_size"]
+    if type(size) is not int or not 0 < size <= LARGEST_VOCABULARY:
         raise ValueError(f"'{meta}' says a vocab_size of {size!r}; it is 1 to {LARGEST_VOCABULARY}")
     return size
 

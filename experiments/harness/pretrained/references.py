@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import functools
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from flax import nnx
 
 from experiments.harness import data
 from experiments.harness.pretrained import files, smollm2
+from jaxquant.files import read_bytes
+
+_LARGEST = 2**26  # bytes of a file of judgements, at most
 
 # ---------------------------------------------------------------------------------------------------
 # Text
@@ -164,15 +168,13 @@ def judgements(name: str, path: Path | str | None = None) -> Judgements:
         file = Path(path) / member
     try:
         return _lee(file) if name == "lee" else _words(name, file)
-    except OSError as error:
-        raise ValueError(f"'{error.filename}' cannot be read: {error.strerror}") from None
     except (ValueError, IndexError) as error:
         raise ValueError(f"'{file}' does not hold the judgements of {name}: {error}") from None
 
 
 def _lee(file: Path) -> Judgements:
-    texts = tuple(file.read_text(encoding="latin-1").rstrip("\n").split("\n"))
-    human = np.loadtxt(file.with_name("similarities0-1.txt"))
+    texts = tuple(_text(file, "latin-1").rstrip("\n").split("\n"))
+    human = np.loadtxt(io.StringIO(_text(file.with_name("similarities0-1.txt"))))
     if len(texts) != 50 or human.shape != (50, 50):
         raise ValueError(
             f"it has {len(texts)} texts and {human.shape} similarities, not 50 and (50, 50)"
@@ -181,9 +183,13 @@ def _lee(file: Path) -> Judgements:
     return Judgements("lee", texts, np.stack(upper, 1), human[upper])
 
 
+def _text(file: Path, encoding: str = "utf-8") -> str:
+    return read_bytes(file, _LARGEST).decode(encoding)
+
+
 def _words(name: str, file: Path) -> Judgements:
-    with open(file, newline="", encoding="utf-8") as lines:
-        rows = [row for row in csv.reader(lines, delimiter="\t") if not row[0].startswith("#")]
+    lines = io.StringIO(_text(file), newline="")
+    rows = [row for row in csv.reader(lines, delimiter="\t") if not row[0].startswith("#")]
     if len(rows) != int(name[-3:]):
         raise ValueError(f"it has {len(rows)} pairs, not {name[-3:]}")
     texts = tuple(dict.fromkeys(word for row in rows for word in row[:2]))
