@@ -163,23 +163,23 @@ def twice(table):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (changed(".pool", lambda x: x[:, :-1]), r"\.pool is uint8.*; got uint8"),
-        (changed(".pool", lambda x: x.view(np.int8)), r"\.pool is uint8.*; got int8"),
-        (changed(".step", lambda x: x.astype(np.float32)), r"\.step is int32.*; got float32"),
-        (changed(".scales[0][0]", lambda x: x.swapaxes(1, 2)[..., :0]), r"scales.*; got bfloat16"),
+        (changed("pool", lambda x: x[:, :-1]), r"pool is uint8.*; got uint8"),
+        (changed("pool", lambda x: x.view(np.int8)), r"pool is uint8.*; got int8"),
+        (changed("step", lambda x: x.astype(np.float32)), r"step is int32.*; got float32"),
+        (changed("scales[0][0]", lambda x: x.swapaxes(1, 2)[..., :0]), r"scales.*; got bfloat16"),
         (
-            changed(".scales[0][0]", lambda x: x * x.dtype.type("nan")),
+            changed("scales[0][0]", lambda x: x * x.dtype.type("nan")),
             "scales.* has a NaN or an Inf",
         ),
-        (changed(".exact[1]", lambda x: x * np.float32("nan")), "exact.* has a NaN or an Inf"),
-        (changed(".tables[0][0]", lambda x: x + np.int32(10_000)), "its tables name rows"),
-        (changed(".tables[0][0]", lambda x: -x), "its tables name rows"),
-        (changed(".tables[0][0]", twice), "its tables give a row to two pages"),
+        (changed("exact[1]", lambda x: x * np.float32("nan")), "exact.* has a NaN or an Inf"),
+        (changed("tables[0][0]", lambda x: x + np.int32(10_000)), "its tables name rows"),
+        (changed("tables[0][0]", lambda x: -x), "its tables name rows"),
+        (changed("tables[0][0]", twice), "its tables give a row to two pages"),
         (
-            lambda a: {k: v for k, v in a.items() if k != ".pool"},
-            r"arrays that are missing: \.pool",
+            lambda a: {k: v for k, v in a.items() if k != "pool"},
+            r"arrays that are missing: pool",
         ),
-        (lambda a: a | {".more": a[".pool"]}, r"arrays without a description: \.more"),
+        (lambda a: a | {"more": a["pool"]}, r"arrays without a description: more"),
     ],
 )
 def test_arrays_are_held_to_what_was_written(tmp_path, change, message):
