@@ -40,7 +40,7 @@ def adaptive(
     Every `interval` steps pages are scored, whole bits are allocated by reverse water-filling
     (`jaxquant.optim.budget`), pages that lose bits are coded again in fewer rows, and those that gain take
     the rows so freed.  It all happens inside the compiled step: tables are data.  Raising brings nothing back
-    that lower widths lost.
+    that lower widths lost.  States of few elements stay exact, with a warning, as of `even`.
 
     Args:
         budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty

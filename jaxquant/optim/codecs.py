@@ -96,6 +96,12 @@ class Companded(Codec):
     c = 1 gives even steps.  At c = 0.3 and 5 bits the squared error on Gaussian and heavier tails is that of
     a 5-bit NF codebook, or less, and neither direction looks anything up.
 
+    To nearest, a momentum whose step (1 − β) |g − m| is less than half of the way to the next level stays
+    where it is.  At β = 0.9 and 5 bits that is rare.  At β = 0.99 it is the rule: where gradients change
+    their signs around an optimum, momentum drives on past it, and more bits need not help.  At 3, 4, 5 and 6
+    bits such an error was 1.7, 1.9, 2.0 and 0.8, where float32 has 0.003; rounded stochastically it was 0.2,
+    0.03, 0.008 and 0.004.  Then use `stochastic`.
+
     Args:
         linear: c, from 1/256 to 1; the nearest multiple of 1/256 is taken, whose products are exact.
         stochastic: round up with the probability that keeps the mean, instead of to nearest.

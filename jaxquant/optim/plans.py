@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,11 @@ class Plan:
     fills: bool = False
 
     @property
+    def shards(self) -> int:
+        """Parts of the pool, which devices can share among them."""
+        return self.runs[0].shards if self.runs else 1
+
+    @property
     def coded(self) -> frozenset[int]:
         """Indices of the parameters whose state is coded."""
         return frozenset(p for run in self.runs for p in run.parameters)
@@ -61,7 +67,7 @@ class Plan:
         """Bits of each page to begin with, by run and slot: the most that one of its leaves has."""
         found = self._asked()
         if self.fills:
-            for shard in range(self.runs[0].shards):
+            for shard in range(self.shards):
                 self._fill([[widths[shard] for widths in slots] for slots in found])
         return found
 
@@ -125,22 +131,114 @@ def make_plan(
         adaptation=policy.update,
     )
     if policy.budget_bits is None:
-        return dataclasses.replace(plan, rows=_rows(plan))
-    return _within(plan, policy.budget_bits)
+        plan = dataclasses.replace(plan, rows=_rows(plan))
+    else:
+        plan = _within(plan, policy.budget_bits)
+    _warn_of_few_bits(plan)
+    return plan
 
 
 def _rows(plan: Plan) -> int:
     """Rows that the fullest shard's pages take."""
     return max(
         sum(int(widths[shard].sum()) for slots in plan._asked() for widths in slots)
-        for shard in range(plan.runs[0].shards)
+        for shard in range(plan.shards)
     )
 
 
+# Codes of a bit less lose, whatever is trained: momentum of 2 bits stands still or diverges.
+_LEAST_SIGNED, _LEAST_OTHERS = 3, 2
+# Elements of a state that may stay exact as a whole, whatever the budget: a few pages.
+_FEW = 2**15
+
+
 def _within(plan: Plan, budget_bits: float) -> Plan:
+    """The plan within a budget; runs of which pages and scales leave too little for codes stay exact."""
+    order = sorted(plan.runs, key=_elements)
+    found, refusal = [], None
+    for count in range(len(order)):
+        kept = _without(plan, order[:count], budget_bits)
+        try:
+            found.append(_fitted(kept, budget_bits))
+        except ValueError as error:
+            refusal = refusal or error
+            continue
+        if not _is_starved(found[-1], budget_bits):
+            _warn_of_kept(order[:count], budget_bits)
+            return found[-1]
+    # Whoever asks for less than such codes take has them.
+    if sum(map(_elements, order)) > _FEW or budget_bits < _LEAST_SIGNED:
+        if refusal is not None and not found:
+            raise refusal
+        return found[0]
+    _warn_of_kept(order, budget_bits, "; that is more than the budget, which is for larger states")
+    return dataclasses.replace(_without(plan, order, budget_bits), adaptation=None)
+
+
+def _elements(run: Run) -> int:
+    return sum(leaf.size for slot in run.leaves for leaf in slot)
+
+
+def _is_starved(plan: Plan, budget_bits: float) -> bool:
+    """Whether codes are too narrow, since most of the budget goes to what lies beside them."""
+    widths = np.concatenate([w[w > 0] for slots in plan.widths() for w in slots])
+    return _narrow(plan) != [] and float(widths.mean()) <= budget_bits / 2
+
+
+def _narrow(plan: Plan) -> list[tuple[Leaf, int]]:
+    """The leaves of which a page has fewer bits to begin with than codes need, and how many."""
+    found = []
+    for run, codecs, slots in zip(plan.runs, plan.codecs, plan.widths(), strict=True):
+        for leaves, codec, widths in zip(run.leaves, codecs, slots, strict=True):
+            least = int(widths[widths > 0].min())
+            if least < (_LEAST_SIGNED if codec.signed else _LEAST_OTHERS):
+                found += [(leaf, least) for leaf in leaves]
+    return found
+
+
+def _without(plan: Plan, runs: Sequence[Run], budget_bits: float) -> Plan:
+    """The plan whose leaves of some runs stay exact."""
+    coded = [x for x in zip(plan.runs, plan.codecs, plan.bits, strict=True) if x[0] not in runs]
+    kept = [
+        _kept(leaf, f"pages of {leaf.size} elements leave {budget_bits} bits too little for codes")
+        for run in runs
+        for slot in run.leaves
+        for leaf in slot
+    ]
+    own = tuple(zip(*coded, strict=True)) or ((), (), ())
+    exact = tuple(sorted((*plan.exact, *kept), key=lambda e: e.index))
+    return dataclasses.replace(plan, runs=own[0], codecs=own[1], bits=own[2], exact=exact)
+
+
+def _warn_of_kept(runs: Sequence[Run], budget_bits: float, more_said: str = "") -> None:
+    leaves = [leaf for run in runs for slot in run.leaves for leaf in slot]
+    if not leaves:
+        return
+    names = ", ".join(f"{leaf.slot}/{leaf.path}" for leaf in leaves[:4])
+    more = f" and {len(leaves) - 4} others" if len(leaves) > 4 else ""
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    warnings.warn(
+        f"{names}{more} stay exact, {nbytes:,} bytes: of {budget_bits} bits an element, pages, tables and "
+        f"scales would leave fewer to codes than these need{more_said}",
+        stacklevel=2,
+    )
+
+
+def _warn_of_few_bits(plan: Plan) -> None:
+    if narrow := _narrow(plan):
+        leaf, bits = narrow[0]
+        more = f" and {len(narrow) - 1} others" if len(narrow) > 1 else ""
+        warnings.warn(
+            f"codes of {leaf.slot}/{leaf.path}{more} have as few as {bits} bits to begin with, and training "
+            f"stands still or diverges; momentum needs {_LEAST_SIGNED} or more, others {_LEAST_OTHERS}",
+            stacklevel=2,
+        )
+
+
+def _fitted(plan: Plan, budget_bits: float) -> Plan:
     """The plan with the rows of a budget, and all pages as wide as these allow."""
     elements = sum(math.prod(leaf.shape) for leaf in (*plan.leaves, *plan.exact))
-    shards, spent = plan.runs[0].shards, _overhead(plan)
+    shards, spent = plan.shards, _overhead(plan)
     rows = int((budget_bits * elements / 8 - spent) // (ROW * shards))
     alike = [_alike(plan, width) for width in range(1, PLANES + 1)]
     fitting = [p for p in alike if _rows(p) <= rows]
@@ -165,7 +263,7 @@ def _alike(plan: Plan, width: int) -> Plan:
 
 def _overhead(plan: Plan) -> int:
     """Bytes of all but the codes: scales, tables, exact leaves, what the policy remembers, and the like."""
-    found = 8 + ROW * plan.runs[0].shards
+    found = 8 + ROW * plan.shards
     found += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan.exact)
     for run, codecs in zip(plan.runs, plan.codecs, strict=True):
         count = math.prod(run.grid)

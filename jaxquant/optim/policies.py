@@ -48,7 +48,10 @@ class Adaptation:
 def even(budget_bits: float) -> Policy:
     """As wide as a budget allows, everywhere nearly alike and always: what adaptive widths are to beat.
 
-    Rows that are left go to pages of signed states, in their order, then to the others.
+    Rows that are left go to pages of signed states, in their order, then to the others.  Of so few elements
+    that pages and scales take more than half of the budget, and codes would have less than 3 bits of signed
+    states and 2 of others, the state stays exact, with a warning: within the budget where there is more than
+    that, beyond it where a whole state of at most 32,768 elements is so.
 
     Args:
         budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty

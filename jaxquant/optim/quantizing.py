@@ -66,7 +66,8 @@ def quantize_state(
     A gradient that is not finite spoils the block of 128 elements that it is in, not its own element alone:
     wrap `optax.apply_if_finite` around or inside.  Derivatives pass through a step's updates, not through the
     state from one step to the next.  Scales, tables and half-empty pages weigh on small models: below some
-    100,000 elements a budget buys fewer bits of codes than its number says; `report` shows what they take.
+    100,000 elements a budget buys fewer bits of codes than its number says, and of the smallest the state
+    stays exact, with a warning; `report` shows what they take.
 
     Args:
         tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.

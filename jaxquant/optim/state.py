@@ -162,9 +162,10 @@ def _holds(dtype: Any, other: Any) -> bool:
 def empty(plan: Plan, exact: Any) -> QuantizedState:
     """State of zeros, at the plan's first widths, around what `without_codes` gives."""
     widths = plan.widths()
-    shards = plan.runs[0].shards
+    shards = plan.shards
     by_shard = [
-        np.concatenate([w[s].ravel() for slots in widths for w in slots]) for s in range(shards)
+        np.concatenate([np.zeros(0, int), *(w[s].ravel() for slots in widths for w in slots)])
+        for s in range(shards)
     ]
     stores = [pages.empty(bits, plan.rows) for bits in by_shard]
     table = jnp.stack([store.table for store in stores])
@@ -186,7 +187,7 @@ def empty(plan: Plan, exact: Any) -> QuantizedState:
 
 def layout(state: QuantizedState) -> QuantizedState:
     """The sharding of each array by the plan's mesh: what has an axis of shards is spread over it."""
-    mesh, axis, shards = state.plan.mesh, state.plan.axis, state.plan.runs[0].shards
+    mesh, axis, shards = state.plan.mesh, state.plan.axis, state.plan.shards
     assert mesh is not None
     spread, alike = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
 
