@@ -95,6 +95,7 @@ def make_plan(
     params: Any,
     shards: Mapping[str, int],
     spec: Spec,
+    extra: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan for some parameters, in so many shards along each axis, and cut as they are.
 
@@ -102,17 +103,18 @@ def make_plan(
         ValueError: no leaf that can be coded; a codec that cannot hold what its leaf may be; a budget below
             the least possible.
     """
-    leaves, exact = find(tx, params)
-    widths = {leaf: policy.init(leaf) for leaf in leaves}
-    kept = f"the policy keeps it ({policy.name})"
-    exact += [_kept(leaf, kept) for leaf, bits in widths.items() if bits is None]
+    leaves, exact = find(tx, params, extra)
+    named = policy.kept(leaves, exact)
+    widths = {leaf: None if leaf in named else policy.init(leaf) for leaf in leaves}
+    for leaf, bits in widths.items():
+        why = f"keep={named[leaf]!r}" if leaf in named else policy.name
+        exact += [_kept(leaf, f"the policy keeps it ({why})")] * (bits is None)
     chosen = {leaf: bits for leaf, bits in widths.items() if bits is not None}
     if policy.budget_bits is None:
         for leaf, bits in chosen.items():
             check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}")
     if not chosen:
-        reasons = "; ".join(sorted({e.reason for e in exact})) or "it is empty"
-        raise ValueError(f"no leaf of the optimizer's state can be quantized: {reasons}")
+        raise ValueError(f"no leaf of the optimizer's state can be quantized: {_reasons(exact)}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
     cut = lambda leaf: cut_of(leaf.shape, spec(leaf.path, leaf.shape), shards)  # noqa: E731
     runs = arrange(list(chosen), dtypes, math.prod(shards.values()), cut)
@@ -146,9 +148,11 @@ def _within(plan: Plan, budget_bits: float) -> Plan:
     fitting = [p for p in alike if _rows(p) <= rows]
     if not fitting:
         least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
+        large = [leaf for leaf in plan.exact if math.prod(leaf.shape) >= BLOCK]
         raise ValueError(
             f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
             f"{8 * spent / elements:.2f} are scales, tables and exact leaves; got {budget_bits}"
+            + (f" (exact: {_reasons(large)})" if large else "")
         )
     # More rows than pages of 8 bits take would only lie idle.
     return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])), fills=True)
@@ -177,6 +181,15 @@ def _overhead(plan: Plan) -> int:
     score = plan.adaptation.score
     memory = jax.eval_shape(lambda: score.init(plan))
     return found + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
+
+
+def _reasons(exact: Sequence[Exact]) -> str:
+    """Why leaves are exact: each reason once, with the slots that it is of."""
+    slots: dict[str, list[str]] = {}
+    for leaf in exact:
+        slots.setdefault(leaf.reason, []).append(leaf.slot)
+    found = [f"{why} ({', '.join(dict.fromkeys(own))})" for why, own in slots.items()]
+    return "; ".join(sorted(found)) or "it is empty"
 
 
 def _kept(leaf: Leaf, reason: str) -> Exact:
