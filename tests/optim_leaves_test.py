@@ -1,4 +1,4 @@
-"""What a leaf of the state is, is found in the traced update: parameters, sums, signs; not in names of fields."""
+"""What a leaf of the state is, is found in the traced update: parameters, sums, signs; no names of fields."""
 
 import collections
 from typing import Any, cast
