@@ -214,7 +214,7 @@ def test_what_fades_is_coded(name):
 
 # Slots of optax's own that are to stay exact, with a word of the reason.
 KEPT = {
-    "prodigy": (contrib.prodigy(), {"params0": "starts"}),
+    "prodigy": (contrib.prodigy(), {"params0": "starts", "grad_sum": "fades"}),
     "mechanize": (contrib.mechanize(optax.sgd(1.0, 0.9)), {"x0": "starts"}),
     "cocob": (contrib.cocob(), {"2/init_particles": "starts", "2/cumulative_gradients": "fades"}),
     "schedule_free": (contrib.schedule_free_adamw(1e-2), {"z": "starts"}),
