@@ -83,7 +83,7 @@ SQUARES = {
     "a root": lambda v, g: jnp.sqrt(0.9 * v**2 + 0.1 * g**2),
     "a norm": lambda v, g: 0.9 * v + 0.1 * jnp.mean(g**2, keepdims=True),
     "clipped": lambda v, g: jnp.clip(v + g, 0.0, 1.0),
-    "a factor": lambda v, g: v * jnp.where(g > 0, 1.2, 0.5) + 1e-3,
+    "a factor": lambda v, g: v * jnp.where(g > 0, 0.9, 0.5) + 1e-3,
 }
 SIGNED = {
     "a gradient": lambda v, g: 0.9 * v + 0.1 * g,
@@ -187,6 +187,15 @@ SUMS = {
     "a slow average": lambda s, g, c: 0.9999 * s + 0.0001 * g,
     "a branch": lambda s, g, c: jax.lax.cond(c % 4 == 3, lambda: 0.5 * s, lambda: s - g),
 }
+
+
+def test_what_is_multiplied_by_more_than_one_is_kept():
+    step = lambda g, p, c, s: (g, jnp.clip(s * jnp.where(g > 0, 1.2, 0.5), 1e-6, 50.0))  # noqa: E731
+    (reason,) = slots(made(step, lambda p: jnp.full_like(p, 0.1)))[1].values()
+    assert "would grow" in reason
+    assert slots(optax.rprop(1e-3))[0] == {"0/prev_updates": True}
+
+
 FADING = {
     "a momentum": lambda s, g, c: 0.9 * s + g,
     "a step towards": lambda s, g, c: s + 0.1 * (g - s),
@@ -271,6 +280,7 @@ def test_what_an_update_is_given_by_name_is_asked_for():
     [
         optax.lbfgs(),
         contrib.momo(),
+        contrib.sophia(1e-2),
         contrib.sam(optax.adam(1e-2), optax.sgd(1e-2), opaque_mode=True),
     ],
 )

@@ -158,20 +158,25 @@ def _traits(tx: Any, params: Any, state: Any, extra: dict[str, Any]) -> list[Tra
     """
     tx, raised = optax.with_extra_args_support(tx), None
     value = {"value": jax.ShapeDtypeStruct((), jnp.float32)}
-    search = {"grad": params, "value_fn": _total}
-    for given in ({}, value, value | search, {"grad_fn": lambda params, step: params}):
+    search = {**value, "grad": params, "value_fn": _some_loss}
+    second = {**value, "obj_fn": _some_loss}
+    gradient = {"grad_fn": lambda params, step: jax.grad(_some_loss)(params)}
+    for given in ({}, value, search, second, gradient):
         try:
             return traits_of(tx, params, state, {**given, **extra})
         except Exception as error:  # whatever the transformation raises for want of an argument
             raised = raised or error
+    first = next(iter(str(raised).splitlines()), "")
     raise ValueError(
-        "the update of the transformation cannot be traced from the shapes of parameters; what it is given "
-        f"by name is given to quantize_state as extra={{'name': value}} ({type(raised).__name__}: {raised})"
+        "the update cannot be traced for updates like the parameters; what it is given by name is given to "
+        "quantize_state as extra={'name': value}; what takes other updates goes around quantize_state "
+        f"({type(raised).__name__}: {first})"
     ) from raised
 
 
-def _total(params: Any) -> jax.Array:
-    return sum((jnp.sum(x) for x in jax.tree.leaves(params)), jnp.zeros(()))
+def _some_loss(params: Any) -> jax.Array:
+    """A loss of which nothing can be said: neither it nor its derivatives have a sign."""
+    return sum((jnp.sum(x * jnp.sin(x)) for x in jax.tree.leaves(params)), jnp.zeros(()))
 
 
 def _kept(trait: Trait) -> str | None:
@@ -180,6 +185,8 @@ def _kept(trait: Trait) -> str | None:
         return trait.of_parameters
     if trait.is_signed and not trait.fades:
         return "it fades slowly or not at all, so that what is rounded away would add up"
+    if trait.grows:
+        return "what is rounded away would grow: it is multiplied by more than 1"
     if trait.is_signed and trait.divides:
         return "something is divided by it, and it may be negative"
     return None

@@ -35,12 +35,14 @@ class Trait:
         is_signed: whether it may be negative; what cannot be excluded may be.
         fades: whether what rounding does to it fades soon: its new value holds the old one times something
             below 0.999, or not at all, or is the old one untouched.
+        grows: whether that is times something above 1, as far as is known.
         divides: whether something is divided by it, or by its root, element by element.
         of_parameters: how it is made of the parameters themselves, in words; empty where it is not.
     """
 
     is_signed: bool = True
     fades: bool = True
+    grows: bool = False
     divides: bool = False
     of_parameters: str = ""
 
@@ -70,23 +72,32 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
     after = program.outputs[len(program.outputs) - total :]
     first = bounds_of(init, {})
     begin = [first[n].whole for n in init.outputs]
-    bounds = _inductive(program, own, after, begin)
+    bounds = _inductive(program, own, after, begin, program.inputs[count : 2 * count])
     taints = _taints(program, own, after, count)
     makers = _made_of(init, first)
     users = _users(program)
-    return [
-        Trait(
+    given = frozenset(program.inputs[count : 2 * count])
+
+    def trait(old: int, new: int, start: Interval, made: str, taint: set[str]) -> Trait:
+        held = _held(program, bounds, old, new)
+        follows = taint == {"params"} and _is_linear(bounds[new], given)
+        return Trait(
             is_signed=min(bounds[new].whole[0], start[0]) < 0,
-            fades=_fades(program, bounds, old, new),
+            fades=held < _FADES,
+            grows=1 < held < math.inf,
             divides=_divides(program, users, bounds, (old, new)),
-            of_parameters=made or ("it follows the parameters" if taint == {"params"} else ""),
+            of_parameters=made or ("it follows the parameters" if follows else ""),
         )
-        for old, new, start, made, taint in zip(own, after, begin, makers, taints, strict=True)
-    ]
+
+    return [trait(*row) for row in zip(own, after, begin, makers, taints, strict=True)]
 
 
 def _inductive(
-    program: Program, own: Sequence[int], after: Sequence[int], begin: Sequence[Interval]
+    program: Program,
+    own: Sequence[int],
+    after: Sequence[int],
+    begin: Sequence[Interval],
+    params: Sequence[int],
 ) -> list[Bound]:
     """The bounds of an update's values, at any step from the second on: the first often differs.
 
@@ -96,7 +107,7 @@ def _inductive(
     """
     arrays = frozenset(
         n
-        for n in own
+        for n in (*own, *params)
         if program.size(n) > 1 and jax.dtypes.issubdtype(program.specs[n].dtype, np.floating)
     )
     first = bounds_of(program, dict(zip(own, begin, strict=True)))
@@ -176,17 +187,24 @@ def _taints(
     return [set(x) for x in before]
 
 
+def _is_linear(bound: Bound, values: frozenset[int]) -> bool:
+    """Whether some of the values are added to others in it, times numbers that are known."""
+    own = [c for n, c in bound.linear.items() if n in values]
+    return bool(own) and all(map(math.isfinite, sum(own, ())))
+
+
 # ---------------------------------------------------------------------------------------------------
 # What rounding does
 
 
-def _fades(program: Program, bounds: Sequence[Bound], old: int, new: int) -> bool:
-    """Whether the coefficient with which a leaf enters its new value is small wherever it changes."""
+def _held(program: Program, bounds: Sequence[Bound], old: int, new: int) -> float:
+    """The largest coefficient with which a leaf enters its new value where that is another."""
+    found = 0.0
     for case in _cases(program, bounds, new):
         low, high = bounds[case].linear.get(old, ZERO)
-        if max(-low, high) >= _FADES and not _is_untouched(program, bounds[case], case, old):
-            return False
-    return True
+        if not _is_untouched(program, bounds[case], case, old):
+            found = max(found, -low, high)
+    return found
 
 
 def _is_untouched(program: Program, bound: Bound, new: int, old: int) -> bool:
