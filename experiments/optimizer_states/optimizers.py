@@ -276,7 +276,7 @@ def cases() -> dict[str, Callable[[Policy | None], Case]]:
 def parameters() -> dict[str, jax.Array]:
     """A matrix of which every element is learned, and a bias below the size that is coded."""
     rng = np.random.default_rng(0)
-    return {"w": jnp.float32(rng.normal(size=(64, 32)) / 8), "b": jnp.zeros(32)}
+    return {"w": jnp.array(rng.normal(size=(64, 32)) / 8, jnp.float32), "b": jnp.zeros(32)}
 
 
 @functools.cache
@@ -286,7 +286,8 @@ def _batches(steps: int, noise: float, size: int) -> tuple[np.ndarray, np.ndarra
     # Inputs of unlike sizes: some directions are learned soon, others late.
     x = rng.normal(size=(steps, size, 64)) * np.geomspace(2.0, 0.2, 64)
     y = np.tanh(x @ np.random.default_rng(1).normal(size=(64, 32)) / 4)
-    return np.float32(x), np.float32(y + noise * rng.normal(size=y.shape))
+    y += noise * rng.normal(size=y.shape)
+    return x.astype(np.float32), y.astype(np.float32)
 
 
 def _loss(params: Any, batch: Any) -> jax.Array:
