@@ -295,7 +295,8 @@ def test_optax_own_arguments_need_no_name(tx):
 
 def test_sm3_is_updated():
     params = {"w": jnp.ones((128, 128)), "b": jnp.zeros(256)}
-    tx, plain = quantize_state(optax.sm3(1e-2), fixed(8)), optax.sm3(1e-2)
+    plain: Any = optax.sm3(1e-2)
+    tx: Any = quantize_state(plain, fixed(8))
     state, exact = tx.init(params), plain.init(params)
     for i in range(2):
         gradients = jax.tree.map(

@@ -212,10 +212,10 @@ WRAPPERS: dict[str, Callable[[Any], Case]] = {
     "apply_if_finite": lambda tx: Case(optax.apply_if_finite(tx, 3)),
     "chain": lambda tx: Case(optax.chain(optax.clip_by_global_norm(1.0), tx)),
     "conditionally_mask": lambda tx: Case(
-        optax.conditionally_mask(tx, lambda step, **_: step % 2 == 0)
+        optax.conditionally_mask(tx, lambda step, **_: jnp.asarray(step) % 2 == 0)
     ),
     "conditionally_transform": lambda tx: Case(
-        optax.conditionally_transform(tx, lambda step, **_: step >= 0)
+        optax.conditionally_transform(tx, lambda step, **_: jnp.asarray(step) >= 0)
     ),
     "flatten": lambda tx: Case(optax.flatten(tx)),
     "inject_hyperparams": lambda tx: Case(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -85,7 +85,7 @@ def bounds_of(
 def of_constant(value: Any) -> Interval:
     """The interval of a value that is known."""
     dtype = getattr(value, "dtype", np.result_type(type(value)))
-    is_number = any(jax.dtypes.issubdtype(dtype, t) for t in (np.floating, np.integer, np.bool_))
+    is_number = any(jnp.issubdtype(dtype, t) for t in (np.floating, np.integer, np.bool_))
     if isinstance(value, Tracer) or not is_number:
         return ANYTHING
     array = np.asarray(value).astype(np.float64)
@@ -96,13 +96,13 @@ def of_constant(value: Any) -> Interval:
 
 def _held(dtype: Any, whole: Interval) -> Interval:
     """What is left of an interval in values of some type."""
-    if jax.dtypes.issubdtype(dtype, np.floating):
+    if jnp.issubdtype(dtype, np.floating):
         return whole
-    if jax.dtypes.issubdtype(dtype, np.bool_):
+    if jnp.issubdtype(dtype, np.bool_):
         return max(whole[0], 0.0), min(whole[1], 1.0)
-    if jax.dtypes.issubdtype(dtype, np.unsignedinteger):
+    if jnp.issubdtype(dtype, np.unsignedinteger):
         return NON_NEGATIVE
-    if jax.dtypes.issubdtype(dtype, np.signedinteger):  # those that were no whole numbers are cut
+    if jnp.issubdtype(dtype, np.signedinteger):  # those that were no whole numbers are cut
         low, high = whole
         return _finite(math.floor, low), _finite(math.ceil, high)
     return ANYTHING

@@ -136,7 +136,7 @@ def find(
 
 def _dtype(leaf: Any) -> Any:
     """A leaf's type; JAX's own where NumPy has none such, as of keys of random numbers."""
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended)
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     return leaf.dtype if is_key else np.dtype(leaf.dtype)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.bounds import ANYTHING, NON_NEGATIVE, ZERO, Bound, Interval, bounds_of, names_of
@@ -108,7 +109,7 @@ def _inductive(
     arrays = frozenset(
         n
         for n in (*own, *params)
-        if program.size(n) > 1 and jax.dtypes.issubdtype(program.specs[n].dtype, np.floating)
+        if program.size(n) > 1 and jnp.issubdtype(program.specs[n].dtype, np.floating)
     )
     first = bounds_of(program, dict(zip(own, begin, strict=True)))
     suppose = [first[n].whole for n in after]
