@@ -17,6 +17,7 @@ from jaxquant.optim.tracing import Program
 
 PARAMS = {"w": jnp.linspace(-1, 1, 16 * 16).reshape(16, 16)}
 KEY = jax.random.key(0)
+ROLES = {"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}
 
 
 @pytest.fixture(autouse=True)
@@ -252,6 +253,36 @@ def test_where_nothing_can_be_coded_the_slots_are_named_with_the_reason():
         tx.init(PARAMS)
 
 
+@pytest.mark.parametrize(
+    "tx", [optax.lion(1e-3), optax.ema(0.98), contrib.simplified_ademamix(1e-3), optax.adan(1e-3)]
+)
+def test_slow_states_of_too_few_bits_are_refused_by_name(tx):
+    for policy in (fixed(5, 4), by_role({**ROLES, "matrix": (5, 4)})):
+        with pytest.raises(ValueError, match=r"ema|mu|0/m.*give it 6 or more.* or keep it exact"):
+            quantize_state(tx, policy).init(PARAMS)
+    assert report(quantize_state(tx, fixed(6, 4)).init(PARAMS))
+
+
+def test_a_slow_average_in_few_bits_follows_gradients_that_turn():
+    """Nearest rounding would leave it where it was: a step is less than half a level."""
+    plain: Any = optax.ema(0.99, debias=False)
+    tx: Any = quantize_state(plain, fixed(6))
+    gradients = jax.random.uniform(KEY, (200, 64, 64), minval=0.5)
+    gradients *= jnp.where(jnp.arange(200) < 100, 1.0, -1.0)[:, None, None]
+
+    def step(states, g):
+        both = zip((tx, plain), states, strict=True)
+        found = [t.update({"w": g}, s) for t, s in both]
+        return [s for _, s in found], [jnp.mean(u["w"]) for u, _ in found]
+
+    params = {"w": gradients[0]}
+    states = [tx.init(params), plain.init(params)]
+    _, (found, exact) = jax.jit(lambda s: jax.lax.scan(step, s, gradients))(states)
+    np.testing.assert_allclose(found[-50:], exact[-50:], atol=0.02)
+    coded = [x for slot in (optax.adam, optax.lion) for x in find(slot(1e-3), PARAMS)[0]]
+    assert [x.is_slow for x in coded if x.is_signed] == [False, True]
+
+
 # ---------------------------------------------------------------------------------------------------
 # What an update is given by name
 
@@ -324,7 +355,6 @@ def test_a_budget_that_sums_of_gradients_exceed_says_so():
 # ---------------------------------------------------------------------------------------------------
 # Exempt by name
 
-ROLES = {"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}
 POLICIES = {
     "fixed": lambda keep: fixed(5, 4, keep=keep),
     "by_role": lambda keep: by_role(ROLES, keep=keep),

@@ -389,20 +389,30 @@ def within(row: Mapping[str, Any]) -> bool:
     return all(
         row[name] <= 1.25 * row["plain"] + share * row["first"]
         for name, share in shares.items()
-        if name in row
+        if isinstance(row.get(name), float)
     )
+
+
+def described(make: Callable[[Policy | None], Case]) -> dict[str, str]:
+    """What is known of a row without a step."""
+    kind = kind_of(make)
+    return {"kind": kind.name, "slots": kind.slots}
 
 
 def measured(
     make: Callable[[Policy | None], Case], widths: Mapping[str, Policy] = WIDTHS
 ) -> dict[str, Any]:
     """A row: losses, where the state is not refused."""
-    kind = kind_of(make)
-    row: dict[str, Any] = {"kind": kind.name, "slots": kind.slots}
-    if kind.refusal:
+    row: dict[str, Any] = described(make)
+    if row["kind"] == "refused":
         return row
     row["first"], row["plain"] = trained(make(None))
-    return row | {name: trained(make(policy))[1] for name, policy in widths.items()}
+    for name, policy in widths.items():
+        try:
+            row[name] = trained(make(policy))[1]
+        except ValueError as error:
+            row[name] = f"refused: {error}"
+    return row
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -412,9 +422,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
-        losses = [f"{row[k]:.4f}" if k in row else "" for k in ("plain", *WIDTHS)]
+        losses = [_shown(row.get(k, "")) for k in ("plain", *WIDTHS)]
         lines.append(f"| {name} | {row['kind']} | {row['slots']} | {' | '.join(losses)} |")
     return "\n".join(lines)
+
+
+def _shown(loss: float | str) -> str:
+    return loss if isinstance(loss, str) else f"{loss:.4f}"
 
 
 def parts() -> str:
@@ -442,6 +456,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RECORDS.write_text(json.dumps({k: rows[k] for k in known if k in rows}, indent=1) + "\n")
     if given.names:
         return
+    rows = {k: rows.get(k) or described(make) for k, make in known.items()}
+    RECORDS.write_text(json.dumps(rows, indent=1) + "\n")
     text = README.read_text()
     head, tail = text.split(BEGIN)[0], text.split(END)[1]
     body = table({k: rows[k] for k in known if k in rows})

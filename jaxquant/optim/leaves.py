@@ -35,6 +35,7 @@ class Leaf:
         dtype: of the state.
         role: one of `ROLES`.
         is_signed: whether it may hold negative numbers.
+        is_slow: whether a step changes it by a few hundredths at most, which nearest rounding would not show.
     """
 
     index: int
@@ -45,6 +46,7 @@ class Leaf:
     dtype: np.dtype
     role: str
     is_signed: bool
+    is_slow: bool = False
 
     @property
     def size(self) -> int:
@@ -130,7 +132,8 @@ def find(
             exact.append(Exact(index, path, slot, leaf.shape, dtype, reason or "", owner))
             continue
         role = role_of(name, leaf.shape)
-        leaves.append(Leaf(index, owner, name, slot, leaf.shape, dtype, role, trait.is_signed))
+        kind = role, trait.is_signed, trait.slow
+        leaves.append(Leaf(index, owner, name, slot, leaf.shape, dtype, *kind))
     return leaves, exact
 
 

@@ -83,9 +83,17 @@ class Plan:
             left -= len(able)
 
 
+SLOW_BITS = (
+    6  # Lion's and Adan's momenta of 0.98 and more: 5 bits end far from full precision, 6 near it
+)
+
+
 def default_codec(leaf: Leaf) -> Codec:
-    """`Companded` for a state of either sign, `Logarithmic` for one that is never negative."""
-    return Companded() if leaf.is_signed else Logarithmic()
+    """`Companded` for a state of either sign, stochastic where it moves slowly; `Logarithmic` for the others.
+
+    Rounded to nearest, what moves by less than half a level in a step stands still.
+    """
+    return Companded(stochastic=leaf.is_slow) if leaf.is_signed else Logarithmic()
 
 
 def make_plan(
@@ -113,6 +121,7 @@ def make_plan(
     if policy.budget_bits is None:
         for leaf, bits in chosen.items():
             check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}")
+            _check_slow(leaf, bits)
     if not chosen:
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {_reasons(exact)}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
@@ -129,6 +138,16 @@ def make_plan(
     if policy.budget_bits is None:
         return dataclasses.replace(plan, rows=_rows(plan))
     return _within(plan, policy.budget_bits)
+
+
+def _check_slow(leaf: Leaf, bits: int) -> None:
+    """Raises a ValueError where a slow state of either sign has fewer bits than it was seen to train with."""
+    if leaf.is_signed and leaf.is_slow and bits < SLOW_BITS:
+        raise ValueError(
+            f"{leaf.slot}/{leaf.path} changes by a few hundredths a step, which {bits} bits do not follow: "
+            f"give it {SLOW_BITS} or more, as in fixed({SLOW_BITS}, 4), or keep it exact, as in "
+            f"keep={leaf.slot!r}"
+        )
 
 
 def _rows(plan: Plan) -> int:

@@ -20,6 +20,8 @@ from jaxquant.optim.tracing import Operation, Program
 
 # A rounding error that is multiplied by less has faded within some thousand steps.
 _FADES = 0.999
+# What keeps more of itself in a step moves by less than half of what separates the levels of few bits.
+_SLOW = 0.97
 _COPIES = names_of("convert_element_type copy copy_p reduce_precision reshape stop_gradient")
 # What these give is as near to zero as what they take.
 _SCALES = _COPIES | names_of(
@@ -36,6 +38,7 @@ class Trait:
         is_signed: whether it may be negative; what cannot be excluded may be.
         fades: whether what rounding does to it fades soon: its new value holds the old one times something
             below 0.999, or not at all, or is the old one untouched.
+        slow: whether that may be times something of 0.97 or more.
         grows: whether that is times something above 1, as far as is known.
         divides: whether something is divided by it, or by its root, element by element.
         of_parameters: how it is made of the parameters themselves, in words; empty where it is not.
@@ -43,6 +46,7 @@ class Trait:
 
     is_signed: bool = True
     fades: bool = True
+    slow: bool = False
     grows: bool = False
     divides: bool = False
     of_parameters: str = ""
@@ -85,6 +89,7 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
         return Trait(
             is_signed=min(bounds[new].whole[0], start[0]) < 0,
             fades=held < _FADES,
+            slow=held >= _SLOW,
             grows=1 < held < math.inf,
             divides=_divides(program, users, bounds, (old, new)),
             of_parameters=made or ("it follows the parameters" if follows else ""),
