@@ -106,7 +106,7 @@ def stored_product(width: int, mesh: Mesh | None = None) -> Program:
 def optimizer_update(
     optimizer: str, kernel: str | None, shapes: list[list[int]], mesh: Mesh
 ) -> Program:
-    """An update by an optimizer on one device: its state in 5 and 4 bits, or exact without a kernel."""
+    """An update by an optimizer on one device: its state in 5 (6) and 4 bits, or exact without a kernel."""
     # Some operations of a kernel are lowered for the kind of device of the mesh at hand.
     mesh = Mesh(mesh.devices[:1], mesh.axis_names)
     jax.set_mesh(mesh)
@@ -117,7 +117,8 @@ def optimizer_update(
         "momentum": lambda: optax.sgd(3e-2, momentum=0.9),
     }[optimizer]()
     if kernel is not None:
-        tx = jq.optim.quantize_state(tx, jq.optim.fixed(5, 4), kernel=kernel)
+        bits = 6 if optimizer == "lion" else 5  # a momentum of 0.99 wants one more
+        tx = jq.optim.quantize_state(tx, jq.optim.fixed(bits, 4), kernel=kernel)
     params = [jax.ShapeDtypeStruct(tuple(shape), jnp.float32) for shape in shapes]
     arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())),

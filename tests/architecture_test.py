@@ -79,6 +79,9 @@ LIBRARY = [
     [
         "optim.codecs",
         "optim.cutting",
+        "optim.tracing",
+        "optim.bounds",
+        "optim.traits",
         "optim.leaves",
         "optim.layout",
         "optim.policies",
@@ -86,7 +89,6 @@ LIBRARY = [
         "optim.named",
     ],
     [
-        "optim.tracing",
         "optim.inner",
         "optim.state",
         "optim.checks",
@@ -167,6 +169,7 @@ EXPERIMENTS = [
         "optimizer_states.report",
         "optimizer_states.running",
         "optimizer_states.study",
+        "optimizer_states.optimizers",
         "optimizer_states.__main__",
         "train.program",
         "train.ahead",

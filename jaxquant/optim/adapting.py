@@ -11,7 +11,7 @@ from jaxquant.optim.budget import allocate
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.inner import Inner
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.policies import Adaptation, Policy, check_budget
+from jaxquant.optim.policies import Adaptation, Keep, Policy, check_budget, check_keep
 from jaxquant.optim.scoring import Felt
 from jaxquant.optim.state import (
     QuantizedState,
@@ -34,6 +34,8 @@ def adaptive(
     interval: int = 100,
     score: Any = None,
     stay: float = 0.25,
+    *,
+    keep: Keep = (),
 ) -> Policy:
     """Widths that move to where they are felt, under a budget that holds at every step.
 
@@ -48,10 +50,11 @@ def adaptive(
         interval: steps from one decision to the next; the first comes with the first update.
         score: what pages are worth, `Felt()` where not given, or `Statistics()`.
         stay: a page keeps its width while what it wants is within a half and so much more of it, in bits.
+        keep: the slots and leaves that stay in full precision, as regular expressions (`Policy`).
 
     Raises:
         ValueError: a budget that is no positive number, an interval below 1, a negative stay; at `init`, a
-            budget below the least possible, which it names.
+            budget below the least possible, which it names, or a `keep` of nothing.
 
     >>> adaptive(5.0, interval=200).name
     'adaptive, 5.0 bits'
@@ -65,7 +68,8 @@ def adaptive(
     if isinstance(score, type) or not (hasattr(score, "init") and callable(score)):
         raise ValueError(f"score is one such as Felt() or Statistics(); got {score!r}")
     update = Adaptation(interval, score, float(stay))
-    return Policy(f"adaptive, {budget_bits} bits", lambda leaf: 0, budget_bits, update)
+    name = f"adaptive, {budget_bits} bits"
+    return Policy(name, lambda leaf: 0, budget_bits, update, check_keep(keep))
 
 
 def adapted(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:

@@ -24,8 +24,13 @@ def opened(tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]
     check_parameters(state.plan, updates, "updates")
     if params is not None:
         check_parameters(state.plan, params, "params")
-    tx = optax.with_extra_args_support(tx)
+    tx = optax.with_extra_args_support(transformation(tx))
     return Inner(tx, state.plan, updates, params, exact_leaves(state), extra)
+
+
+def transformation(tx: Any) -> Any:
+    """The transformation that an `optax.MultiSteps` stands for; all else as it is."""
+    return tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx
 
 
 def check_state(state: Any) -> None:

@@ -186,7 +186,8 @@ class Inner:
                 name = "the state" if operation is None else f"'{operation.name}'"
                 return f"{name} is looked at in more than one element"
             else:
-                kind = self._kinds.get(value, ("evaluated", len(wide)))
+                # A name like the others: JAX sorts the keys of what a step takes.
+                kind = self._kinds.get(value, f"evaluated {len(wide)}")
                 wide[kind] = value
         if any(self.program.size(n) != size for n in (*component.results, *wide.values())):
             return "a result has another shape than its parameter"

@@ -1,13 +1,14 @@
 """Which leaves of an optimizer's state are like which parameters, and what each is for.
 
-Found once, from shapes: `find` asks the transformation for its state and matches the state's leaves with the
-parameters'.  Nothing here touches values.
+Found once, from shapes: `find` asks the transformation for its state, matches the state's leaves with the
+parameters', and takes from its traced update what rounding would do to them (`jaxquant.optim.traits`).
+Nothing here touches values.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 
 from jaxquant.optim.codecs import BLOCK
+from jaxquant.optim.traits import Trait, traits_of
 
 ROLES = ("embedding", "head", "matrix", "vector")
 
@@ -33,6 +35,7 @@ class Leaf:
         dtype: of the state.
         role: one of `ROLES`.
         is_signed: whether it may hold negative numbers.
+        is_slow: whether a step changes it by a few hundredths at most, which nearest rounding would not show.
     """
 
     index: int
@@ -43,6 +46,7 @@ class Leaf:
     dtype: np.dtype
     role: str
     is_signed: bool
+    is_slow: bool = False
 
     @property
     def size(self) -> int:
@@ -90,16 +94,18 @@ def role_of(path: str, shape: tuple[int, ...]) -> str:
     return "embedding" if re.search("embed|wte|wpe", path) else "matrix"
 
 
-# Fields of optax's states that hold sums of squares.  In all others a sign is taken to be possible.
-_NON_NEGATIVE = frozenset(("nu", "nu_max", "sum_of_squares", "e_g", "e_x", "v"))
-
-
-def find(tx: optax.GradientTransformation, params: Any) -> tuple[list[Leaf], list[Exact]]:
+def find(
+    tx: optax.GradientTransformation, params: Any, extra: Mapping[str, Any] | None = None
+) -> tuple[list[Leaf], list[Exact]]:
     """The leaves of `tx`'s state that can be coded, and those that cannot, with the reason.
 
     Args:
         tx: any optax transformation.
         params: parameters or their shapes.
+        extra: what its update is given by name, or shapes of it; optax's own need not be named.
+
+    Raises:
+        ValueError: an update that cannot be traced from shapes.
 
     >>> params = {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(64)}
     >>> leaves, exact = find(optax.adam(1e-3), params)
@@ -111,23 +117,82 @@ def find(tx: optax.GradientTransformation, params: Any) -> tuple[list[Leaf], lis
     specs = jax.eval_shape(lambda p: p, params)
     flat = jax.tree.leaves_with_path(specs)
     state = jax.eval_shape(tx.init, specs)
-    marks = optax.tree.map_params(tx, lambda _: True, state, transform_non_params=lambda _: False)
+    marks = _marks(tx, state)
     leaves, exact = [], []
-    marked = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(marks), strict=True)
-    for index, ((keys, leaf), is_of_parameter) in enumerate(marked):
-        path, dtype = path_of(keys), np.dtype(leaf.dtype)
+    traits = _traits(tx, specs, state, dict(extra or {}))
+    marked = zip(jax.tree.leaves_with_path(state), jax.tree.leaves(marks), traits, strict=True)
+    for index, ((keys, leaf), is_of_parameter, trait) in enumerate(marked):
+        path, dtype = path_of(keys), _dtype(leaf)
         owner = _owner(keys, [k for k, _ in flat]) if is_of_parameter else None
         parameter = None if owner is None else flat[owner]
         name = "" if parameter is None else path_of(parameter[0])
         slot = path.removesuffix(name).rstrip("/")
-        reason = _reason(leaf, None if parameter is None else parameter[1])
+        reason = _reason(leaf, None if parameter is None else parameter[1]) or _kept(trait)
         if reason is not None or owner is None:
             exact.append(Exact(index, path, slot, leaf.shape, dtype, reason or "", owner))
             continue
-        is_signed = slot.rpartition("/")[2] not in _NON_NEGATIVE
         role = role_of(name, leaf.shape)
-        leaves.append(Leaf(index, owner, name, slot, leaf.shape, dtype, role, is_signed))
+        kind = role, trait.is_signed, trait.slow
+        leaves.append(Leaf(index, owner, name, slot, leaf.shape, dtype, *kind))
     return leaves, exact
+
+
+def _dtype(leaf: Any) -> Any:
+    """A leaf's type; JAX's own where NumPy has none such, as of keys of random numbers."""
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+    return leaf.dtype if is_key else np.dtype(leaf.dtype)
+
+
+def _marks(tx: Any, state: Any) -> Any:
+    """For each leaf of a state whether it is one of those that a tree like the parameters' has."""
+    try:
+        return optax.tree.map_params(
+            tx, lambda _: True, state, transform_non_params=lambda _: False
+        )
+    except Exception:  # optax makes a state of placeholders, from which L-BFGS cannot begin
+        return jax.tree.map(lambda _: True, state)
+
+
+def _traits(tx: Any, params: Any, state: Any, extra: dict[str, Any]) -> list[Trait]:
+    """The leaves' traits; what optax's own transformations are given by name has a stand-in.
+
+    Raises:
+        ValueError: an update that needs more than these.
+    """
+    tx, raised = optax.with_extra_args_support(tx), None
+    value = {"value": jax.ShapeDtypeStruct((), jnp.float32)}
+    search = {**value, "grad": params, "value_fn": _some_loss}
+    second = {**value, "obj_fn": _some_loss}
+    gradient = {"grad_fn": lambda params, step: jax.grad(_some_loss)(params)}
+    for given in ({}, value, search, second, gradient):
+        try:
+            return traits_of(tx, params, state, {**given, **extra})
+        except Exception as error:  # whatever the transformation raises for want of an argument
+            raised = raised or error
+    first = next(iter(str(raised).splitlines()), "")
+    raise ValueError(
+        "the update cannot be traced for updates like the parameters; what it is given by name is given to "
+        "quantize_state as extra={'name': value}; what takes other updates goes around quantize_state "
+        f"({type(raised).__name__}: {first})"
+    ) from raised
+
+
+def _some_loss(params: Any) -> jax.Array:
+    """A loss of which nothing can be said: neither it nor its derivatives have a sign."""
+    return sum((jnp.sum(x * jnp.sin(x)) for x in jax.tree.leaves(params)), jnp.zeros(()))
+
+
+def _kept(trait: Trait) -> str | None:
+    """Why a leaf that could be coded is not; None where it is."""
+    if trait.of_parameters:
+        return trait.of_parameters
+    if trait.is_signed and not trait.fades:
+        return "it fades slowly or not at all, so that what is rounded away would add up"
+    if trait.grows:
+        return "what is rounded away would grow: it is multiplied by more than 1"
+    if trait.is_signed and trait.divides:
+        return "something is divided by it, and it may be negative"
+    return None
 
 
 def _owner(keys: Sequence[Any], parameters: Sequence[Sequence[Any]]) -> int | None:

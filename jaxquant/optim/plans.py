@@ -89,9 +89,17 @@ class Plan:
             left -= len(able)
 
 
+SLOW_BITS = (
+    6  # Lion's and Adan's momenta of 0.98 and more: 5 bits end far from full precision, 6 near it
+)
+
+
 def default_codec(leaf: Leaf) -> Codec:
-    """`Companded` for a state of either sign, `Logarithmic` for one that is never negative."""
-    return Companded() if leaf.is_signed else Logarithmic()
+    """`Companded` for a state of either sign, stochastic where it moves slowly; `Logarithmic` for the others.
+
+    Rounded to nearest, what moves by less than half a level in a step stands still.
+    """
+    return Companded(stochastic=leaf.is_slow) if leaf.is_signed else Logarithmic()
 
 
 def make_plan(
@@ -101,6 +109,7 @@ def make_plan(
     params: Any,
     shards: Mapping[str, int],
     spec: Spec,
+    extra: Mapping[str, Any] | None = None,
 ) -> Plan:
     """The plan for some parameters, in so many shards along each axis, and cut as they are.
 
@@ -108,17 +117,19 @@ def make_plan(
         ValueError: no leaf that can be coded; a codec that cannot hold what its leaf may be; a budget below
             the least possible.
     """
-    leaves, exact = find(tx, params)
-    widths = {leaf: policy.init(leaf) for leaf in leaves}
-    kept = f"the policy keeps it ({policy.name})"
-    exact += [_kept(leaf, kept) for leaf, bits in widths.items() if bits is None]
+    leaves, exact = find(tx, params, extra)
+    named = policy.kept(leaves, exact)
+    widths = {leaf: None if leaf in named else policy.init(leaf) for leaf in leaves}
+    for leaf, bits in widths.items():
+        why = f"keep={named[leaf]!r}" if leaf in named else policy.name
+        exact += [_kept(leaf, f"the policy keeps it ({why})")] * (bits is None)
     chosen = {leaf: bits for leaf, bits in widths.items() if bits is not None}
     if policy.budget_bits is None:
         for leaf, bits in chosen.items():
             check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}")
+            _check_slow(leaf, bits)
     if not chosen:
-        reasons = "; ".join(sorted({e.reason for e in exact})) or "it is empty"
-        raise ValueError(f"no leaf of the optimizer's state can be quantized: {reasons}")
+        raise ValueError(f"no leaf of the optimizer's state can be quantized: {_reasons(exact)}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
     cut = lambda leaf: cut_of(leaf.shape, spec(leaf.path, leaf.shape), shards)  # noqa: E731
     runs = arrange(list(chosen), dtypes, math.prod(shards.values()), cut)
@@ -136,6 +147,16 @@ def make_plan(
         plan = _within(plan, policy.budget_bits)
     _warn_of_few_bits(plan)
     return plan
+
+
+def _check_slow(leaf: Leaf, bits: int) -> None:
+    """Raises a ValueError where a slow state of either sign has fewer bits than it was seen to train with."""
+    if leaf.is_signed and leaf.is_slow and bits < SLOW_BITS:
+        raise ValueError(
+            f"{leaf.slot}/{leaf.path} changes by a few hundredths a step, which {bits} bits do not follow: "
+            f"give it {SLOW_BITS} or more, as in fixed({SLOW_BITS}, 4), or keep it exact, as in "
+            f"keep={leaf.slot!r}"
+        )
 
 
 def _rows(plan: Plan) -> int:
@@ -244,9 +265,11 @@ def _fitted(plan: Plan, budget_bits: float) -> Plan:
     fitting = [p for p in alike if _rows(p) <= rows]
     if not fitting:
         least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
+        large = [leaf for leaf in plan.exact if math.prod(leaf.shape) >= BLOCK]
         raise ValueError(
             f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
             f"{8 * spent / elements:.2f} are scales, tables and exact leaves; got {budget_bits}"
+            + (f" (exact: {_reasons(large)})" if large else "")
         )
     # More rows than pages of 8 bits take would only lie idle.
     return dataclasses.replace(fitting[-1], rows=min(rows, _rows(alike[-1])), fills=True)
@@ -275,6 +298,15 @@ def _overhead(plan: Plan) -> int:
     score = plan.adaptation.score
     memory = jax.eval_shape(lambda: score.init(plan))
     return found + sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(memory))
+
+
+def _reasons(exact: Sequence[Exact]) -> str:
+    """Why leaves are exact: each reason once, with the slots that it is of."""
+    slots: dict[str, list[str]] = {}
+    for leaf in exact:
+        slots.setdefault(leaf.reason, []).append(leaf.slot)
+    found = [f"{why} ({', '.join(dict.fromkeys(own))})" for why, own in slots.items()]
+    return "; ".join(sorted(found)) or "it is empty"
 
 
 def _kept(leaf: Leaf, reason: str) -> Exact:

@@ -5,10 +5,12 @@ steps from what is known of them (`Signals`), and `jaxquant.optim.budget` turns 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxquant.optim.leaves import ROLES, Leaf
+from jaxquant.optim.leaves import ROLES, Exact, Leaf
 from jaxquant.pages import PLANES
 
 
@@ -22,12 +24,39 @@ class Policy:
             decides the widths instead.
         budget_bits: for each element of the state, with everything counted.
         update: how widths move, where they do.
+        keep: regular expressions; the slots (as ``0/nu``) and leaves (as ``0/nu/up/kernel``) that one of them
+            matches in full stay in full precision.
     """
 
     name: str
     init: Callable[[Leaf], int | None]
     budget_bits: float | None = None
     update: "Adaptation | None" = None
+    keep: tuple[str, ...] = ()
+
+    def kept(self, leaves: Sequence[Leaf], exact: Iterable[Exact]) -> dict[Leaf, str]:
+        """The leaves that `keep` names, with the expression that does.
+
+        Raises:
+            ValueError: an expression that matches no slot and no leaf.
+        """
+        names = {f"{leaf.slot}/{leaf.path}": leaf.slot for leaf in leaves}
+        names |= {leaf.path: leaf.slot for leaf in exact}
+        every = [*dict.fromkeys(names.values()), *names]
+        for pattern in self.keep:
+            if not any(re.fullmatch(pattern, name) for name in every):
+                near = difflib.get_close_matches(pattern, every, n=3, cutoff=0.0)
+                raise ValueError(
+                    f"keep={pattern!r} matches no slot and no leaf of the state; the nearest are "
+                    f"{', '.join(near)}"
+                )
+        found = {}
+        for leaf in leaves:
+            own = leaf.slot, f"{leaf.slot}/{leaf.path}"
+            for pattern in self.keep:
+                if any(re.fullmatch(pattern, name) for name in own):
+                    found.setdefault(leaf, pattern)
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +74,27 @@ class Adaptation:
     stay: float
 
 
-def even(budget_bits: float) -> Policy:
+Keep = str | Sequence[str]
+
+
+def check_keep(keep: Keep) -> tuple[str, ...]:
+    """The regular expressions, where they are some.
+
+    Raises:
+        ValueError: no regular expression.
+    """
+    patterns = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(patterns, Sequence) or not all(isinstance(x, str) for x in patterns):
+        raise ValueError(f"keep is a regular expression or several; got {keep!r}")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"keep={pattern!r} is not a regular expression: {error}") from None
+    return tuple(patterns)
+
+
+def even(budget_bits: float, *, keep: Keep = ()) -> Policy:
     """As wide as a budget allows, everywhere nearly alike and always: what adaptive widths are to beat.
 
     Rows that are left go to pages of signed states, in their order, then to the others.  Of so few elements
@@ -56,15 +105,17 @@ def even(budget_bits: float) -> Policy:
     Args:
         budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty
             rows and the leaves that stay exact.
+        keep: the slots and leaves that stay in full precision, as regular expressions (`Policy`).
 
     Raises:
-        ValueError: no positive number; at `init`, less than the least possible.
+        ValueError: no positive number; at `init`, less than the least possible, or a `keep` of nothing.
 
     >>> even(4.5).name
     'even, 4.5 bits'
     """
     budget_bits = check_budget(budget_bits)
-    return Policy(f"even, {budget_bits} bits", lambda leaf: 0, budget_bits)
+    name = f"even, {budget_bits} bits"
+    return Policy(name, lambda leaf: 0, budget_bits, keep=check_keep(keep))
 
 
 def check_budget(budget_bits: Any) -> float:
@@ -90,34 +141,36 @@ def check_bits(bits: Any, where: str) -> int:
     return bits
 
 
-def fixed(bits: int, second: int | None = None) -> Policy:
+def fixed(bits: int, second: int | None = None, *, keep: Keep = ()) -> Policy:
     """The same width everywhere and always.
 
     Args:
         bits: of states of either sign, such as momentum; and of all others, where `second` is not given.
         second: of states that are never negative, such as second moments.
+        keep: the slots and leaves that stay in full precision, as regular expressions (`Policy`).
 
     Raises:
-        ValueError: a width that is not 2 to 8.
+        ValueError: a width that is not 2 to 8; at `init`, a `keep` of nothing.
 
-    >>> fixed(5, 4).name
-    'fixed 5 + 4 bits'
+    >>> fixed(5, 4).name, fixed(5, keep=".*/nu").keep
+    ('fixed 5 + 4 bits', ('.*/nu',))
     """
     first, second = check_bits(bits, "bits"), second
     second = first if second is None else check_bits(second, "second")
     name = f"fixed {first} bits" if first == second else f"fixed {first} + {second} bits"
-    return Policy(name, lambda leaf: first if leaf.is_signed else second)
+    return Policy(name, lambda leaf: first if leaf.is_signed else second, keep=check_keep(keep))
 
 
-def by_role(widths: Mapping[str, int | tuple[int, int] | None]) -> Policy:
+def by_role(widths: Mapping[str, int | tuple[int, int] | None], *, keep: Keep = ()) -> Policy:
     """A width for each role of a parameter: ``"embedding"``, ``"head"``, ``"matrix"``, ``"vector"``.
 
     Args:
         widths: from role to bits, to a pair (signed, non-negative) of them, or to None for full
             precision; every role is named.
+        keep: the slots and leaves that stay in full precision, as regular expressions (`Policy`).
 
     Raises:
-        ValueError: unknown or missing roles, or a width that is not 2 to 8.
+        ValueError: unknown or missing roles, or a width that is not 2 to 8; at `init`, a `keep` of nothing.
 
     >>> by_role({"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}).name
     'by role'
@@ -134,7 +187,7 @@ def by_role(widths: Mapping[str, int | tuple[int, int] | None]) -> Policy:
         pair = chosen[leaf.role]
         return None if pair is None else pair[0 if leaf.is_signed else 1]
 
-    return Policy("by role", width)
+    return Policy("by role", width, keep=check_keep(keep))
 
 
 def _pair(role: str, bits: Any) -> tuple[int, int] | None:

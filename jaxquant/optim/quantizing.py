@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.optim.adapting import adapted
-from jaxquant.optim.checks import opened
+from jaxquant.optim.checks import opened, transformation
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.cutting import Spec
 from jaxquant.optim.inner import pieces_by_run
@@ -37,7 +37,7 @@ def _unsplit(path: str, shape: tuple[int, ...]) -> P:
 
 
 def quantize_state(
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     policy: Policy,
     *,
     codec: Callable[[Leaf], Codec] = default_codec,
@@ -47,6 +47,7 @@ def quantize_state(
     axis: str | Sequence[str] = "data",
     spec: Spec = _unsplit,
     kernel: str = "xla",
+    extra: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
 
@@ -70,7 +71,8 @@ def quantize_state(
     stays exact, with a warning; `report` shows what they take.
 
     Args:
-        tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.
+        tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.  What it keeps of
+            parameters, or adds up without end, stays exact, and `report` says so.
         policy: how many bits each leaf has, as of `fixed` and `by_role`.
         codec: which codec serves a leaf.
         seed: of the draws, which are keyed by it, by the step and by the element's place.
@@ -84,6 +86,8 @@ def quantize_state(
             axis that the shards divide.
         kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`) and one shard, which CPUs
             interpret, slowly.  Several TPUs take them within `shard_map` only.
+        extra: what its update is given by name, or shapes of it, where it needs any that optax's own do not:
+            `init` traces the update, to find what each leaf of the state is.
 
     Raises:
         ValueError: arguments of another kind than these; at `init`, nothing that can be coded, or a codec
@@ -97,6 +101,7 @@ def quantize_state(
     >>> bool(jnp.allclose(updates["w"], -0.1))
     True
     """
+    tx = transformation(tx)
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(f"tx is an optax transformation; got {tx!r}")
     if not callable(codec):
@@ -119,12 +124,14 @@ def quantize_state(
         )
     if kernel == "pallas" and max(counts.values()) > 1:
         raise ValueError(f"kernel='pallas' takes one shard, got shards={shards}; 'xla' takes more")
+    if extra is not None and not isinstance(extra, Mapping):
+        raise ValueError(f"extra is a mapping from names to values; got {extra!r}")
     tx = optax.with_extra_args_support(tx)
     # What shares the state runs where all axes are Auto.
     shared = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
     def init(params: Any) -> QuantizedState:
-        plan = make_plan(tx, policy, codec, params, counts, spec)
+        plan = make_plan(tx, policy, codec, params, counts, spec, extra)
         plan = dataclasses.replace(plan, mesh=shared, axis=axis)
 
         def first(plain: Any, params: Any) -> QuantizedState:

@@ -1,0 +1,286 @@
+"""What each leaf of an optimizer's state is, found in the traced update and not by the name of a field.
+
+The update and what makes the first state are traced from shapes; `jaxquant.optim.bounds` says what their
+values can be, by induction over steps: what holds of the first state, and of the next wherever it holds of
+the last, holds always.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.optim.bounds import ANYTHING, NON_NEGATIVE, ZERO, Bound, Interval, bounds_of, names_of
+from jaxquant.optim.tracing import Operation, Program
+
+# A rounding error that is multiplied by less has faded within some thousand steps.
+_FADES = 0.999
+# What keeps more of itself in a step moves by less than half of what separates the levels of few bits.
+_SLOW = 0.97
+_COPIES = names_of("convert_element_type copy copy_p reduce_precision reshape stop_gradient")
+# What these give is as near to zero as what they take.
+_SCALES = _COPIES | names_of(
+    "abs broadcast_in_dim div integer_pow mul pow select_n squeeze expand_dims transpose sqrt"
+)
+_MOST_ROUNDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Trait:
+    """Of a leaf of the state.
+
+    Attributes:
+        is_signed: whether it may be negative; what cannot be excluded may be.
+        fades: whether what rounding does to it fades soon: its new value holds the old one times something
+            below 0.999, or not at all, or is the old one untouched.
+        slow: whether that may be times something of 0.97 or more.
+        grows: whether that is times something above 1, as far as is known.
+        divides: whether something is divided by it, or by its root, element by element.
+        of_parameters: how it is made of the parameters themselves, in words; empty where it is not.
+    """
+
+    is_signed: bool = True
+    fades: bool = True
+    slow: bool = False
+    grows: bool = False
+    divides: bool = False
+    of_parameters: str = ""
+
+
+def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> list[Trait]:
+    """The traits of every leaf of a state.
+
+    Args:
+        tx: the transformation, which takes extra arguments.
+        params: shapes of the parameters; updates are taken to be like them.
+        state: shapes of its state.
+        extra: what its update is given by name, or shapes of it.
+
+    Raises:
+        Exception: whatever the update raises when it is traced.
+    """
+    init = Program(tx.init, params)
+    arrays = {k: x for k, x in extra.items() if not callable(x)}
+    others = {k: x for k, x in extra.items() if callable(x)}
+
+    def update(updates: Any, params: Any, state: Any, extra: Any) -> Any:
+        return tx.update(updates, state, params, **extra, **others)
+
+    program = Program(update, params, params, state, arrays)
+    count, total = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
+    own = program.inputs[2 * count : 2 * count + total]
+    after = program.outputs[len(program.outputs) - total :]
+    first = bounds_of(init, {})
+    begin = [first[n].whole for n in init.outputs]
+    bounds = _inductive(program, own, after, begin, program.inputs[count : 2 * count])
+    taints = _taints(program, own, after, count)
+    makers = _made_of(init, first)
+    users = _users(program)
+    given = frozenset(program.inputs[count : 2 * count])
+
+    def trait(old: int, new: int, start: Interval, made: str, taint: set[str]) -> Trait:
+        held = _held(program, bounds, old, new)
+        follows = taint == {"params"} and _is_linear(bounds[new], given)
+        return Trait(
+            is_signed=min(bounds[new].whole[0], start[0]) < 0,
+            fades=held < _FADES,
+            slow=held >= _SLOW,
+            grows=1 < held < math.inf,
+            divides=_divides(program, users, bounds, (old, new)),
+            of_parameters=made or ("it follows the parameters" if follows else ""),
+        )
+
+    return [trait(*row) for row in zip(own, after, begin, makers, taints, strict=True)]
+
+
+def _inductive(
+    program: Program,
+    own: Sequence[int],
+    after: Sequence[int],
+    begin: Sequence[Interval],
+    params: Sequence[int],
+) -> list[Bound]:
+    """The bounds of an update's values, at any step from the second on: the first often differs.
+
+    What is supposed of the state's leaves is what the first step leaves, and given up where an update does
+    not keep it: that they stay what they are, as hyperparameters do; that they are no less, as counts; that
+    they are not negative.
+    """
+    arrays = frozenset(
+        n
+        for n in (*own, *params)
+        if program.size(n) > 1 and jnp.issubdtype(program.specs[n].dtype, np.floating)
+    )
+    first = bounds_of(program, dict(zip(own, begin, strict=True)))
+    suppose = [first[n].whole for n in after]
+    for _ in range(_MOST_ROUNDS):
+        found = bounds_of(program, dict(zip(own, suppose, strict=True)), arrays)
+        kept = [
+            had if _within(found[new].whole, had) else _weaker(had, found[new].whole)
+            for had, new in zip(suppose, after, strict=True)
+        ]
+        if kept == suppose:
+            return found
+        suppose = kept
+    return bounds_of(program, {}, arrays)
+
+
+def _weaker(had: Interval, found: Interval) -> Interval:
+    """Supposed next of what was not within an interval."""
+    if had[0] <= found[0]:
+        return had[0], math.inf
+    return NON_NEGATIVE if min(had[0], found[0]) >= 0 else ANYTHING
+
+
+def _within(found: Interval, had: Interval) -> bool:
+    return had[0] <= found[0] and found[1] <= had[1]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Parameters in the state
+
+
+def _made_of(init: Program, bounds: Sequence[Bound]) -> list[str]:
+    """How each leaf of the first state is made of the parameters' values; empty where it is not."""
+    touched = set(init.inputs)
+    for operation in init.operations:
+        if touched & set(operation.inputs):
+            touched |= set(operation.outputs)
+
+    def said(output: int) -> str:
+        if _origin(init, output) in init.inputs:
+            return "it starts as the parameter"
+        depends = output in touched and bounds[output].whole != ZERO
+        return "it starts from the parameters" if depends else ""
+
+    return [said(output) for output in init.outputs]
+
+
+def _origin(program: Program, value: int) -> int:
+    """What a value is a copy of."""
+    maker = program.makers.get(value)
+    while maker is not None and maker.name in _COPIES:
+        value = maker.inputs[0]
+        maker = program.makers.get(value)
+    return value
+
+
+def _taints(
+    program: Program, own: Sequence[int], after: Sequence[int], count: int
+) -> list[set[str]]:
+    """What each leaf of the state is computed from over the steps: "updates", "params", or both.
+
+    What only chooses among values, such as whether all are finite, is no part of them.
+    """
+    before = [frozenset[str]()] * len(own)
+    given = dict.fromkeys(program.inputs[:count], frozenset(["updates"]))
+    given |= dict.fromkeys(program.inputs[count : 2 * count], frozenset(["params"]))
+    for _ in range(_MOST_ROUNDS):
+        taints = given | dict(zip(own, before, strict=True))
+        for operation in program.operations:
+            inputs = operation.inputs[operation.name == "select_n" :]
+            found = frozenset().union(*(taints.get(n, frozenset()) for n in inputs))
+            taints |= dict.fromkeys(operation.outputs, found)
+        new = [taints.get(n, frozenset()) for n in after]
+        if new == before:
+            break
+        before = new
+    return [set(x) for x in before]
+
+
+def _is_linear(bound: Bound, values: frozenset[int]) -> bool:
+    """Whether some of the values are added to others in it, times numbers that are known."""
+    own = [c for n, c in bound.linear.items() if n in values]
+    return bool(own) and all(map(math.isfinite, sum(own, ())))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What rounding does
+
+
+def _held(program: Program, bounds: Sequence[Bound], old: int, new: int) -> float:
+    """The largest coefficient with which a leaf enters its new value where that is another."""
+    found = 0.0
+    for case in _cases(program, bounds, new):
+        low, high = bounds[case].linear.get(old, ZERO)
+        if not _is_untouched(program, bounds[case], case, old):
+            found = max(found, -low, high)
+    return found
+
+
+def _is_untouched(program: Program, bound: Bound, new: int, old: int) -> bool:
+    return _origin(program, new) == old or (
+        dict(bound.linear) == {old: (1.0, 1.0)} and bound.rest == ZERO
+    )
+
+
+def _cases(program: Program, bounds: Sequence[Bound], value: int) -> Iterable[int]:
+    """What a value may be, where it is chosen among several."""
+    value = _origin(program, value)
+    maker = program.makers.get(value)
+    if maker is None or maker.name != "select_n":
+        yield value
+        return
+    first, last = bounds[maker.inputs[0]].whole
+    for place, case in enumerate(maker.inputs[1:]):
+        if first <= place <= last:
+            yield from _cases(program, bounds, case)
+
+
+def _users(program: Program) -> dict[int, list[Operation]]:
+    found = collections.defaultdict(list)
+    for operation in program.operations:
+        for number in operation.inputs:
+            found[number].append(operation)
+    return found
+
+
+def _divides(
+    program: Program,
+    users: Mapping[int, Sequence[Operation]],
+    bounds: Sequence[Bound],
+    values: Iterable[int],
+) -> bool:
+    """Whether there is a division by some values or their roots, or a logarithm of them."""
+    pending, seen = list(values), set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        for operation in users.get(value, ()):
+            if _is_division(operation, value, bounds):
+                return True
+            if operation.name in _SCALES or _shifts(program, operation, value):
+                pending += operation.outputs
+    return False
+
+
+def _is_division(operation: Operation, value: int, bounds: Sequence[Bound]) -> bool:
+    """Whether its results are large where the value is near zero."""
+    name, inputs = operation.name, operation.inputs
+    if name == "pow":
+        return value == inputs[0] and bounds[inputs[1]].whole[0] < 0
+    if name == "integer_pow":
+        return operation.params["y"] < 0
+    return name in ("rsqrt", "log") or (name == "div" and value == inputs[1])
+
+
+def _shifts(program: Program, operation: Operation, value: int) -> bool:
+    """Whether the same is added to all elements of a value, or they are bounded by the same."""
+    others = [n for n in operation.inputs if n != value]
+    is_known = operation.name in ("add", "max")
+    return is_known and all(program.size(_spread(program, n)) == 1 for n in others)
+
+
+def _spread(program: Program, value: int) -> int:
+    maker = program.makers.get(value)
+    while maker is not None and maker.name in _SCALES and len(maker.inputs) == 1:
+        value = maker.inputs[0]
+        maker = program.makers.get(value)
+    return value
