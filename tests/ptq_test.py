@@ -265,8 +265,8 @@ def test_calls_of_one_scope_are_two(tmp_path):
 def test_layers_staged_otherwise_are_quantized_anew(tmp_path):
     """The last layer alone is a stage both times, but it saw others before it."""
     model, data = mlp(), batches(2)
-    size = 4 * max(x.shape[0] for x in jax.tree.leaves(nnx.state(model)) if x.ndim == 2) ** 2
-    for memory in (1, 2 * size, 100 * size):
+    layer = 4 * WIDTH * (WIDTH + 2)
+    for memory in (layer, 2 * layer, 3 * layer):
         found = quantized(model, RULES, data, memory=memory, workdir=tmp_path)
         assert_same(found, quantized(model, RULES, data, memory=memory))
 

@@ -13,6 +13,7 @@ from jaxquant.quality.intervals import (
     as_array,
     check_level,
     mean_interval,
+    pairs_interval,
     plain,
     quantile_interval,
 )
@@ -36,7 +37,7 @@ class PairReport:
 
 @dataclasses.dataclass(frozen=True)
 class JudgmentReport:
-    """Correlation of the similarities with people's scores, and its paired change (bootstrap over pairs)."""
+    """Correlation of the similarities with people's scores, and its paired change."""
 
     reference_pearson: float
     pearson: float
@@ -124,8 +125,10 @@ def compare_embeddings(
     """Compares an encoder's embeddings with its quantized twin's.
 
     Twins are compared by 1 − cos = ½‖a/‖a‖ − b/‖b‖‖², pairs by the change of their cosine similarity,
-    and scores by the change of its correlation with them, whose interval is the percentile bootstrap's
-    over pairs.
+    and scores by the change of its correlation with them.  Rows that are alike under both models are one
+    text.  Where no text is in two pairs the correlation's interval is the percentile bootstrap's over pairs;
+    else pairs that share a text depend on each other, and it is Student's of the correlation's influence
+    function, by `intervals.pairs_interval`.
 
     Args:
         reference: of the reference.
@@ -141,7 +144,8 @@ def compare_embeddings(
             scores without pairs, of another length, or all alike; a level outside (0, 1), or resamples and
             seed that are no such numbers.
 
-    Source: correlation with judgments, Cer et al. 2017 (STS-B); bootstrap, Efron & Tibshirani 1993.
+    Sources: correlation with judgments, Cer et al. 2017 (STS-B); bootstrap, Efron & Tibshirani 1993;
+    influence functions of correlations, Croux & Dehon 2010.
 
     >>> a = jax.random.normal(jax.random.key(0), (500, 16))
     >>> round(compare_embeddings(a, a + 0.01).cosine, 4)
@@ -157,8 +161,10 @@ def compare_embeddings(
         bad = np.flatnonzero(~np.isfinite(norm) | (norm == 0))
         if len(bad):
             raise ValueError(
-                f"{name} are finite and not zero; {len(bad)} are, the first row {bad[0]}"
+                f"{name} are finite and not zero; {len(bad)} rows are not, the first row {bad[0]}"
             )
+    texts = _texts(a, b)
+    clusters = texts if texts.max() + 1 < len(texts) else None
     a, b = a / a_norm[:, None], b / b_norm[:, None]
     distance = np.sum((a - b) ** 2, axis=1) / 2
     pair_report, judgments = None, None
@@ -170,21 +176,21 @@ def compare_embeddings(
         change = after - before
         pair_report = PairReport(
             len(rows),
-            mean_interval(change, None, level),
+            pairs_interval(change, texts[rows], level),
             float(np.abs(change).mean()),
             float(np.abs(change).max()),
         )
         if scores is not None:
-            judgments = _judgments(before, after, scores, level, resamples, seed)
+            judgments = _judgments(before, after, scores, texts[rows], level, resamples, seed)
     return EmbeddingReport(
         level=level,
         n=len(a),
         dimensions=a.shape[1],
-        distance=mean_interval(distance, None, level),
+        distance=mean_interval(distance, clusters, level),
         distance_median=float(np.median(distance)),
-        distance_p99=quantile_interval(distance, 0.99, None, level),
+        distance_p99=quantile_interval(distance, 0.99, clusters, level),
         distance_max=float(distance.max()),
-        norm_ratio=mean_interval(b_norm / a_norm, None, level),
+        norm_ratio=mean_interval(b_norm / a_norm, clusters, level),
         pairs=pair_report,
         judgments=judgments,
     )
@@ -222,8 +228,22 @@ def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
     return rows
 
 
+def _texts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """A number for each row, the same where both models give the same embedding."""
+    seen: dict[bytes, int] = {}
+    return np.array(
+        [seen.setdefault(x.tobytes() + y.tobytes(), len(seen)) for x, y in zip(a, b, strict=True)]
+    )
+
+
 def _judgments(
-    before: np.ndarray, after: np.ndarray, scores: Any, level: float, resamples: int, seed: int
+    before: np.ndarray,
+    after: np.ndarray,
+    scores: Any,
+    pairs: np.ndarray,
+    level: float,
+    resamples: int,
+    seed: int,
 ) -> JudgmentReport:
     scores = as_array("scores", scores, np.float64)
     if scores.shape != before.shape or not np.all(np.isfinite(scores)):
@@ -236,12 +256,17 @@ def _judgments(
         )
     columns = np.stack([scores, before, after])
     found = _correlations(columns)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(0, len(scores), len(scores)) for _ in range(resamples))
-    sampled = np.stack([_correlations(columns[:, rows]) for rows in draws])
-    pearson, spearman = (
-        _bootstrap_interval(found[:, i], sampled[:, :, i], level) for i in range(2)
-    )
+    if len(np.unique(pairs)) == pairs.size:
+        rng = np.random.default_rng(seed)
+        draws = (rng.integers(0, len(scores), len(scores)) for _ in range(resamples))
+        sampled = np.stack([_correlations(columns[:, rows]) for rows in draws])
+        intervals = [_bootstrap_interval(found[:, i], sampled[:, :, i], level) for i in range(2)]
+    else:
+        intervals = [
+            _influence_interval(found[:, i], _influences(columns, i == 1), pairs, level)
+            for i in range(2)
+        ]
+    pearson, spearman = intervals
     return JudgmentReport(
         float(found[0, 0]), float(found[1, 0]), pearson,
         float(found[0, 1]), float(found[1, 1]), spearman,
@@ -269,6 +294,45 @@ def ranks(values: jt.Float[np.ndarray, " n"]) -> jt.Float[np.ndarray, " n"]:
     """
     _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[index.reshape(-1)]
+
+
+def _influences(columns: np.ndarray, ranked: bool) -> np.ndarray:
+    """What each pair adds to n·(the correlation of each column after the first with it).
+
+    Pearson's: z_x·z_y − r/2·(z_x² + z_y²), of standardized columns.  Spearman's is that of the ranks, and
+    what a pair adds to the ranks of those above it.
+    """
+    values = np.stack([ranks(column) for column in columns]) if ranked else columns
+    scales = values.std(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        z = (values - values.mean(axis=1, keepdims=True)) / scales
+        added = []
+        for row, scale in zip(z[1:], scales[1:, 0], strict=True):
+            r = float(np.mean(z[0] * row))
+            direct = z[0] * row - r / 2 * (z[0] ** 2 + row**2)
+            if ranked:
+                direct = direct + _above(values[0], (row - r * z[0]) / scales[0, 0])
+                direct += _above(row, (z[0] - r * row) / scale)
+            added.append(direct - direct.mean())
+    return np.stack(added)
+
+
+def _above(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """For each value, the weights of those above it, and half of those that equal it."""
+    _, index = np.unique(values, return_inverse=True)
+    totals = np.bincount(index.reshape(-1), weights)
+    return (totals[::-1].cumsum()[::-1] - totals / 2)[index.reshape(-1)]
+
+
+def _influence_interval(
+    found: np.ndarray, influences: np.ndarray, pairs: np.ndarray, level: float
+) -> Interval:
+    """Of quantized less reference, from what each pair adds to it."""
+    estimate, added = float(found[1] - found[0]), influences[1] - influences[0]
+    if not np.all(np.isfinite(added)):
+        return Interval(estimate, np.inf, -np.inf, np.inf)
+    spread = pairs_interval(added, pairs, level)
+    return Interval(estimate, spread.se, estimate + spread.low, estimate + spread.high)
 
 
 def _bootstrap_interval(found: np.ndarray, sampled: np.ndarray, level: float) -> Interval:

@@ -221,6 +221,45 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray | None, level: float)
     return _around(mean, spread / len(values), count - 1, level)
 
 
+def pairs_interval(values: np.ndarray, pairs: np.ndarray, level: float) -> Interval:
+    """The mean over pairs of items that were drawn independently: pairs that share an item are not.
+
+    With s_i the sum of the residuals of the n_i pairs that item i is in, and t_d that of the n_d pairs of the
+    same two items d: se² = (Σ_i s_i²/(1 − n_i/n) − Σ_d t_d²/(1 − n_d/n))/n², the second sum over pairs of two
+    items, and no less than the se² of independent d.  Of effective items there are (Σ n_i²)²/Σ n_i⁴, or d if
+    fewer, and one degree of freedom less: one item that is in all pairs bounds nothing.
+
+    Args:
+        values: [n].
+        pairs: [n, 2] items as small non-negative integers.
+        level: such as 0.9.
+
+    Sources: variance of dyadic data, Aronow, Samii & Assenova 2015, with the leverage of Bell & McCaffrey
+    2002; effective number of clusters, Carter, Schnepel & Steigerwald 2017.
+
+    >>> values = np.array([1.0, 2.0, 3.0, 4.0])
+    >>> f"{pairs_interval(values, np.array([[0, 1], [2, 3], [4, 5], [6, 7]]), 0.9):.2f}"
+    '2.50 [0.98, 4.02]'
+    >>> f"{pairs_interval(values, np.array([[0, 1], [0, 2], [3, 1], [3, 2]]), 0.9):.2f}"
+    '2.50 [0.35, 4.65]'
+    """
+    mean, n = float(np.mean(values)), len(values)
+    residuals, ordered = values - mean, np.sort(pairs, axis=1)
+    of_two = ordered[:, 0] != ordered[:, 1]
+    dyads, which = np.unique(ordered, axis=0, return_inverse=True)
+    which = which.reshape(-1)
+    items = np.concatenate([ordered[:, 0], ordered[of_two, 1]])
+    counts = np.bincount(items)
+    effective = np.sum(counts**2.0) ** 2 / np.sum(counts**4.0)
+    degrees = int(min(effective, len(dyads)) + 1e-9) - 1
+    if degrees < 1 or counts.max() == n:
+        return _around(mean, math.inf, degrees, level)
+    sums = np.bincount(items, np.concatenate([residuals, residuals[of_two]]))
+    apart = np.bincount(which, residuals) ** 2 / (1 - np.bincount(which) / n)
+    shared = np.sum(sums**2 / (1 - counts / n)) - np.sum(apart[dyads[:, 0] != dyads[:, 1]])
+    return _around(mean, math.sqrt(max(shared, np.sum(apart))) / n, degrees, level)
+
+
 def ratio_interval(
     numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray | None, level: float
 ) -> Interval:
