@@ -61,9 +61,10 @@ def minmax(
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """√(mean x²) over `axes`, of values whose squares need not be representable."""
     top = absmax(x, axes)
-    unit = jnp.where(top > 0, top, 1)
+    unit = jnp.where(top >= jnp.finfo(jnp.float32).tiny, top, 1)
     count = max(1, math.prod(x.shape[a] for a in axes))
-    squares = (x * (1 / unit)) ** 2
+    shrink = jnp.where(unit > 2.0**100, 2.0**-64, 1)  # or the reciprocal might be flushed
+    squares = ((x * shrink) * (1 / (unit * shrink))) ** 2
     # A choice after each product, or it may become one multiply-add with the sum that follows.
     squares = jnp.where(squares < jnp.finfo(jnp.float32).tiny, 0, squares)
     return unit * jnp.sqrt(_sum_by_halves(squares, axes) / count)
@@ -102,7 +103,10 @@ def gaussian(
     >>> round(float(gaussian(jnp.ones((1, 8)), (1,), Int(4, "midrise"))[0, 0]), 3)
     2.514
     """
-    return _gaussian_range(format) * rms(x, axes)
+    size = rms(x, axes)
+    # Of values near float32's largest the range would be Inf.
+    found = jnp.minimum(_gaussian_range(format) * size, jnp.finfo(jnp.float32).max)
+    return jnp.where(jnp.isfinite(size), found, size)
 
 
 def _gaussian_range(format: Format) -> Any:

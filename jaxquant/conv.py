@@ -281,9 +281,9 @@ def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
     out = window.convolve(left.values, right.values, preferred_element_type=accumulator, **options)
     out = out.astype(wide(dtype))
     if left.scale is not None:
-        out = scaled(out, window.lhs_scale(left.scale, features))
+        out = scaled(out, window.lhs_scale(left.scale, features).astype(out.dtype))
     if right.scale is not None:
-        out = scaled(out, window.rhs_scale(right.scale))
+        out = scaled(out, window.rhs_scale(right.scale).astype(out.dtype))
     return out.astype(dtype)
 
 
@@ -341,7 +341,8 @@ def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Ar
     if isinstance(rhs, QArray) and operands.rhs is None:
         # rhs's scales belong to output features, which this product sums over: Σ_o g_o (s_o q_o) is
         # Σ_o (g_o s_o) q_o, and the stored numbers are multiplied as they are.
-        gradient = gradient.astype(jnp.float32) * window.rhs_scale(rhs.float_scale())
+        wider = wide(gradient.dtype)
+        gradient = gradient.astype(wider) * window.rhs_scale(rhs.float_scale()).astype(wider)
         rhs = _without_scale(rhs)
     if operands.lhs is not None:
         gradient = quantize(gradient, operands.lhs, summed, rounding.key_of)
@@ -361,7 +362,9 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
     if isinstance(lhs, QArray) and operands.rhs is None:
         # As above; lhs's scales belong to elements of the batch.
         features = gradient.shape[window.out_spec[1]]
-        gradient = gradient.astype(jnp.float32) * window.lhs_scale(lhs.float_scale(), features)
+        wider = wide(gradient.dtype)
+        scale = window.lhs_scale(lhs.float_scale(), features).astype(wider)
+        gradient = gradient.astype(wider) * scale
         lhs = _without_scale(lhs)
     if operands.lhs is not None:
         gradient = quantize(gradient, operands.lhs, summed, _DRHS_KEY)

@@ -34,7 +34,7 @@ class Operands:
         arithmetic: ``"simulated"`` multiplies the dequantized values in their own type, at any
             precision, traced ones included; ``"native"`` multiplies stored numbers of at most 8 bits and
             applies the scales to the result: int8 with int32 accumulation, float8 with float32, or,
-            where only one operand is quantized, its values in the other's type.
+            where only one operand is quantized, its values in the other's type, or in the wider of both.
 
     Raises:
         ValueError: an operand that is neither a Quantizer nor None; "native" with no quantizer, a
@@ -507,7 +507,8 @@ def _carry_scale(
         scale, (*(order[a] for a in sorted(order)), *_free(kept.ndim, kept_axes, kept_batch))
     )
     shape = [scale.shape[order[a]] if a in order else 1 for a in range(gradient.ndim)]
-    carried = gradient.astype(jnp.float32) * moved.reshape(shape)
+    wider = jnp.float32 if jnp.finfo(gradient.dtype).bits < 32 else gradient.dtype
+    carried = gradient.astype(wider) * moved.reshape(shape).astype(wider)
     ones = jnp.ones((1,) * kept.ndim, jnp.float32)
     # A new QArray: a Block's scales are carried over too, and what is left is its elements'.
     stored = QArray(kept.qvalue, ones, kept.zero_point, format=kept.element, dtype=carried.dtype)

@@ -65,6 +65,10 @@ def einsum(
         (tuple(map(left.index, summed)), tuple(map(right.index, summed))),
         (tuple(map(left.index, batch)), tuple(map(right.index, batch))),
     )
+    if preferred_element_type is None and lhs.dtype != rhs.dtype:
+        # As jnp.einsum, whose types are NumPy's; lax has a rule of its own for float16 by bfloat16.
+        with jax.numpy_dtype_promotion("standard"):
+            preferred_element_type = jnp.result_type(lhs.dtype, rhs.dtype)
     options = {"precision": precision, "preferred_element_type": preferred_element_type}
     free = [x for x in (*left, *right) if x not in batch and x not in summed]
     order = [*batch, *free]  # of the product's axes

@@ -77,6 +77,29 @@ def _rotated(x: jax.Array, size: int, axis: int) -> jax.Array:
     return x
 
 
+def rotated(x: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
+    """`hadamard` of finite values without overflow: a coordinate saturates at the type's largest value.
+
+    >>> rotated(jnp.array([3e38, 3e38]), 2, -1)
+    Array([3.4028235e+38, 0.0000000e+00], dtype=float32)
+    """
+    shrink, top = _shrink(block), float(jnp.finfo(x.dtype).max)
+    turned = hadamard(x * shrink, block, axis)
+    kept = jnp.clip(turned, -top * shrink, top * shrink)
+    return jnp.where(jnp.isfinite(turned), kept, turned) * (1 / shrink)
+
+
+def rotated_back(values: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
+    """What values in rotated coordinates stand for: beyond the type's largest value Inf, and never NaN."""
+    shrink, top = _shrink(block), float(jnp.finfo(values.dtype).max)
+    return hadamard(jnp.clip(values, -top, top) * shrink, block, axis) * (1 / shrink)
+
+
+def _shrink(block: int) -> float:
+    """The power of two that makes room for a rotation, whose coordinates may be √block times as large."""
+    return 2.0 ** -(block.bit_length() // 2)
+
+
 @functools.cache
 def _matrix(size: int) -> np.ndarray:
     matrix = np.ones((1, 1))

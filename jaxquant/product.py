@@ -54,7 +54,7 @@ def product(
             sizes that have no common division of the contracting axis.
     """
     preferred = options.pop("preferred_element_type", None)
-    dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
+    dtype = preferred or result_type(lhs.dtype, rhs.dtype)
     if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
         return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
     lhs, rhs = lhs.unpack(), rhs.unpack()
@@ -62,8 +62,22 @@ def product(
         _check_rotations(lhs, rhs, dims)
     # No precision, which chooses among floating-point algorithms: these products are exact.
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
-        return _blockwise(lhs, rhs, dims).astype(dtype)
-    return _scaled(lhs, rhs, dims).astype(dtype)
+        return _blockwise(lhs, rhs, dims, dtype).astype(dtype)
+    return _scaled(lhs, rhs, dims, dtype).astype(dtype)
+
+
+def result_type(lhs: Any, rhs: Any) -> np.dtype:
+    """The type of `jax.lax.dot_general`'s result for operands of two types.
+
+    >>> result_type(jnp.bfloat16, jnp.float32)
+    dtype('float32')
+    """
+    if lhs == rhs:
+        return np.dtype(lhs)
+    # Asked of lax, whose rule is not quite NumPy's: float16 by bfloat16 is bfloat16.
+    one, other = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (lhs, rhs))
+    dims = (((1,), (0,)), ((), ()))
+    return jax.eval_shape(lambda *pair: jax.lax.dot_general(*pair, dims), one, other).dtype
 
 
 def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
@@ -83,7 +97,7 @@ def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
 def _one_sided(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict
 ) -> jax.Array:
-    """A float operand with a quantized one: its values go through in the float operand's type."""
+    """A float operand with a quantized one: its values go through in the float operand's type, or a wider."""
     quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
     other: Any = rhs if isinstance(lhs, QArray) else lhs
     assert isinstance(quantized, QArray)
@@ -100,10 +114,10 @@ def _one_sided(
         # What a 16-bit float may not hold exactly is scaled first, in float32.
         and isinstance(quantized.format, Int | Float)
     )
+    common = result_type(quantized.dtype, other.dtype)
     if not factors:
-        values = dequantize(dataclasses.replace(quantized, dtype=np.dtype(other.dtype)))
-        return multiply(values, other, **options)
-    dtype = options["preferred_element_type"] or jnp.result_type(quantized.dtype, other.dtype)
+        return multiply(dequantize(dataclasses.replace(quantized, dtype=common)), other, **options)
+    dtype = options["preferred_element_type"] or common
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
     scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
 
@@ -224,8 +238,8 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
     return math.prod(operand.scale.shape[a] for a in axes)
 
 
-def _scaled(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
-    """A product whose scales do not vary along the contracting axes, float32."""
+def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """A product whose scales do not vary along the contracting axes, float32 or the wider type asked for."""
     if is_integer(lhs.element) and is_integer(rhs.element):
         result = integers(lhs, rhs, dims)
     elif is_float8(lhs.element) and is_float8(rhs.element):
@@ -237,8 +251,9 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
             f"no product multiplies {lhs.element} by {rhs.element}: native arithmetic takes two Ints of at "
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
-    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim)
-    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim)
+    result = result.astype(_at_least_float32(dtype))
+    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(result.dtype)
+    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(result.dtype)
     if not isinstance(result.size, int) or result.size < _LARGE:
         return scaled(result * left, right)
     return jax.lax.platform_dependent(
@@ -291,8 +306,8 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
     return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
 
 
-def _blockwise(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
-    """Σ over blocks of the block's product times its scales, float32."""
+def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """Σ over blocks of the block's product times its scales, in `_scaled`'s type."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
     blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
@@ -305,10 +320,10 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled(pair[0], pair[1], dims), None
+        return total + _scaled(pair[0], pair[1], dims, dtype), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims), *first)
+    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, dtype), *first)
     return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
 
 

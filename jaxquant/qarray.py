@@ -7,7 +7,11 @@ For each group of elements that share a scale s (a tensor, a channel, a block, a
 with the range r by calibration, computed in float32.  With an asymmetric range [l, h] there is a zero
 point too:  s = (h − l) / (max − min),  z = round(min − l / s),  q = format.round(x / s + z),
 x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole, and so
-does one whose given range is negative.
+does one whose given range is negative.  A group of zeros has the scale 0 and decodes to zeros, also on a grid
+that has no zero.
+
+What is beyond float32 saturates: a float64 value counts as the nearest float32, the largest where it is
+larger, and below the smallest normal one hardware may take it for zero.  Inf and NaN stay what they are.
 """
 
 import dataclasses
@@ -24,15 +28,16 @@ from jax.sharding import PartitionSpec
 from jaxquant import calibration as calibrations
 from jaxquant import estimators
 from jaxquant import rounding as roundings
-from jaxquant.formats import Block, Codebook, Format, Int, divide, is_static
+from jaxquant.formats import Block, Codebook, Float, Format, Int, divide, in_float32, is_static
 from jaxquant.groups import grouped, normalized_axes, per_group, scale_shape, within
-from jaxquant.hadamard import hadamard
+from jaxquant.hadamard import rotated, rotated_back
 from jaxquant.opaque import DirectRead, Opaque, Owner
 from jaxquant.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.quantizer import Quantizer
 from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
 
 _TINY = jnp.finfo(jnp.float32).tiny
+_TOP = float(jnp.finfo(jnp.float32).max)
 # Beyond this a scale's reciprocal is subnormal, which most hardware flushes.
 _HUGE = 2.0**100
 
@@ -192,7 +197,7 @@ class QArray(Opaque):
         if not isinstance(self.format, Block):
             return self.scale
         scale = self.format.scale.load(self.scale)
-        return scale if self.tensor_scale is None else scale * self.tensor_scale
+        return _flushed(scale if self.tensor_scale is None else scale * self.tensor_scale)
 
 
 def _taken(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
@@ -219,7 +224,12 @@ class _Scales:
     @property
     def whole(self) -> jax.Array:
         """What the grid's values are multiplied with."""
-        return self.scale if self.tensor is None else self.scale * self.tensor
+        return _flushed(self.scale if self.tensor is None else self.scale * self.tensor)
+
+
+def _flushed(scale: jax.Array) -> jax.Array:
+    """Scales of which none is subnormal: two levels' product, or E8M0's 2^−127, which stands for zero."""
+    return jnp.where(scale < _TINY, 0, scale)
 
 
 def _scales(found: Any, quantizer: Quantizer) -> _Scales:
@@ -228,24 +238,30 @@ def _scales(found: Any, quantizer: Quantizer) -> _Scales:
         low, high = found
         return _asymmetric(low, high, quantizer)
     is_scale = isinstance(found, calibrations.Scale)
-    scale = found.value if is_scale else divide(found, quantizer.element.max_value)
+    range_ = found.value if is_scale else found
+    scale = range_ if is_scale else divide(range_, quantizer.element.max_value)
     if calibrations.sees_all(quantizer.calibration):
         scale = scale + 0 * scale  # Inf becomes NaN; none is negative
     else:
         scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
+    empty = (range_ < _TINY) & ~jnp.isnan(scale)
     if isinstance(quantizer.format, Block):
-        return _Scales(*quantizer.format.scales(scale))
-    return _Scales(_no_smaller(scale, quantizer))
+        return _Scales(*quantizer.format.scales(scale, empty))
+    return _Scales(_no_smaller(scale, empty, quantizer))
 
 
-def _no_smaller(scale: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Scales that can be divided by: none is zero or subnormal, which most hardware flushes.  NaN stays.
+def _no_smaller(scale: jax.Array, empty: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Scales of which none is subnormal, which most hardware flushes.  NaN stays.
 
-    A range that was taken of the values themselves is so small only where they are: they get scale 1 and
-    round to zero.  A range that was given, or leaves values out, clips what lies beyond it, however small.
+    A group that is empty, of zeros alone, gets 0: whatever the grid has nearest to zero, it stands for zero,
+    and a gradient that its scale is carried over to is not widened by it.  Floats as wide as float32 hold
+    values as they are, at scale 1.  A range that was given, or leaves values out, clips what lies beyond it,
+    however small.
     """
-    least = 1 if calibrations.sees_all(quantizer.calibration) else _TINY
-    return jnp.where(scale < _TINY, least, scale)
+    if not calibrations.sees_all(quantizer.calibration):
+        return jnp.where(scale < _TINY, _TINY, scale)
+    least = 1 if isinstance(quantizer.element, Float) else _TINY
+    return jnp.where(empty, 0, jnp.where(scale < _TINY, least, scale))
 
 
 def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scales:
@@ -262,18 +278,19 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scale
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     half = divide(high / 2 - low / 2, levels)
     half = jnp.where(jnp.isinf(half), jnp.nan, half)
-    scale = _no_smaller(2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2), quantizer)
+    scale = 2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2)
+    scale = _no_smaller(scale, high - low < _TINY, quantizer)
     scale = jnp.where(ends_in_order, scale, jnp.nan)
-    zero = jnp.round(element.min_value - low / scale)
+    zero = jnp.round(element.min_value - low / jnp.where(scale == 0, 1, scale))
     return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
 
 
 def _divide(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
     """view / scale without an intermediate that is no float32, whatever the scale."""
+    scale = jnp.where(scale == 0, 1, scale)  # what is multiplied by 0 afterwards
     # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
     if _has_plain_reciprocal(quantizer):
         return view * (1 / scale)
-    scale = jnp.where(scale < _TINY, 1, scale)  # two levels' product may be less than either
     shrink = jnp.where(scale > _HUGE, 2.0**-64, 1)
     return (view * shrink) * (1 / (scale * shrink))
 
@@ -299,10 +316,11 @@ def _check(x: Any, quantizer: Any) -> None:
 
 
 def _rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
-    """x in the coordinates that it is quantized in."""
+    """x in float32, in the coordinates that it is quantized in."""
+    x = in_float32(x)
     if quantizer.hadamard is None:
         return x
-    return hadamard(x, quantizer.hadamard, _last_axis(x, axis))
+    return rotated(x, quantizer.hadamard, _last_axis(x, axis))
 
 
 def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
@@ -322,6 +340,9 @@ def _to_grid(
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
     scales = _scales(found, quantizer)
     if not calibrations.sees_all(quantizer.calibration):
+        # Zeros are zeros, whatever range was given.
+        empty = calibrations.absmax(jax.lax.stop_gradient(view), axes) < _TINY
+        scales = dataclasses.replace(scales, scale=jnp.where(empty, 0, scales.scale))
         finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
         scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
     ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
@@ -338,7 +359,7 @@ def _to_grid(
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:
     """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
-    top = float(jnp.finfo(dtype).max)
+    top = min(float(jnp.finfo(dtype).max), _TOP)
     return jnp.clip(x, -top, top).astype(dtype)
 
 
@@ -368,7 +389,7 @@ def calibrate(
 
 
 def _calibrated(x: jax.Array, quantizer: Quantizer, groups: tuple[int, ...], axis: Any) -> Any:
-    x = _rotated(x.astype(jnp.float32), quantizer, axis)
+    x = _rotated(x, quantizer, axis)
     found = quantizer.calibration(grouped(x, groups), within(x.shape, groups), quantizer.element)
     found = found.value if isinstance(found, calibrations.Scale) else found
     return jax.tree.map(lambda range_: range_.reshape(groups), found)
@@ -421,8 +442,8 @@ def _stored(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """A QArray's arrays."""
     element = quantizer.element
-    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
-    grid, scales, _ = _to_grid(rotated, quantizer, axis, key)
+    laid_out = _rotated(x, quantizer, axis)
+    grid, scales, _ = _to_grid(laid_out, quantizer, axis, key)
     stored = element.store(grid.reshape(x.shape))
     scale = scales.scale.reshape(groups)
     if isinstance(quantizer.format, Block):
@@ -456,7 +477,7 @@ def _dequantized(qarray: QArray) -> jax.Array:
         view = view - per_group(qarray.element.load(qarray.zero_point), qarray.shape)
     values = (view * per_group(qarray.float_scale(), qarray.shape)).reshape(qarray.shape)
     if qarray.hadamard is not None:
-        values = hadamard(values, *qarray.hadamard)
+        values = rotated_back(values, *qarray.hadamard)
     return _finite(values, qarray.dtype)
 
 
@@ -492,11 +513,11 @@ def fake_quant(
 
 
 def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
-    rotated = _rotated(x.astype(jnp.float32), quantizer, axis)
+    laid_out = _rotated(x, quantizer, axis)
     if quantizer.estimator is estimators.straight_through:
         # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.
-        rotated = jax.lax.stop_gradient(rotated)
-    grid, scales, view = _to_grid(rotated, quantizer, axis, key)
+        laid_out = jax.lax.stop_gradient(laid_out)
+    grid, scales, view = _to_grid(laid_out, quantizer, axis, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
         grid, low, high = (v - scales.zero for v in (grid, low, high))
@@ -504,13 +525,14 @@ def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.A
         values = grid * scales.whole
     else:
         group = estimators.group_size(view.shape, scales.scale.shape)
-        fixed = jax.lax.stop_gradient(grid)
-        values = quantizer.estimator(
-            estimators.Laid(view, fixed, scales.whole, low, high, quantizer.element, group)
-        )
+        # A group that rounds to zero as a whole has the gradient of one on whole numbers.
+        empty = scales.whole == 0
+        scale, grid = jnp.where(empty, 1, scales.whole), jnp.where(empty, 0, grid)
+        laid = (view, jax.lax.stop_gradient(grid), scale, low, high, quantizer.element, group)
+        values = quantizer.estimator(estimators.Laid(*laid))
     values = values.reshape(x.shape)
     if quantizer.hadamard is not None:
-        values = hadamard(values, quantizer.hadamard, _last_axis(x, axis))
+        values = rotated_back(values, quantizer.hadamard, _last_axis(x, axis))
     if quantizer.estimator is estimators.straight_through:
         return roundings.straight_through(x, _finite(values, x.dtype))
     return _finite(values, x.dtype)

@@ -20,6 +20,7 @@ from jaxquant.dot import (
     simulate,
 )
 from jaxquant.native import check_operands, parts, wide
+from jaxquant.product import result_type
 from jaxquant.qarray import QArray, dequantize, quantize
 from jaxquant.sharding import computed_as_auto
 
@@ -165,9 +166,9 @@ def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> j
     )
     out = out.astype(wide(dtype))
     if left.scale is not None:
-        out = out * left.scale
+        out = out * left.scale.astype(out.dtype)
     if right.scale is not None:
-        out = out * _by_row(right.scale, group_sizes, lhs.shape[0])
+        out = out * _by_row(right.scale, group_sizes, lhs.shape[0]).astype(out.dtype)
     return _in_groups(out, group_sizes).astype(dtype)  # 0 · NaN is not 0
 
 
@@ -189,9 +190,9 @@ def _group_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) ->
     )
     out = out.astype(wide(dtype))
     if left.scale is not None:
-        out = out * left.scale.T[None]
+        out = out * left.scale.T[None].astype(out.dtype)
     if right.scale is not None:
-        out = out * right.scale[None]
+        out = out * right.scale[None].astype(out.dtype)
     return out.astype(dtype)
 
 
@@ -203,7 +204,7 @@ def _split(lhs: Any, rhs: Any, options: dict) -> tuple[dict, Any]:
         options.pop(
             "precision", None
         )  # chooses among floating-point algorithms; these sums are exact
-    return options, preferred or jnp.result_type(lhs.dtype, rhs.dtype)
+    return options, preferred or result_type(lhs.dtype, rhs.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -272,7 +273,8 @@ def _operands(operands, gradient, kept, axis, carried) -> tuple[Any, Any]:
         values = dequantize(kept) if isinstance(kept, QArray) else kept
         return gradient, values.astype(gradient.dtype)
     if isinstance(kept, QArray) and operands.rhs is None:
-        gradient = gradient.astype(jnp.float32) * carried(kept.float_scale())
+        wider = wide(gradient.dtype)
+        gradient = gradient.astype(wider) * carried(kept.float_scale()).astype(wider)
         kept = dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))
     if operands.lhs is not None:
         gradient = quantize(gradient, operands.lhs, axis, key)

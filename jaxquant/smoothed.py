@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
+import numpy as np
 
 from jaxquant.dot import DimensionNumbers, as_tuples
 from jaxquant.qarray import QArray
@@ -108,7 +109,7 @@ class Smoothed:
 def multiplied(
     x: jt.Float[jax.Array, "*shape"], factor: jt.Float[jax.Array, " n"], axes: Sequence[int]
 ) -> jt.Float[jax.Array, "*shape"]:
-    """x with each channel multiplied by its factor, in float32, in x's own type.
+    """x with each channel multiplied by its factor, in float32 or wider, in x's own type.
 
     Args:
         x: values.
@@ -136,6 +137,7 @@ def multiplied(
 def _multiplied(x: jax.Array, factor: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     sizes = tuple(x.shape[a] for a in axes)
     rising = sorted(range(len(axes)), key=axes.__getitem__)
-    laid = jnp.transpose(factor.astype(jnp.float32).reshape(sizes), rising)
+    wider = max(np.dtype(jnp.float32), x.dtype, key=lambda dtype: dtype.itemsize)
+    laid = jnp.transpose(factor.astype(wider).reshape(sizes), rising)
     laid = laid.reshape([n if a in axes else 1 for a, n in enumerate(x.shape)])
-    return (x.astype(jnp.float32) * laid).astype(x.dtype)
+    return (x.astype(wider) * laid).astype(x.dtype)

@@ -53,8 +53,8 @@ def test_error_is_at_most_half_a_step_and_never_nan(x, bits, granularity):
     q = jq.quantize(x, quantizer)
     error = np.abs(np.asarray(jq.dequantize(q) - x, np.float64))
     step = np.broadcast_to(np.asarray(q.scale, np.float64), x.shape)
-    # A group so small that its scale would be subnormal rounds to zero on a step of 1.
-    assert (error <= 0.5 * step * (1 + 1e-5)).all()
+    # A group of subnormal numbers has no step and rounds to zero.
+    assert (error <= 0.5 * step * (1 + 1e-5) + np.finfo(np.float32).tiny).all()
 
 
 @hypothesis.given(arrays, st.integers(2, 8), st.sampled_from(["tensor", "channel"]))

@@ -5,7 +5,7 @@ and such a format can be stored; parameters given as arrays are traced, one comp
 all their values, and such a format can only be simulated.
 """
 
-from jaxquant.formats.base import Format, code_dtype, divide, is_format, is_static
+from jaxquant.formats.base import Format, code_dtype, divide, in_float32, is_format, is_static
 from jaxquant.formats.block import Block
 from jaxquant.formats.codebook import Codebook, dynamic_map, normal_float
 from jaxquant.formats.floating import CONVENTIONS, Convention, Float
@@ -75,6 +75,7 @@ __all__ = [
     "code_dtype",
     "divide",
     "dynamic_map",
+    "in_float32",
     "is_format",
     "is_static",
     "normal_float",

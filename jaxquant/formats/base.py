@@ -79,6 +79,12 @@ def is_static(parameter: Any) -> bool:
     return isinstance(parameter, int | np.integer)
 
 
+def is_concrete(value: Any) -> bool:
+    """Whether an array's numbers are known here, as they are outside of a traced function."""
+    is_array = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    return is_array and value.is_fully_addressable
+
+
 def check_int(owner: str, name: str, value: Any, lowest: int, highest: int) -> int:
     """Returns `value` as an int in [lowest, highest], or raises a ValueError that says what is valid."""
     valid = f"{owner} takes {name} from {lowest} to {highest} as an integer (or a traced array)"
@@ -93,12 +99,23 @@ def check_int(owner: str, name: str, value: Any, lowest: int, highest: int) -> i
     return value
 
 
-def check_scalar(owner: str, name: str, value: jax.Array) -> None:
-    """Raises a ValueError where a traced parameter has axes or is no number."""
+def check_scalar(
+    owner: str, name: str, value: jax.Array, lowest: int, highest: int, whole: bool = False
+) -> None:
+    """Raises a ValueError where an array given as a parameter has axes or is no number within bounds.
+
+    What is traced has no number yet, and its bounds are the caller's to keep.
+    """
     if value.ndim or value.dtype == bool:
         raise ValueError(
             f"{owner} takes one traced {name}, a scalar number; got {value.dtype}{list(value.shape)}"
         )
+    if not is_concrete(value):
+        return
+    number = float(value)
+    if not lowest <= number <= highest or (whole and not number.is_integer()):
+        kind = "a whole number" if whole else "a number"
+        raise ValueError(f"{owner} takes {name} from {lowest} to {highest}, {kind}; got {value!r}")
 
 
 def rebuild(cls: type, **fields: Any) -> Any:
@@ -131,6 +148,14 @@ def divide(x: jax.Array, divisor: Any) -> jax.Array:
     """
     full = jnp.where(jnp.isnan(x), x, jnp.asarray(divisor, x.dtype))
     return x / jax.lax.optimization_barrier(full)
+
+
+def in_float32(x: jax.Array) -> jax.Array:
+    """x in float32, a finite value beyond its range as the largest."""
+    top = float(jnp.finfo(jnp.float32).max)
+    if jnp.finfo(x.dtype).max <= top:
+        return x.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x).astype(jnp.float32)
 
 
 def exp2(exponent: jax.Array) -> jax.Array:

@@ -26,6 +26,8 @@ class Block:
     * levels 2: t = a_tensor / (M · largest scale) in float32 for the whole array, and
       s = t · round(a / (M · t)): NVFP4's.
 
+    A block of zeros has the scale 0; in E8M0, which has no zero, 2^−127, which is taken for it.
+
     Args:
         element: the grid of the elements.
         size: how many neighbours share a scale, at least 1.
@@ -69,15 +71,20 @@ class Block:
             )
         _ = self.scale.dtype  # traced ones, which cannot be stored, are refused here
 
-    def scales(self, needed: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def scales(
+        self, needed: jax.Array, empty: jax.Array | bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Quantizes scales: from what each block needs to (block scales, the array's scale or None).
 
-        A block that needs none, or less than the smallest scale, gets the scale 1: its elements round to
-        zero.  NaN stays.
+        A block that is empty, of zeros alone, gets the scale 0.  So does one that needs less than the
+        smallest scale: it rounds to zero.  One of Floats gets 1, which keeps what the elements can hold by
+        themselves.  NaN stays.
 
         Args:
             needed: a / M of each block, float32.
+            empty: which blocks are.
         """
+        least = int(isinstance(self.element, Float))
         tiny, tensor = jnp.finfo(jnp.float32).tiny, None
         ratio = needed
         if self.levels == 2:
@@ -86,10 +93,10 @@ class Block:
             tensor = divide(largest, self.scale.max_value)
             tensor = jnp.where(tensor < tiny, 1, tensor)
             ratio = divide(needed, tensor)
+        ratio = jnp.where(ratio < tiny, least or tiny, ratio)
         is_power_of_two = self.scale.convention == "fnu"
-        ratio = jnp.where(ratio < tiny, 1, ratio)
         scale = self.scale.round(ratio, jnp.ceil if is_power_of_two else jnp.round)
-        return jnp.where(scale <= 0, 1, scale), tensor
+        return jnp.where(empty, 0, jnp.where(scale <= 0, least, scale)), tensor
 
     def __str__(self):
         return known_name(self) or f"block({self.element},{self.size},{self.scale},{self.levels})"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-from jaxquant.formats.base import code_dtype, known_name, rebuild
+from jaxquant.formats.base import code_dtype, is_concrete, known_name, rebuild
 
 # Up to so many values a comparison with each is cheaper than a binary search's gathers.
 _COMPARE_ALL = 32
@@ -26,8 +26,8 @@ class Codebook:
     nearest, a tie takes the smaller one; stochastically, the mean is kept.
 
     Args:
-        values: 2 to 65536 rising numbers, or a traced array of them (whose order is then the
-            caller's to keep).
+        values: 2 to 65536 rising numbers, or an array of them (whose order is the caller's to keep where
+            it is traced).
 
     Raises:
         ValueError: values that are not finite and rising, or too few or too many.
@@ -44,22 +44,10 @@ class Codebook:
                 raise ValueError(
                     f"Codebook takes one row of 2 to 65536 values; got shape {self.values.shape}"
                 )
+            if is_concrete(self.values):
+                _checked(np.asarray(self.values))
             return
-        try:
-            # float32 is what is computed in, so that is what the values are.
-            with np.errstate(over="ignore"):  # an infinite value is named below
-                values = tuple(float(np.float32(v)) for v in self.values)
-        except (TypeError, ValueError):
-            raise ValueError(f"Codebook takes rising numbers; got {self.values!r}") from None
-        rising = all(a < b for a, b in itertools.pairwise(values))
-        gaps = np.diff(values) if rising else np.zeros(1)
-        apart = (gaps >= np.finfo(np.float32).tiny) & (gaps <= np.finfo(np.float32).max)
-        if not 2 <= len(values) <= 2**16 or not apart.all():
-            raise ValueError(
-                "Codebook takes 2 to 65536 finite, rising values whose differences are normal float32 "
-                f"numbers; got {self.values!r}"
-            )
-        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "values", _checked(self.values))
 
     @property
     def _is_static(self) -> bool:
@@ -136,6 +124,24 @@ class Codebook:
     @classmethod
     def tree_unflatten(cls, static, traced):
         return rebuild(cls, values=traced[0] if traced else static)
+
+
+def _checked(values: Any) -> tuple[float, ...]:
+    """Values as float32, which is what is computed in; a ValueError for those that make no codebook."""
+    try:
+        with np.errstate(over="ignore"):  # an infinite value is named below
+            found = tuple(float(np.float32(v)) for v in values)
+    except (TypeError, ValueError):
+        raise ValueError(f"Codebook takes rising numbers; got {values!r}") from None
+    rising = all(a < b for a, b in itertools.pairwise(found))
+    gaps = np.diff(found) if rising else np.zeros(1)
+    apart = (gaps >= np.finfo(np.float32).tiny) & (gaps <= np.finfo(np.float32).max)
+    if not 2 <= len(found) <= 2**16 or not apart.all():
+        raise ValueError(
+            "Codebook takes 2 to 65536 finite, rising values whose differences are normal float32 "
+            f"numbers; got {values!r}"
+        )
+    return found
 
 
 def _looked_up(table: jax.Array, index: jax.Array) -> jax.Array:

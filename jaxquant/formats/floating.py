@@ -15,6 +15,7 @@ from jaxquant.formats.base import (
     code_dtype,
     exp2,
     exponent_of,
+    is_concrete,
     is_static,
     known_name,
     rebuild,
@@ -98,7 +99,7 @@ class Float:
         convention: as above; "ieee" where nothing is said.
 
     Raises:
-        ValueError: parameters out of range, or traced with axes; an unknown convention; 8 exponent bits
+        ValueError: parameters out of range, or arrays with axes; an unknown convention; 8 exponent bits
             with another convention than "ieee"; "fnu" with other widths than E8M0's.
 
     Source: IEEE 754-2019 section 3.4; OCP Microscaling Formats v1.0, section 5.3; for FNUZ, Noune et al.
@@ -125,7 +126,8 @@ class Float:
                     f"Float takes convention 'fnu' as Float(8, 0, 'fnu') only; got {self!r}"
                 )
             return
-        if self.convention != "ieee" and is_static(self.exponent_bits) and self.exponent_bits == 8:
+        known = is_static(self.exponent_bits) or is_concrete(self.exponent_bits)
+        if self.convention != "ieee" and known and self.exponent_bits == 8:
             raise ValueError(
                 "Float takes exponent_bits 8 with convention 'ieee' only, since its values beyond "
                 f"float32's cannot be computed with; got convention {self.convention!r}"
@@ -133,7 +135,7 @@ class Float:
         for name, low, high in (("exponent_bits", 2, 8), ("mantissa_bits", 1, 10)):
             value = getattr(self, name)
             if isinstance(value, jax.Array):
-                check_scalar("Float", name, value)
+                check_scalar("Float", name, value, low, high, whole=True)
             else:
                 object.__setattr__(self, name, check_int("Float", name, value, low, high))
 
@@ -211,7 +213,12 @@ class Float:
     def store(self, grid):
         if self.dtype == self._code_dtype:
             return self.encode(grid)
-        return grid.astype(self.dtype)
+        stored = grid.astype(self.dtype)
+        if self.convention != "fnu":
+            return stored
+        # 2^−127 is subnormal in float32, and may have been flushed; a cast of zero gives NaN.
+        smallest = jax.lax.bitcast_convert_type(jnp.uint8(0), self.dtype)
+        return jnp.where(grid < jnp.finfo(jnp.float32).tiny, smallest, stored)
 
     def load(self, stored):
         if self.dtype == self._code_dtype:

@@ -40,13 +40,13 @@ class Int:
       (Max 1960, "Quantizing for Minimum Distortion"); b = 1 is binary.
 
     Args:
-        bits: b, 1 to 16 as a Python integer, or a traced scalar (its range is then the caller's to
-            keep; between whole widths 2^(b−1) is rounded).
+        bits: b, 1 to 16 as a Python integer, or a scalar array (between whole widths 2^(b−1) is rounded;
+            where it is traced, its range is the caller's to keep).
         levels: as above.
 
     Raises:
         ValueError: a static `bits` that is not an integer from 1 to 16 (2 to 16 where symmetric or full),
-            or a traced one with axes; unknown `levels`.
+            an array out of that range or with axes; unknown `levels`.
 
     >>> Int(4).max_value, Int(4, "full").min_value, Int(4, "unsigned").max_value
     (7, -8, 15)
@@ -64,11 +64,11 @@ class Int:
             raise ValueError(
                 f"Int takes levels {', '.join(map(repr, _LEVELS))}; got {self.levels!r}"
             )
+        lowest = 2 if self.levels in ("symmetric", "full") else INT_BITS[0]
+        owner = f"{'An' if self.levels == 'unsigned' else 'A'} {self.levels} Int"
         if isinstance(self.bits, jax.Array):
-            check_scalar("Int", "bits", self.bits)
+            check_scalar(owner, "bits", self.bits, lowest, INT_BITS[1])
         else:
-            lowest = 2 if self.levels in ("symmetric", "full") else INT_BITS[0]
-            owner = f"{'A' if self.levels == 'symmetric' else 'An'} {self.levels} Int"
             object.__setattr__(
                 self, "bits", check_int(owner, "bits", self.bits, lowest, INT_BITS[1])
             )

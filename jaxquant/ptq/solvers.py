@@ -26,8 +26,6 @@ from jaxquant.qarray import QArray, calibrate, dequantize, fake_quant, quantize
 from jaxquant.quantizer import Quantizer
 from jaxquant.reductions import largest
 
-_TINY = jnp.finfo(jnp.float32).tiny
-
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -274,8 +272,6 @@ class _RowGrid:
     def of(stored: QArray, quantizer: Quantizer) -> "_RowGrid":
         n, m = stored.shape
         scale = stored.float_scale()
-        # As `quantize` divides: a product of two scales may be less than either.
-        scale = jnp.where(scale < _TINY, 1, scale)
         zero = stored.zero_point
         zero = None if zero is None else stored.element.load(zero)
         across = max(1, m // scale.shape[1])
@@ -292,7 +288,8 @@ class _RowGrid:
             return rounded if zero is None else rounded + zero
 
         # By the reciprocal, as `quantize` divides, so that equal rows get equal values.
-        grid = self.quantizer.element.round(row * (1 / scale), rounding)
+        divisor = jnp.where(scale == 0, 1, scale)
+        grid = self.quantizer.element.round(row * (1 / divisor), rounding)
         return grid, scale * (grid if zero is None else grid - zero)
 
 
