@@ -17,7 +17,7 @@ import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 JSON = 2**26  # bytes of a JSON file, at most; lists of nothing take 30 times as many in memory
 LARGEST = 2**36  # of a file that is held in memory, at most
@@ -55,7 +55,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Any, most: int | None = LARGEST, name: str | None = None) -> Iterator[IO[bytes]]:
+def opened(path: Any, most: int | None = LARGEST, name: str | None = None) -> Iterator[BinaryIO]:
     """A regular file, open for reading; nothing waits for a writer at the other end of a pipe.
 
     Args:
@@ -126,8 +126,11 @@ def sha256(path: Any) -> str:
     Raises:
         ValueError: as of `opened`.
     """
+    digest = hashlib.sha256()
     with opened(path, None) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def read_json(path: Any, most: int = JSON, name: str | None = None) -> Any:
@@ -229,7 +232,7 @@ def write(path: Any, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """`write` of what is written piece by piece, to the file that this gives.
 
     Raises:

@@ -77,7 +77,7 @@ def result_type(lhs: Any, rhs: Any) -> np.dtype:
     # Asked of lax, whose rule is not quite NumPy's: float16 by bfloat16 is bfloat16.
     one, other = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (lhs, rhs))
     dims = (((1,), (0,)), ((), ()))
-    return jax.eval_shape(lambda *pair: jax.lax.dot_general(*pair, dims), one, other).dtype
+    return jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, dims), one, other).dtype
 
 
 def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:

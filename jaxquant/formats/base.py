@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
+from jax.core import Tracer
 
 
 class Format(Protocol):
@@ -81,7 +82,7 @@ def is_static(parameter: Any) -> bool:
 
 def is_concrete(value: Any) -> bool:
     """Whether an array's numbers are known here, as they are outside of a traced function."""
-    is_array = isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer)
+    is_array = isinstance(value, jax.Array) and not isinstance(value, Tracer)
     return is_array and value.is_fully_addressable
 
 

@@ -165,7 +165,7 @@ def quantized_embed(cls: type) -> type:
         return QuantizedEmbed if cls is nnx.Embed else cls
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
     # A metaclass of the user's own is kept; such classes are not pickled.
-    made = _Made if type(cls) is type(nnx.Embed) else type(cls)
+    made: Any = _Made if type(cls) is type(nnx.Embed) else type(cls)
     return made(cls.__name__, (cls, QuantizedEmbed), names)
 
 

@@ -67,6 +67,8 @@ def check_frozen(site: Site, freeze: Callable[[Site], None]) -> None:
 def _overridden(site: Site) -> list[str]:
     """The methods of a module's class that are its own and not Flax's."""
     cls, base = type(site.module), base_of(site.module)
+    if base is None:
+        return []
     named = [name for name in _METHODS if hasattr(base, name)]
     return [name for name in named if _function(cls, name) is not _function(base, name)]
 

@@ -204,8 +204,9 @@ def first_specs(plan: Plan, exact: Any, tx: Any, params: Any) -> QuantizedState:
     spread = P() if plan.mesh is None else P(plan.axis)
     own = leaf_specs(tx, params)
     specs = [own[leaf.index] if plan.mesh is None else P() for leaf in plan.exact]
-    parts: Any = (P(), spread, spread, spread, with_exact(exact, specs), P())
-    return QuantizedState(*parts, plan)
+    placed: Any = with_exact(exact, specs)
+    split: Any = spread
+    return QuantizedState(P(), split, split, split, placed, P(), plan)  # pyright: ignore[reportArgumentType]
 
 
 def leaf_specs(tx: Any, params: Any) -> list[P]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -117,7 +118,7 @@ class _Walk:
             self._container(value)
 
     def _array(self, value: Any) -> None:
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             self._say("key", jax.random.key_impl(value))
             value = jax.random.key_data(value)
         array = np.asarray(value)
