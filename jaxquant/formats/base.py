@@ -154,7 +154,7 @@ def divide(x: jax.Array, divisor: Any) -> jax.Array:
 def in_float32(x: jax.Array) -> jax.Array:
     """x in float32, a finite value beyond its range as the largest."""
     top = float(jnp.finfo(jnp.float32).max)
-    if jnp.finfo(x.dtype).max <= top:
+    if float(jnp.finfo(x.dtype).max) <= top:
         return x.astype(jnp.float32)
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -top, top), x).astype(jnp.float32)
 
