@@ -37,7 +37,7 @@ class Expression(str):
 
     >>> Expression("blocks/(0|1)/.*").fullmatch("blocks/1/up")
     True
-    >>> Expression("(a+)+b").fullmatch("a" * 10_000) is None
+    >>> Expression("(a+)+b").fullmatch("a" * 300) is None
     True
     """
 

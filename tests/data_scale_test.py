@@ -161,8 +161,12 @@ WRONG_VERSION = np.array([20240520, 3] + [0] * 254, np.int32)
             "a.bin uint16, b.bin uint32",
         ),
         (
-            lambda d: (llm_c(d / "a.bin", range(99)), (d / "meta.json").write_text("{")),
+            lambda d: (llm_c(d / "a.bin", range(99)), (d / "meta.json").write_text("{}")),
             "says no vocab_size",
+        ),
+        (
+            lambda d: (llm_c(d / "a.bin", range(99)), (d / "meta.json").write_text("{")),
+            "meta.json' is not whole JSON",
         ),
         (
             lambda d: (
@@ -384,7 +388,7 @@ def load(source, path, **options):
         (lambda d: load("huggingface", d / "text.jsonl", field="body"), "has text; got 'body'"),
         (lambda d: load("huggingface", d / "numbers.jsonl"), "has text; got a int"),
         (lambda d: load("huggingface", d), "of one kind"),
-        (lambda d: load("huggingface", d / "absent.jsonl"), "cannot be read"),
+        (lambda d: load("huggingface", d / "absent.jsonl"), "absent.jsonl' does not exist"),
         (lambda d: load("huggingface", d / "few.jsonl"), "has no documents"),
     ],
 )

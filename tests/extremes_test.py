@@ -96,7 +96,9 @@ def test_a_rotation_near_the_top_is_finite(fmt, estimator, find):
 
 def test_the_rms_of_the_largest_is_right():
     x = jnp.array([[3e38, -3e38], [TOP, 0]], jnp.float32)
-    found = np.asarray(calibration.rms(x, (1,))[:, 0], np.float64)  # 1e-38 would be flushed in float32
+    found = np.asarray(
+        calibration.rms(x, (1,))[:, 0], np.float64
+    )  # 1e-38 would be flushed in float32
     np.testing.assert_allclose(found, [3e38, TOP / 2**0.5], rtol=1e-6)
 
 

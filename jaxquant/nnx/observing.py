@@ -178,8 +178,8 @@ def check_range(path: str, bounds: Any, weight: Any = 1) -> None:
     """Raises a ValueError for a range of nothing but zero, which would make zeros of all activations, or
     one that is not finite, which would make NaN of them."""
     found = jnp.stack([jnp.abs(bound) for bound in jax.tree.leaves(bounds)])
-    is_used = jnp.asarray(weight) > 0
-    if bool(jnp.any(~jnp.isfinite(found) & is_used)):
+    is_used = jnp.broadcast_to(jnp.asarray(weight) > 0, found.shape[1:])
+    if bool(jnp.any(~jnp.isfinite(found) & is_used[None])):
         raise ValueError(
             f"{path or 'the model'} was given a NaN or an Inf on the calibration data, which is no range; "
             "give a model and batches without, or a rule that leaves its activations in float"

@@ -64,14 +64,16 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
     Raises:
         Exception: whatever the update raises when it is traced.
     """
-    init = Program(tx.init, params)
     arrays = {k: x for k, x in extra.items() if not callable(x)}
     others = {k: x for k, x in extra.items() if callable(x)}
 
     def update(updates: Any, params: Any, state: Any, extra: Any) -> Any:
         return tx.update(updates, state, params, **extra, **others)
 
-    program = Program(update, params, params, state, arrays)
+    # What a leaf is does not hang on how strictly whoever asks has set JAX's promotion of types and ranks.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        init = Program(tx.init, params)
+        program = Program(update, params, params, state, arrays)
     count, total = len(jax.tree.leaves(params)), len(jax.tree.leaves(state))
     own = program.inputs[2 * count : 2 * count + total]
     after = program.outputs[len(program.outputs) - total :]
