@@ -11,6 +11,8 @@ import jaxquant as jq
 from jaxquant import calibration, estimators
 from jaxquant.ragged import RaggedDot
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 TOP = float(np.finfo(np.float32).max)
 DIMS = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)

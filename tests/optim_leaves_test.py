@@ -15,6 +15,8 @@ from jaxquant.optim.bounds import NON_NEGATIVE, bounds_of
 from jaxquant.optim.leaves import find
 from jaxquant.optim.tracing import Program
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 PARAMS = {"w": jnp.linspace(-1, 1, 16 * 16).reshape(16, 16)}
 KEY = jax.random.key(0)
 ROLES = {"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}

@@ -48,7 +48,7 @@ ONCE = ("adam", "prodigy", "mechanize(adam)", "schedule_free_adamw", "sm3", "Mul
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if name in ONCE else pytest.mark.long)
+        pytest.param(name, marks=() if name in ONCE else pytest.mark.release)
         for name in CASES
         if name not in PARTS
     ],

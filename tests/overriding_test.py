@@ -14,6 +14,8 @@ import jaxquant as jq
 from jaxquant import linen
 from jaxquant.nnx.modules import read
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 RUN = nnx.jit(lambda model, *inputs: model(*inputs))
 TOKENS = jnp.arange(12).reshape(2, 6) % 80
 

@@ -12,6 +12,8 @@ from flax import nnx
 
 from jaxquant.ptq.identity import identity
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 
 def known(value) -> str:
     return identity("loss", value)

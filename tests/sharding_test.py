@@ -30,7 +30,7 @@ def test_gradients_and_packed_codes_under_explicit_axes():
     assert compared("Explicit", "smallest") == 3
 
 
-@pytest.mark.long
+@pytest.mark.release
 @pytest.mark.parametrize("part", COUNTS)
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])
 def test_on_a_mesh_everything_is_as_on_one_device(kind, part):

@@ -12,6 +12,8 @@ import jaxquant as jq
 from jaxquant.nnx.modules import Learned, read, write
 from jaxquant.nnx.stacking import Stacking, places
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 LAYERS = 3
 RUN = nnx.jit(lambda model, x: model(x))
 

@@ -15,6 +15,8 @@ from jaxquant.nnx.modules import read
 from jaxquant.ptq.solvers import gptq
 from jaxquant.ragged import RaggedDot
 
+pytestmark = pytest.mark.exhaustive  # minutes, once in CI
+
 LEAST = 1e-30
 WITHOUT_ZERO = [
     "int1midrise",
