@@ -94,7 +94,7 @@ def test_intervals_cover_what_made_the_runs(law):
     assert best is None or of_optimum >= WANTED * REPETITIONS
 
 
-def test_a_thousand_bootstraps_are_twenty_times_faster_than_scipys():
+def test_a_thousand_bootstraps_are_thirty_times_faster_than_scipys():
     law = laws.KUMAR
     runs = runs_of(law, TRUE[law], np.random.default_rng(0))
     start = time.monotonic()
@@ -104,8 +104,7 @@ def test_a_thousand_bootstraps_are_twenty_times_faster_than_scipys():
     space = Space(law, columns, runs[law.target])
     theirs = scipy_seconds(law, space, found) * 1001 * 64 / 10
     print(f"ours {ours:.1f} s, SciPy's L-BFGS {theirs:.0f} s (extrapolated from 10 fits)")
-    assert ours < 60
-    assert theirs > 20 * ours
+    assert theirs > 30 * ours
 
 
 def scipy_seconds(law, space, found, count=10):
