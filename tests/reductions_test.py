@@ -14,6 +14,7 @@ from flax import nnx
 import jaxquant as jq
 from jaxquant import calibration, reductions
 from jaxquant.formats import Block, Float
+from jaxquant.laws.law import x64
 from jaxquant.optim import codecs
 from jaxquant.ptq import smooth, solvers
 
@@ -77,7 +78,7 @@ def test_a_bad_element_makes_its_group_nan_and_no_other_at_any_size(shape, dtype
 
 
 def test_a_bad_element_shows_in_float64():
-    with jax.enable_x64(True):
+    with x64():
         for axes, groups in (((0, 1), (1, 1)), ((1,), (64, 1))):
             function = jax.jit(
                 lambda x, axes=axes: {"": calibration.absmax(x, axes) + jnp.zeros_like(x)}
