@@ -141,6 +141,27 @@ def test_a_small_budget_is_refused_as_it_was():
 # Slow momentum
 
 
+SLOW = {
+    "adam": optax.adam(1e-2, b1=0.99),
+    "lion": optax.lion(1e-3),
+    "adan": optax.adan(1e-3),
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_slow_momentum_has_six_bits_or_more_and_is_dithered(name):
+    params = {"w": jax.ShapeDtypeStruct((512, 256), jnp.float32)}
+    init = lambda bits: jax.eval_shape(quantize_state(SLOW[name], fixed(bits, 8)).init, params)  # noqa: E731
+    for bits in (4, 5):
+        with pytest.raises(
+            ValueError, match=rf"which {bits} bits do not follow: give it 6 or more"
+        ):
+            init(bits)
+    codecs = [codec for run in init(6).plan.codecs for codec in run if codec.signed]
+    assert codecs
+    assert any(codec.stochastic for codec in codecs)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def around(codec, bits, seed, decay=0.99, steps=400):
     """Mean square distance from an optimum around which gradients change their signs, after Adam's steps."""
