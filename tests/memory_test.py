@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -56,3 +58,35 @@ def test_a_trim_soon_after_another_does_nothing(monkeypatch):
     assert not called
     memory.trim()
     assert called == [0]
+
+
+def test_arenas_stay_few():
+    """In a process of its own: threads that allocate have arenas of theirs, up to the limit."""
+    script = """
+import os, sys, threading
+os.cpu_count = lambda: 2
+from experiments.harness import memory
+if sys.argv[1] == "few":
+    memory.make_room("a kind")
+hold = threading.Barrier(13)
+def allocate():
+    kept = [bytes(2000) for _ in range(100)]
+    hold.wait()
+    hold.wait()
+threads = [threading.Thread(target=allocate) for _ in range(12)]
+[thread.start() for thread in threads]
+hold.wait()
+# An arena of a thread begins where 64 MB do.
+maps = [line.split()[0].split("-") for line in open("/proc/self/maps")]
+print(sum(int(low, 16) % 2**26 == 0 for low, high in maps))
+hold.wait()
+"""
+    counts = {
+        name: int(
+            subprocess.run(
+                [sys.executable, "-c", script, name], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for name in ("few", "many")
+    }
+    assert counts["few"] < counts["many"] / 2

@@ -43,8 +43,9 @@ class Restored(NamedTuple):
 class Spacing:
     """Saves of a run that are some seconds of its work apart.
 
-    Each save of some 60 arrays loses 40 kB within TensorStore, so a process that runs trials for hours saves
-    by time.  A run may be opened again and again: what it has worked since its last save is remembered.
+    Each save of some 60 arrays loses 40 kB within TensorStore, and the first fifty twice that, so a process
+    that runs trials for hours saves by time.  A run may be opened again and again: what it has worked since
+    its last save is remembered.
 
     Attributes:
         seconds: of work from one save to the next, at least.

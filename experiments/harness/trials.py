@@ -42,11 +42,11 @@ class Context:
     scratch: Path
     progress: Callable[[float, str], None]
     keeps_checkpoints: bool = False
-    seconds_between_saves: float = 30.0
+    seconds_between_saves: float = 60.0
     _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        """Where one of the trial's runs is saved: its interval of steps apart, and half a minute."""
+        """Where one of the trial's runs is saved: its interval of steps apart, and a minute."""
         spacing = Spacing(self.seconds_between_saves, self.keeps_checkpoints)
         spacing = self._spacings.setdefault(name, spacing)
         return Checkpoints(self.scratch / name, spacing=spacing)
