@@ -28,11 +28,25 @@ class Rule(NamedTuple):
     value: DotGeneral | Attention | None
     label: str
 
-    def takes(self, path: str, kind: str) -> bool:
-        return self.pattern.fullmatch(path) is not None and self.suits(kind)
+    def takes(self, subject: "Subject") -> bool:
+        return self.matches(subject) and self.suits(subject.kind)
+
+    def matches(self, subject: "Subject") -> bool:
+        return any(self.pattern.fullmatch(name) is not None for name in subject.names)
 
     def suits(self, kind: str) -> bool:
         return self.value is None or isinstance(self.value, Attention) == (kind == ATTENTION)
+
+
+class Subject(NamedTuple):
+    """What rules are about: a module or a product, by every name that it goes by, its path first."""
+
+    names: tuple[str, ...]
+    kind: str
+
+    @property
+    def path(self) -> str:
+        return self.names[0]
 
 
 def parse_rules(rules: Rules) -> list[Rule]:
@@ -88,33 +102,41 @@ def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
     >>> assign({"up": "linear", "head": "linear"}, {"head": None, ".*": "w4a16"})["up"].label
     'w4a16'
     """
-    parsed, assigned, used = parse_rules(rules), {}, set()
-    for path, kind in kinds.items():
-        for index, rule in enumerate(parsed):
-            if rule.takes(path, kind):
-                assigned[path] = rule
-                used.add(index)
-                break
-    for index, rule in enumerate(parsed):
-        if index not in used:
-            raise ValueError(f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, kinds)}")
-    return assigned
+    subjects = [Subject((path,), kind) for path, kind in kinds.items()]
+    chosen = choose(subjects, rules)
+    return {s.path: rule for s, rule in zip(subjects, chosen, strict=True) if rule is not None}
 
 
-def _reason(rule: Rule, kinds: Mapping[str, str]) -> str:
-    matched = [path for path in kinds if rule.pattern.fullmatch(path)]
+def choose(subjects: Sequence[Subject], rules: Rules) -> list[Rule | None]:
+    """The first rule that takes each subject; None where none does.
+
+    Raises:
+        ValueError: a rule that took none, with the reason and the nearest paths.
+    """
+    parsed = parse_rules(rules)
+    chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
+    for rule in parsed:
+        if not any(rule is other for other in chosen):
+            raise ValueError(f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, subjects)}")
+    return chosen
+
+
+def _reason(rule: Rule, subjects: Sequence[Subject]) -> str:
+    matched = [subject for subject in subjects if rule.matches(subject)]
     if not matched:
-        return f"nothing has such a path; {_nearest(rule.pattern.pattern, kinds)}"
-    suited = [path for path in matched if rule.suits(kinds[path])]
+        paths = dict.fromkeys(subject.path for subject in subjects)
+        return f"nothing has such a path; {_nearest(rule.pattern.pattern, paths)}"
+    suited = [subject.path for subject in matched if rule.suits(subject.kind)]
     if suited:
         return f"earlier rules took {_listed(suited)}"
+    paths = [subject.path for subject in matched]
     if isinstance(rule.value, Attention):
         return (
-            f"it matches {_listed(matched)}, which has weights, and {rule.label} is for attention; a recipe "
+            f"it matches {_listed(paths)}, which has weights, and {rule.label} is for attention; a recipe "
             "such as 'w8a8' is for weights"
         )
     return (
-        f"it matches {_listed(matched)}, whose products are of two activations, and {rule.label} is for "
+        f"it matches {_listed(paths)}, whose products are of two activations, and {rule.label} is for "
         "weights; recipes such as 'a8' and 'kv8' are for attention"
     )
 

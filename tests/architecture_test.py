@@ -41,6 +41,15 @@ LIBRARY = [
         "recipes",
     ],
     ["expressions", "rules", "coverage"],
+    [
+        "engine.products",
+        "engine.origins",
+        "engine.analysis",
+        "engine.rebuilding",
+        "engine.walking",
+        "engine.operations",
+        "engine.functions",
+    ],
     ["settings", "specification", "cards", "artifacts"],
     [
         "nnx.stacking",

@@ -30,7 +30,7 @@ from jaxquant.linen.sites import (
 from jaxquant.linen.weights import Weight, abstractly, at, split, weight_of
 from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
-from jaxquant.rules import ATTENTION, Rule, Rules, assign, parse_rules
+from jaxquant.rules import ATTENTION, Rule, Rules, Subject, assign, parse_rules
 
 RANGES = "quantization"  # the collection of calibrated ranges
 
@@ -153,7 +153,7 @@ class _Interceptor:
         if site.method != "setup":
             self.reached.append((site.path, site.method))
         self.kinds[site.path] = site.kind
-        rule = next((r for r in self.rules if r.takes(site.path, site.kind)), None)
+        rule = next((r for r in self.rules if r.takes(Subject((site.path,), site.kind))), None)
         if rule is None or rule.value is None:
             if site.stored():
                 raise ValueError(f"{site.path} is frozen, and no rule quantizes it")
@@ -175,7 +175,7 @@ class _Interceptor:
         if kind is None or module.scope is None:
             return
         path = "/".join(module.path)
-        rule = next((r for r in self.rules if r.takes(path, kind)), None)
+        rule = next((r for r in self.rules if r.takes(Subject((path,), kind))), None)
         if rule is None or rule.value is None:
             return
         if any(path == reached for reached, _ in self.reached[before:]):

@@ -1,0 +1,88 @@
+"""Where the values of a trace come from, found by following them through its equations."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+# What only moves numbers about or casts them: what is behind is still the parameter.
+# fmt: off
+_MOVES = frozenset((
+    "reshape", "transpose", "broadcast_in_dim", "convert_element_type", "squeeze", "slice",
+    "dynamic_slice", "copy", "copy_p", "rev", "expand_dims", "sharding_constraint",
+    "optimization_barrier", "reduce_precision", "gather", "split", "pad", "mesh_cast",
+    "reshard", "pvary", "pcast",
+))
+# fmt: on
+# Whose results are never negative, and those of which that is so where it is so of their operands.
+_NONNEGATIVE = frozenset({"exp", "exp2", "abs", "logistic", "square", "erfc"})
+_KEEP_SIGN = frozenset(
+    {"mul", "div", "add", "reduce_sum", "reduce_max", "cumsum", "concatenate", "sqrt"}
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a value comes from.
+
+    Attributes:
+        nearest: paths of the parameters that it was computed from since the last product.
+        is_weight: whether parameters alone determine it, and no input of the function.
+        is_input: whether an input of the function has a part in it.
+        is_nonnegative: whether it is certain to have no negative number, as probabilities have not.
+    """
+
+    nearest: frozenset[str] = frozenset()
+    is_weight: bool = False
+    is_input: bool = False
+    is_nonnegative: bool = False
+
+    @classmethod
+    def parameter(cls, path: str) -> "Origin":
+        return cls(frozenset({path}), is_weight=True)
+
+
+CONSTANT = Origin()
+INPUT = Origin(is_input=True)
+
+
+def joined(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
+    """Of a value that is computed from others."""
+    origins = list(origins)
+    is_input = any(o.is_input for o in origins)
+    return Origin(
+        frozenset().union(*(o.nearest for o in origins)),
+        not is_input and any(o.is_weight for o in origins),
+        is_input,
+        is_nonnegative,
+    )
+
+
+def through(primitive: str, origins: Sequence[Origin]) -> Origin:
+    """Of what an equation without products puts out, from its operands'.
+
+    >>> a, b = Origin.parameter("a"), Origin.parameter("b")
+    >>> sorted(through("add", [a, b]).nearest), through("exp", [INPUT]).is_nonnegative
+    (['a', 'b'], True)
+    """
+    signs = [o.is_nonnegative for o in origins]
+    if primitive in _MOVES:
+        return joined(origins, signs[:1] == [True])
+    if primitive == "select_n":  # what selects has no sign of its own
+        return joined(origins, all(signs[1:]))
+    if primitive == "max":
+        return joined(origins, any(signs))
+    return joined(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
+
+
+def common(paths: Iterable[str]) -> str:
+    """The longest path that all have in common, by whole names.
+
+    >>> common(["layers/0/attn/q", "layers/0/attn/k"]), common(["a/b"]), common([])
+    ('layers/0/attn', 'a/b', '')
+    """
+    parts = [path.split("/") for path in paths]
+    found: list[str] = []
+    for names in zip(*parts, strict=False):
+        if len(set(names)) > 1:
+            break
+        found.append(names[0])
+    return "/".join(found)

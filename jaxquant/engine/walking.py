@@ -1,0 +1,120 @@
+"""`walk`: a function with other products in the place of its own.
+
+The function is traced, every product's operands are followed back to the parameters that they come from,
+and the trace is computed again with what `visit` gives in the products' place.  Nothing is patched: what
+comes out is an ordinary function, and jit, gradients, scan, remat and vmap are taken of it as of any other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxquant.engine import rebuilding
+from jaxquant.engine.analysis import Found, flat, found_in
+from jaxquant.engine.origins import INPUT, Origin
+from jaxquant.engine.products import Product
+
+Replacement = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call without its arrays: its structure, where its arrays come from, and what else it is given."""
+
+    structure: Any
+    origins: tuple[Origin, ...]
+    constants: tuple[tuple[int, Any], ...]
+
+    def of(self, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+        """What the function gives for such arrays."""
+        constants, rest = dict(self.constants), iter(arrays)
+        places = range(self.structure.num_leaves)
+        leaves = [constants[i] if i in constants else next(rest) for i in places]
+        args, kwargs = jax.tree.unflatten(self.structure, leaves)
+        return function(*args, **kwargs)
+
+    def traced(self, function: Callable[..., Any], arrays: Sequence[Any]) -> tuple:
+        """The function's trace, what is found of it, and its result's structure."""
+        run = lambda *arrays: self.of(function, arrays)  # noqa: E731
+        closed, shape = jax.make_jaxpr(run, return_shape=True)(*arrays)
+        found, _ = found_in(closed.jaxpr, self.origins)
+        return closed, found, jax.tree.structure(shape)
+
+
+def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
+    """A call, of which the first argument holds parameters, and its arrays."""
+    pairs, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    constants, arrays, origins = [], [], []
+    for index, (path, leaf) in enumerate(pairs):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+            constants.append((index, leaf))
+            continue
+        arrays.append(leaf)
+        is_parameter = [getattr(key, "idx", None) for key in path[:2]] == [0, 0]
+        name = jax.tree_util.keystr(path[2:], simple=True, separator="/")
+        origins.append(Origin.parameter(name) if is_parameter else INPUT)
+    return Call(structure, tuple(origins), tuple(constants)), arrays
+
+
+def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Product, ...]:
+    """The products of a function of a pytree of parameters, in order; it is traced, not run.
+
+    Args:
+        function: of a pytree of parameters first.
+        args, kwargs: what it is called with; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Raises:
+        ValueError: a function that takes gradients.
+
+    >>> square = jax.ShapeDtypeStruct((4, 4), "float32")
+    >>> model = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]
+    >>> [p.path for p in products(model, {"up": square, "down": square}, square)]
+    ['up', 'down']
+    """
+    call, arrays = called(args, kwargs)
+    return tuple(flat(call.traced(function, arrays)[1]))
+
+
+def walk(
+    function: Callable[..., Any],
+    visit: Callable[[tuple[Product, ...]], Sequence[Replacement | None]],
+) -> Callable[..., Any]:
+    """The same function with other products.
+
+    It takes what the function takes.  Arrays are traced, everything else counts as a constant, and each
+    combination of shapes and constants is traced once.
+
+    Args:
+        function: of a pytree of parameters first.
+        visit: from the products to what takes each one's place, of the same operands and with a result of
+            the same shape; None leaves it.  It is called once for each trace.
+
+    >>> halved = walk(lambda w, x: x @ w, lambda found: [lambda x, w: 0.5 * (x @ w) for _ in found])
+    >>> halved(jax.numpy.eye(2), jax.numpy.ones((1, 2)))
+    Array([[0.5, 0.5]], dtype=float32)
+    """
+
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def run(call: Call, arrays: list[Any]) -> Any:
+        closed, found, structure = call.traced(function, arrays)
+        given = _placed(found, iter(visit(tuple(flat(found)))))
+        results = rebuilding.computed(closed.jaxpr, closed.consts, arrays, given)
+        return jax.tree.unflatten(structure, results)
+
+    @functools.wraps(function)
+    def walked(*args: Any, **kwargs: Any) -> Any:
+        return run(*called(args, kwargs))
+
+    return walked
+
+
+def _placed(found: Sequence[Found], given: Any) -> list[Any]:
+    """What takes each product's place, in the places that the products were found in."""
+    return [
+        next(given) if isinstance(x, Product) else None if x is None else _placed(x, given)
+        for x in found
+    ]
