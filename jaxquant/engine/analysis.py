@@ -32,15 +32,28 @@ class Where:
     unreached: str = ""
 
 
+def opened(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """A function that an equation holds, and its constants; which ones are closed differs by version."""
+    if isinstance(function, core.ClosedJaxpr):
+        return function.jaxpr, function.consts
+    return function, ()
+
+
+def scan_places(settings: dict[str, Any]) -> tuple[int, int]:
+    """Where among a scan's operands what is carried begins and ends."""
+    if "ft_in" in settings:  # since jax 0.12
+        constants, carried, _ = map(len, settings["ft_in"].unpack())
+        return constants, constants + carried
+    return settings["num_consts"], settings["num_consts"] + settings["num_carry"]
+
+
 def inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
     """The functions that an equation holds, in order."""
     found = []
     for value in equation.params.values():
         for x in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(x, core.ClosedJaxpr):
-                found.append(x.jaxpr)
-            elif isinstance(x, core.Jaxpr):
-                found.append(x)
+            if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
+                found.append(opened(x)[0])
     return found
 
 
@@ -154,11 +167,11 @@ def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
 def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
     where = dataclasses.replace(where, times=where.times * settings["length"])
-    first, last = settings["num_consts"], settings["num_consts"] + settings["num_carry"]
+    first, last = scan_places(settings)
     carry = operands[first:last]
     while True:
         given = [*operands[:first], *carry, *operands[last:]]
-        found, results = found_in(settings["jaxpr"].jaxpr, given, where)
+        found, results = found_in(opened(settings["jaxpr"])[0], given, where)
         grown = _grown(carry, results[: last - first])
         if grown == carry:
             return [found], [*carry, *results[last - first :]]
@@ -172,18 +185,18 @@ def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     carry = operands[last:]
     while True:
         body, results = found_in(
-            settings["body_jaxpr"].jaxpr, [*operands[first:last], *carry], where
+            opened(settings["body_jaxpr"])[0], [*operands[first:last], *carry], where
         )
         grown = _grown(carry, results)
         if grown == carry:
             break
         carry = grown
-    test, _ = found_in(settings["cond_jaxpr"].jaxpr, [*operands[:first], *carry], where)
+    test, _ = found_in(opened(settings["cond_jaxpr"])[0], [*operands[:first], *carry], where)
     return [test, body], carry
 
 
 def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    branches = [found_in(b.jaxpr, operands[1:], where) for b in equation.params["branches"]]
+    branches = [found_in(opened(b)[0], operands[1:], where) for b in equation.params["branches"]]
     results = branches[0][1]
     for _, others in branches[1:]:
         results = _grown(results, others)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxquant.engine.analysis import CALLS
+from jaxquant.engine.analysis import CALLS, opened, scan_places
 from jaxquant.engine.products import KINDS
 
 # For each equation: what takes a product's place, such a list for each function that it holds, or None.
@@ -15,16 +15,16 @@ Given = Any
 
 
 def computed(
-    jaxpr: core.Jaxpr, consts: Sequence[Any], arguments: Sequence[Any], given: Sequence[Given]
+    function: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Any], given: Sequence[Given]
 ) -> list[Any]:
     """The results of a trace.
 
     Args:
-        jaxpr: a trace.
-        consts: what it holds.
+        function: a trace.
         arguments: what it takes.
         given: for each equation.
     """
+    jaxpr, consts = opened(function)
     values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
 
@@ -80,10 +80,10 @@ def _product(equation: core.JaxprEqn, operands: list[Any], replacement: Callable
 
 def _entered(equation: core.JaxprEqn, operands: list[Any], given: Given) -> list[Any]:
     """A jitted function within, as a part of the whole; where its arrays are to lie is kept."""
-    closed = equation.params.get("jaxpr") or equation.params["call_jaxpr"]
-    places = equation.params.get("in_shardings", ()), equation.params.get("out_shardings", ())
-    jaxpr, consts = (closed.jaxpr, closed.consts) if hasattr(closed, "consts") else (closed, ())
-    results = computed(jaxpr, consts, _put(operands, places[0]), given)
+    settings = equation.params
+    function = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
+    places = settings.get("in_shardings", ()), settings.get("out_shardings", ())
+    results = computed(function, _put(operands, places[0]), given)
     return _put(results, places[1])
 
 
@@ -100,18 +100,17 @@ def _put(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
 
 def _remat(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
     settings = equation.params
-    body = lambda *xs: computed(settings["jaxpr"], (), xs, given[0])  # noqa: E731
+    body = lambda *xs: computed(settings["jaxpr"], xs, given[0])  # noqa: E731
     options = {"policy": settings["policy"], "prevent_cse": settings["prevent_cse"]}
     return jax.checkpoint(body, **options)(*operands)
 
 
 def _scan(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
     settings = equation.params
-    first, last = settings["num_consts"], settings["num_consts"] + settings["num_carry"]
-    closed = settings["jaxpr"]
+    first, last = scan_places(settings)
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
-        results = computed(closed.jaxpr, closed.consts, [*operands[:first], *carry, *x], given[0])
+        results = computed(settings["jaxpr"], [*operands[:first], *carry, *x], given[0])
         return results[: last - first], results[last - first :]
 
     options = {k: settings[k] for k in ("length", "reverse", "unroll")}
@@ -125,8 +124,7 @@ def _while(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
     last = first + settings["body_nconsts"]
 
     def run(name: str, consts: list[Any], own: Given, carry: Sequence[Any]) -> list[Any]:
-        closed = settings[name]
-        return computed(closed.jaxpr, closed.consts, [*consts, *carry], own)
+        return computed(settings[name], [*consts, *carry], own)
 
     test = functools.partial(run, "cond_jaxpr", operands[:first], given[0])
     body = functools.partial(run, "body_jaxpr", operands[first:last], given[1])
@@ -135,7 +133,7 @@ def _while(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
 
 def _cond(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
     branches = [
-        functools.partial(lambda b, own, *xs: computed(b.jaxpr, b.consts, xs, own), branch, own)
+        functools.partial(lambda b, own, *xs: computed(b, xs, own), branch, own)
         for branch, own in zip(equation.params["branches"], given, strict=True)
     ]
     return jax.lax.switch(operands[0], branches, *operands[1:])
@@ -143,7 +141,7 @@ def _cond(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
 
 def _shard_map(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
     settings = equation.params
-    body = lambda *xs: tuple(computed(settings["jaxpr"], (), xs, given[0]))  # noqa: E731
+    body = lambda *xs: tuple(computed(settings["jaxpr"], xs, given[0]))  # noqa: E731
     manual = "newly_manual_axes" if "newly_manual_axes" in settings else "manual_axes"
     return jax.shard_map(
         body,

@@ -102,7 +102,7 @@ def walk(
     def run(call: Call, arrays: list[Any]) -> Any:
         closed, found, structure = call.traced(function, arrays)
         given = _placed(found, iter(visit(tuple(flat(found)))))
-        results = rebuilding.computed(closed.jaxpr, closed.consts, arrays, given)
+        results = rebuilding.computed(closed, arrays, given)
         return jax.tree.unflatten(structure, results)
 
     @functools.wraps(function)
