@@ -5,7 +5,7 @@
 Formats (`Int`, `Float`, `Codebook`, `Block`) are grids.  A `Quantizer` says how a tensor is laid onto
 one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGeneral`, `einsum`,
 `ConvGeneralDilated` and `RaggedDot` go wherever lax's own go, `recipe` names the usual ones, and
-`jq.nnx.quantize` puts them into a Flax model.
+`jq.nnx.quantize` puts them into a Flax model, `jq.functions.quantize` into any function.
 """
 
 from jaxquant import (
@@ -29,6 +29,7 @@ from jaxquant.attention import Attention, KVCache
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
 from jaxquant.einsum import einsum
+from jaxquant.engine import functions
 from jaxquant.formats import (
     BF16,
     BINARY,
@@ -109,6 +110,7 @@ __all__ = [
     "estimators",
     "fake_quant",
     "formats",
+    "functions",
     "hadamard",
     "laws",
     "linen",

@@ -5,8 +5,10 @@ from typing import Literal, ParamSpec, TypeVar
 
 from jaxquant.engine.operations import replacement
 from jaxquant.engine.products import Product
-from jaxquant.engine.walking import Replacement, walk
+from jaxquant.engine.walking import Replacement, products, walk
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
+
+__all__ = ["assigned", "products", "quantize"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,10 +40,9 @@ def quantize(
             take their recipes, a function without products, or one that takes gradients.
 
     >>> import jax
-    >>> from jaxquant.engine import functions
     >>> model = lambda w, x: jax.nn.relu(x @ w["up"]) @ w["down"]
     >>> w = {"up": jax.numpy.ones((4, 8)), "down": jax.numpy.ones((8, 2))}
-    >>> functions.quantize(model, {"up": "w8a8", "down": "w4a16"})(w, jax.numpy.ones((1, 4)))
+    >>> quantize(model, {"up": "w8a8", "down": "w4a16"})(w, jax.numpy.ones((1, 4)))
     Array([[32., 32.]], dtype=float32)
     """
     parse_rules(rules)
