@@ -120,19 +120,24 @@ def _product(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> P
     weight = weights[0] if weights else None
     pair = operands[:2] if weight is None else [operands[weight]]
     positive = [i for i in (0, 1) if operands[i].is_nonnegative and operands[i].is_input]
-    result = equation.outvars[0].aval
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _types(equation)]
     return Product(
         common(sorted(joined(pair).nearest)),
         KINDS[equation.primitive.name],
         weight,
         positive[0] if len(positive) == 1 else None,
-        tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars),
-        dict(equation.params) | {"result": jax.ShapeDtypeStruct(result.shape, result.dtype)},
+        tuple(shapes[:-1]),
+        dict(equation.params) | {"result": shapes[-1]},
         where.times,
         _source(equation),
         where.scope,
         where.unreached,
     )
+
+
+def _types(equation: core.JaxprEqn) -> list[Any]:
+    """Of a product's operands, and of its result."""
+    return [v.aval for v in (*equation.invars, *equation.outvars)]
 
 
 def _scope(outer: str, equation: core.JaxprEqn) -> str:

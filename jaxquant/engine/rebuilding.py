@@ -69,7 +69,7 @@ def _alone(equation: core.JaxprEqn, operands: list[Any], names: Any) -> list[Any
 
 
 def _product(equation: core.JaxprEqn, operands: list[Any], replacement: Callable[..., Any]) -> Any:
-    wanted = equation.outvars[0].aval
+    wanted: Any = equation.outvars[0].aval
     result = replacement(*operands)
     if result.shape != wanted.shape:
         raise ValueError(
