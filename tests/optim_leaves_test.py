@@ -124,6 +124,64 @@ def test_what_is_divided_by_and_may_be_negative_stays_exact():
         assert slots(made(step))[0] == {"s": True}
 
 
+def centered_step(g, p, count, m, v):
+    m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g * g
+    return -1e-2 * g * jax.lax.rsqrt(v - jnp.square(m) + 1e-8), m, v
+
+
+def logarithm_step(g, p, count, m, v):
+    m, v = 0.9 * m + 0.1 * g, 0.9 * v + 0.1 * g * g
+    return -1e-2 * g * jnp.log(1 + v - m * m), m, v
+
+
+CENTERED = {
+    "rmsprop": (optax.rmsprop(1e-2, centered=True), ("0/mu", "0/nu"), set()),
+    "with momentum": (
+        optax.rmsprop(1e-2, centered=True, momentum=0.9),
+        ("0/mu", "0/nu"),
+        {"2/trace"},
+    ),
+    "by stddev": (
+        optax.chain(optax.scale_by_stddev(), optax.scale(-1e-3)),
+        ("0/mu", "0/nu"),
+        set(),
+    ),
+    "by hand": (made(centered_step, names=("m", "v")), ("m", "v"), set()),
+    "a logarithm": (made(logarithm_step, names=("m", "v")), ("m", "v"), set()),
+}
+
+
+@pytest.mark.parametrize("name", CENTERED)
+def test_variances_that_rounding_could_make_negative_stay_exact(name):
+    tx, exact, rest = CENTERED[name]
+    coded, kept = slots(tx)
+    assert set(coded) == rest
+    assert all("a root is taken of a difference" in kept[slot] for slot in exact)
+
+
+def test_a_centered_rmsprop_in_few_bits_ends_where_optax_does():
+    """Beside optax itself: with its variance in few bits all of it became NaN."""
+    target = jax.random.normal(KEY, (64, 64))
+    tx = optax.rmsprop(1e-2, centered=True, momentum=0.9)
+
+    def run(tx):
+        def step(carry, key):
+            w, state = carry
+            g = w - target + 0.5 * jax.random.normal(key, w.shape)
+            updates, state = tx.update(g, state, w)
+            return (w + updates, state), None
+
+        start = jnp.zeros((64, 64))
+        (w, _), _ = jax.lax.scan(step, (start, tx.init(start)), jax.random.split(KEY, 150))
+        return float(jnp.mean((w - target) ** 2))
+
+    plain, found = run(tx), run(quantize_state(tx, fixed(5, 4)))
+    assert plain < 0.1
+    assert found < 1.25 * plain + 0.002
+    with pytest.raises(ValueError, match="a root is taken of a difference"):
+        quantize_state(optax.rmsprop(1e-2, centered=True), fixed(8)).init(target)
+
+
 def test_injected_hyperparameters_are_known():
     coded, _ = slots(optax.inject_hyperparams(optax.adamw)(learning_rate=1e-2))
     assert coded == {"inner_state/0/mu": True, "inner_state/0/nu": False}

@@ -192,6 +192,8 @@ def _kept(trait: Trait) -> str | None:
         return "what is rounded away would grow: it is multiplied by more than 1"
     if trait.is_signed and trait.divides:
         return "something is divided by it, and it may be negative"
+    if trait.cancels:
+        return "a root is taken of a difference with it, which rounding could make negative"
     return None
 
 

@@ -41,6 +41,8 @@ class Trait:
         slow: whether that may be times something of 0.97 or more.
         grows: whether that is times something above 1, as far as is known.
         divides: whether something is divided by it, or by its root, element by element.
+        cancels: whether a root is taken, or a logarithm, of a difference with it that is not negative only
+            where the leaves are exact, as a variance E[g²] − E[g]².
         of_parameters: how it is made of the parameters themselves, in words; empty where it is not.
     """
 
@@ -49,6 +51,7 @@ class Trait:
     slow: bool = False
     grows: bool = False
     divides: bool = False
+    cancels: bool = False
     of_parameters: str = ""
 
 
@@ -83,6 +86,7 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
     taints = _taints(program, own, after, count)
     makers = _made_of(init, first)
     users = _users(program)
+    cancelling = _cancelling(program, bounds, frozenset((*own, *after)))
     given = frozenset(program.inputs[count : 2 * count])
 
     def trait(old: int, new: int, start: Interval, made: str, taint: set[str]) -> Trait:
@@ -94,6 +98,7 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
             slow=held >= _SLOW,
             grows=1 < held < math.inf,
             divides=_divides(program, users, bounds, (old, new)),
+            cancels=not cancelling.isdisjoint((old, new)),
             of_parameters=made or ("it follows the parameters" if follows else ""),
         )
 
@@ -232,6 +237,33 @@ def _cases(program: Program, bounds: Sequence[Bound], value: int) -> Iterable[in
     for place, case in enumerate(maker.inputs[1:]):
         if first <= place <= last:
             yield from _cases(program, bounds, case)
+
+
+_ROOTS = names_of("sqrt rsqrt log pow")
+
+
+def _cancelling(program: Program, bounds: Sequence[Bound], leaves: frozenset[int]) -> set[int]:
+    """The leaves, old and new, of which element by element something is made that a root is taken of.
+
+    Those are left out of which it is certain that it is not negative, whatever the leaves are.
+    """
+    pending = [
+        operation.inputs[0]
+        for operation in program.operations
+        if operation.name in _ROOTS and bounds[operation.inputs[0]].whole[0] < 0
+    ]
+    found, seen = set(), set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        maker = program.makers.get(value)
+        if value in leaves:
+            found.add(value)
+        elif maker is not None:
+            pending += [n for n in maker.inputs if program.size(n) == program.size(value)]
+    return found
 
 
 def _users(program: Program) -> dict[int, list[Operation]]:
