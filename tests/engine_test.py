@@ -322,6 +322,38 @@ def test_it_is_traced_once_for_each_combination_of_shapes_and_constants():
     np.testing.assert_array_equal(same(w, x, mode="down"), -same(w, x))
 
 
+def test_constants_of_other_types_and_signs_are_others():
+    def function(w, x, given):
+        return (
+            jnp.full((), given),
+            jnp.copysign(1.0, given),
+            x @ w["a"] * (2 if given is True else 1),
+        )
+
+    same, w, x = walk(function, plainly), parts(), array(3, 6, D)
+    for given in (True, 1, 0, 0.0, -0.0, False):
+        found, wanted = same(w, x, given), function(w, x, given)
+        assert [y.dtype for y in found] == [y.dtype for y in wanted]
+        np.testing.assert_allclose(found[1], wanted[1])
+        np.testing.assert_allclose(found[2], wanted[2], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_padded_or_filled_with_negative_numbers_is_no_probability():
+    def padded(w, x):
+        scores = jnp.exp(0.1 * (x[:8] @ w["a"]))
+        return jax.lax.pad(scores, -3.0, ((0, 0, 0), (0, 2, 0))) @ array(5, D + 2, D)
+
+    def filled(w, x):
+        scores = jnp.exp(0.1 * (x[:8] @ w["a"]))
+        return scores.at[:, jnp.arange(D + 2)].get(mode="fill", fill_value=-3.0) @ array(
+            5, D + 2, D
+        )
+
+    for function in (padded, filled):
+        found = products(function, parts(), array(3, 10, D))
+        assert [p.probabilities for p in found] == [None, None]
+
+
 def test_values_of_an_outer_trace_may_be_closed_over():
     w, x = parts(), array(3, 6, D)
 
@@ -439,6 +471,25 @@ def test_what_is_wrong_is_said_in_one_error(function, rules, said):
     w, x = parts() | {"i": jnp.eye(3, dtype=int)}, array(3, 6, D)
     with pytest.raises(ValueError, match=said):
         functions.quantize(function, rules)(w, x)
+
+
+def test_arguments_that_cannot_be_taken_are_named():
+    class Config:
+        __hash__ = None  # as of a dataclass that is not frozen
+
+    w, x = parts(), array(3, 6, D)
+    low = functions.quantize(lambda w, x, c=None: x @ w["a"], {"a": "w8a8"})
+    with pytest.raises(
+        ValueError, match=r"argument \[2\] is neither an array nor hashable; got Config"
+    ):
+        low(w, x, Config())
+    with pytest.raises(ValueError, match="first positional argument"):
+        low(w=w, x=x)
+    closed = functions.quantize(lambda b, x: x @ w["a"] + b, {".*": "w8a8"})
+    with pytest.raises(
+        ValueError, match=r"engine_test.py:\d+ the function multiplies by an array of its own"
+    ):
+        closed(jnp.zeros(D), x)
 
 
 def test_all_that_cannot_take_its_recipe_is_named_at_once_or_left():

@@ -107,7 +107,7 @@ def _of_equation(
         result = dataclasses.replace(joined(operands[:2]), nearest=nearest)
         return product, [result]
     if not holds_products(equation):
-        return None, [through(name, operands)] * len(equation.outvars)
+        return None, [through(name, operands, equation.params)] * len(equation.outvars)
     if name in CALLS:
         return found_in(inner(equation)[0], operands, where)
     if name not in REBUILT and not where.unreached:
@@ -132,6 +132,7 @@ def _product(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> P
         _source(equation),
         where.scope,
         where.unreached,
+        not all(o.is_input or o.is_weight for o in operands[:2]),
     )
 
 

@@ -29,7 +29,8 @@ def quantize(
     comes back is differentiated, jitted, vmapped and scanned as the function is.
 
     Args:
-        function: of a pytree of parameters first, and of anything else: plain JAX, Haiku's ``apply``, or
+        function: of a pytree of parameters, its first positional argument, and of anything else: plain JAX,
+            Haiku's ``apply``, or
             ``lambda model, x: model(x)`` for an Equinox model.
         rules: from regular expressions on paths to recipes, as in `jaxquant.rules`.
         on_unsupported: what becomes of a product that cannot take its recipe: ``"error"`` names all of them,
@@ -73,7 +74,16 @@ def assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
     subjects = [Subject(p.names, ATTENTION if p.weight is None else p.kind) for p in floats]
-    chosen = iter(choose(subjects, rules))
+    try:
+        chosen = iter(choose(subjects, rules))
+    except ValueError as error:
+        own = next((p for p in floats if p.has_constant), None)
+        if own is None:
+            raise
+        raise ValueError(
+            f"{error}; at {own.source or 'a product'} the function multiplies by an array of its own: "
+            "weights that rules are to reach come with the first argument"
+        ) from None
     return [next(chosen) if p.is_quantizable else None for p in found]
 
 

@@ -1,21 +1,34 @@
 """Where the values of a trace come from, found by following them through its equations."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 # What only moves numbers about or casts them: what is behind is still the parameter.
 # fmt: off
 _MOVES = frozenset((
     "reshape", "transpose", "broadcast_in_dim", "convert_element_type", "squeeze", "slice",
     "dynamic_slice", "copy", "copy_p", "rev", "expand_dims", "sharding_constraint",
-    "optimization_barrier", "reduce_precision", "gather", "split", "pad", "mesh_cast",
+    "reduce_precision", "split", "mesh_cast",
     "reshard", "pvary", "pcast",
 ))
 # fmt: on
 # Whose results are never negative, and those of which that is so where it is so of their operands.
 _NONNEGATIVE = frozenset({"exp", "exp2", "abs", "logistic", "square", "erfc"})
 _KEEP_SIGN = frozenset(
-    {"mul", "div", "add", "reduce_sum", "reduce_max", "cumsum", "concatenate", "sqrt"}
+    {
+        "mul",
+        "div",
+        "add",
+        "reduce_sum",
+        "reduce_max",
+        "cumsum",
+        "concatenate",
+        "sqrt",
+        "pad",
+        "optimization_barrier",
+    }
 )
 
 
@@ -56,7 +69,9 @@ def joined(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
     )
 
 
-def through(primitive: str, origins: Sequence[Origin]) -> Origin:
+def through(
+    primitive: str, origins: Sequence[Origin], settings: Mapping[str, Any] = MappingProxyType({})
+) -> Origin:
     """Of what an equation without products puts out, from its operands'.
 
     >>> a, b = Origin.parameter("a"), Origin.parameter("b")
@@ -64,12 +79,14 @@ def through(primitive: str, origins: Sequence[Origin]) -> Origin:
     (['a', 'b'], True)
     """
     signs = [o.is_nonnegative for o in origins]
-    if primitive in _MOVES:
-        return joined(origins, signs[:1] == [True])
+    if primitive == "gather":  # what fills places out of bounds is no operand
+        return joined(origins, signs[0] and settings.get("fill_value") is None)
     if primitive == "select_n":  # what selects has no sign of its own
         return joined(origins, all(signs[1:]))
     if primitive == "max":
         return joined(origins, any(signs))
+    if primitive in _MOVES:
+        return joined(origins, signs[:1] == [True])
     return joined(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
 
 

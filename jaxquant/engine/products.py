@@ -34,6 +34,7 @@ class Product:
         source: the line of the user's that it comes from, as ``"model.py:17"``.
         scope: the named scopes around it.
         unreached: why it cannot be replaced; "" where it can.
+        has_constant: whether an operand is one of the function's own arrays, which no argument determines.
 
     >>> from jaxquant.engine import products
     >>> x = jax.ShapeDtypeStruct((8, 64), "float32")
@@ -53,6 +54,7 @@ class Product:
     source: str = ""
     scope: str = ""
     unreached: str = ""
+    has_constant: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

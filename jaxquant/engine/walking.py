@@ -21,19 +21,33 @@ from jaxquant.engine.products import Product
 Replacement = Callable[..., jax.Array]
 
 
+class Constant:
+    """What is no array: equal to another of the same type alone, so that True is not 1, nor 0.0 −0.0."""
+
+    def __init__(self, value: Any):
+        self.value = value
+        self._key = type(value), repr(value) if isinstance(value, float | complex) else value
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Constant) and self._key == other._key
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
     """A call without its arrays: its structure, where its arrays come from, and what else it is given."""
 
     structure: Any
     origins: tuple[Origin, ...]
-    constants: tuple[tuple[int, Any], ...]
+    constants: tuple[tuple[int, Constant], ...]
 
     def of(self, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
         """What the function gives for such arrays."""
         constants, rest = dict(self.constants), iter(arrays)
         places = range(self.structure.num_leaves)
-        leaves = [constants[i] if i in constants else next(rest) for i in places]
+        leaves = [constants[i].value if i in constants else next(rest) for i in places]
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
         return function(*args, **kwargs)
 
@@ -46,18 +60,36 @@ class Call:
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
-    """A call, of which the first argument holds parameters, and its arrays."""
+    """A call, of which the first argument holds parameters, and its arrays.
+
+    Raises:
+        ValueError: no positional argument, or one that is neither an array nor hashable.
+    """
+    if not args:
+        raise ValueError("the parameters are the first positional argument; got none")
     pairs, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
     constants, arrays, origins = [], [], []
     for index, (path, leaf) in enumerate(pairs):
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
-            constants.append((index, leaf))
+            constants.append((index, _constant(path, leaf)))
             continue
         arrays.append(leaf)
         is_parameter = [getattr(key, "idx", None) for key in path[:2]] == [0, 0]
         name = jax.tree_util.keystr(path[2:], simple=True, separator="/")
         origins.append(Origin.parameter(name) if is_parameter else INPUT)
     return Call(structure, tuple(origins), tuple(constants)), arrays
+
+
+def _constant(path: Any, leaf: Any) -> Constant:
+    constant = Constant(leaf)
+    try:
+        hash(constant)
+    except TypeError:
+        raise ValueError(
+            f"argument {jax.tree_util.keystr(path[1:])} is neither an array nor hashable; got "
+            f"{type(leaf).__name__}; close over it, or make it hashable (as a frozen dataclass is)"
+        ) from None
+    return constant
 
 
 def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Product, ...]:
