@@ -109,6 +109,11 @@ def test_products_go_by_the_parameters_that_feed_them():
     assert next(p for p in found if p.path == "layers/mlp/up").macs == LAYERS * 2 * 5 * D * F
 
 
+def sometimes(w, row):
+    """A product in a cond, which vmap makes a choice of weights that are the same."""
+    return jax.lax.cond(row[0] > 0, lambda a, x: x @ a, lambda _, x: x, w["a"], row)
+
+
 @pytest.mark.parametrize(
     ("function", "path", "weight"),
     [
@@ -122,6 +127,8 @@ def test_products_go_by_the_parameters_that_feed_them():
         (lambda w, x: w["a"] @ w["b"] @ x.T, "b", 1),
         (lambda w, x: jax.vmap(lambda row: row @ w["a"])(x), "a", 1),
         (lambda w, x: jax.lax.fori_loop(0, 3, lambda _, x: x @ w["a"], x), "a", 1),
+        (lambda w, x: jax.vmap(functools.partial(sometimes, w))(x), "a", 1),
+        (lambda w, x: x @ (jnp.where(x[0] > 0, 1.0, 0.0)[:, None] * w["a"]), "a", None),
     ],
 )
 def test_a_weight_is_what_parameters_alone_determine(function, path, weight):

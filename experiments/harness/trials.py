@@ -42,7 +42,7 @@ class Context:
     scratch: Path
     progress: Callable[[float, str], None]
     keeps_checkpoints: bool = False
-    seconds_between_saves: float = 60.0
+    seconds_between_saves: float = 300.0
     _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
 
     def checkpoints(self, name: str) -> Checkpoints:

@@ -81,8 +81,10 @@ def through(
     signs = [o.is_nonnegative for o in origins]
     if primitive == "gather":  # what fills places out of bounds is no operand
         return joined(origins, signs[0] and settings.get("fill_value") is None)
-    if primitive == "select_n":  # what selects has no sign of its own
-        return joined(origins, all(signs[1:]))
+    if primitive == "select_n":
+        if len(set(origins[1:])) == 1 and origins[1].is_weight:  # as in a cond under vmap
+            return origins[1]
+        return joined(origins, all(signs[1:]))  # what selects has no sign of its own
     if primitive == "max":
         return joined(origins, any(signs))
     if primitive in _MOVES:
