@@ -113,7 +113,7 @@ def compared(program):
         )
 
 
-@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.release)])
 def test_random_functions_are_as_if_written_with_quantized_products(count):
     checked = settings(
         max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck)

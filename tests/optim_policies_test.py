@@ -9,7 +9,7 @@ from optim_test import OPTIMIZERS, trained
 
 from jaxquant.optim import Statistics, adaptive, by_role, even, quantize_state, report, state_bytes
 
-pytestmark = [pytest.mark.long, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 HIDDEN = 256
 WIDTHS = {"embedding": 8, "head": 8, "matrix": (6, 5), "vector": None}
@@ -38,8 +38,18 @@ def exact(name):
     return float(values[0]), last
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Every optimizer by one policy, and every policy with Adam; the other pairs are for a release.
+PAIRS = [
+    pytest.param(
+        *(name, policy),
+        marks=pytest.mark.long if policy == "felt" or name == "adam" else pytest.mark.release,
+    )
+    for name in OPTIMIZERS
+    for policy in POLICIES
+]
+
+
+@pytest.mark.parametrize(("name", "policy"), PAIRS)
 def test_it_learns_within_a_twentieth_of_the_first_loss(name, policy):
     first, last = exact(name)
     budget = MULTI_STEPS_BUDGET if name == "multi_steps" else BUDGET

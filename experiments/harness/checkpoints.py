@@ -44,8 +44,8 @@ class Spacing:
     """Saves of a run that are some seconds of its work apart.
 
     Each save of some 60 arrays loses 40 to 65 kB within TensorStore, and leaves pages between that are not
-    given back: 26 MB in 40 minutes of a save each.  So a process that runs trials for hours saves by time.  A run may be opened again and again: what it has worked since
-    its last save is remembered.
+    given back: 26 MB in 40 minutes of a save each.  So a process that runs trials for hours saves by time.
+    A run may be opened again and again: what it has worked since its last save is remembered.
 
     Attributes:
         seconds: of work from one save to the next, at least.
