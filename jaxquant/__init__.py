@@ -13,6 +13,7 @@ from jaxquant import (
     calibration,
     estimators,
     formats,
+    functions,
     laws,
     linen,
     nnx,
@@ -29,7 +30,6 @@ from jaxquant.attention import Attention, KVCache
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
 from jaxquant.einsum import einsum
-from jaxquant.engine import functions
 from jaxquant.formats import (
     BF16,
     BINARY,

@@ -107,14 +107,15 @@ class Coverage:
             for row in self.rows
         ]
         total = ("total", "", "", "", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "")
-        lines = _aligned([head, *cells, total], right=(5, 6, 7))
+        lines = aligned([head, *cells, total], right=(5, 6, 7))
         for other in self.others or ():
             shapes = " · ".join("×".join(map(str, s)) or "scalar" for s in other.shapes)
             lines.append(f"in no module: {other.primitive} {shapes}, {other.macs:,} MACs: float")
         return "\n".join(lines)
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Lines of a table; columns that are empty under their head are left out, and `right` ones end alike."""
     used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     return [

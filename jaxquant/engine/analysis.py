@@ -133,6 +133,7 @@ def _product(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> P
         where.scope,
         where.unreached,
         not all(o.is_input or o.is_weight for o in operands[:2]),
+        () if weight is None else tuple(sorted(operands[weight].nearest)),
     )
 
 

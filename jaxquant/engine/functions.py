@@ -1,5 +1,6 @@
 """The door for any function: `quantize(function, rules)`, whoever wrote what it calls."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
@@ -53,19 +54,61 @@ def quantize(
         raise ValueError(f"a function of parameters is wanted; got {type(function).__name__}")
 
     def visit(found: tuple[Product, ...]) -> list[Replacement | None]:
-        chosen = assigned(found, rules)
-        given, refused = [], []
-        for product, rule in zip(found, chosen, strict=True):
-            try:
-                given.append(_given(product, rule))
-            except ValueError as error:
-                given.append(None)
-                refused.append(_said(product, rule, error))
+        decisions = decided(found, rules)
+        refused = [d.refusal for d in decisions if d.refusal]
         if refused and on_unsupported == "error":
             raise ValueError("\n".join(dict.fromkeys(refused)))
-        return given
+        return [d.replacement for d in decisions]
 
     return walk(function, visit)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of a product.
+
+    Attributes:
+        product: of the function.
+        rule: that takes it, or None.
+        replacement: what takes its place; None where it stays in float.
+        reason: why it cannot take its recipe; "" where it can.
+    """
+
+    product: Product
+    rule: Rule | None
+    replacement: Replacement | None = None
+    reason: str = ""
+
+    @property
+    def refusal(self) -> str:
+        """The reason in a sentence, with the rule that leaves the product in float."""
+        product = self.product
+        if not self.reason:
+            return ""
+        where = f" ({product.source})" if product.source else ""
+        label = "" if self.rule is None else self.rule.label
+        return (
+            f"{product.path or 'a product of no name'}{where} cannot take {label}: {self.reason}; a rule "
+            f"({product.path!r}, None) before the others leaves it in float"
+        )
+
+
+def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
+    """What becomes of each product.
+
+    Raises:
+        ValueError: a rule that takes nothing, or no product to quantize.
+    """
+    decisions = []
+    for product, rule in zip(found, assigned(found, rules), strict=True):
+        given, reason = None, ""
+        if rule is not None and rule.value is not None:
+            try:
+                given = replacement(product, rule.value)
+            except ValueError as error:
+                reason = str(error)
+        decisions.append(Decision(product, rule, given, reason))
+    return decisions
 
 
 def assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
@@ -85,16 +128,3 @@ def assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
             "weights that rules are to reach come with the first argument"
         ) from None
     return [next(chosen) if p.is_quantizable else None for p in found]
-
-
-def _given(product: Product, rule: Rule | None) -> Replacement | None:
-    return None if rule is None or rule.value is None else replacement(product, rule.value)
-
-
-def _said(product: Product, rule: Rule | None, error: ValueError) -> str:
-    where = f" ({product.source})" if product.source else ""
-    label = "" if rule is None else rule.label
-    return (
-        f"{product.path or 'a product of no name'}{where} cannot take {label}: {error}; a rule "
-        f"({product.path!r}, None) before the others leaves it in float"
-    )

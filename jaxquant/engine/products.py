@@ -34,6 +34,7 @@ class Product:
         source: the line of the user's that it comes from, as ``"model.py:17"``.
         scope: the named scopes around it.
         unreached: why it cannot be replaced; "" where it can.
+        parameters: paths of those that its weight is computed from; none for a product of activations.
         has_constant: whether an operand is one of the function's own arrays, which no argument determines.
 
     >>> from jaxquant.engine import products
@@ -55,6 +56,7 @@ class Product:
     scope: str = ""
     unreached: str = ""
     has_constant: bool = False
+    parameters: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,0 +1,12 @@
+"""The entry point for any function of a pytree of parameters, whoever wrote what it calls.
+
+`quantize` gives the same function with quantized products, `coverage` says what that makes of each product,
+and `products` lists them.
+"""
+
+from jaxquant.engine.coverage import Coverage, coverage
+from jaxquant.engine.functions import quantize
+from jaxquant.engine.products import Product
+from jaxquant.engine.walking import products
+
+__all__ = ["Coverage", "Product", "coverage", "products", "quantize"]
