@@ -145,10 +145,10 @@ def _grouped(decisions: Sequence[Decision]) -> tuple[Row, ...]:
     groups: dict[Any, list[Decision]] = {}
     for decision in decisions:
         groups.setdefault(_alike(decision), []).append(decision)
-    return tuple(_row(*key, group) for key, group in groups.items())
+    return tuple(_row(key, group) for key, group in groups.items())
 
 
-def _alike(decision: Decision) -> tuple:
+def _alike(decision: Decision) -> tuple[Any, ...]:
     """What products of one row have in common."""
     product = decision.product
     parts = product.path.split("/")
@@ -160,7 +160,8 @@ def _alike(decision: Decision) -> tuple:
     return path, product.kind, shapes, recipe, _reason(decision), product.source
 
 
-def _row(path, kind, shapes, recipe, reason, source, group: Sequence[Decision]) -> Row:
+def _row(alike: tuple[Any, ...], group: Sequence[Decision]) -> Row:
+    path, kind, shapes, recipe, reason, source = alike
     paths = {d.product.path for d in group}
     name = paths.pop() if len(paths) == 1 else path
     macs = sum(d.product.macs for d in group)
