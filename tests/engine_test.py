@@ -519,37 +519,3 @@ def test_all_that_cannot_take_its_recipe_is_named_at_once_or_left():
 def test_bad_settings_are_refused_before_any_call(bad):
     with pytest.raises(ValueError, match=r"got|empty"):
         bad()
-
-
-def test_coverage_groups_what_repeats_and_says_why_the_rest_stays_in_float():
-    def model(w, x):
-        for layer in w["layers"]:
-            x = jnp.tanh(x @ layer["up"]) @ layer["down"] + layer["bias"]
-        return x @ x.T
-
-    layer = {"up": array(0, D, F), "down": array(1, F, D), "bias": array(2, D)}
-    rules = {".*up": "w8a8", ".*down|layers/2": None}
-    found = jq.functions.coverage(model, rules, {"layers": [layer] * 3}, array(3, 4, D))
-    assert [(r.path, r.count, r.recipe, r.macs) for r in found] == [
-        ("layers/*/up", 3, "w8a8", 3 * 4 * D * F),
-        ("layers/*/down", 3, "float", 3 * 4 * D * F),
-        ("layers/2", 1, "float", 16 * D),
-    ]
-    assert [r.reason for r in found] == ["", "by rule", "by rule"]
-    assert found.quantized == pytest.approx(3 * 4 * D * F / found.macs)
-    assert found.unread == tuple(f"layers/{i}/bias" for i in range(3))
-    assert {r.source.split(":")[0] for r in found} == {"engine_test.py"}
-    with pytest.raises(ValueError, match="nothing"):
-        jq.functions.coverage(model, {"nothing": "w8a8"}, {"layers": [layer]}, array(3, 4, D))
-
-
-def test_coverage_gives_the_reason_where_quantizing_raises():
-    model = lambda w, x: x @ w["a"] @ w["b"]  # noqa: E731
-    w = {"a": array(0, D, 10), "b": array(1, 10, D)}
-    with pytest.raises(ValueError, match="cannot take") as error:
-        jq.functions.quantize(model, {".*": "w4a16g16"})(w, array(2, 4, D))
-    reasons = [
-        r.reason for r in jq.functions.coverage(model, {".*": "w4a16g16"}, w, array(2, 4, D))
-    ]
-    assert any(reasons)
-    assert all(reason in str(error.value) for reason in reasons)

@@ -1,4 +1,4 @@
-"""The door for any function: `quantize(function, rules)`, whoever wrote what it calls."""
+"""Rules on the products of any function: what becomes of each, and the function with them in place."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,10 +6,10 @@ from typing import Literal, ParamSpec, TypeVar
 
 from jaxquant.engine.operations import replacement
 from jaxquant.engine.products import Product
-from jaxquant.engine.walking import Replacement, products, walk
+from jaxquant.engine.walking import Replacement, walk
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 
-__all__ = ["assigned", "products", "quantize"]
+__all__ = ["Decision", "decided", "quantize"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    for product, rule in zip(found, assigned(found, rules), strict=True):
+    for product, rule in zip(found, _assigned(found, rules), strict=True):
         given, reason = None, ""
         if rule is not None and rule.value is not None:
             try:
@@ -111,7 +111,7 @@ def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
     return decisions
 
 
-def assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
+def _assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
     """The rule that each product takes; None where none does."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
