@@ -49,6 +49,8 @@ LIBRARY = [
         "engine.walking",
         "engine.operations",
         "engine.functions",
+        "engine.coverage",
+        "functions",
     ],
     ["settings", "specification", "cards", "artifacts"],
     [

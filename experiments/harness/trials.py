@@ -46,7 +46,7 @@ class Context:
     _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        """Where one of the trial's runs is saved: its interval of steps apart, and a minute."""
+        """Where one of the trial's runs is saved: steps apart, and `seconds_between_saves`."""
         spacing = Spacing(self.seconds_between_saves, self.keeps_checkpoints)
         spacing = self._spacings.setdefault(name, spacing)
         return Checkpoints(self.scratch / name, spacing=spacing)
