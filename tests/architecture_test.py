@@ -42,16 +42,14 @@ LIBRARY = [
     ],
     ["expressions", "rules", "coverage"],
     [
+        "engine.derivations",
         "engine.products",
         "engine.origins",
         "engine.analysis",
         "engine.rebuilding",
         "engine.walking",
-        "engine.operations",
-        "engine.functions",
-        "engine.coverage",
-        "functions",
     ],
+    ["functions.operations", "functions.quantizing", "functions.coverage"],
     ["settings", "specification", "cards", "artifacts"],
     [
         "nnx.stacking",

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
 import jaxquant as jq
-from jaxquant.engine import functions, products
+from jaxquant import functions
+from jaxquant.engine import products
 
 pytestmark = pytest.mark.exhaustive
 

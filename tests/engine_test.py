@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import jaxquant as jq
-from jaxquant.engine import functions, products, walk
+from jaxquant import functions
+from jaxquant.engine import products, walk
 
 pytestmark = pytest.mark.exhaustive
 
@@ -96,6 +97,7 @@ def test_products_go_by_the_parameters_that_feed_them():
     found = products(transformer, weights(), TOKENS)
     attention = ("layers/attn", None, LAYERS)
     assert of(p for p in found if p.path) == [
+        ("embed", 0, 1),
         *((f"layers/attn/{n}", 1, LAYERS) for n in "qkv"),
         attention,
         attention,
@@ -106,6 +108,7 @@ def test_products_go_by_the_parameters_that_feed_them():
     ]
     assert [p.probabilities for p in found if p.path == "layers/attn"] == [None, 1]
     assert {p.source.split(":")[0] for p in found} == {"engine_test.py"}
+    assert [p.kind for p in found if p.path == "embed"] == ["lookup", "dot"]
     assert next(p for p in found if p.path == "layers/mlp/up").macs == LAYERS * 2 * 5 * D * F
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.extend import core
 
+from jaxquant.engine import derivations
 from jaxquant.engine.origins import CONSTANT, Origin, common, joined, through
 from jaxquant.engine.products import KINDS, Product
 
@@ -25,11 +25,27 @@ _OURS = str(Path(__file__).parent.parent)
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where an equation stands: how often it runs, in which scopes, and why nothing there can be replaced."""
+    """Where an equation stands.
 
+    Attributes:
+        reads: collects the paths of parameters that something else than a product reads.
+        times: how often it runs.
+        scans: how many there are around it.
+        scope: the named scopes around it.
+        unreached: why nothing there can be replaced.
+        names: the debugging information of the trace that it is of.
+    """
+
+    reads: set[str] = dataclasses.field(compare=False)
     times: int = 1
+    scans: int = 0
     scope: str = ""
     unreached: str = ""
+    names: Any = None
+
+    def notes(self, readers: Sequence[Origin]) -> None:
+        """What is read here, and not by a product."""
+        self.reads.update(path for o in readers if o.is_weight for path in o.nearest)
 
 
 def opened(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -64,25 +80,51 @@ def holds_products(equation: core.JaxprEqn) -> bool:
     return any(holds_products(e) for jaxpr in inner(equation) for e in jaxpr.eqns)
 
 
+def _holds_lookups(equation: core.JaxprEqn) -> bool:
+    """Whether functions within it, which can be entered, may take rows of a table."""
+    if equation.primitive.name == "gather":
+        return True
+    if equation.primitive.name not in CALLS | REBUILT:
+        return False
+    return any(_holds_lookups(e) for jaxpr in inner(equation) for e in jaxpr.eqns)
+
+
+def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
+    """Whether an equation takes whole rows of a parameter by integers that an input gives."""
+    if equation.primitive.name != "gather" or not operands[0].is_weight:
+        return False
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    table: Any = equation.invars[0].aval
+    return (
+        table.ndim > 1
+        and operands[1].is_input
+        and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
+        and not numbers.operand_batching_dims
+        and tuple(sizes) == (1, *table.shape[1:])
+    )
+
+
 def found_in(
-    jaxpr: core.Jaxpr, origins: Sequence[Origin], where: Where = Where()
+    function: core.ClosedJaxpr | core.Jaxpr, origins: Sequence[Origin], where: Where
 ) -> tuple[list[Found], list[Origin]]:
     """What is found of each equation of a trace, and where its results come from.
 
     Args:
-        jaxpr: a trace.
+        function: a trace.
         origins: of its inputs.
-        where: it stands within another.
+        where: it stands within another, and what gathers what is read.
 
     Raises:
         ValueError: gradients within the function, whose products are none of the model's own.
     """
+    jaxpr, consts = opened(function)
+    where = dataclasses.replace(where, names=jaxpr.debug_info)
     known: dict[core.Var, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
+    for v, value in zip(jaxpr.constvars, consts, strict=False):
+        known[v] = Origin.constant(value)
 
     def origin(v: Any) -> Origin:
-        if isinstance(v, core.Literal):
-            return Origin(is_nonnegative=bool(np.all(np.asarray(v.val) >= 0)))
-        return known.get(v, CONSTANT)
+        return Origin.constant(v.val) if isinstance(v, core.Literal) else known.get(v, CONSTANT)
 
     found: list[Found] = []
     for equation in jaxpr.eqns:
@@ -99,31 +141,81 @@ def _of_equation(
     name = equation.primitive.name
     where = dataclasses.replace(where, scope=_scope(where.scope, equation))
     if name in KINDS:
-        product = _product(equation, operands, where)
-        # What a weight fed is of that weight; what none did is still of those above.
-        nearest = joined(operands[:2]).nearest
-        if product.weight is not None:
-            nearest = operands[product.weight].nearest
-        result = dataclasses.replace(joined(operands[:2]), nearest=nearest)
-        return product, [result]
-    if not holds_products(equation):
-        return None, [through(name, operands, equation.params)] * len(equation.outvars)
+        return _of_product(equation, operands, where)
+    if is_lookup(equation, operands):
+        result = joined(operands)
+        return _product(equation, operands, 0, where), [result]
+    if (not holds_products(equation) and not _holds_lookups(equation)) or name == "gather":
+        return None, _of_plain(equation, operands, where)
     if name in CALLS:
-        return found_in(inner(equation)[0], operands, where)
+        return found_in(_function(equation), operands, where)
     if name not in REBUILT and not where.unreached:
         where = dataclasses.replace(where, unreached=f"it is within {name}")
     return _FUNCTIONS.get(name, _of_other)(equation, operands, where)
 
 
-def _product(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Product:
+def _function(equation: core.JaxprEqn) -> Any:
+    """The function that a call holds, with its constants where it has some."""
+    settings = equation.params
+    return settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
+
+
+def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> list[Origin]:
+    """Of an equation without products."""
+    result = through(equation.primitive.name, operands, equation.params)
+    if result.is_input:
+        where.notes(operands)
+    elif result.derivation is None:
+        parts = [o.derivation for o in operands]
+        if not equation.effects and all(parts):
+            run = lambda *xs: alone(equation, xs, where.names)  # noqa: E731
+            found = derivations.computed(equation, parts, run)  # pyright: ignore
+            return [dataclasses.replace(result, derivation=d) for d in found]
+        where.notes(operands)
+    return [result] * len(equation.outvars)
+
+
+def alone(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
+    """An equation by itself, with its own derivatives.
+
+    Args:
+        equation: of a trace.
+        operands: all of its, literals among them.
+        names: the debugging information of the trace that it is of.
+    """
+    variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
+    once = list(dict.fromkeys(variables))
+    results = ("",) * len(equation.outvars)
+    names = names._replace(arg_names=("",) * len(once), result_paths=results)
+    one = core.Jaxpr((), once, equation.outvars, [equation], equation.effects, names)
+    pairs = zip(equation.invars, operands, strict=True)
+    values = {v: x for v, x in pairs if not isinstance(v, core.Literal)}
+    return core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*(values[v] for v in once))
+
+
+def _of_product(
+    equation: core.JaxprEqn, operands: list[Origin], where: Where
+) -> tuple[Found, list[Origin]]:
     weights = [i for i in (1, 0) if operands[i].is_weight]
     weight = weights[0] if weights else None
+    where.notes([o for i, o in enumerate(operands) if i != weight])
+    if weight is not None and operands[weight].derivation is None:
+        where.notes([operands[weight]])
+    product = _product(equation, operands, weight, where)
+    # What a weight fed is of that weight; what none did is still of those above.
+    nearest = joined(operands[:2]).nearest if weight is None else operands[weight].nearest
+    return product, [dataclasses.replace(joined(operands[:2]), nearest=nearest)]
+
+
+def _product(
+    equation: core.JaxprEqn, operands: list[Origin], weight: int | None, where: Where
+) -> Product:
     pair = operands[:2] if weight is None else [operands[weight]]
     positive = [i for i in (0, 1) if operands[i].is_nonnegative and operands[i].is_input]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _types(equation)]
     return Product(
         common(sorted(joined(pair).nearest)),
-        KINDS[equation.primitive.name],
+        KINDS.get(equation.primitive.name, "lookup"),
         weight,
         positive[0] if len(positive) == 1 else None,
         tuple(shapes[:-1]),
@@ -134,6 +226,7 @@ def _product(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> P
         where.unreached,
         not all(o.is_input or o.is_weight for o in operands[:2]),
         () if weight is None else tuple(sorted(operands[weight].nearest)),
+        None if weight is None else operands[weight].derivation,
     )
 
 
@@ -167,43 +260,58 @@ def _source(equation: core.JaxprEqn) -> str:
 
 
 def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    found, results = found_in(inner(equation)[0], operands, where)
+    found, results = found_in(_function(equation), operands, where)
     return [found], results
+
+
+def _of_shard_map(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
+    # Each device has its own part there.
+    where.notes(operands)
+    found, results = found_in(_function(equation), [o.without() for o in operands], where)
+    return [found], [o.without() for o in results]
 
 
 def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
-    where = dataclasses.replace(where, times=where.times * settings["length"])
+    length, scan = settings["length"], where.scans
+    where = dataclasses.replace(where, times=where.times * length, scans=scan + 1)
     first, last = scan_places(settings)
-    carry = operands[first:last]
+    carry = [o if o.is_weight else o.without() for o in operands[first:last]]
+    turns = [_turn_of(o, scan, length) for o in operands[last:]]
     while True:
-        given = [*operands[:first], *carry, *operands[last:]]
-        found, results = found_in(opened(settings["jaxpr"])[0], given, where)
+        given = [*operands[:first], *carry, *turns]
+        found, results = found_in(settings["jaxpr"], given, where)
         grown = _grown(carry, results[: last - first])
         if grown == carry:
-            return [found], [*carry, *results[last - first :]]
+            return [found], [*carry, *(o.without() for o in results[last - first :])]
         carry = grown
+
+
+def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
+    """Of what a scan hands to each of its turns."""
+    if origin.derivation is None:
+        return origin
+    turn = derivations.turn_of(origin.derivation, scan, length)
+    return dataclasses.replace(origin, derivation=turn)
 
 
 def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
     first = settings["cond_nconsts"]
     last = first + settings["body_nconsts"]
-    carry = operands[last:]
+    carry = [o if o.is_weight else o.without() for o in operands[last:]]
     while True:
-        body, results = found_in(
-            opened(settings["body_jaxpr"])[0], [*operands[first:last], *carry], where
-        )
+        body, results = found_in(settings["body_jaxpr"], [*operands[first:last], *carry], where)
         grown = _grown(carry, results)
         if grown == carry:
             break
         carry = grown
-    test, _ = found_in(opened(settings["cond_jaxpr"])[0], [*operands[:first], *carry], where)
+    test, _ = found_in(settings["cond_jaxpr"], [*operands[:first], *carry], where)
     return [test, body], carry
 
 
 def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    branches = [found_in(opened(b)[0], operands[1:], where) for b in equation.params["branches"]]
+    branches = [found_in(b, operands[1:], where) for b in equation.params["branches"]]
     results = branches[0][1]
     for _, others in branches[1:]:
         results = _grown(results, others)
@@ -212,6 +320,8 @@ def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
 
 def _of_other(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     """A call that is not entered: its products are listed, with the reason."""
+    where.notes(operands)
+    operands = [o.without() for o in operands]
     whole = joined(operands)
     found = []
     for jaxpr in inner(equation):
@@ -228,13 +338,15 @@ def _grown(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
             joined([a, b]),
             is_weight=a.is_weight and b.is_weight,
             is_nonnegative=a.is_nonnegative and b.is_nonnegative,
+            derivation=a.derivation if a.derivation == b.derivation else None,
         )
         for a, b in zip(some, others, strict=True)
     ]
 
 
 _FUNCTIONS = {
-    **dict.fromkeys(("remat2", "checkpoint", "remat", "shard_map"), _of_remat),
+    **dict.fromkeys(("remat2", "checkpoint", "remat"), _of_remat),
+    "shard_map": _of_shard_map,
     "scan": _of_scan,
     "while": _of_while,
     "cond": _of_cond,

@@ -5,6 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+from jax.core import Tracer
+
+from jaxquant.engine import derivations
+from jaxquant.engine.derivations import Derivation
+
 # What only moves numbers about or casts them: what is behind is still the parameter.
 # fmt: off
 _MOVES = frozenset((
@@ -41,16 +47,35 @@ class Origin:
         is_weight: whether parameters alone determine it, and no input of the function.
         is_input: whether an input of the function has a part in it.
         is_nonnegative: whether it is certain to have no negative number, as probabilities have not.
+        derivation: how parameters and constants alone make it; None where inputs have a part in it, or where
+            it cannot be computed again by itself.
     """
 
     nearest: frozenset[str] = frozenset()
     is_weight: bool = False
     is_input: bool = False
     is_nonnegative: bool = False
+    derivation: Derivation | None = None
 
     @classmethod
     def parameter(cls, path: str) -> "Origin":
-        return cls(frozenset({path}), is_weight=True)
+        """Of a parameter."""
+        return cls(frozenset({path}), is_weight=True, derivation=derivations.parameter(path))
+
+    @classmethod
+    def buffer(cls, path: str) -> "Origin":
+        """Of a model's array that is none of its parameters, such as a mask."""
+        return cls(derivation=derivations.parameter(path))
+
+    @classmethod
+    def constant(cls, value: Any) -> "Origin":
+        """Of a number or an array of the function's own."""
+        is_nonnegative = not isinstance(value, Tracer) and bool(np.all(np.asarray(value) >= 0))
+        return cls(is_nonnegative=is_nonnegative, derivation=derivations.constant(value))
+
+    def without(self) -> "Origin":
+        """The same without its derivation."""
+        return dataclasses.replace(self, derivation=None)
 
 
 CONSTANT = Origin()
@@ -82,8 +107,10 @@ def through(
     if primitive == "gather":  # what fills places out of bounds is no operand
         return joined(origins, signs[0] and settings.get("fill_value") is None)
     if primitive == "select_n":
-        if len(set(origins[1:])) == 1 and origins[1].is_weight:  # as in a cond under vmap
-            return origins[1]
+        if len({o.without() for o in origins[1:]}) == 1 and origins[1].is_weight:
+            return (
+                origins[1] if len(set(origins[1:])) == 1 else origins[1].without()
+            )  # as in a cond under vmap
         return joined(origins, all(signs[1:]))  # what selects has no sign of its own
     if primitive == "max":
         return joined(origins, any(signs))

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import jax
 
-Kind = Literal["dot", "conv", "ragged"]
+from jaxquant.engine.derivations import Derivation
+
+Kind = Literal["dot", "conv", "ragged", "lookup"]
 KINDS: Mapping[str, Kind] = {
     "dot_general": "dot",
     "conv_general_dilated": "conv",
@@ -23,7 +25,7 @@ class Product:
     Attributes:
         path: of the parameter that feeds it, with slashes.  Where several do, or where both operands are
             activations, the longest path that those nearest above it have in common.
-        kind: ``"dot"``, ``"conv"`` or ``"ragged"``.
+        kind: ``"dot"``, ``"conv"``, ``"ragged"``, or ``"lookup"``: rows of a table, taken by integers.
         weight: the operand that depends on parameters alone: 0, 1, or None for a product of activations.
             Where both do, the right one.
         probabilities: the operand that is never negative, as a softmax's result; 0, 1 or None.
@@ -35,6 +37,8 @@ class Product:
         scope: the named scopes around it.
         unreached: why it cannot be replaced; "" where it can.
         parameters: paths of those that its weight is computed from; none for a product of activations.
+        derivation: how parameters alone make its weight; None of a product of activations, and of a weight
+            that cannot be computed by itself.
         has_constant: whether an operand is one of the function's own arrays, which no argument determines.
 
     >>> from jaxquant.engine import products
@@ -57,6 +61,7 @@ class Product:
     unreached: str = ""
     has_constant: bool = False
     parameters: tuple[str, ...] = ()
+    derivation: Derivation | None = dataclasses.field(default=None, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -70,6 +75,8 @@ class Product:
 
         Positions and masks are integers; rotary angles, positions times frequencies, sum nothing.
         """
+        if self.kind == "lookup":
+            return bool(jax.numpy.issubdtype(self.operands[0].dtype, jax.numpy.floating))
         is_sum = self.kind != "dot" or len(self.settings["dimension_numbers"][0][0]) > 0
         floats = (jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in self.operands[:2])
         return is_sum and all(floats)
@@ -77,6 +84,8 @@ class Product:
     @property
     def macs(self) -> int:
         """Multiplications in one call."""
+        if self.kind == "lookup":
+            return 0
         left, right = (x.shape for x in self.operands[:2])
         numbers = self.settings.get("dimension_numbers")
         if self.kind == "conv":

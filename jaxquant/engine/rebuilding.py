@@ -1,76 +1,108 @@
-"""A trace computed again, with other products in the place of some."""
+"""A trace computed again, with others in the place of some products, which may take and give more."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.sharding import PartitionSpec
 
-from jaxquant.engine.analysis import CALLS, opened, scan_places
-from jaxquant.engine.products import KINDS
+from jaxquant.engine.analysis import CALLS, alone, opened, scan_places
 
 # For each equation: what takes a product's place, such a list for each function that it holds, or None.
 Given = Any
+Data = dict[int, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What takes a product's place.
+
+    Attributes:
+        index: which product's.
+        apply: (the result, what is recorded or None), from what it is given or None and the operands.
+        scans: those in each turn of which it is given another part, counted from the outermost.
+    """
+
+    index: int
+    apply: Callable[..., tuple[jax.Array, Any]]
+    scans: frozenset[int] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """What uses are given, and how many scans are around them."""
+
+    data: Mapping[int, Any]
+    scans: int = 0
 
 
 def computed(
-    function: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Any], given: Sequence[Given]
-) -> list[Any]:
-    """The results of a trace.
+    function: core.ClosedJaxpr | core.Jaxpr,
+    arguments: Sequence[Any],
+    given: Sequence[Given],
+    within: Within = Within({}),
+) -> tuple[list[Any], Data]:
+    """The results of a trace, and what its products recorded, by their numbers.
+
+    What is recorded within a scan is stacked along a first axis; in a cond, what the branches that are not
+    taken would have recorded is zeros.
 
     Args:
         function: a trace.
         arguments: what it takes.
         given: for each equation.
+        within: what the products are given by their numbers, stacked likewise where they say so.
+
+    Raises:
+        ValueError: records of a while loop or a shard_map.
     """
     jaxpr, consts = opened(function)
     values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
+    records: Data = {}
 
     def read(v: Any) -> Any:
         return v.val if isinstance(v, core.Literal) else values[v]
 
     for equation, own in zip(jaxpr.eqns, given, strict=True):
         operands = [read(v) for v in equation.invars]
-        results = _results(equation, operands, own, jaxpr.debug_info)
+        if any(True for _ in uses(own)):
+            with jax.named_scope(str(equation.source_info.name_stack) or equation.primitive.name):
+                results, found = _replaced(equation, operands, own, within)
+            records.update(found)
+        else:
+            results = alone(equation, operands, jaxpr.debug_info)
         values.update(zip(equation.outvars, results, strict=True))
-    return [read(v) for v in jaxpr.outvars]
+    return [read(v) for v in jaxpr.outvars], records
 
 
-def _results(
-    equation: core.JaxprEqn, operands: list[Any], given: Given, names: Any
-) -> Sequence[Any]:
-    if not _is_given(given):
-        return _alone(equation, operands, names)
-    name = equation.primitive.name
-    with jax.named_scope(str(equation.source_info.name_stack) or name):
-        if name in KINDS:
-            return [_product(equation, operands, given)]
-        if name in CALLS:
-            return _entered(equation, operands, given)
-        return _FUNCTIONS[name](equation, operands, given)
+def uses(given: Given) -> Iterator[Use]:
+    """All that takes a product's place."""
+    if isinstance(given, list):
+        for each in given:
+            yield from uses(each)
+    elif given is not None:
+        yield given
 
 
-def _is_given(given: Given) -> bool:
-    return any(map(_is_given, given)) if isinstance(given, list) else given is not None
+def _replaced(
+    equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within
+) -> tuple[Sequence[Any], Data]:
+    if isinstance(given, Use):
+        result, record = given.apply(within.data.get(given.index), *operands)
+        records = {} if record is None else {given.index: record}
+        return [_fitting(equation, result)], records
+    if equation.primitive.name in CALLS:
+        return _entered(equation, operands, given, within)
+    return _FUNCTIONS[equation.primitive.name](equation, operands, given, within)
 
 
-def _alone(equation: core.JaxprEqn, operands: list[Any], names: Any) -> list[Any]:
-    """An equation as it was, with its own derivatives."""
-    variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
-    once = list(dict.fromkeys(variables))
-    results = ("",) * len(equation.outvars)
-    names = names._replace(arg_names=("",) * len(once), result_paths=results)
-    one = core.Jaxpr((), once, equation.outvars, [equation], equation.effects, names)
-    pairs = zip(equation.invars, operands, strict=True)
-    values = {v: x for v, x in pairs if not isinstance(v, core.Literal)}
-    return core.jaxpr_as_fun(core.ClosedJaxpr(one, ()))(*(values[v] for v in once))
-
-
-def _product(equation: core.JaxprEqn, operands: list[Any], replacement: Callable[..., Any]) -> Any:
+def _fitting(equation: core.JaxprEqn, result: Any) -> jax.Array:
     wanted: Any = equation.outvars[0].aval
-    result = replacement(*operands)
     if result.shape != wanted.shape:
         raise ValueError(
             f"what takes the place of {equation.primitive.name} gives {result.shape}, not {wanted.shape}"
@@ -78,13 +110,13 @@ def _product(equation: core.JaxprEqn, operands: list[Any], replacement: Callable
     return result.astype(wanted.dtype)
 
 
-def _entered(equation: core.JaxprEqn, operands: list[Any], given: Given) -> list[Any]:
+def _entered(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     """A jitted function within, as a part of the whole; where its arrays are to lie is kept."""
     settings = equation.params
     function = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     places = settings.get("in_shardings", ()), settings.get("out_shardings", ())
-    results = computed(function, _put(operands, places[0]), given)
-    return _put(results, places[1])
+    results, records = computed(function, _put(operands, places[0]), given, within)
+    return _put(results, places[1]), records
 
 
 def _put(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
@@ -98,59 +130,93 @@ def _put(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _remat(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
+def _remat(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     settings = equation.params
-    body = lambda *xs: computed(settings["jaxpr"], xs, given[0])  # noqa: E731
+    body = lambda *xs: computed(settings["jaxpr"], xs, given[0], within)  # noqa: E731
     options = {"policy": settings["policy"], "prevent_cse": settings["prevent_cse"]}
     return jax.checkpoint(body, **options)(*operands)
 
 
-def _scan(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
+def _scan(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     settings = equation.params
     first, last = scan_places(settings)
+    stacked = {use.index for use in uses(given) if within.scans in use.scans}
+    sliced = {index: x for index, x in within.data.items() if index in stacked}
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
-        results = computed(settings["jaxpr"], [*operands[:first], *carry, *x], given[0])
-        return results[: last - first], results[last - first :]
+        own, parts = x
+        inside = Within({**within.data, **parts}, within.scans + 1)
+        arguments = [*operands[:first], *carry, *own]
+        results, records = computed(settings["jaxpr"], arguments, given[0], inside)
+        return results[: last - first], (results[last - first :], records)
 
     options = {k: settings[k] for k in ("length", "reverse", "unroll")}
-    carry, results = jax.lax.scan(body, operands[first:last], operands[last:], **options)
-    return [*carry, *results]
+    turns = (operands[last:], sliced)
+    carry, (results, records) = jax.lax.scan(body, operands[first:last], turns, **options)
+    return [*carry, *results], records
 
 
-def _while(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
+def _while(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     settings = equation.params
     first = settings["cond_nconsts"]
     last = first + settings["body_nconsts"]
 
     def run(name: str, consts: list[Any], own: Given, carry: Sequence[Any]) -> list[Any]:
-        return computed(settings[name], [*consts, *carry], own)
+        results, records = computed(settings[name], [*consts, *carry], own, within)
+        _no_records(records, "a while loop")
+        return results
 
     test = functools.partial(run, "cond_jaxpr", operands[:first], given[0])
     body = functools.partial(run, "body_jaxpr", operands[first:last], given[1])
-    return jax.lax.while_loop(lambda carry: test(carry)[0], body, operands[last:])
+    return jax.lax.while_loop(lambda carry: test(carry)[0], body, operands[last:]), {}
 
 
-def _cond(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
+def _cond(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     branches = [
-        functools.partial(lambda b, own, *xs: computed(b, xs, own), branch, own)
+        functools.partial(lambda b, own, *xs: computed(b, xs, own, within), branch, own)
         for branch, own in zip(equation.params["branches"], given, strict=True)
     ]
-    return jax.lax.switch(operands[0], branches, *operands[1:])
+    if len(branches) == 1:
+        return branches[0](*operands[1:])
+    blank = {}
+    for branch in branches:
+        blank |= jax.eval_shape(branch, *operands[1:])[1]
+
+    def whole(branch: Any, *xs: Any) -> Any:
+        results, records = branch(*xs)
+        others = {k: v for k, v in blank.items() if k not in records}
+        return results, records | jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), others)
+
+    wholes = [functools.partial(whole, branch) for branch in branches]
+    return jax.lax.switch(operands[0], wholes if blank else branches, *operands[1:])
 
 
-def _shard_map(equation: core.JaxprEqn, operands: list[Any], given: Given) -> Any:
+def _shard_map(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     settings = equation.params
-    body = lambda *xs: tuple(computed(settings["jaxpr"], xs, given[0]))  # noqa: E731
+    inside = {use.index for use in uses(given)}
+    data = {index: x for index, x in within.data.items() if index in inside}
+
+    def body(data: Data, *xs: Any) -> tuple[Any, ...]:
+        within_ = dataclasses.replace(within, data=data)
+        results, records = computed(settings["jaxpr"], xs, given[0], within_)
+        _no_records(records, "a shard_map")
+        return tuple(results)
+
     manual = "newly_manual_axes" if "newly_manual_axes" in settings else "manual_axes"
-    return jax.shard_map(
+    mapped = jax.shard_map(
         body,
         mesh=settings["mesh"],
-        in_specs=tuple(settings["in_specs"]),
+        in_specs=(PartitionSpec(), *settings["in_specs"]),
         out_specs=tuple(settings["out_specs"]),
         check_vma=settings["check_vma"],
         axis_names=settings[manual],
-    )(*operands)
+    )
+    return mapped(data, *operands), {}
+
+
+def _no_records(records: Data, where: str) -> None:
+    if records:
+        raise ValueError(f"a product within {where} records nothing, since its turns are not known")
 
 
 _FUNCTIONS = {

@@ -7,16 +7,16 @@ comes out is an ordinary function, and jit, gradients, scan, remat and vmap are 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxquant.engine import rebuilding
-from jaxquant.engine.analysis import Found, flat, found_in
+from jaxquant.engine.analysis import Found, Where, flat, found_in
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.products import Product
+from jaxquant.engine.rebuilding import Use, Within, computed
 
 Replacement = Callable[..., jax.Array]
 
@@ -51,12 +51,59 @@ class Call:
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
         return function(*args, **kwargs)
 
-    def traced(self, function: Callable[..., Any], arrays: Sequence[Any]) -> tuple:
-        """The function's trace, what is found of it, and its result's structure."""
-        run = lambda *arrays: self.of(function, arrays)  # noqa: E731
-        closed, shape = jax.make_jaxpr(run, return_shape=True)(*arrays)
-        found, _ = found_in(closed.jaxpr, self.origins)
-        return closed, found, jax.tree.structure(shape)
+    def traced(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
+        """The function's trace."""
+        return Trace.of(functools.partial(self.of, function), arrays, self.origins)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A function's trace, to be computed with other products.
+
+    Attributes:
+        products: in order.
+        reads: paths of parameters that something else than a product reads.
+    """
+
+    products: tuple[Product, ...]
+    reads: frozenset[str]
+    _closed: Any
+    _found: list[Found]
+    _structure: Any
+
+    @classmethod
+    def of(
+        cls,
+        function: Callable[[Sequence[Any]], Any],
+        arrays: Sequence[Any],
+        origins: Sequence[Origin],
+    ) -> "Trace":
+        """The trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
+
+        Raises:
+            ValueError: a function that takes gradients.
+        """
+        closed, shape = jax.make_jaxpr(lambda *xs: function(xs), return_shape=True)(*arrays)
+        where = Where(set())
+        found, results = found_in(closed, origins, where)
+        where.notes(results)
+        return cls(
+            tuple(flat(found)), frozenset(where.reads), closed, found, jax.tree.structure(shape)
+        )
+
+    def computed(
+        self, arrays: Sequence[Any], uses: Sequence[Use | None], data: Mapping[int, Any]
+    ) -> tuple[Any, dict[int, Any]]:
+        """The function's result, and what was recorded.
+
+        Args:
+            arrays: what it takes.
+            uses: for each product.
+            data: what they are given, by the products' numbers.
+        """
+        given = _placed(self._found, iter(uses))
+        results, records = computed(self._closed, arrays, given, Within(data))
+        return jax.tree.unflatten(self._structure, results), records
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
@@ -108,7 +155,7 @@ def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[P
     ['up', 'down']
     """
     call, arrays = called(args, kwargs)
-    return tuple(flat(call.traced(function, arrays)[1]))
+    return call.traced(function, arrays).products
 
 
 def walk(
@@ -132,16 +179,22 @@ def walk(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
-        closed, found, structure = call.traced(function, arrays)
-        given = _placed(found, iter(visit(tuple(flat(found)))))
-        results = rebuilding.computed(closed, arrays, given)
-        return jax.tree.unflatten(structure, results)
+        trace = call.traced(function, arrays)
+        uses = [
+            use if use is None else plain(i, use) for i, use in enumerate(visit(trace.products))
+        ]
+        return trace.computed(arrays, uses, {})[0]
 
     @functools.wraps(function)
     def walked(*args: Any, **kwargs: Any) -> Any:
         return run(*called(args, kwargs))
 
     return walked
+
+
+def plain(index: int, replacement: Replacement) -> Use:
+    """What takes a product's place, of its operands alone."""
+    return Use(index, lambda _, *operands: (replacement(*operands), None))
 
 
 def _placed(found: Sequence[Found], given: Any) -> list[Any]:

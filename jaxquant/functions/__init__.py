@@ -4,9 +4,9 @@
 and `products` lists them.
 """
 
-from jaxquant.engine.coverage import Coverage, coverage
-from jaxquant.engine.functions import quantize
 from jaxquant.engine.products import Product
 from jaxquant.engine.walking import products
+from jaxquant.functions.coverage import Coverage, coverage
+from jaxquant.functions.quantizing import quantize
 
 __all__ = ["Coverage", "Product", "coverage", "products", "quantize"]

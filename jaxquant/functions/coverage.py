@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from jaxquant.coverage import aligned
-from jaxquant.engine.functions import Decision, decided
 from jaxquant.engine.products import Product
 from jaxquant.engine.walking import called, products
+from jaxquant.functions.quantizing import Decision, decided
 from jaxquant.rules import Rules
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -153,9 +153,7 @@ def _alike(decision: Decision) -> tuple[Any, ...]:
     product = decision.product
     parts = product.path.split("/")
     path = "/".join("*" if part.isdecimal() else part for part in parts)
-    recipe = (
-        "float" if decision.replacement is None or decision.rule is None else decision.rule.label
-    )
+    recipe = "float" if decision.operation is None or decision.rule is None else decision.rule.label
     shapes = tuple(tuple(x.shape) for x in product.operands[:2])
     return path, product.kind, shapes, recipe, _reason(decision), product.source
 
@@ -170,7 +168,7 @@ def _row(alike: tuple[Any, ...], group: Sequence[Decision]) -> Row:
 
 def _reason(decision: Decision) -> str:
     """Why a product stays in float."""
-    if decision.replacement is not None:
+    if decision.operation is not None:
         return ""
     if decision.reason:
         return decision.reason

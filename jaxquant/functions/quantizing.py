@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal, ParamSpec, TypeVar
 
-from jaxquant.engine.operations import replacement
 from jaxquant.engine.products import Product
 from jaxquant.engine.walking import Replacement, walk
+from jaxquant.functions.operations import Operation, operation
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 
 __all__ = ["Decision", "decided", "quantize"]
@@ -58,7 +58,7 @@ def quantize(
         refused = [d.refusal for d in decisions if d.refusal]
         if refused and on_unsupported == "error":
             raise ValueError("\n".join(dict.fromkeys(refused)))
-        return [d.replacement for d in decisions]
+        return [d.operation for d in decisions]
 
     return walk(function, visit)
 
@@ -70,13 +70,13 @@ class Decision:
     Attributes:
         product: of the function.
         rule: that takes it, or None.
-        replacement: what takes its place; None where it stays in float.
+        operation: what takes its place; None where it stays in float.
         reason: why it cannot take its recipe; "" where it can.
     """
 
     product: Product
     rule: Rule | None
-    replacement: Replacement | None = None
+    operation: Operation | None = None
     reason: str = ""
 
     @property
@@ -104,7 +104,7 @@ def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
         given, reason = None, ""
         if rule is not None and rule.value is not None:
             try:
-                given = replacement(product, rule.value)
+                given = operation(product, rule.value)
             except ValueError as error:
                 reason = str(error)
         decisions.append(Decision(product, rule, given, reason))

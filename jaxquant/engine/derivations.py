@@ -1,0 +1,162 @@
+"""How weights are computed from parameters alone: what a product multiplies, to be computed again by itself.
+
+A model multiplies by its parameters as they are, or transposed, cast, masked, or by one layer's part of
+them in each turn of a scan.  A derivation says which, so that the weight can be found without a run.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core
+
+# What an equation is told that says where arrays lie, and nothing of their numbers.
+_PLACES = frozenset({"sharding", "out_sharding", "weak_type", "name", "dst_sharding"})
+
+
+@dataclasses.dataclass
+class At:
+    """Where values are computed: with which parameters, by path, in which turn of each scan."""
+
+    parameters: Mapping[str, Any]
+    turns: dict[int, Any] = dataclasses.field(default_factory=dict)
+    known: dict[int, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derivation:
+    """A value that parameters alone determine.
+
+    Attributes:
+        key: what is done to which parameters, in words: equal for equal derivations, also of another trace.
+        paths: of the parameters.
+        turns: of the scans around it in which it differs from turn to turn: pairs (scan, length), where
+            scans are counted from the outermost.
+        compute: the value, without those that are known already.
+        moved: where it is another one with its axes in another order: that, and the order.
+    """
+
+    key: str
+    paths: frozenset[str]
+    turns: tuple[tuple[int, int], ...]
+    compute: Callable[[At], Any]
+    moved: tuple["Derivation", tuple[int, ...]] | None = None
+
+    @property
+    def stored(self) -> "Derivation":
+        """The value with its axes as the parameter has them."""
+        return self if self.moved is None else self.moved[0]
+
+    @property
+    def order(self) -> tuple[int, ...] | None:
+        """The order of these axes in the value; None where it is the same."""
+        return None if self.moved is None else self.moved[1]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Derivation) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def at(self, where: At) -> Any:
+        """The value in one turn of each scan."""
+        if id(self) not in where.known:
+            where.known[id(self)] = self.compute(where)
+        return where.known[id(self)]
+
+    def of(
+        self, parameters: Mapping[str, Any], then: Callable[[jax.Array], Any] = lambda x: x
+    ) -> Any:
+        """`then` of the value; where it differs from turn to turn, those of all turns, stacked in front.
+
+        Args:
+            parameters: arrays by path.
+            then: a function of one turn's value.
+        """
+        run = lambda turns: then(self.at(At(parameters, turns)))  # noqa: E731
+        for scan, length in reversed(self.turns):
+            run = _each(run, scan, length)
+        return run({})
+
+
+def _each(run: Callable[[dict], Any], scan: int, length: int) -> Callable[[dict], Any]:
+    return lambda turns: jax.vmap(lambda i: run({**turns, scan: i}))(jnp.arange(length))
+
+
+def parameter(path: str) -> Derivation:
+    """A parameter itself."""
+    return Derivation(path, frozenset({path}), (), lambda where: where.parameters[path])
+
+
+def constant(value: Any) -> Derivation | None:
+    """A number or an array of the function's own; None of one that is being traced."""
+    if isinstance(value, Tracer):
+        return None
+    array = np.asarray(value)
+    digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+    key = repr(array.item()) if array.ndim == 0 else f"{array.dtype}{list(array.shape)}:{digest}"
+    return Derivation(key, frozenset(), (), lambda _: value)
+
+
+def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
+    """What a scan hands to each of its turns."""
+    turns = tuple(sorted({*stacked.turns, (scan, length)}))
+
+    def compute(where: At) -> Any:
+        return jax.lax.dynamic_index_in_dim(stacked.at(where), where.turns[scan], keepdims=False)
+
+    return Derivation(f"turn({stacked.key})", stacked.paths, turns, compute)
+
+
+def computed(
+    equation: core.JaxprEqn, operands: Sequence[Derivation], run: Callable[..., Sequence[Any]]
+) -> list[Derivation]:
+    """The results of an equation.
+
+    Args:
+        equation: of a trace.
+        operands: where each of its operands comes from.
+        run: the equation, of operands.
+    """
+    name = equation.primitive.name
+    params = {k: v for k, v in equation.params.items() if k not in _PLACES and v is not None}
+    said = ",".join(f"{k}={_said(v)}" for k, v in params.items())
+    key = f"{name}[{said}]({','.join(d.key for d in operands)})"
+    if len(key) > 400:  # what is long is known by its digest
+        key = f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
+    paths = frozenset().union(*(d.paths for d in operands))
+    turns = tuple(sorted({turn for d in operands for turn in d.turns}))
+    whole = Derivation(key, paths, turns, lambda where: run(*(d.at(where) for d in operands)))
+
+    def part(index: int) -> Derivation:
+        of = f"{key}#{index}" if len(equation.outvars) > 1 else key
+        return Derivation(of, paths, turns, lambda where: whole.at(where)[index], moved)
+
+    moved = _moved(equation, operands[0], run) if operands else None
+
+    return [part(index) for index in range(len(equation.outvars))]
+
+
+def _moved(
+    equation: core.JaxprEqn, operand: Derivation, run: Callable[..., Sequence[Any]]
+) -> tuple[Derivation, tuple[int, ...]] | None:
+    """What an equation moves the axes of, and to where; a cast of what is moved is moved itself."""
+    name = equation.primitive.name
+    if name == "transpose":
+        order = tuple(equation.params["permutation"])
+        if operand.moved is not None:
+            order = tuple(operand.moved[1][a] for a in order)
+        return operand.stored, order
+    if name == "convert_element_type" and operand.moved is not None:
+        return computed(equation, [operand.moved[0]], run)[0], operand.moved[1]
+    return None
+
+
+def _said(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -1,0 +1,198 @@
+"""A recipe as what takes a product's place."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.attention import Attention
+from jaxquant.conv import ConvGeneralDilated
+from jaxquant.dot import DotGeneral
+from jaxquant.engine.derivations import Derivation
+from jaxquant.engine.products import Product
+from jaxquant.product import materialized
+from jaxquant.qarray import QArray, dequantize, fake_quant
+from jaxquant.quantizer import Quantizer
+from jaxquant.ragged import RaggedDot
+
+_CONV = (
+    "window_strides",
+    "padding",
+    "lhs_dilation",
+    "rhs_dilation",
+    "dimension_numbers",
+    "feature_group_count",
+    "batch_group_count",
+    "precision",
+    "preferred_element_type",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What takes a product's place, of its operands.
+
+    The weight, or the values that probabilities are multiplied with, is a recipe's right operand, on
+    whichever side the product has it.
+
+    Attributes:
+        compute: of (left, right): activations, and the weight as it is stored, an array or a `QArray`.
+        right: which of the product's operands is the recipe's right one.
+        order: how the product has the axes of what is stored; None where it has them as they are.
+        quantizer: of the weight; None where it stays in float.
+        axes: along which the weight is summed over, as it is stored.
+        stored: how parameters alone make the weight as it is stored; None where they don't.
+    """
+
+    compute: Callable[[Any, Any], jax.Array]
+    right: int
+    order: tuple[int, ...] | None
+    quantizer: Quantizer | None
+    axes: tuple[int, ...]
+    stored: Derivation | None
+
+    def __call__(self, *operands: jax.Array) -> jax.Array:
+        weight = operands[self.right]
+        if self.order is not None:
+            weight = jnp.transpose(weight, tuple(np.argsort(self.order)))
+        return self.with_weight(weight, *operands)
+
+    def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
+        """The product of operands, with a weight as it is stored in the place of theirs."""
+        others = [x for i, x in enumerate(operands) if i != self.right]
+        return self.compute(others[0], weight, *others[1:])
+
+
+def operation(product: Product, recipe: DotGeneral | Attention) -> Operation | None:
+    """What takes a product's place; None where the recipe leaves it in float.
+
+    Raises:
+        ValueError: a product that cannot be reached, or that cannot take the recipe.
+    """
+    if product.unreached:
+        raise ValueError(f"it cannot be replaced: {product.unreached}")
+    if isinstance(recipe, Attention):
+        found = _of_activations(product, recipe)
+    else:
+        makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
+        found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
+    if found is not None:
+        jax.eval_shape(found, *product.operands)  # refuses what the recipe cannot take
+    return found
+
+
+def _of_activations(product: Product, recipe: Attention) -> Operation | None:
+    if recipe.kv is not None:
+        raise ValueError(
+            "which operand a cache would hold cannot be told of a product by itself; a{bits} quantizes both"
+        )
+    dot = recipe.qk if product.probabilities is None else recipe.pv
+    if dot is None:
+        return None
+    if product.kind != "dot":
+        raise ValueError(f"{product.kind} of two activations takes no recipe for attention")
+    return _dot(product, dot, 0 if product.probabilities == 1 else 1)
+
+
+def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
+    settings = product.settings
+    names = ("precision", "preferred_element_type", "out_sharding")
+    options = {name: settings[name] for name in names if settings.get(name) is not None}
+    contracting, batch = settings["dimension_numbers"]
+    sides = [(tuple(contracting[i]), tuple(batch[i])) for i in (0, 1)]
+    order = None
+    if product.derivation is not None and right == product.weight:
+        order = product.derivation.order
+    # The axes of the weight as it is stored, in the order in which the product has them.
+    axes = order or tuple(range(product.operands[right].ndim))
+    left, stored = sides[1 - right], tuple(tuple(axes[a] for a in part) for part in sides[right])
+    numbers = ((left[0], stored[0]), (left[1], stored[1]))
+    free = [a for a in axes if a not in (*stored[0], *stored[1])]
+    result = _result_order(product, right, len(stored[1]), free)
+    if "out_sharding" in options and result != tuple(range(len(result))):
+        raise ValueError(
+            "its result's sharding is set and its axes are moved, which is not reached"
+        )
+
+    def compute(activations: jax.Array, weight: Any) -> jax.Array:
+        return jnp.transpose(dot(activations, weight, numbers, **options), result)
+
+    derivation = None if product.derivation is None else product.derivation.stored
+    return Operation(compute, right, order, dot.forward.rhs, stored[0], derivation)
+
+
+def _result_order(product: Product, right: int, batch: int, free: Sequence[int]) -> tuple[int, ...]:
+    """Where the axes of a product with its weight on the right, as it is stored, go in its result."""
+    count = len(product.result.shape) - batch - len(free)
+    others = tuple(range(batch, batch + count))
+    places = {a: batch + count + i for i, a in enumerate(sorted(free))}
+    own = tuple(places[a] for a in free)
+    return (*range(batch), *own, *others) if right == 0 else (*range(batch), *others, *own)
+
+
+def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
+    if right == 0:
+        raise ValueError(
+            "its weight is the convolution's left operand, and a recipe's is the right one"
+        )
+    settings: Any = {name: product.settings[name] for name in _CONV}
+    conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
+    features = settings["dimension_numbers"].rhs_spec[0]
+    axes = tuple(a for a in range(product.operands[1].ndim) if a != features)
+    compute = functools.partial(conv, **settings)
+    return Operation(compute, 1, None, dot.forward.rhs, axes, product.derivation)
+
+
+def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
+    settings = product.settings
+    numbers = settings.get("ragged_dot_dimension_numbers")
+    if right == 0 or settings.get("group_offset") is not None:
+        raise ValueError("only rows by groups of a weight are reached, without a group_offset")
+    if numbers is not None and not _is_plain(numbers):
+        raise ValueError(f"a ragged product along {numbers} takes no recipe")
+    names = ("precision", "preferred_element_type")
+    options = {name: settings[name] for name in names if settings.get(name) is not None}
+    ragged = RaggedDot(dot.forward, dot.dlhs, dot.drhs)
+    compute = functools.partial(ragged, **options)
+    return Operation(compute, 1, None, dot.forward.rhs, (1,), product.derivation)
+
+
+def _is_plain(numbers: Any) -> bool:
+    """Whether a ragged product is `jax.lax.ragged_dot`'s: rows [m, k] by groups' matrices [g, k, n]."""
+    (contracting, batch) = numbers.dot_dimension_numbers
+    return (
+        [tuple(x) for x in contracting] == [(1,), (1,)]
+        and not any(map(len, batch))
+        and tuple(numbers.lhs_ragged_dimensions) == (0,)
+        and tuple(numbers.rhs_group_dimensions) == (0,)
+    )
+
+
+def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
+    """Rows of the table as it is stored: they are summed over their features, which share a scale."""
+    quantizer = dot.forward.rhs
+    if quantizer is None:
+        raise ValueError("it takes rows of a table, and the recipe leaves weights in float")
+    names = ("dimension_numbers", "slice_sizes", "mode", "fill_value", "indices_are_sorted")
+    settings = {name: product.settings[name] for name in names}
+
+    def compute(places: jax.Array, table: Any) -> jax.Array:
+        if not isinstance(table, QArray):
+            table = fake_quant(table, quantizer, axis=-1)
+            return materialized(jax.lax.gather(table, places, **settings))
+        rows = dequantize(table[places[..., 0]])
+        mode = jax.lax.GatherScatterMode.from_any(settings["mode"])
+        if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+            fill = jnp.nan if settings["fill_value"] is None else settings["fill_value"]
+            is_there = (places >= 0) & (places < table.shape[0])
+            rows = jnp.where(
+                is_there.reshape(is_there.shape[:-1] + (1,) * (table.ndim - 1)), rows, fill
+            )
+        return materialized(rows)
+
+    axes = (product.operands[0].ndim - 1,)
+    return Operation(compute, right, None, quantizer, axes, product.derivation)
