@@ -27,7 +27,7 @@ LIBRARY = [
         "reductions",
         "opaque",
     ],
-    ["calibration", "estimators", "groups", "quantizer", "qarray", "storage"],
+    ["calibration", "estimators", "groups", "quantizer", "qarray", "stored", "storage"],
     [
         "integers",
         "product",
@@ -49,7 +49,7 @@ LIBRARY = [
         "engine.rebuilding",
         "engine.walking",
     ],
-    ["functions.operations", "functions.quantizing", "functions.coverage"],
+    ["functions.operations", "functions.quantizing", "functions.coverage", "functions.freezing"],
     ["settings", "specification", "cards", "artifacts"],
     [
         "nnx.stacking",

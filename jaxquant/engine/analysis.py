@@ -28,7 +28,7 @@ class Where:
     """Where an equation stands.
 
     Attributes:
-        reads: collects the paths of parameters that something else than a product reads.
+        reads: collects the paths of parameters that something else than a product reads, and on which line.
         times: how often it runs.
         scans: how many there are around it.
         scope: the named scopes around it.
@@ -36,16 +36,17 @@ class Where:
         names: the debugging information of the trace that it is of.
     """
 
-    reads: set[str] = dataclasses.field(compare=False)
+    reads: dict[str, str] = dataclasses.field(compare=False)
     times: int = 1
     scans: int = 0
     scope: str = ""
     unreached: str = ""
     names: Any = None
 
-    def notes(self, readers: Sequence[Origin]) -> None:
-        """What is read here, and not by a product."""
-        self.reads.update(path for o in readers if o.is_weight for path in o.nearest)
+    def notes(self, read: Sequence[Origin], line: str) -> None:
+        """What is read on a line, and not by a product."""
+        for path in (path for o in read if o.is_weight for path in o.nearest):
+            self.reads.setdefault(path, line)
 
 
 def opened(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
@@ -164,14 +165,14 @@ def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     """Of an equation without products."""
     result = through(equation.primitive.name, operands, equation.params)
     if result.is_input:
-        where.notes(operands)
+        where.notes(operands, _source(equation))
     elif result.derivation is None:
         parts = [o.derivation for o in operands]
         if not equation.effects and all(parts):
             run = lambda *xs: alone(equation, xs, where.names)  # noqa: E731
             found = derivations.computed(equation, parts, run)  # pyright: ignore
             return [dataclasses.replace(result, derivation=d) for d in found]
-        where.notes(operands)
+        where.notes(operands, _source(equation))
     return [result] * len(equation.outvars)
 
 
@@ -198,9 +199,9 @@ def _of_product(
 ) -> tuple[Found, list[Origin]]:
     weights = [i for i in (1, 0) if operands[i].is_weight]
     weight = weights[0] if weights else None
-    where.notes([o for i, o in enumerate(operands) if i != weight])
+    where.notes([o for i, o in enumerate(operands) if i != weight], _source(equation))
     if weight is not None and operands[weight].derivation is None:
-        where.notes([operands[weight]])
+        where.notes([operands[weight]], _source(equation))
     product = _product(equation, operands, weight, where)
     # What a weight fed is of that weight; what none did is still of those above.
     nearest = joined(operands[:2]).nearest if weight is None else operands[weight].nearest
@@ -266,7 +267,7 @@ def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
 
 def _of_shard_map(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     # Each device has its own part there.
-    where.notes(operands)
+    where.notes(operands, _source(equation))
     found, results = found_in(_function(equation), [o.without() for o in operands], where)
     return [found], [o.without() for o in results]
 
@@ -320,7 +321,7 @@ def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
 
 def _of_other(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     """A call that is not entered: its products are listed, with the reason."""
-    where.notes(operands)
+    where.notes(operands, _source(equation))
     operands = [o.without() for o in operands]
     whole = joined(operands)
     found = []

@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.engine.analysis import Found, Where, flat, found_in
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use, Within, computed
+from jaxquant.stored import Stored
 
+_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
 Replacement = Callable[..., jax.Array]
 
 
@@ -62,11 +65,11 @@ class Trace:
 
     Attributes:
         products: in order.
-        reads: paths of parameters that something else than a product reads.
+        reads: the parameters that something else than a product reads, each with the line.
     """
 
     products: tuple[Product, ...]
-    reads: frozenset[str]
+    reads: Mapping[str, str]
     _closed: Any
     _found: list[Found]
     _structure: Any
@@ -83,13 +86,12 @@ class Trace:
         Raises:
             ValueError: a function that takes gradients.
         """
+        arrays = [x.abstract if isinstance(x, Stored) else x for x in arrays]
         closed, shape = jax.make_jaxpr(lambda *xs: function(xs), return_shape=True)(*arrays)
-        where = Where(set())
+        where = Where({})
         found, results = found_in(closed, origins, where)
-        where.notes(results)
-        return cls(
-            tuple(flat(found)), frozenset(where.reads), closed, found, jax.tree.structure(shape)
-        )
+        where.notes(results, "")
+        return cls(tuple(flat(found)), where.reads, closed, found, jax.tree.structure(shape))
 
     def computed(
         self, arrays: Sequence[Any], uses: Sequence[Use | None], data: Mapping[int, Any]
@@ -97,11 +99,12 @@ class Trace:
         """The function's result, and what was recorded.
 
         Args:
-            arrays: what it takes.
+            arrays: what it takes; of a `Stored` only the shape and type take part.
             uses: for each product.
             data: what they are given, by the products' numbers.
         """
         given = _placed(self._found, iter(uses))
+        arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
         results, records = computed(self._closed, arrays, given, Within(data))
         return jax.tree.unflatten(self._structure, results), records
 
@@ -114,10 +117,12 @@ def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
     """
     if not args:
         raise ValueError("the parameters are the first positional argument; got none")
-    pairs, structure = jax.tree_util.tree_flatten_with_path((args, kwargs))
+    pairs, structure = jax.tree_util.tree_flatten_with_path(
+        (args, kwargs), is_leaf=lambda x: isinstance(x, Stored)
+    )
     constants, arrays, origins = [], [], []
     for index, (path, leaf) in enumerate(pairs):
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct):
+        if not isinstance(leaf, _ARRAYS):
             constants.append((index, _constant(path, leaf)))
             continue
         arrays.append(leaf)

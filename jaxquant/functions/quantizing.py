@@ -1,13 +1,20 @@
 """Rules on the products of any function: what becomes of each, and the function with them in place."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal, ParamSpec, TypeVar
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, ParamSpec, TypeVar
 
+import jax
+
+from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
-from jaxquant.engine.walking import Replacement, walk
+from jaxquant.engine.rebuilding import Use
+from jaxquant.engine.walking import Call, Trace, called, plain
 from jaxquant.functions.operations import Operation, operation
+from jaxquant.qarray import QArray
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
+from jaxquant.stored import Stored
 
 __all__ = ["Decision", "decided", "quantize"]
 
@@ -53,14 +60,19 @@ def quantize(
     if not callable(function):
         raise ValueError(f"a function of parameters is wanted; got {type(function).__name__}")
 
-    def visit(found: tuple[Product, ...]) -> list[Replacement | None]:
-        decisions = decided(found, rules)
-        refused = [d.refusal for d in decisions if d.refusal]
-        if refused and on_unsupported == "error":
-            raise ValueError("\n".join(dict.fromkeys(refused)))
-        return [d.operation for d in decisions]
+    @functools.partial(jax.jit, static_argnums=0, inline=True)
+    def run(call: Call, arrays: list[Any]) -> Any:
+        trace = call.traced(function, arrays)
+        decisions = decided(trace.products, rules)
+        if on_unsupported == "error":
+            check(decisions)
+        return computed(trace, decisions, arrays, call.origins)
 
-    return walk(function, visit)
+    @functools.wraps(function)
+    def quantized(*args: P.args, **kwargs: P.kwargs) -> T:
+        return run(*called(args, kwargs))
+
+    return quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +121,78 @@ def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
                 reason = str(error)
         decisions.append(Decision(product, rule, given, reason))
     return decisions
+
+
+def check(decisions: Sequence[Decision]) -> None:
+    """Raises a ValueError that names all products that cannot take their recipes."""
+    if refused := [d.refusal for d in decisions if d.refusal]:
+        raise ValueError("\n".join(dict.fromkeys(refused)))
+
+
+def computed(
+    trace: Trace, decisions: Sequence[Decision], arrays: Sequence[Any], origins: Sequence[Origin]
+) -> Any:
+    """A function's result with its products as decided.
+
+    Args:
+        trace: of the function.
+        decisions: for each product.
+        arrays: what it takes; some may be `Stored`.
+        origins: of the arrays.
+
+    Raises:
+        ValueError: a stored parameter that is read, or multiplied, in another way than it was stored for.
+    """
+    pairs = zip(origins, arrays, strict=True)
+    stored = {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
+    for path in stored:
+        if path in trace.reads:
+            raise ValueError(is_read(path, trace.reads[path]))
+    uses: list[Use | None] = []
+    data = {}
+    for index, decision in enumerate(decisions):
+        use = None if decision.operation is None else plain(index, decision.operation)
+        weight = _stored_weight(decision, stored)
+        if weight is not None:
+            use, data[index] = _of_stored(index, decision.operation), weight  # pyright: ignore
+        uses.append(use)
+    return trace.computed(arrays, uses, data)[0]
+
+
+def _path(origin: Origin) -> str:
+    (path,) = origin.nearest
+    return path
+
+
+def is_read(path: str, line: str) -> str:
+    where = f" ({line})" if line else ""
+    return (
+        f"{path} is stored in few bits, and the function reads it by something else than a product{where}; "
+        f"a rule ({path!r}, None) before the others leaves it in float"
+    )
+
+
+def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray | None:
+    """The stored numbers that a product multiplies; None where its weight is not stored."""
+    product, operation = decision.product, decision.operation
+    held = [stored[path] for path in product.parameters if path in stored]
+    if not held:
+        return None
+    key = "" if operation is None or operation.stored is None else operation.stored.key
+    found = [x.operands[key] for x in held if key in x.operands]
+    if not found:
+        where = f" ({product.source})" if product.source else ""
+        raise ValueError(
+            f"{product.path}{where} is stored as {', '.join(held[0].operands)}, and this product multiplies "
+            f"{key or 'it in float'}; freeze with this call, or with the rules of this function"
+        )
+    return found[0]
+
+
+def _of_stored(index: int, operation: Operation) -> Use:
+    assert operation.stored is not None
+    scans = frozenset(scan for scan, _ in operation.stored.turns)
+    return Use(index, lambda w, *operands: (operation.with_weight(w, *operands), None), scans)
 
 
 def _assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:

@@ -1,0 +1,201 @@
+"""Freezing: parameters become the integers that products multiply."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxquant.engine.derivations import Derivation
+from jaxquant.engine.walking import Trace, called
+from jaxquant.functions.operations import Operation
+from jaxquant.functions.quantizing import Decision, check, decided, is_read
+from jaxquant.opaque import Owner
+from jaxquant.qarray import QArray, quantize
+from jaxquant.quantizer import Quantizer
+from jaxquant.rules import Rules
+from jaxquant.stored import Stored
+
+__all__ = ["freeze", "frozen"]
+
+
+def freeze(
+    function: Callable[..., Any], rules: Rules, parameters: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Parameters for serving: those that the rules quantize stored as packed integers with their scales.
+
+    ``quantize(function, rules)`` with them gives the same results bit for bit.  What is stored is each
+    product's weight as it multiplies it: transposed, cast and masked as the function does.
+
+    Args:
+        function: as of `quantize`.
+        rules: as of `quantize`.
+        parameters: its first argument; not changed.
+        args, kwargs: the others, arrays or `jax.ShapeDtypeStruct`s: the function is traced, not run.
+
+    Returns:
+        The same tree with a `jaxquant.stored.Stored` in the place of each parameter that is stored.
+
+    Raises:
+        ValueError: nothing that rules quantize; parameters that are stored already, or hold a NaN or an Inf;
+            one that is read by more than products, or that two products would store in two ways; a
+            precision that is traced; all at once.
+
+    >>> import jax
+    >>> model = lambda w, x: x @ w["up"]
+    >>> frozen = freeze(model, {"up": "w4a16"}, {"up": jnp.ones((64, 8))}, jnp.ones((1, 64)))
+    >>> frozen["up"].bits_per_element
+    4.5
+    """
+    call, arrays = called((parameters, *args), kwargs)
+    trace = call.traced(function, arrays)
+    decisions = decided(trace.products, rules)
+    check(decisions)
+    pairs = zip(call.origins, arrays, strict=True)
+    values = {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
+    stored = frozen(trace, decisions, values)
+    paths, structure = jax.tree_util.tree_flatten_with_path(parameters)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
+    leaves = [stored.get(name, x) for name, (_, x) in zip(names, paths, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def frozen(
+    trace: Trace, decisions: Sequence[Decision], values: Mapping[str, Any], donate: bool = False
+) -> dict[str, Stored]:
+    """What is stored in the place of each parameter.
+
+    Args:
+        trace: of a function.
+        decisions: for each of its products.
+        values: its parameters and other arrays that weights are made of, by path.
+        donate: free each parameter's array once its integers are there.
+
+    Raises:
+        ValueError: as `freeze`.
+    """
+    plans = _planned(trace, decisions, values)
+    stored = {}
+    for path, operations in plans.items():
+        check_weight(path, values[path])
+        operands = {
+            key: _quantized(operation.stored, operation.axes, _needed(operation, values), quantizer)
+            for key, operation in operations.items()
+            if (quantizer := operation.quantizer) is not None
+        }
+        shape, dtype = values[path].shape, values[path].dtype
+        stored[path] = Stored(operands, shape, dtype, Owner(path))
+        if donate:
+            values[path].delete()
+    return stored
+
+
+def _needed(operation: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
+    assert operation.stored is not None
+    return {path: values[path] for path in operation.stored.paths}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantized(
+    derivation: Derivation, axes: tuple[int, ...], values: Mapping[str, Any], quantizer: Quantizer
+) -> QArray:
+    return derivation.of(values, lambda weight: packed(quantize(weight, quantizer, axes)))
+
+
+def packed(x: QArray) -> QArray:
+    """x in as few bytes as its format's codes need."""
+    element = x.element
+    is_whole = jnp.dtype(element.dtype).itemsize * 8 == element.bits and element.dtype != jnp.int4
+    return x if is_whole else x.pack()
+
+
+def check_weight(path: str, weight: Any) -> None:
+    """Raises a ValueError for a weight with a NaN or an Inf, where its numbers are known."""
+    if isinstance(weight, Tracer | jax.ShapeDtypeStruct):
+        return
+    if not bool(jnp.isfinite(weight).all()):
+        raise ValueError(f"{path or 'the weight'} holds a NaN or an Inf")
+
+
+def _planned(
+    trace: Trace, decisions: Sequence[Decision], values: Mapping[str, Any]
+) -> dict[str, dict[str, Operation]]:
+    """By parameter, what is to be stored of it."""
+    plans: dict[str, dict[str, Operation]] = {}
+    refused = []
+    for decision in decisions:
+        path, operation = _holder(decision, values), decision.operation
+        if path is None or operation is None or operation.quantizer is None:
+            continue
+        reason = _reason(decision, trace, values)
+        if reason:
+            refused.append(reason)
+            continue
+        assert operation.stored is not None
+        earlier = plans.setdefault(path, {}).setdefault(operation.stored.key, operation)
+        if not _is_alike(earlier, operation):
+            refused.append(_two_ways(decision))
+    for decision in decisions:  # left in float, whose weight would be gone
+        is_float = decision.operation is None or decision.operation.quantizer is None
+        if is_float and any(path in plans for path in decision.product.parameters):
+            refused.append(_two_ways(decision))
+    if refused:
+        raise ValueError("\n".join(dict.fromkeys(refused)))
+    if not plans:
+        raise ValueError(
+            "there is nothing to freeze: no product's weight is quantized by the rules"
+        )
+    return plans
+
+
+def _is_alike(one: Operation, other: Operation) -> bool:
+    """Whether two products would store a weight alike."""
+    (leaves, static), (others, other_static) = map(
+        jax.tree.flatten, (one.quantizer, other.quantizer)
+    )
+    if (static, one.axes) != (other_static, other.axes):
+        return False
+    return all(a is b or np.array_equal(a, b) for a, b in zip(leaves, others, strict=True))
+
+
+def _holder(decision: Decision, values: Mapping[str, Any]) -> str | None:
+    """In which parameter's place a product's weight is stored: the largest of those that make it."""
+    parameters = decision.product.parameters
+    return max(parameters, key=lambda path: math.prod(values[path].shape), default=None)
+
+
+def _reason(decision: Decision, trace: Trace, values: Mapping[str, Any]) -> str:
+    """Why a product's weight cannot be stored."""
+    product, operation = decision.product, decision.operation
+    assert operation is not None
+    where = f" ({product.source})" if product.source else ""
+    if operation.stored is None:
+        return (
+            f"{product.path}{where} cannot be frozen: its weight is the result of another product, or is "
+            f"chosen within a loop; a rule ({product.path!r}, None) before the others leaves it in float"
+        )
+    for path in product.parameters:
+        if isinstance(values[path], Stored):
+            return f"{path} is frozen already"
+        if path in trace.reads:
+            return is_read(path, trace.reads[path])
+    if jax.tree.leaves(getattr(operation.quantizer, "format", None)):
+        return (
+            f"{product.path}{where} cannot be frozen: its precision is traced, and stored numbers need "
+            "static widths"
+        )
+    return ""
+
+
+def _two_ways(decision: Decision) -> str:
+    product = decision.product
+    where = f" ({product.source})" if product.source else ""
+    label = "float" if decision.rule is None else decision.rule.label
+    return (
+        f"{product.path}{where} shares its weight with a product that would store it in another way than "
+        f"{label}; give both the same recipe, or None to both"
+    )
