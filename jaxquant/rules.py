@@ -107,15 +107,23 @@ def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
     return {s.path: rule for s, rule in zip(subjects, chosen, strict=True) if rule is not None}
 
 
-def choose(subjects: Sequence[Subject], rules: Rules) -> list[Rule | None]:
+def choose(
+    subjects: Sequence[Subject], rules: Rules | Sequence[Rule], is_part: bool = False
+) -> list[Rule | None]:
     """The first rule that takes each subject; None where none does.
+
+    Args:
+        subjects: modules or products.
+        rules: as of `parse_rules`, or what it gave.
+        is_part: whether there are more subjects, so that a rule may take none of these.
 
     Raises:
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
-    parsed = parse_rules(rules)
+    is_parsed = not isinstance(rules, Mapping) and all(isinstance(r, Rule) for r in rules)
+    parsed: Any = rules if rules and is_parsed else parse_rules(rules)  # pyright: ignore
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
-    for rule in parsed:
+    for rule in () if is_part else parsed:
         if not any(rule is other for other in chosen):
             raise ValueError(f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, subjects)}")
     return chosen

@@ -54,6 +54,8 @@ LIBRARY = [
     [
         "nnx.stacking",
         "nnx.modules",
+        "nnx.calls",
+        "nnx.doors",
         "nnx.sites",
         "nnx.overriding",
         "nnx.freezing",

@@ -20,7 +20,7 @@ from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use, Within, computed
 from jaxquant.stored import Stored
 
-_ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
+ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
 Replacement = Callable[..., jax.Array]
 
 
@@ -122,8 +122,8 @@ def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
     )
     constants, arrays, origins = [], [], []
     for index, (path, leaf) in enumerate(pairs):
-        if not isinstance(leaf, _ARRAYS):
-            constants.append((index, _constant(path, leaf)))
+        if not isinstance(leaf, ARRAYS):
+            constants.append((index, constant(path, leaf)))
             continue
         arrays.append(leaf)
         is_parameter = [getattr(key, "idx", None) for key in path[:2]] == [0, 0]
@@ -132,7 +132,7 @@ def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
     return Call(structure, tuple(origins), tuple(constants)), arrays
 
 
-def _constant(path: Any, leaf: Any) -> Constant:
+def constant(path: Any, leaf: Any) -> Constant:
     constant = Constant(leaf)
     try:
         hash(constant)

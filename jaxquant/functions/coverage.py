@@ -137,6 +137,11 @@ def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: A
     decisions = decided(products(function, *args, **kwargs), rules)
     call, _ = called(args, kwargs)
     parameters = [path for origin in call.origins if origin.is_weight for path in origin.nearest]
+    return table(decisions, parameters)
+
+
+def table(decisions: Sequence[Decision], parameters: Sequence[str]) -> Coverage:
+    """The table of what was decided, with the parameters that are among no product's."""
     read = {path for d in decisions for path in d.product.parameters}
     return Coverage(_grouped(decisions), tuple(p for p in parameters if p not in read))
 

@@ -105,14 +105,21 @@ class Decision:
         )
 
 
-def decided(found: Sequence[Product], rules: Rules) -> list[Decision]:
+def decided(
+    found: Sequence[Product], rules: Rules | Sequence[Rule], is_part: bool = False
+) -> list[Decision]:
     """What becomes of each product.
+
+    Args:
+        found: the products.
+        rules: as of `quantize`.
+        is_part: whether these may be some of a model's products alone, so that rules may take none of them.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    for product, rule in zip(found, _assigned(found, rules), strict=True):
+    for product, rule in zip(found, _assigned(found, rules, is_part), strict=True):
         given, reason = None, ""
         if rule is not None and rule.value is not None:
             try:
@@ -195,14 +202,14 @@ def _of_stored(index: int, operation: Operation) -> Use:
     return Use(index, lambda w, *operands: (operation.with_weight(w, *operands), None), scans)
 
 
-def _assigned(found: Sequence[Product], rules: Rules) -> list[Rule | None]:
+def _assigned(found: Sequence[Product], rules: Any, is_part: bool) -> list[Rule | None]:
     """The rule that each product takes; None where none does."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
     subjects = [Subject(p.names, ATTENTION if p.weight is None else p.kind) for p in floats]
     try:
-        chosen = iter(choose(subjects, rules))
+        chosen = iter(choose(subjects, rules, is_part=is_part))
     except ValueError as error:
         own = next((p for p in floats if p.has_constant), None)
         if own is None:

@@ -1,0 +1,142 @@
+"""Calls of NNX modules as functions of arrays, so that their products can be found and replaced.
+
+A call is split into its arrays and everything else.  What it changes of its module, as running means, caches
+and counts of random streams, comes back as a result and is then written to the module.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxquant.engine.origins import INPUT, Origin
+from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
+from jaxquant.nnx.modules import read
+from jaxquant.stored import Stored
+
+# What belongs to a call or a run, and is no weight.
+OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.BatchStat, nnx.Intermediate, nnx.Perturbation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A method's call without its arrays.
+
+    Attributes:
+        method: its name.
+        path: of the module in the model.
+        graph: of the module and of the modules among its arguments.
+        state: the structure of their variables.
+        structure: of the arguments, in which modules and what is no array are leaves too.
+        leaves: of each of these an index of a module, a `Constant`, or None for an array.
+    """
+
+    method: str
+    path: str
+    graph: Any
+    state: Any
+    structure: Any
+    leaves: tuple[int | Constant | None, ...]
+
+    def result(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
+        """What the method returns for such arrays, and the variables that it changed."""
+        held, given = self._split(arrays)
+        module, *others = nnx.merge(self.graph, self.state.unflatten(held))
+        plainly(module)
+        args, kwargs = jax.tree.unflatten(self.structure, self._filled(others, given))
+        result = getattr(module, self.method)(*args, **kwargs)
+        before = {id(x) for x in held}
+        changed = [
+            (path, leaf)
+            for path, leaf in nnx.to_flat_state(nnx.split((module, *others))[1])
+            if id(value(leaf)) not in before
+        ]
+        return result, nnx.from_flat_state(changed)
+
+    def _split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        count = self.state.num_leaves
+        return list(arrays[:count]), list(arrays[count:])
+
+    def _filled(self, modules: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:
+        rest = iter(arrays)
+        return [
+            next(rest) if x is None else modules[x] if isinstance(x, int) else x.value
+            for x in self.leaves
+        ]
+
+    @property
+    def origins(self) -> list[Origin]:
+        """Where each array comes from."""
+        count = self.state.num_leaves
+        found = [INPUT] * count
+        for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(count)))):
+            if path[0] == 0:
+                found[value(leaf)] = _origin(self.named(path[1:]), leaf)
+        return found + [INPUT] * sum(x is None for x in self.leaves)
+
+    def named(self, path: Sequence[Any]) -> str:
+        """A variable of the module's by its path in the model."""
+        return "/".join(part for part in (self.path, *map(str, path)) if part)
+
+    def traced(self, arrays: Sequence[Any]) -> Trace:
+        """The call's trace; its result is that of `result`."""
+        return Trace.of(self.result, arrays, self.origins)
+
+
+def _origin(path: str, leaf: Any) -> Origin:
+    if isinstance(leaf, OF_A_RUN):
+        return INPUT
+    is_parameter = isinstance(leaf, nnx.Param) or type(leaf).__name__ == "Stored"
+    return Origin.parameter(path) if is_parameter else Origin.buffer(path)
+
+
+def value(leaf: Any) -> Any:
+    """What a leaf of a state holds."""
+    return read(leaf) if isinstance(leaf, nnx.Variable) else leaf
+
+
+def called(
+    module: nnx.Module, path: str, method: str, args: tuple, kwargs: Mapping[str, Any]
+) -> tuple[Call, list[Any], tuple[Any, ...]]:
+    """A call, its arrays, and the module with those among its arguments.
+
+    Raises:
+        ValueError: an argument that is neither an array nor hashable.
+    """
+    pairs, structure = jax.tree_util.tree_flatten_with_path((args, dict(kwargs)), is_leaf=_is_node)
+    nodes: list[Any] = [module]
+    leaves: list[int | Constant | None] = []
+    arrays = []
+    for place, leaf in pairs:
+        if _is_node(leaf):
+            leaves.append(len(nodes) - 1)
+            nodes.append(leaf)
+        elif isinstance(leaf, ARRAYS):
+            leaves.append(None)
+            arrays.append(leaf)
+        else:
+            leaves.append(constant(place, leaf))
+    graph, state = nnx.split(tuple(nodes))
+    held, tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Stored))
+    call = Call(method, path, graph, tree, structure, tuple(leaves))
+    return call, [*held, *arrays], tuple(nodes)
+
+
+def _is_node(x: Any) -> bool:
+    return isinstance(x, nnx.Module | nnx.Rngs | nnx.RngStream | nnx.Variable)
+
+
+def plainly(module: nnx.Module) -> None:
+    """Gives a module and all within it their own classes, of which quantized ones are made."""
+    for _, each in list(nnx.iter_graph(module)):
+        own = getattr(type(each), "plain_class", None)
+        if own is not None:
+            object.__setattr__(each, "__class__", own)
+            for name in DOOR:
+                vars(each).pop(name, None)
+
+
+# The attributes of a quantized module that are not its own.
+DOOR = ("quantized_by", "quantized_with")
