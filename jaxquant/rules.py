@@ -120,7 +120,7 @@ def choose(
     Raises:
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
-    is_parsed = not isinstance(rules, Mapping) and all(isinstance(r, Rule) for r in rules)
+    is_parsed = isinstance(rules, list) and all(isinstance(rule, Rule) for rule in rules)
     parsed: Any = rules if rules and is_parsed else parse_rules(rules)  # pyright: ignore
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
     for rule in () if is_part else parsed:
