@@ -43,6 +43,10 @@ class Where:
     unreached: str = ""
     names: Any = None
 
+    def tried(self) -> "Where":
+        """The same with notes of its own: what is carried may come from more than is known at first."""
+        return dataclasses.replace(self, reads={})
+
     def notes(self, read: Sequence[Origin], line: str) -> None:
         """What is read on a line, and not by a product."""
         for path in (path for o in read if o.is_weight for path in o.nearest):
@@ -280,11 +284,13 @@ def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
     carry = [o if o.is_weight else o.without() for o in operands[first:last]]
     turns = [_turn_of(o, scan, length) for o in operands[last:]]
     while True:
-        given = [*operands[:first], *carry, *turns]
-        found, results = found_in(settings["jaxpr"], given, where)
+        given, trial = [*operands[:first], *carry, *turns], where.tried()
+        found, results = found_in(settings["jaxpr"], given, trial)
         grown = _grown(carry, results[: last - first])
         if grown == carry:
-            return [found], [*carry, *(o.without() for o in results[last - first :])]
+            where.reads.update(trial.reads)
+            stacked = [_all_turns(o, turns, operands[last:]) for o in results[last - first :]]
+            return [found], [*carry, *stacked]
         carry = grown
 
 
@@ -296,15 +302,25 @@ def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
     return dataclasses.replace(origin, derivation=turn)
 
 
+def _all_turns(result: Origin, turns: Sequence[Origin], stacked: Sequence[Origin]) -> Origin:
+    """Of what a scan stacks: where each turn passes on what it was handed, that whole."""
+    if result.derivation is None:
+        return result
+    alike = [o for t, o in zip(turns, stacked, strict=True) if t.derivation == result.derivation]
+    return alike[0] if alike else result.without()
+
+
 def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
     first = settings["cond_nconsts"]
     last = first + settings["body_nconsts"]
     carry = [o if o.is_weight else o.without() for o in operands[last:]]
     while True:
-        body, results = found_in(settings["body_jaxpr"], [*operands[first:last], *carry], where)
+        trial = where.tried()
+        body, results = found_in(settings["body_jaxpr"], [*operands[first:last], *carry], trial)
         grown = _grown(carry, results)
         if grown == carry:
+            where.reads.update(trial.reads)
             break
         carry = grown
     test, _ = found_in(settings["cond_jaxpr"], [*operands[:first], *carry], where)

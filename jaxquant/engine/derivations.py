@@ -139,6 +139,8 @@ def computed(
         return Derivation(of, paths, turns, lambda where: whole.at(where)[index], moved)
 
     moved = _moved(equation, operands[0], run) if operands else None
+    if moved is not None and list(moved[1]) == sorted(moved[1]):
+        return [moved[0]]  # moved there and back
 
     return [part(index) for index in range(len(equation.outvars))]
 

@@ -65,14 +65,28 @@ class Trace:
 
     Attributes:
         products: in order.
-        reads: the parameters that something else than a product reads, each with the line.
+        results: where each array of the function's result comes from.
+        passed: which of these are given to nobody, so that they read nothing.
     """
 
     products: tuple[Product, ...]
-    reads: Mapping[str, str]
+    results: tuple[Origin, ...]
+    _reads: Mapping[str, str]
     _closed: Any
     _found: list[Found]
     _structure: Any
+    passed: frozenset[int] = frozenset()
+
+    @property
+    def reads(self) -> dict[str, str]:
+        """The parameters that something else than a product reads, each with the line."""
+        where = Where(dict(self._reads))
+        where.notes([o for i, o in enumerate(self.results) if i not in self.passed], "")
+        return where.reads
+
+    def structured(self, leaves: Sequence[Any]) -> Any:
+        """A result as the function gives it, with such leaves."""
+        return jax.tree.unflatten(self._structure, leaves)
 
     @classmethod
     def of(
@@ -90,8 +104,8 @@ class Trace:
         closed, shape = jax.make_jaxpr(lambda *xs: function(xs), return_shape=True)(*arrays)
         where = Where({})
         found, results = found_in(closed, origins, where)
-        where.notes(results, "")
-        return cls(tuple(flat(found)), where.reads, closed, found, jax.tree.structure(shape))
+        structure, found_products = jax.tree.structure(shape), tuple(flat(found))
+        return cls(found_products, tuple(results), where.reads, closed, found, structure)
 
     def computed(
         self, arrays: Sequence[Any], uses: Sequence[Use | None], data: Mapping[int, Any]
@@ -106,7 +120,7 @@ class Trace:
         given = _placed(self._found, iter(uses))
         arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
         results, records = computed(self._closed, arrays, given, Within(data))
-        return jax.tree.unflatten(self._structure, results), records
+        return self.structured(results), records
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:

@@ -5,7 +5,7 @@ and counts of random streams, comes back as a result and is then written to the 
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class Call:
         changed = [
             (path, leaf)
             for path, leaf in nnx.to_flat_state(nnx.split((module, *others))[1])
-            if id(value(leaf)) not in before
+            if any(id(x) not in before for x in jax.tree.leaves(value(leaf)))
         ]
         return result, nnx.from_flat_state(changed)
 
@@ -72,8 +72,8 @@ class Call:
         count = self.state.num_leaves
         found = [INPUT] * count
         for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(count)))):
-            if path[0] == 0:
-                found[value(leaf)] = _origin(self.named(path[1:]), leaf)
+            for place in jax.tree.leaves(value(leaf)) if path[0] == 0 else ():
+                found[place] = _origin(self.named(path[1:]), leaf)
         return found + [INPUT] * sum(x is None for x in self.leaves)
 
     def named(self, path: Sequence[Any]) -> str:
@@ -82,7 +82,25 @@ class Call:
 
     def traced(self, arrays: Sequence[Any]) -> Trace:
         """The call's trace; its result is that of `result`."""
-        return Trace.of(self.result, arrays, self.origins)
+        trace = Trace.of(self.result, arrays, self.origins)
+        # Loops hand on all that they are given, changed or not.
+        passed = frozenset(i for _, places in self._passed(trace) for i in places)
+        return dataclasses.replace(trace, passed=passed)
+
+    def changed(self, trace: Trace, state: Any) -> Any:
+        """Of the variables in a trace's result, those that are other than before."""
+        passed = {path for path, _ in self._passed(trace)}
+        flat = [(path, leaf) for path, leaf in nnx.to_flat_state(state) if path not in passed]
+        return nnx.from_flat_state(flat)
+
+    def _passed(self, trace: Trace) -> Iterator[tuple[Any, list[int]]]:
+        """Variables among a trace's results that are what they were, and where they are."""
+        _, state = trace.structured(range(len(trace.results)))
+        for path, leaf in nnx.to_flat_state(state):
+            places = jax.tree.leaves(value(leaf))
+            made = [trace.results[i].derivation for i in places]
+            if path[0] == 0 and all(d and d.key == self.named(path[1:]) for d in made):
+                yield path, places
 
 
 def _origin(path: str, leaf: Any) -> Origin:

@@ -164,7 +164,8 @@ def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     decisions = quantizing.decided(trace.products, door.parsed(rule_arrays), is_part=True)
     if door.on_unsupported == "error":
         quantizing.check(decisions)
-    return quantizing.computed(trace, decisions, arrays, call.origins)
+    result, state = quantizing.computed(trace, decisions, arrays, call.origins)
+    return result, call.changed(trace, state)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -183,7 +184,8 @@ def freeze(model: Model, *inputs: Any, donate: bool = False, **options: Any) -> 
         ValueError: as `jaxquant.functions.freeze`.
     """
     trace, decisions, call, arrays = _decided(model, inputs, options)
-    quantizing.check(decisions)
+    if getattr(model, DOOR[0]).on_unsupported == "error":
+        quantizing.check(decisions)
     pairs = zip(call.origins, arrays, strict=True)
     values = {p: x for origin, x in pairs if origin.derivation for p in origin.derivation.paths}
     stored = freezing.frozen(trace, decisions, values, donate)
