@@ -9,6 +9,7 @@ that is no file system (``gs://`` and the like), whose own errors are left as th
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -160,11 +161,20 @@ def parse_json(text: str | bytes, name: str) -> Any:
     try:
         value = json.loads(text, object_pairs_hook=_object)
         _check_depth(value)
-    except RecursionError:
-        raise ValueError(f"{name} is not whole JSON: it nests deeper than {DEPTH} levels") from None
-    except (ValueError, TypeError) as error:
+    except (RecursionError, ValueError, TypeError) as error:
+        # How deep a parser goes before it gives up differs from one Python to the next.
+        if isinstance(error, RecursionError) or _opened_at_once(text) > DEPTH:
+            error = f"it nests deeper than {DEPTH} levels"
         raise ValueError(f"{name} is not whole JSON: {error}") from None
     return value
+
+
+def _opened_at_once(text: str | bytes) -> int:
+    """How many brackets of a text are open at once, at most, as far as it is text."""
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+', "", text)
+    depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
+    return max(depths, default=0)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
