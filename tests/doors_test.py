@@ -31,8 +31,8 @@ def param(rngs, *shape):
 class Scaled(nnx.Embed):
     """An Embed with a call of its own, as Flax's gemma has."""
 
-    def __call__(self, inputs):
-        return super().__call__(inputs) * jnp.sqrt(1.0 * self.features)
+    def __call__(self, inputs, out_sharding=None):
+        return super().__call__(inputs, out_sharding) * jnp.sqrt(1.0 * self.features)
 
 
 class RawAttention(nnx.Module):
@@ -277,7 +277,7 @@ def test_methods_caches_and_random_streams():
     whole = doors.quantize(attention, {".*": "w8a8"})(
         x, mask=mask, decode=False, deterministic=True
     )
-    assert int(low.cache_index[...]) == 6
+    assert int(read(low.cache_index)) == 6  # pyright: ignore
     assert float(jnp.abs(parts - whole).max()) < 0.05 * float(jnp.abs(whole).max())
 
 
@@ -295,7 +295,7 @@ def test_intermediates_come_out():
     y = low(jnp.ones((1, D)))
     first = low(jnp.ones((1, D)))
     again = low(jnp.zeros((1, D)))
-    for found, expected in zip(read(low.seen), (y, first, again), strict=True):
+    for found, expected in zip(read(vars(low)["seen"]), (y, first, again), strict=True):
         assert (found == expected).all()
 
 
