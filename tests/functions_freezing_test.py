@@ -185,6 +185,20 @@ def test_another_call_of_a_frozen_function_that_reads_a_parameter_otherwise_is_n
         jq.functions.quantize(plain, {"up": None, ".*": "w8a8"})(frozen, X)
 
 
+def test_weights_made_alike_with_other_numbers_are_told_apart():
+    """The numbers lie within a jitted function, or are many, which a trace's own text leaves out."""
+    masks = [jnp.arange(D * F).reshape(D, F) % n == 0 for n in (2, 3)]
+    made = [jax.jit(lambda w, mask=mask: jnp.where(mask, w, 0.0)) for mask in masks]
+    both = lambda w, x: x @ made[0](w["up"]) + 2 * (x @ made[1](w["up"]))  # noqa: E731
+    one, other = (lambda w, x, i=i: x @ made[i](w["up"]) for i in (0, 1))
+    w = {"up": array(0, D, F)}
+    for model in (both, one, other):
+        low = jax.jit(jq.functions.quantize(model, {".*": "w8a16"}))
+        frozen = jq.functions.freeze(model, {".*": "w8a16"}, w, X)
+        assert (low(frozen, X) == low(w, X)).all()
+        assert float(jnp.abs(low(w, X) - model(w, X)).max()) < 0.02
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

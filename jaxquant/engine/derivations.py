@@ -98,10 +98,7 @@ def constant(value: Any) -> Derivation | None:
     """A number or an array of the function's own; None of one that is being traced."""
     if isinstance(value, Tracer):
         return None
-    array = np.asarray(value)
-    digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-    key = repr(array.item()) if array.ndim == 0 else f"{array.dtype}{list(array.shape)}:{digest}"
-    return Derivation(key, frozenset(), (), lambda _: value)
+    return Derivation(_said(value), frozenset(), (), lambda _: value)
 
 
 def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
@@ -161,4 +158,16 @@ def _moved(
 
 
 def _said(value: Any) -> str:
+    """What an equation is told, in words that differ where the numbers do: arrays by their digests."""
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(_said, value))})"
+    if isinstance(value, core.ClosedJaxpr):
+        return f"{_said(value.jaxpr)} with {_said(value.consts)}"
+    if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
+        array = np.asarray(value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        content = repr(array.item()) if array.ndim == 0 else digest
+        return f"{array.dtype}{list(array.shape)}:{content}"
+    if isinstance(value, Tracer):  # of which nothing is known, so that it is like no other
+        return f"{value} {id(value)}"
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
+from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
 from jaxquant.stored import Stored
 
@@ -106,7 +107,7 @@ class Call:
 def _origin(path: str, leaf: Any) -> Origin:
     if isinstance(leaf, OF_A_RUN):
         return INPUT
-    is_parameter = isinstance(leaf, nnx.Param) or type(leaf).__name__ == "Stored"
+    is_parameter = isinstance(leaf, nnx.Param | StoredWeight)
     return Origin.parameter(path) if is_parameter else Origin.buffer(path)
 
 

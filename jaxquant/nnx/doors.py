@@ -22,7 +22,6 @@ from jaxquant.nnx.modules import read
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 
 Model = TypeVar("Model", bound=nnx.Module)
-_FLAX = frozenset(vars(cls)["__module__"] for cls in nnx.Module.__mro__ if cls is not object)
 
 
 class _NothingToQuantize(Exception):
@@ -204,11 +203,18 @@ def _replaced(model: Model, leaves: dict[Any, Any]) -> Model:
     for path, new in leaves.items():
         if isinstance(new, StoredWeight):
             by_id[id(_at(model, path))] = new
+    done = set()
     for _, module in list(nnx.iter_graph(model)):
         if isinstance(module, nnx.Module):
             for name, held in list(vars(module).items()):
                 if id(held) in by_id:
                     setattr(module, name, by_id[id(held)])
+                    done.add(id(by_id[id(held)]))
+    if missed := [new.owner.path for v in by_id.values() if id(v) not in done for new in [read(v)]]:
+        raise ValueError(
+            f"{', '.join(missed)} cannot be frozen: no module's attribute holds it, but a list or dict; "
+            "a rule (path, None) before the others leaves it in float"
+        )
     return model
 
 

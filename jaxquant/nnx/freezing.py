@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
+from jaxquant.functions.freezing import packed
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
 from jaxquant.nnx.overriding import check_frozen
 from jaxquant.nnx.sites import Site, put, sites
@@ -231,13 +232,6 @@ def quantize_stacked(
     weight = stacking.masked(weight if dtype is None else weight.astype(dtype), mask)
     one = stacking.each(lambda weight, quantizer: packed(quantize(weight, quantizer, axes)))
     return stacking.marked(one(weight, quantizer))
-
-
-def packed(x: QArray) -> QArray:
-    """x in as few bytes as its format's codes need."""
-    element = x.element
-    is_whole = np.dtype(element.dtype).itemsize * 8 == element.bits and element.dtype != jnp.int4
-    return x if is_whole else x.pack()
 
 
 def store(site: Site, weight: QArray) -> None:
