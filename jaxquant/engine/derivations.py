@@ -71,22 +71,29 @@ class Derivation:
         return where.known[id(self)]
 
     def of(
-        self, parameters: Mapping[str, Any], then: Callable[[jax.Array], Any] = lambda x: x
+        self,
+        parameters: Mapping[str, Any],
+        then: Callable[[jax.Array, Any], Any] = lambda x, _: x,
+        data: Any = None,
     ) -> Any:
         """`then` of the value; where it differs from turn to turn, those of all turns, stacked in front.
 
         Args:
             parameters: arrays by path.
-            then: a function of one turn's value.
+            then: a function of one turn's value and data.
+            data: more arrays, stacked likewise.
         """
-        run = lambda turns: then(self.at(At(parameters, turns)))  # noqa: E731
+        run = lambda turns, own: then(self.at(At(parameters, turns)), own)  # noqa: E731
         for scan, length in reversed(self.turns):
             run = _each(run, scan, length)
-        return run({})
+        return run({}, data)
 
 
-def _each(run: Callable[[dict], Any], scan: int, length: int) -> Callable[[dict], Any]:
-    return lambda turns: jax.vmap(lambda i: run({**turns, scan: i}))(jnp.arange(length))
+def _each(run: Callable[[dict, Any], Any], scan: int, length: int) -> Callable[[dict, Any], Any]:
+    each = lambda turns, i, own: run({**turns, scan: i}, own)  # noqa: E731
+    return lambda turns, data: jax.vmap(lambda i, own: each(turns, i, own))(
+        jnp.arange(length), data
+    )
 
 
 def parameter(path: str) -> Derivation:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxquant.dot import DotGeneral
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.walking import Trace, called
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.quantizing import Decision, check, decided, is_read
+from jaxquant.functions.states import State
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray, quantize
-from jaxquant.quantizer import Quantizer
 from jaxquant.rules import Rules
 from jaxquant.stored import Stored
 
@@ -80,13 +81,9 @@ def frozen(
     """
     plans = _planned(trace, decisions, values)
     stored = {}
-    for path, operations in plans.items():
+    for path, chosen in plans.items():
         check_weight(path, values[path])
-        operands = {
-            key: _quantized(operation.stored, operation.axes, _needed(operation, values), quantizer)
-            for key, operation in operations.items()
-            if (quantizer := operation.quantizer) is not None
-        }
+        operands = {key: stored_operand(d, values) for key, d in chosen.items()}
         shape, dtype = values[path].shape, values[path].dtype
         stored[path] = Stored(operands, shape, dtype, Owner(path))
         if donate:
@@ -94,16 +91,39 @@ def frozen(
     return stored
 
 
-def _needed(operation: Operation, values: Mapping[str, Any]) -> dict[str, Any]:
+def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
+    """What is stored of a product's weight.
+
+    Args:
+        decision: with an operation that quantizes its weight, which parameters alone make.
+        values: these, by path.
+    """
+    operation = decision.operation
+    assert operation is not None
     assert operation.stored is not None
-    return {path: values[path] for path in operation.stored.paths}
+    needed = {path: values[path] for path in operation.stored.paths}
+    step = None if decision.state is None else decision.state.step
+    if operation.stored.key in needed:  # a parameter as it is: one program for all that are alike
+        return _quantized(operation.axes, needed[operation.stored.key], operation.recipe, step)
+    return _derived(operation.stored, operation.axes, needed, operation.recipe, step)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantized(axes: tuple[int, ...], weight: jax.Array, recipe: DotGeneral, step: Any) -> QArray:
+    quantizer = State(step=step).of(recipe).forward.rhs
+    assert quantizer is not None
+    return packed(quantize(weight, quantizer, axes))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _quantized(
-    derivation: Derivation, axes: tuple[int, ...], values: Mapping[str, Any], quantizer: Quantizer
+def _derived(
+    derivation: Derivation,
+    axes: tuple[int, ...],
+    values: Mapping[str, Any],
+    recipe: DotGeneral,
+    step: Any,
 ) -> QArray:
-    return derivation.of(values, lambda weight: packed(quantize(weight, quantizer, axes)))
+    return derivation.of(values, lambda w, own: _quantized(axes, w, recipe, own), step)
 
 
 def packed(x: QArray) -> QArray:
@@ -123,9 +143,9 @@ def check_weight(path: str, weight: Any) -> None:
 
 def _planned(
     trace: Trace, decisions: Sequence[Decision], values: Mapping[str, Any]
-) -> dict[str, dict[str, Operation]]:
-    """By parameter, what is to be stored of it."""
-    plans: dict[str, dict[str, Operation]] = {}
+) -> dict[str, dict[str, Decision]]:
+    """By parameter, and by the key of what is to be stored of it, a decision that stores it so."""
+    plans: dict[str, dict[str, Decision]] = {}
     refused = []
     for decision in decisions:
         path, operation = _holder(decision, values), decision.operation
@@ -136,8 +156,8 @@ def _planned(
             refused.append(reason)
             continue
         assert operation.stored is not None
-        earlier = plans.setdefault(path, {}).setdefault(operation.stored.key, operation)
-        if not _is_alike(earlier, operation):
+        earlier = plans.setdefault(path, {}).setdefault(operation.stored.key, decision)
+        if not _is_alike(earlier.operation, operation):
             refused.append(_two_ways(decision))
     for decision in decisions:  # left in float, whose weight would be gone
         is_float = decision.operation is None or decision.operation.quantizer is None
@@ -152,8 +172,9 @@ def _planned(
     return plans
 
 
-def _is_alike(one: Operation, other: Operation) -> bool:
+def _is_alike(one: Operation | None, other: Operation) -> bool:
     """Whether two products would store a weight alike."""
+    assert one is not None
     (leaves, static), (others, other_static) = map(
         jax.tree.flatten, (one.quantizer, other.quantizer)
     )

@@ -1,7 +1,6 @@
 """A recipe as what takes a product's place."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.products import Product
+from jaxquant.functions.states import State
 from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
@@ -40,35 +40,70 @@ class Operation:
     whichever side the product has it.
 
     Attributes:
-        compute: of (left, right): activations, and the weight as it is stored, an array or a `QArray`.
+        recipe: what it computes by.
+        compute: of (recipe, activations, weight as it is stored, an array or a `QArray`).
         right: which of the product's operands is the recipe's right one.
         order: how the product has the axes of what is stored; None where it has them as they are.
-        quantizer: of the weight; None where it stays in float.
+        summed: axes of the activations that are summed over; none of a lookup, which has no activations.
         axes: along which the weight is summed over, as it is stored.
         stored: how parameters alone make the weight as it is stored; None where they don't.
     """
 
-    compute: Callable[[Any, Any], jax.Array]
+    recipe: DotGeneral
+    compute: Callable[..., jax.Array]
     right: int
     order: tuple[int, ...] | None
-    quantizer: Quantizer | None
+    summed: tuple[int, ...]
     axes: tuple[int, ...]
     stored: Derivation | None
 
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """Of the weight; None where it stays in float."""
+        return self.recipe.forward.rhs
+
+    @property
+    def activations(self) -> Quantizer | None:
+        """Of the activations; None where there are none, or where they stay in float."""
+        return self.recipe.forward.lhs if self.summed else None
+
+    def by(self, state: State | None) -> "Operation":
+        """The same with a state in its recipe."""
+        recipe = self.recipe if state is None else state.of(self.recipe)
+        return dataclasses.replace(self, recipe=recipe)
+
+    def checked(self, state: State | None) -> "Operation":
+        """The same with a state of its first turns, for one turn's operands."""
+        turns = 0 if self.stored is None else len(self.stored.turns)
+        return self.by(None if state is None else state.first(turns))
+
     def __call__(self, *operands: jax.Array) -> jax.Array:
+        return self.with_weight(self.weight(*operands), *operands)
+
+    def weight(self, *operands: jax.Array) -> jax.Array:
+        """The weight among operands, with its axes as it is stored."""
         weight = operands[self.right]
-        if self.order is not None:
-            weight = jnp.transpose(weight, tuple(np.argsort(self.order)))
-        return self.with_weight(weight, *operands)
+        return weight if self.order is None else jnp.transpose(weight, np.argsort(self.order))
+
+    def left(self, *operands: jax.Array) -> jax.Array:
+        """The activations among operands."""
+        return operands[1 - self.right]
 
     def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
         """The product of operands, with a weight as it is stored in the place of theirs."""
         others = [x for i, x in enumerate(operands) if i != self.right]
-        return self.compute(others[0], weight, *others[1:])
+        return self.compute(self.recipe, others[0], weight, *others[1:])
 
 
-def operation(product: Product, recipe: DotGeneral | Attention) -> Operation | None:
+def operation(
+    product: Product, recipe: DotGeneral | Attention, state: State | None = None
+) -> Operation | None:
     """What takes a product's place; None where the recipe leaves it in float.
+
+    Args:
+        product: of a function.
+        recipe: for it.
+        state: what takes the place of parts of the recipe when it is computed.
 
     Raises:
         ValueError: a product that cannot be reached, or that cannot take the recipe.
@@ -80,8 +115,8 @@ def operation(product: Product, recipe: DotGeneral | Attention) -> Operation | N
     else:
         makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
         found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
-    if found is not None:
-        jax.eval_shape(found, *product.operands)  # refuses what the recipe cannot take
+    if found is not None:  # what the recipe cannot take is refused
+        jax.eval_shape(lambda s, *xs: found.checked(s)(*xs), state, *product.operands)
     return found
 
 
@@ -118,11 +153,11 @@ def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
             "its result's sharding is set and its axes are moved, which is not reached"
         )
 
-    def compute(activations: jax.Array, weight: Any) -> jax.Array:
+    def compute(dot: DotGeneral, activations: jax.Array, weight: Any) -> jax.Array:
         return jnp.transpose(dot(activations, weight, numbers, **options), result)
 
     derivation = None if product.derivation is None else product.derivation.stored
-    return Operation(compute, right, order, dot.forward.rhs, stored[0], derivation)
+    return Operation(dot, compute, right, order, left[0], stored[0], derivation)
 
 
 def _result_order(product: Product, right: int, batch: int, free: Sequence[int]) -> tuple[int, ...]:
@@ -140,11 +175,16 @@ def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
             "its weight is the convolution's left operand, and a recipe's is the right one"
         )
     settings: Any = {name: product.settings[name] for name in _CONV}
-    conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
-    features = settings["dimension_numbers"].rhs_spec[0]
-    axes = tuple(a for a in range(product.operands[1].ndim) if a != features)
-    compute = functools.partial(conv, **settings)
-    return Operation(compute, 1, None, dot.forward.rhs, axes, product.derivation)
+    batch, features = (settings["dimension_numbers"][i][0] for i in (0, 1))
+    summed, axes = (
+        tuple(a for a in range(product.operands[1].ndim) if a != own) for own in (batch, features)
+    )
+
+    def compute(dot: DotGeneral, activations: jax.Array, weight: Any) -> jax.Array:
+        conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
+        return conv(activations, weight, **settings)
+
+    return Operation(dot, compute, 1, None, summed, axes, product.derivation)
 
 
 def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
@@ -156,9 +196,11 @@ def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
         raise ValueError(f"a ragged product along {numbers} takes no recipe")
     names = ("precision", "preferred_element_type")
     options = {name: settings[name] for name in names if settings.get(name) is not None}
-    ragged = RaggedDot(dot.forward, dot.dlhs, dot.drhs)
-    compute = functools.partial(ragged, **options)
-    return Operation(compute, 1, None, dot.forward.rhs, (1,), product.derivation)
+
+    def compute(dot: DotGeneral, activations: jax.Array, weight: Any, groups: Any) -> jax.Array:
+        return RaggedDot(dot.forward, dot.dlhs, dot.drhs)(activations, weight, groups, **options)
+
+    return Operation(dot, compute, 1, None, (1,), (1,), product.derivation)
 
 
 def _is_plain(numbers: Any) -> bool:
@@ -174,15 +216,15 @@ def _is_plain(numbers: Any) -> bool:
 
 def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
     """Rows of the table as it is stored: they are summed over their features, which share a scale."""
-    quantizer = dot.forward.rhs
-    if quantizer is None:
+    if dot.forward.rhs is None:
         raise ValueError("it takes rows of a table, and the recipe leaves weights in float")
     names = ("dimension_numbers", "slice_sizes", "mode", "fill_value", "indices_are_sorted")
     settings = {name: product.settings[name] for name in names}
 
-    def compute(places: jax.Array, table: Any) -> jax.Array:
+    def compute(dot: DotGeneral, places: jax.Array, table: Any) -> jax.Array:
         if not isinstance(table, QArray):
-            table = fake_quant(table, quantizer, axis=-1)
+            assert dot.forward.rhs is not None
+            table = fake_quant(table, dot.forward.rhs, axis=-1)
             return materialized(jax.lax.gather(table, places, **settings))
         rows = dequantize(table[places[..., 0]])
         mode = jax.lax.GatherScatterMode.from_any(settings["mode"])
@@ -195,4 +237,4 @@ def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
         return materialized(rows)
 
     axes = (product.operands[0].ndim - 1,)
-    return Operation(compute, right, None, quantizer, axes, product.derivation)
+    return Operation(dot, compute, right, None, (), axes, product.derivation)

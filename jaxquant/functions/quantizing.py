@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
@@ -10,8 +11,9 @@ import jax
 from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
-from jaxquant.engine.walking import Call, Trace, called, plain
+from jaxquant.engine.walking import Call, Trace, called
 from jaxquant.functions.operations import Operation, operation
+from jaxquant.functions.states import State
 from jaxquant.qarray import QArray
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 from jaxquant.stored import Stored
@@ -84,12 +86,14 @@ class Decision:
         rule: that takes it, or None.
         operation: what takes its place; None where it stays in float.
         reason: why it cannot take its recipe; "" where it can.
+        state: of its weight, which takes part in the operation.
     """
 
     product: Product
     rule: Rule | None
     operation: Operation | None = None
     reason: str = ""
+    state: State | None = None
 
     @property
     def refusal(self) -> str:
@@ -106,7 +110,10 @@ class Decision:
 
 
 def decided(
-    found: Sequence[Product], rules: Rules | Sequence[Rule], is_part: bool = False
+    found: Sequence[Product],
+    rules: Rules | Sequence[Rule],
+    is_part: bool = False,
+    states: Mapping[str, State] = MappingProxyType({}),
 ) -> list[Decision]:
     """What becomes of each product.
 
@@ -114,6 +121,7 @@ def decided(
         found: the products.
         rules: as of `quantize`.
         is_part: whether these may be some of a model's products alone, so that rules may take none of them.
+        states: of parameters, by path.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
@@ -121,13 +129,19 @@ def decided(
     decisions = []
     for product, rule in zip(found, _assigned(found, rules, is_part), strict=True):
         given, reason = None, ""
+        state = _state(product, states)
         if rule is not None and rule.value is not None:
             try:
-                given = operation(product, rule.value)
+                given = operation(product, rule.value, state)
             except ValueError as error:
                 reason = str(error)
-        decisions.append(Decision(product, rule, given, reason))
+        decisions.append(Decision(product, rule, given, reason, state))
     return decisions
+
+
+def _state(product: Product, states: Mapping[str, State]) -> State | None:
+    """That of a product's weight, where that is one parameter."""
+    return states.get(product.parameters[0]) if len(product.parameters) == 1 else None
 
 
 def check(decisions: Sequence[Decision]) -> None:
@@ -150,6 +164,28 @@ def computed(
     Raises:
         ValueError: a stored parameter that is read, or multiplied, in another way than it was stored for.
     """
+    return recorded(trace, decisions, arrays, origins, lambda *_: None)[0]
+
+
+# From a decision, its operation with its state, and a product's operands to what is recorded, or None.
+Record = Callable[..., Any]
+
+
+def recorded(
+    trace: Trace,
+    decisions: Sequence[Decision],
+    arrays: Sequence[Any],
+    origins: Sequence[Origin],
+    record: Record,
+) -> tuple[Any, dict[int, Any]]:
+    """As `computed`, and what is recorded of each product that has an operation, by its number.
+
+    What is recorded within a scan is stacked along a first axis.
+
+    Args:
+        trace, decisions, arrays, origins: as of `computed`.
+        record: from (decision, operation, *operands) to what is recorded of the product, or None.
+    """
     pairs = zip(origins, arrays, strict=True)
     stored = {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
     for path in stored:
@@ -158,12 +194,28 @@ def computed(
     uses: list[Use | None] = []
     data = {}
     for index, decision in enumerate(decisions):
-        use = None if decision.operation is None else plain(index, decision.operation)
         weight = _stored_weight(decision, stored)
-        if weight is not None:
-            use, data[index] = _of_stored(index, decision.operation), weight  # pyright: ignore
+        use = None if decision.operation is None else _use(index, decision, record)
+        if use is not None and not (weight is None and decision.state is None):
+            data[index] = weight, decision.state
         uses.append(use)
-    return trace.computed(arrays, uses, data)[0]
+    return trace.computed(arrays, uses, data)
+
+
+def _use(index: int, decision: Decision, record: Record) -> Use:
+    assert decision.operation is not None
+    plain = decision.operation
+    turns = () if plain.stored is None else plain.stored.turns
+
+    def apply(given: Any, *operands: Any) -> tuple[jax.Array, Any]:
+        weight, state = (None, None) if given is None else given
+        operation = plain.by(state)
+        noted = record(decision, operation, *operands)
+        if weight is None:
+            return operation(*operands), noted
+        return operation.with_weight(weight, *operands), noted
+
+    return Use(index, apply, frozenset(scan for scan, _ in turns))
 
 
 def _path(origin: Origin) -> str:
@@ -194,12 +246,6 @@ def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray |
             f"{key or 'it in float'}; freeze with this call, or with the rules of this function"
         )
     return found[0]
-
-
-def _of_stored(index: int, operation: Operation) -> Use:
-    assert operation.stored is not None
-    scans = frozenset(scan for scan, _ in operation.stored.turns)
-    return Use(index, lambda w, *operands: (operation.with_weight(w, *operands), None), scans)
 
 
 def _assigned(found: Sequence[Product], rules: Any, is_part: bool) -> list[Rule | None]:

@@ -1,0 +1,63 @@
+"""`State`: what is found or learned of a weight's products beside their recipe, as ranges and steps."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.calibration import Range, Step, learned
+from jaxquant.dot import DotGeneral
+from jaxquant.quantizer import Quantizer
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Arrays that take the place of what a recipe finds anew at each call.
+
+    Where a weight differs from turn to turn of a scan, each has all turns along its first axis.
+
+    Attributes:
+        input_range: of the activations: a magnitude, or (low, high); None where it is found.
+        input_step: a learned step of the activations, or None.
+        step: learned steps of the weight, or None.
+    """
+
+    input_range: Any = None
+    input_step: Any = None
+    step: Any = None
+
+    def of(self, recipe: DotGeneral) -> DotGeneral:
+        """A recipe with these in it; a step that training carries below zero keeps its size."""
+        forward, lhs, rhs = recipe.forward, recipe.forward.lhs, recipe.forward.rhs
+        if lhs is not None and self.input_step is not None:
+            lhs = dataclasses.replace(lhs, calibration=Step(jnp.abs(self.input_step)))
+        elif lhs is not None and self.input_range is not None:
+            lhs = dataclasses.replace(lhs, calibration=Range(self.input_range))
+        if rhs is not None and self.step is not None:
+            rhs = dataclasses.replace(rhs, calibration=Step(jnp.abs(self.step)))
+        return dataclasses.replace(recipe, forward=dataclasses.replace(forward, lhs=lhs, rhs=rhs))
+
+    def first(self, scans: int) -> "State":
+        """That of the first turn of as many scans."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[scans:])[0], self)
+
+
+def is_learned(quantizer: Quantizer | None) -> bool:
+    """Whether a quantizer's step is a parameter of the model's."""
+    return quantizer is not None and quantizer.calibration is learned
+
+
+def first_step(x: jax.Array, quantizer: Quantizer, axes: Any = None) -> jax.Array:
+    """Where LSQ starts a step: 2 · mean|x| / √Q_P.
+
+    Args:
+        x: values.
+        quantizer: of them.
+        axes: that share a step; all where not given.
+
+    Source: Esser et al. 2020, arXiv 1902.08153, section 2.1.
+    """
+    mean = jnp.mean(jnp.abs(x.astype(jnp.float32)), axis=axes, keepdims=axes is not None)
+    return 2 * jnp.maximum(mean, 1e-12) / jnp.sqrt(1.0 * quantizer.element.max_value)
