@@ -298,8 +298,9 @@ def learned(x: jax.Array, axes: tuple[int, ...], format: Format) -> Any:
     """
     del x, axes, format
     raise ValueError(
-        "a learned step is a model's parameter: put the recipe into an NNX model with jq.nnx.quantize, or "
-        "give the step yourself with calibration.Step"
+        "a learned step is a model's parameter: put the recipe into an NNX model with jq.nnx.quantize, with "
+        "example inputs where other code than Flax's layers multiplies by the weight, and call "
+        "jq.nnx.calibrate; or give the step yourself with calibration.Step"
     )
 
 

@@ -22,17 +22,27 @@ ATTENTION = "attention"  # the kind of module that takes an Attention; all other
 
 
 class Rule(NamedTuple):
-    """A rule as it was read: the compiled expression, what it gives, and that in words."""
+    """A rule as it was read: the compiled expression, what it gives, and that in words.
+
+    One that was given for a part of a model, or for what is a part now, knows paths there by other names:
+    without `strip` at their beginning, and behind `add`.  One that was given `is_earlier` than others may be
+    left with nothing to take.
+    """
 
     pattern: re.Pattern[str] | Expression
     value: DotGeneral | Attention | None
     label: str
+    strip: str = ""
+    add: str = ""
+    is_earlier: bool = False
 
     def takes(self, subject: "Subject") -> bool:
         return self.matches(subject) and self.suits(subject.kind)
 
     def matches(self, subject: "Subject") -> bool:
-        return any(self.pattern.fullmatch(name) is not None for name in subject.names)
+        known = (n for n in subject.names if n.startswith(self.strip))
+        names = (self.add + name.removeprefix(self.strip) for name in known)
+        return any(self.pattern.fullmatch(name) is not None for name in names)
 
     def suits(self, kind: str) -> bool:
         return self.value is None or isinstance(self.value, Attention) == (kind == ATTENTION)
@@ -121,10 +131,10 @@ def choose(
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
     is_parsed = isinstance(rules, list) and all(isinstance(rule, Rule) for rule in rules)
-    parsed: Any = rules if rules and is_parsed else parse_rules(rules)  # pyright: ignore
+    parsed: Any = rules if is_parsed and (rules or is_part) else parse_rules(rules)  # pyright: ignore
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
     for rule in () if is_part else parsed:
-        if not any(rule is other for other in chosen):
+        if not rule.is_earlier and not any(rule is other for other in chosen):
             raise ValueError(f"rule {rule.pattern.pattern!r} is unused: {_reason(rule, subjects)}")
     return chosen
 

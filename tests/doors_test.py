@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant.nnx import doors
 from jaxquant.nnx.modules import read
 
 pytestmark = pytest.mark.exhaustive
@@ -184,16 +183,16 @@ def trained(model, steps=20):
 def test_models_go_from_rules_to_training_to_frozen_with_the_same_bits(name, recipe):
     model = made(name)
     exact = run(made(name), TOKENS)
-    low = doors.quantize(model, {".*": recipe}, on_unsupported="float")
+    low = jq.nnx.quantize(model, {".*": recipe}, on_unsupported="float")
     first = run(low, TOKENS)
     error = float(jnp.linalg.norm(first - exact) / jnp.linalg.norm(exact))
     assert 0 < error < {"w8a8": 0.05, "int8_train": 0.05, "fp8_train": 0.12}.get(recipe, 0.35)
     losses = trained(low)
     assert losses[-1] < 0.9 * losses[0]
     low.eval()
-    frozen = doors.freeze(low, TOKENS)
+    frozen = jq.nnx.freeze(low, TOKENS)
     assert (run(frozen, TOKENS) == run(low, TOKENS)).all()
-    table = doors.coverage(model, {".*": recipe}, TOKENS)
+    table = jq.nnx.coverage(model, {".*": recipe}, TOKENS)
     assert all(row.is_quantized or row.reason for row in table)
     if recipe in ("w8a8", "int8_train"):
         weights = [row for row in table if row.path.split("/")[-1] not in ("", "table")]
@@ -203,12 +202,12 @@ def test_models_go_from_rules_to_training_to_frozen_with_the_same_bits(name, rec
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16g16", "nf4"])
 def test_stacked_layers_freeze_along_every_axis(axis, recipe):
-    low = doors.quantize(Stacked(nnx.Rngs(0), axis), {".*": recipe})
-    beside = doors.quantize(Stacked(nnx.Rngs(0), 0), {".*": recipe})
+    low = jq.nnx.quantize(Stacked(nnx.Rngs(0), axis), {".*": recipe})
+    beside = jq.nnx.quantize(Stacked(nnx.Rngs(0), 0), {".*": recipe})
     assert (run(low, TOKENS) == run(beside, TOKENS)).all()
     losses = trained(low)
     assert losses[-1] < 0.9 * losses[0]
-    frozen = doors.freeze(low, TOKENS)
+    frozen = jq.nnx.freeze(low, TOKENS)
     assert (run(frozen, TOKENS) == run(low, TOKENS)).all()
 
 
@@ -229,7 +228,7 @@ def test_stock_layers_have_the_bits_that_slots_gave_them():
     for recipe in ("w8a8", "w4a16", "int8_train"):
         model = Stock(nnx.Rngs(0))
         by_slot = jq.nnx.quantize(model, {".*": recipe})
-        by_trace = doors.quantize(model, {".*": recipe})
+        by_trace = jq.nnx.quantize(model, {".*": recipe})
         assert (run(by_slot, TOKENS) == run(by_trace, TOKENS)).all()
         gradients = [
             nnx.jit(nnx.grad(lambda m: (m(TOKENS) ** 2).sum()))(m) for m in (by_slot, by_trace)
@@ -238,13 +237,13 @@ def test_stock_layers_have_the_bits_that_slots_gave_them():
             *(jax.tree.leaves(nnx.state(g, nnx.Param)) for g in gradients), strict=True
         ):
             assert (a == b).all()
-        frozen = run(doors.freeze(by_trace, TOKENS), TOKENS)
+        frozen = run(jq.nnx.freeze(by_trace, TOKENS), TOKENS)
         assert (frozen == run(jq.nnx.freeze(by_slot), TOKENS)).all()
 
 
 def test_what_a_call_changes_is_written_to_the_model():
     model = made("pictures")
-    low = doors.quantize(model, {"head|embed": "w8a8"})
+    low = jq.nnx.quantize(model, {"head|embed": "w8a8"})
     before = low.norm.mean[...]
     low(TOKENS)
     eager = low.norm.mean[...]
@@ -256,9 +255,9 @@ def test_what_a_call_changes_is_written_to_the_model():
 
 def test_parts_of_a_model_are_quantized_by_themselves():
     model = made("recurrent")
-    low = doors.quantize(model, {"head": "w4a16"})
+    low = jq.nnx.quantize(model, {"head": "w4a16"})
     x = jax.random.normal(jax.random.key(0), (2, D))
-    assert (low.head(x) == doors.quantize(model.head, {".*": "w4a16"})(x)).all()
+    assert (low.head(x) == jq.nnx.quantize(model.head, {".*": "w4a16"})(x)).all()
     assert (low.head(x) != model.head(x)).any()
     assert type(model.head) is nnx.Linear
     assert isinstance(low.head, nnx.Linear)
@@ -266,7 +265,7 @@ def test_parts_of_a_model_are_quantized_by_themselves():
 
 def test_methods_caches_and_random_streams():
     attention = nnx.MultiHeadAttention(H, D, dropout_rate=0.5, rngs=nnx.Rngs(0))
-    low = doors.quantize(attention, {".*": "w8a8"})
+    low = jq.nnx.quantize(attention, {".*": "w8a8"})
     x = jax.random.normal(jax.random.key(0), (2, 6, D))
     a, b = (low(x, decode=False, deterministic=False) for _ in range(2))
     assert (a != b).any()
@@ -274,7 +273,7 @@ def test_methods_caches_and_random_streams():
     step = functools.partial(low, decode=True, deterministic=True)
     parts = jnp.concatenate([step(x[:, i : i + 1]) for i in range(6)], axis=1)
     mask = nnx.make_causal_mask(jnp.ones((2, 6)))
-    whole = doors.quantize(attention, {".*": "w8a8"})(
+    whole = jq.nnx.quantize(attention, {".*": "w8a8"})(
         x, mask=mask, decode=False, deterministic=True
     )
     assert int(read(low.cache_index)) == 6  # pyright: ignore
@@ -291,7 +290,7 @@ def test_intermediates_come_out():
             self.sow(nnx.Intermediate, "seen", y)
             return y
 
-    low = doors.quantize(Sown(nnx.Rngs(0)), {".*": "w8a8"})
+    low = jq.nnx.quantize(Sown(nnx.Rngs(0)), {".*": "w8a8"})
     y = low(jnp.ones((1, D)))
     first = low(jnp.ones((1, D)))
     again = low(jnp.zeros((1, D)))
@@ -309,13 +308,13 @@ def test_intermediates_come_out():
 )
 def test_rules_that_fit_nothing_are_named_before_any_call(rules, message):
     with pytest.raises(ValueError, match=message):
-        doors.quantize(made("recurrent"), rules)
+        jq.nnx.quantize(made("recurrent"), rules)
 
 
 def test_no_model_and_no_input_are_named():
     with pytest.raises(ValueError, match="an NNX model is wanted; got int"):
-        doors.quantize(3, {".*": "w8a8"})  # pyright: ignore
+        jq.nnx.quantize(3, {".*": "w8a8"})  # pyright: ignore
     with pytest.raises(ValueError, match="no weight to quantize"):
-        doors.quantize(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {".*": "w8a8"})
+        jq.nnx.quantize(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {".*": "w8a8"})
     with pytest.raises(ValueError, match="a quantized model is wanted"):
-        doors.freeze(made("experts"), TOKENS)
+        jq.nnx.freeze(made("experts"), TOKENS)

@@ -16,12 +16,12 @@ def test_coverage_groups_what_repeats_and_says_why_the_rest_stays_in_float():
     layer = {"up": array(0, D, F), "down": array(1, F, D), "bias": array(2, 1, D)}
     rules = {".*up": "w8a8", ".*down|layers/2": None}
     found = jq.functions.coverage(model, rules, {"layers": [layer] * 3}, array(3, 4, D))
-    assert [(r.path, r.count, r.recipe, r.macs) for r in found] == [
+    assert [(r.path, r.count, r.recipe, r.macs) for r in found.groups] == [
         ("layers/*/up", 3, "w8a8", 3 * 4 * D * F),
         ("layers/*/down", 3, "float", 3 * 4 * D * F),
         ("layers/2", 1, "float", 16 * D),
     ]
-    assert [r.reason for r in found] == ["", "by rule", "by rule"]
+    assert [r.reason for r in found.groups] == ["", "by rule", "by rule"]
     assert found.quantized == pytest.approx(3 * 4 * D * F / found.macs)
     assert found.unread == tuple(f"layers/{i}/bias" for i in range(3))
     assert {r.source.split(":")[0] for r in found} == {"engine_coverage_test.py"}

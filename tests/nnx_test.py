@@ -25,6 +25,9 @@ class Convolutional(nnx.Module):
         self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
         self.head = nnx.Linear(4, 2, rngs=rngs)
 
+    def __call__(self, x):
+        return self.head(self.conv(x))
+
 
 @pytest.fixture
 def model():
@@ -37,8 +40,10 @@ TOKENS = jnp.arange(10)
 def test_every_matrix_product_is_quantized_and_the_model_is_left_alone(model):
     before = model(TOKENS)
     quantized = jq.nnx.quantize(model, {".*": "w2a16"})
-    assert isinstance(quantized.up.dot_general, jq.DotGeneral)
-    assert isinstance(quantized.down.dot_general, jq.DotGeneral)
+    assert type(quantized.up).__name__ == "Linear"
+    assert isinstance(quantized, Model)
+    assert type(model) is Model
+    assert type(model.up) is nnx.Linear
     assert not np.allclose(quantized(TOKENS), before, atol=1e-3)
     np.testing.assert_array_equal(model(TOKENS), before)
 
@@ -130,29 +135,57 @@ def test_stacked_layers_have_scales_of_their_own():
 
 
 def test_misuse_is_named(model):
-    own = nnx.Linear(4, 4, dot_general=lambda *args, **kwargs: None, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="dot_general of its own"):
-        jq.nnx.quantize(nnx.Sequential(own), {".*": "w8a8"})
-    with pytest.raises(ValueError, match=r"'encoder' is unused.*embed, up"):
+    with pytest.raises(ValueError, match=r"'encoder' is unused.*embed.*up"):
         jq.nnx.quantize(model, {"encoder": "w8a8"})
-    up = nnx.ConvTranspose(3, 4, (3, 3), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"layers/0 is a ConvTranspose.*\('layers/0', None\)"):
-        jq.nnx.quantize(nnx.Sequential(up), {".*": "w8a8"})
-    with pytest.raises(ValueError, match=r"conv cannot take w4a16g8: .*granularity 8"):
-        jq.nnx.quantize(Convolutional(nnx.Rngs(0)), {".*": "w4a16g8"})
-    with pytest.raises(
-        ValueError, match=r"up cannot take w4a16g32: granularity 32 does not divide"
+    images, tokens = jnp.ones((1, 8, 8, 3)), TOKENS
+    convolutional = Convolutional(nnx.Rngs(0))
+    for rules, message in (
+        ({"conv": "w4a16g8"}, r"conv/kernel.* cannot take w4a16g8: .*granularity 8"),
+        ({".*": "w4a16g8"}, r"\('conv/kernel', None\) before the others leaves it in float"),
     ):
-        jq.nnx.quantize(model, {"up": "w4a16g32"})
+        with pytest.raises(ValueError, match=message):
+            jq.nnx.quantize(convolutional, rules)(images)
+    with pytest.raises(ValueError, match=r"granularity 32 does not divide") as error:
+        jq.nnx.quantize(model, {"embed|up": "w4a16g32"})(tokens)
+    assert {line.split()[0] for line in str(error.value).split("\n")} == {
+        "embed/embedding",
+        "up/kernel",
+    }  # all at once
     with pytest.raises(ValueError, match="leaves weights in float"):
-        jq.nnx.quantize(model, {"embed": "w16a8"})
-    with pytest.raises(ValueError, match="no Linear"):
+        jq.nnx.quantize(model, {"embed": "w16a8"})(tokens)
+    with pytest.raises(ValueError, match="has no weight to quantize"):
         jq.nnx.quantize(nnx.RMSNorm(4, rngs=nnx.Rngs(0)), {".*": "w8a8"})
+    frozen = jq.nnx.freeze(jq.nnx.quantize(model, {"up": "w8a8"}))
+    with pytest.raises(ValueError, match="up/kernel is frozen already"):
+        jq.nnx.quantize(frozen, {".*": "w8a8"})
+    left = jq.nnx.quantize(convolutional, {".*": "w4a16g4"}, on_unsupported="float")(images)
+    np.testing.assert_allclose(
+        left, jq.nnx.quantize(convolutional, {"head": "w4a16g4"})(images), rtol=1e-6
+    )
+
+
+def test_a_product_of_ones_own_is_reached_where_slots_were_taken():
+    def own(lhs, rhs, numbers, **options):
+        return 2 * jax.lax.dot_general(lhs, rhs, numbers, **options)
+
+    layers = [
+        nnx.Linear(16, 16, dot_general=f, rngs=nnx.Rngs(0)) for f in (own, jax.lax.dot_general)
+    ]
+    doubled, plain = (
+        jq.nnx.quantize(layer, {".*": "w4a16"})(jnp.ones((2, 16))) for layer in layers
+    )
+    np.testing.assert_allclose(doubled, 2 * plain, rtol=1e-6)
+    up = nnx.ConvTranspose(4, 4, (3, 3), rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (1, 8, 8, 4))
+    error = jq.nnx.quantize(up, {".*": "w8a8"})(images) - up(images)
+    assert 0 < float(jnp.linalg.norm(error)) < 0.02 * float(jnp.linalg.norm(up(images)))
 
 
 def test_none_leaves_a_layer_in_float():
-    quantized = jq.nnx.quantize(Convolutional(nnx.Rngs(0)), [("conv", None), (".*", "w8a8")])
-    assert isinstance(quantized.head.dot_general, jq.DotGeneral)
+    model, images = Convolutional(nnx.Rngs(0)), jnp.ones((1, 8, 8, 3))
+    quantized = jq.nnx.quantize(model, [("conv", None), (".*", "w8a8")])
+    np.testing.assert_array_equal(quantized.conv(images), nnx.jit(model.conv)(images))
+    assert (quantized.head(model.conv(images)) != model(images)).any()
 
 
 def test_quantizing_copies_no_parameters(model):
@@ -176,15 +209,15 @@ def test_learned_steps_are_parameters_that_train(model):
     def gradient(params):
         return jax.grad(lambda p: jnp.mean((nnx.merge(graphdef, p)(TOKENS) - 1) ** 2))(params)
 
-    steps = nnx.to_pure_dict(gradient(params))["up"]["dot_general"]
-    assert steps["rhs_step"].shape == (1, 32)
-    assert steps["lhs_step"].shape == ()
-    assert steps["rhs_step"].any()
-    assert steps["lhs_step"] != 0
-    start = nnx.to_pure_dict(params)["up"]["dot_general"]
+    steps = nnx.to_pure_dict(gradient(params))["up"]
+    assert steps["kernel_step"].shape == (1, 32)
+    assert steps["kernel_input_step"].shape == ()
+    assert steps["kernel_step"].any()
+    assert steps["kernel_input_step"] != 0
+    start = nnx.to_pure_dict(params)["up"]
     kernel = np.asarray(model.up.kernel[...])
     expected = 2 * np.abs(kernel).mean(0, keepdims=True) / 7**0.5
-    np.testing.assert_allclose(start["rhs_step"], expected, rtol=1e-5)
+    np.testing.assert_allclose(start["kernel_step"], expected, rtol=1e-5)
 
 
 def test_calibration_fixes_ranges_to_the_largest_seen_or_their_mean(model):
@@ -192,10 +225,10 @@ def test_calibration_fixes_ranges_to_the_largest_seen_or_their_mean(model):
     largest = [float(jnp.abs(model.embed(t)).max()) for t in batches]
     rules = {"up": "w8a8"}
     fixed = jq.nnx.calibrate(jq.nnx.quantize(model, rules), batches)
-    found = fixed.up.dot_general.forward.lhs.calibration.value
+    found = jq.nnx.read(fixed.up.kernel_input_range)
     np.testing.assert_allclose(found, max(largest), rtol=1e-6)
     mean = jq.nnx.calibrate(jq.nnx.quantize(model, rules), batches, decay=1)
-    found = mean.up.dot_general.forward.lhs.calibration.value
+    found = jq.nnx.read(mean.up.kernel_input_range)
     np.testing.assert_allclose(found, np.mean(largest), rtol=1e-6)
     with pytest.raises(ValueError, match="no activations have a range to calibrate"):
         jq.nnx.calibrate(fixed, batches)
@@ -215,12 +248,13 @@ def test_coverage_lists_every_product_of_the_model(model):
     rules = [("up", "w4a16"), ("down", None), (".*", "w8a16")]
     table = jq.nnx.coverage(model, rules, TOKENS)
     assert {row.path: (row.recipe, row.macs) for row in table} == {
-        "embed": ("w8a16", 0),  # rows are looked up, and nothing is multiplied
-        "up": ("w4a16", 10 * 16 * 32),
-        "down": ("float", 10 * 32 * 8),
+        "embed/embedding": ("w8a16", 0),  # rows are looked up, and nothing is multiplied
+        "up/kernel": ("w4a16", 10 * 16 * 32),
+        "down/kernel": ("float", 10 * 32 * 8),
     }
-    assert table.others == ()
-    # ½ byte a weight, and a scale for each of 32 outputs
+    assert table.quantized == 2 / 3
+    assert table.shares == {"by rule": 1 / 3}
+    assert table.unread == ("down/bias", "up/bias")
     assert (table["up"].bytes_before, table["up"].bytes_after) == (2048, 256 + 128)
     assert "up" in str(table)
     assert "w4a16" in str(table)
@@ -234,8 +268,10 @@ def test_coverage_lists_every_product_of_the_model(model):
         def __call__(self, tokens):
             return own(self.inner, tokens)
 
-    (other,) = jq.nnx.coverage(Outside(), {".*": "w8a8"}, TOKENS).others
-    assert (other.primitive, other.macs) == ("dot_general", 10 * 2 * 4 * 4)
+    *_, other = jq.nnx.coverage(Outside(), {".*": "w8a8"}, TOKENS)
+    assert (other.kind, other.macs) == ("dot", 10 * 2 * 4 * 4)
+    assert other.source.startswith("nnx_test.py:")
+    assert other.reason == "no rule takes them"
 
 
 @pytest.mark.parametrize("x", [jnp.ones((2, 3)), None, "text"])

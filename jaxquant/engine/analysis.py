@@ -13,6 +13,11 @@ from jaxquant.engine import derivations
 from jaxquant.engine.origins import CONSTANT, Origin, common, joined, through
 from jaxquant.engine.products import KINDS, Product
 
+
+class TakesGradients(ValueError):
+    """A function takes gradients itself."""
+
+
 # What is found of each equation: a product, what is found within its own functions, or nothing.
 Found = Product | list["Found"] | None
 # Calls that are entered in place, by the name of the primitive.
@@ -243,7 +248,7 @@ def _types(equation: core.JaxprEqn) -> list[Any]:
 def _scope(outer: str, equation: core.JaxprEqn) -> str:
     own = str(equation.source_info.name_stack)
     if "transpose(" in own and holds_products(equation):
-        raise ValueError(
+        raise TakesGradients(
             "the function takes gradients, whose products are not the model's: give the function that is "
             "differentiated, and take the gradient of what comes back"
         )

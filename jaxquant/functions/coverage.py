@@ -1,41 +1,51 @@
 """What becomes of each product of a function under rules, as a table."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from jaxquant.coverage import aligned
 from jaxquant.engine.products import Product
-from jaxquant.engine.walking import called, products
+from jaxquant.engine.walking import called
+from jaxquant.functions.freezing import stored_operand
 from jaxquant.functions.quantizing import Decision, decided
 from jaxquant.rules import Rules
+from jaxquant.stored import Stored
 
 __all__ = ["Coverage", "Row", "coverage"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Products that differ in nothing but the numbers in their paths.
+    """A product, or several that differ in nothing but the numbers in their paths.
 
     Attributes:
-        path: with ``*`` where numbers differ.
-        count: of the products.
-        kind: ``"dot"``, ``"conv"`` or ``"ragged"``.
+        path: of its weight, or of what activations have in common; with ``*`` where numbers differ.
+        kind: ``"dot"``, ``"conv"``, ``"ragged"`` or ``"lookup"``.
         shapes: of each one's operands.
+        rule: the expression that took it, or None.
         recipe: its name; ``"float"`` for nothing.
-        macs: multiplications of all of them in one call.
+        bytes_before, bytes_after: of its weight as it is, and as `freeze` stores it, scales included; 0 of
+            activations, and of a weight that a product before it has too.
+        macs: multiplications of all of them in one call; None where no inputs say how many.
         reason: why they stay in float; "" where they don't.
         source: the line of each, as ``"model.py:17"``.
+        count: of the products.
     """
 
     path: str
-    count: int
     kind: str
     shapes: tuple[tuple[int, ...], ...]
+    rule: str | None
     recipe: str
-    macs: int
+    bytes_before: int
+    bytes_after: int
+    macs: int | None
     reason: str
     source: str
+    count: int = 1
 
     @property
     def is_quantized(self) -> bool:
@@ -44,7 +54,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Coverage:
-    """A row for each group of products, printed as a table.
+    """A row for each product; printed, a row for each group that differ in nothing but numbers in paths.
 
     A product within a while loop counts once, and all branches of a cond count.
 
@@ -59,23 +69,52 @@ class Coverage:
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, path: str) -> Row:
+        """The first row of a weight, or of what holds it."""
+        names = {row.path: row for row in reversed(self.rows)}
+        holders = {row.path.rpartition("/")[0]: row for row in reversed(self.rows)}
+        if path not in names and path not in holders:
+            raise KeyError(f"no product at {path!r}; there are {', '.join(names)}")
+        return names[path] if path in names else holders[path]
+
+    @property
+    def groups(self) -> tuple[Row, ...]:
+        """The rows with those together that differ in nothing but the numbers in their paths."""
+        groups: dict[Any, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(_alike(row), []).append(row)
+        return tuple(map(_together, groups.values()))
+
     @property
     def macs(self) -> int:
         """Multiplications of all products."""
-        return sum(row.macs for row in self.rows)
+        return sum(row.macs or 0 for row in self.rows)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all weights that products multiply."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all weights that products multiply, as `freeze` stores them."""
+        return sum(row.bytes_after for row in self.rows)
 
     @property
     def quantized(self) -> float:
         """The share of the multiplications that are in few bits, from 0 to 1."""
-        return sum(row.macs for row in self.rows if row.is_quantized) / max(1, self.macs)
+        return sum(row.macs or 0 for row in self.rows if row.is_quantized) / max(1, self.macs)
 
     @property
     def shares(self) -> dict[str, float]:
         """Of the multiplications in float, by reason."""
         found: dict[str, float] = {}
         for row in self.rows:
-            if row.reason:
-                found[row.reason] = found.get(row.reason, 0.0) + row.macs / max(1, self.macs)
+            if row.reason and row.macs:
+                found[row.reason] = found.get(row.reason, 0.0) + row.macs / self.macs
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,10 +124,13 @@ class Coverage:
     def __str__(self) -> str:
         said = [f"{_percent(self.quantized)} of {self.macs:,} MACs are quantized"]
         said += [f"{_percent(share)} stay in float: {why}" for why, share in self.shares.items()]
-        head = ("path", "", "kind", "operands", "recipe", "MACs", "line")
-        lines = aligned([head, *map(_cells, self.rows)], right=(5,))
-        unread = [f"multiplied with nothing: {', '.join(self.unread)}"] if self.unread else []
-        return "\n".join(["; ".join(said), *lines, *unread])
+        first = ["; ".join(said)] if any(row.macs is not None for row in self.rows) else []
+        head = ("path", "", "kind", "operands", "rule", "recipe", "bytes before", "after", "MACs")
+        total = ("total", "", "", "", "", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "")
+        rows = [(*head, "line"), *map(_cells, self.groups), (*total, "")]
+        lines = aligned(rows, right=(6, 7, 8))
+        unread = [f"multiplied with nothing: {', '.join(_starred(self.unread))}"]
+        return "\n".join([*first, *lines, *(unread if self.unread else [])])
 
 
 def _percent(share: float) -> str:
@@ -104,9 +146,43 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"×{row.count}" if row.count > 1 else "",
         row.kind,
         " · ".join("×".join(map(str, shape)) or "scalar" for shape in row.shapes),
+        "–" if row.rule is None else row.rule,
         row.recipe,
-        f"{row.macs:,}",
+        f"{row.bytes_before:,}" if row.bytes_before else "",
+        f"{row.bytes_after:,}" if row.bytes_after else "",
+        "" if row.macs is None else f"{row.macs:,}",
         row.source,
+    )
+
+
+def _starred(paths: Sequence[str]) -> list[str]:
+    """Paths with ``*`` in the place of numbers, each with how many there are."""
+    counts: dict[str, list[str]] = {}
+    for path in paths:
+        counts.setdefault(_star(path), []).append(path)
+    return [p[0] if len(p) == 1 else f"{name} ×{len(p)}" for name, p in counts.items()]
+
+
+def _star(path: str) -> str:
+    return "/".join("*" if part.isdecimal() else part for part in path.split("/"))
+
+
+def _alike(row: Row) -> tuple[Any, ...]:
+    """What products of one group have in common."""
+    own = row.bytes_before, row.bytes_after, row.macs
+    return _star(row.path), row.kind, row.shapes, row.rule, row.recipe, row.reason, row.source, own
+
+
+def _together(rows: Sequence[Row]) -> Row:
+    first, count = rows[0], len(rows)
+    paths = {row.path for row in rows}
+    return dataclasses.replace(
+        first,
+        path=first.path if len(paths) == 1 else _star(first.path),
+        bytes_before=count * first.bytes_before,
+        bytes_after=count * first.bytes_after,
+        macs=None if first.macs is None else count * first.macs,
+        count=count,
     )
 
 
@@ -134,41 +210,67 @@ def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: A
     >>> found.unread
     ('bias',)
     """
-    decisions = decided(products(function, *args, **kwargs), rules)
-    call, _ = called(args, kwargs)
-    parameters = [path for origin in call.origins if origin.is_weight for path in origin.nearest]
-    return table(decisions, parameters)
+    call, arrays = called(args, kwargs)
+    decisions = decided(call.traced(function, arrays).products, rules)
+    pairs = zip(call.origins, arrays, strict=True)
+    values = {p: x for o, x in pairs if o.is_weight for p in o.nearest}
+    return table(decisions, tuple(values), values)
 
 
-def table(decisions: Sequence[Decision], parameters: Sequence[str]) -> Coverage:
-    """The table of what was decided, with the parameters that are among no product's."""
-    read = {path for d in decisions for path in d.product.parameters}
-    return Coverage(_grouped(decisions), tuple(p for p in parameters if p not in read))
+def table(
+    decisions: Sequence[Decision],
+    parameters: Sequence[str],
+    values: Mapping[str, Any],
+    has_inputs: bool = True,
+) -> Coverage:
+    """The table of what was decided.
 
-
-def _grouped(decisions: Sequence[Decision]) -> tuple[Row, ...]:
-    groups: dict[Any, list[Decision]] = {}
+    Args:
+        decisions: one for each product.
+        parameters: paths of all, also of those that are among no product's.
+        values: arrays that weights are made of, by path.
+        has_inputs: whether the products are those of a call with inputs, whose multiplications count.
+    """
+    rows, counted = [], set[str]()
     for decision in decisions:
-        groups.setdefault(_alike(decision), []).append(decision)
-    return tuple(_row(key, group) for key, group in groups.items())
+        rows.append(_row(decision, values, counted, has_inputs))
+        counted.update(decision.product.parameters)
+    return Coverage(tuple(rows), tuple(p for p in parameters if p not in counted))
 
 
-def _alike(decision: Decision) -> tuple[Any, ...]:
-    """What products of one row have in common."""
-    product = decision.product
-    parts = product.path.split("/")
-    path = "/".join("*" if part.isdecimal() else part for part in parts)
-    recipe = "float" if decision.operation is None or decision.rule is None else decision.rule.label
-    shapes = tuple(tuple(x.shape) for x in product.operands[:2])
-    return path, product.kind, shapes, recipe, _reason(decision), product.source
+def _row(decision: Decision, values: Mapping[str, Any], counted: set[str], has_inputs: bool) -> Row:
+    product, rule = decision.product, decision.rule
+    own = [values[p] for p in product.parameters if p not in counted]
+    before = sum(_nbytes(x) for x in own)
+    return Row(
+        product.path,
+        product.kind,
+        tuple(tuple(x.shape) for x in product.operands[:2]),
+        None if rule is None else rule.pattern.pattern,
+        "float" if decision.operation is None or rule is None else rule.label,
+        before,
+        _bytes_after(decision, own, before, values),
+        product.macs if has_inputs else None,
+        _reason(decision),
+        product.source,
+    )
 
 
-def _row(alike: tuple[Any, ...], group: Sequence[Decision]) -> Row:
-    path, kind, shapes, recipe, reason, source = alike
-    paths = {d.product.path for d in group}
-    name = paths.pop() if len(paths) == 1 else path
-    macs = sum(d.product.macs for d in group)
-    return Row(name, len(group), kind, shapes, recipe, macs, reason, source)
+def _nbytes(x: Any) -> int:
+    return x.nbytes if isinstance(x, Stored) else x.size * jax.numpy.dtype(x.dtype).itemsize
+
+
+def _bytes_after(
+    decision: Decision, own: Sequence[Any], before: int, values: Mapping[str, Any]
+) -> int:
+    operation = decision.operation
+    if operation is None or operation.quantizer is None or operation.stored is None or not own:
+        return before
+    is_traced = bool(jax.tree.leaves(operation.quantizer.format))
+    if is_traced or any(isinstance(x, Stored) for x in own):
+        return before
+    needed = {path: values[path] for path in operation.stored.paths}
+    return jax.eval_shape(lambda x: stored_operand(decision, x), needed).nbytes
 
 
 def _reason(decision: Decision) -> str:

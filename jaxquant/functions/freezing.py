@@ -1,5 +1,6 @@
 """Freezing: parameters become the integers that products multiply."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from jax.core import Tracer
 
 from jaxquant.dot import DotGeneral
 from jaxquant.engine.derivations import Derivation
-from jaxquant.engine.walking import Trace, called
+from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.quantizing import Decision, check, decided, is_read
 from jaxquant.functions.states import State
@@ -58,7 +59,7 @@ def freeze(
     check(decisions)
     pairs = zip(call.origins, arrays, strict=True)
     values = {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
-    stored = frozen(trace, decisions, values)
+    stored = frozen(trace.reads, decisions, values)
     paths, structure = jax.tree_util.tree_flatten_with_path(parameters)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     leaves = [stored.get(name, x) for name, (_, x) in zip(names, paths, strict=True)]
@@ -66,12 +67,15 @@ def freeze(
 
 
 def frozen(
-    trace: Trace, decisions: Sequence[Decision], values: Mapping[str, Any], donate: bool = False
+    reads: Mapping[str, str],
+    decisions: Sequence[Decision],
+    values: Mapping[str, Any],
+    donate: bool = False,
 ) -> dict[str, Stored]:
     """What is stored in the place of each parameter.
 
     Args:
-        trace: of a function.
+        reads: the parameters that a function reads by something else than a product, each with the line.
         decisions: for each of its products.
         values: its parameters and other arrays that weights are made of, by path.
         donate: free each parameter's array once its integers are there.
@@ -79,7 +83,7 @@ def frozen(
     Raises:
         ValueError: as `freeze`.
     """
-    plans = _planned(trace, decisions, values)
+    plans = _planned(reads, decisions, values)
     stored = {}
     for path, chosen in plans.items():
         check_weight(path, values[path])
@@ -110,6 +114,8 @@ def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _quantized(axes: tuple[int, ...], weight: jax.Array, recipe: DotGeneral, step: Any) -> QArray:
+    forward = dataclasses.replace(recipe.forward, lhs=None)  # which takes no part
+    recipe = dataclasses.replace(recipe, forward=forward)
     quantizer = State(step=step).of(recipe).forward.rhs
     assert quantizer is not None
     return packed(quantize(weight, quantizer, axes))
@@ -142,7 +148,7 @@ def check_weight(path: str, weight: Any) -> None:
 
 
 def _planned(
-    trace: Trace, decisions: Sequence[Decision], values: Mapping[str, Any]
+    reads: Mapping[str, str], decisions: Sequence[Decision], values: Mapping[str, Any]
 ) -> dict[str, dict[str, Decision]]:
     """By parameter, and by the key of what is to be stored of it, a decision that stores it so."""
     plans: dict[str, dict[str, Decision]] = {}
@@ -151,7 +157,7 @@ def _planned(
         path, operation = _holder(decision, values), decision.operation
         if path is None or operation is None or operation.quantizer is None:
             continue
-        reason = _reason(decision, trace, values)
+        reason = _reason(decision, reads, values)
         if reason:
             refused.append(reason)
             continue
@@ -189,7 +195,7 @@ def _holder(decision: Decision, values: Mapping[str, Any]) -> str | None:
     return max(parameters, key=lambda path: math.prod(values[path].shape), default=None)
 
 
-def _reason(decision: Decision, trace: Trace, values: Mapping[str, Any]) -> str:
+def _reason(decision: Decision, reads: Mapping[str, str], values: Mapping[str, Any]) -> str:
     """Why a product's weight cannot be stored."""
     product, operation = decision.product, decision.operation
     assert operation is not None
@@ -202,8 +208,8 @@ def _reason(decision: Decision, trace: Trace, values: Mapping[str, Any]) -> str:
     for path in product.parameters:
         if isinstance(values[path], Stored):
             return f"{path} is frozen already"
-        if path in trace.reads:
-            return is_read(path, trace.reads[path])
+        if path in reads:
+            return is_read(path, reads[path])
     if jax.tree.leaves(getattr(operation.quantizer, "format", None)):
         return (
             f"{product.path}{where} cannot be frozen: its precision is traced, and stored numbers need "

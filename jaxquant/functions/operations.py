@@ -18,6 +18,7 @@ from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
+from jaxquant.smoothed import Smoothed
 
 _CONV = (
     "window_strides",
@@ -47,6 +48,7 @@ class Operation:
         summed: axes of the activations that are summed over; none of a lookup, which has no activations.
         axes: along which the weight is summed over, as it is stored.
         stored: how parameters alone make the weight as it is stored; None where they don't.
+        scale: of channels, as of a `State`.
     """
 
     recipe: DotGeneral
@@ -56,6 +58,7 @@ class Operation:
     summed: tuple[int, ...]
     axes: tuple[int, ...]
     stored: Derivation | None
+    scale: Any = None
 
     @property
     def quantizer(self) -> Quantizer | None:
@@ -69,8 +72,9 @@ class Operation:
 
     def by(self, state: State | None) -> "Operation":
         """The same with a state in its recipe."""
-        recipe = self.recipe if state is None else state.of(self.recipe)
-        return dataclasses.replace(self, recipe=recipe)
+        if state is None:
+            return self
+        return dataclasses.replace(self, recipe=state.of(self.recipe), scale=state.scale)
 
     def checked(self, state: State | None) -> "Operation":
         """The same with a state of its first turns, for one turn's operands."""
@@ -92,7 +96,8 @@ class Operation:
     def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
         """The product of operands, with a weight as it is stored in the place of theirs."""
         others = [x for i, x in enumerate(operands) if i != self.right]
-        return self.compute(self.recipe, others[0], weight, *others[1:])
+        recipe: Any = self.recipe if self.scale is None else Smoothed(self.recipe, self.scale)
+        return self.compute(recipe, others[0], weight, *others[1:])
 
 
 def operation(

@@ -2,18 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 
+from jaxquant.calibration import absmax
+from jaxquant.dot import DotGeneral
 from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
 from jaxquant.engine.walking import Call, Trace, called
 from jaxquant.functions.operations import Operation, operation
-from jaxquant.functions.states import State
+from jaxquant.functions.states import State, is_learned
 from jaxquant.qarray import QArray
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 from jaxquant.stored import Stored
@@ -65,7 +67,8 @@ def quantize(
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
         trace = call.traced(function, arrays)
-        decisions = decided(trace.products, rules)
+        stored = stored_among(call.origins, arrays)
+        decisions = decided(trace.products, rules, stored=stored)
         if on_unsupported == "error":
             check(decisions)
         return computed(trace, decisions, arrays, call.origins)
@@ -114,6 +117,8 @@ def decided(
     rules: Rules | Sequence[Rule],
     is_part: bool = False,
     states: Mapping[str, State] = MappingProxyType({}),
+    stored: Collection[str] = (),
+    is_start: bool = False,
 ) -> list[Decision]:
     """What becomes of each product.
 
@@ -122,6 +127,8 @@ def decided(
         rules: as of `quantize`.
         is_part: whether these may be some of a model's products alone, so that rules may take none of them.
         states: of parameters, by path.
+        stored: paths of parameters that are stored in few bits.
+        is_start: whether activations stay in float where their learned steps have no start yet.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
@@ -132,11 +139,32 @@ def decided(
         state = _state(product, states)
         if rule is not None and rule.value is not None:
             try:
-                given = operation(product, rule.value, state)
+                recipe = rule.value
+                if isinstance(recipe, DotGeneral):
+                    is_stored = any(path in stored for path in product.parameters)
+                    recipe = _ready(recipe, state, is_stored, is_start)
+                given = operation(product, recipe, state)
             except ValueError as error:
                 reason = str(error)
         decisions.append(Decision(product, rule, given, reason, state))
     return decisions
+
+
+def _ready(recipe: DotGeneral, state: State | None, is_stored: bool, is_start: bool) -> DotGeneral:
+    """A recipe without learned steps of what is stored, or, where they are to be found, of activations."""
+    lhs, rhs = recipe.forward.lhs, recipe.forward.rhs
+    if is_stored and rhs is not None and is_learned(rhs):
+        rhs = dataclasses.replace(rhs, calibration=absmax)
+    if is_start and is_learned(lhs) and (state is None or state.input_step is None):
+        lhs = None
+    forward = dataclasses.replace(recipe.forward, lhs=lhs, rhs=rhs)
+    return dataclasses.replace(recipe, forward=forward)
+
+
+def stored_among(origins: Sequence[Origin], arrays: Sequence[Any]) -> dict[str, Stored]:
+    """The parameters among a function's arrays that are stored in few bits, by path."""
+    pairs = zip(origins, arrays, strict=True)
+    return {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
 
 
 def _state(product: Product, states: Mapping[str, State]) -> State | None:
@@ -186,8 +214,7 @@ def recorded(
         trace, decisions, arrays, origins: as of `computed`.
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
     """
-    pairs = zip(origins, arrays, strict=True)
-    stored = {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
+    stored = stored_among(origins, arrays)
     for path in stored:
         if path in trace.reads:
             raise ValueError(is_read(path, trace.reads[path]))

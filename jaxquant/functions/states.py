@@ -22,15 +22,27 @@ class State:
         input_range: of the activations: a magnitude, or (low, high); None where it is found.
         input_step: a learned step of the activations, or None.
         step: learned steps of the weight, or None.
+        scale: of the channels that are summed over, by which activations are divided and the weight is
+            multiplied (`jaxquant.smoothed.Smoothed`); a stored weight is multiplied already.
     """
 
     input_range: Any = None
     input_step: Any = None
     step: Any = None
+    scale: Any = None
 
     def of(self, recipe: DotGeneral) -> DotGeneral:
-        """A recipe with these in it; a step that training carries below zero keeps its size."""
+        """A recipe with these in it; a step that training carries below zero keeps its size.
+
+        Raises:
+            ValueError: activations with learned steps, of which none is there.
+        """
         forward, lhs, rhs = recipe.forward, recipe.forward.lhs, recipe.forward.rhs
+        if is_learned(lhs) and self.input_step is None:
+            raise ValueError(
+                "the activations' learned steps have no start yet; call "
+                "jaxquant.nnx.calibrate(model, batches) once before training"
+            )
         if lhs is not None and self.input_step is not None:
             lhs = dataclasses.replace(lhs, calibration=Step(jnp.abs(self.input_step)))
         elif lhs is not None and self.input_range is not None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -12,16 +11,15 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
-from jaxquant.expressions import Expression
 from jaxquant.linen.quantizing import RANGES, Quantized, coverage, mark
 from jaxquant.linen.weights import abstractly
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
+from jaxquant.rule_files import rule_tree, rules_from
 from jaxquant.rules import parse_rules
 from jaxquant.settings import (
     Types,
     check_types,
-    text_of,
     types_from_array,
     types_of,
     types_to_array,
@@ -76,7 +74,7 @@ def save(
     variables = nn.meta.unbox(core.unfreeze(variables))
     with nn.intercept_methods(types := _CalledTypes()):
         table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
-    rules = {i: _rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
+    rules = {i: rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
     if RANGES in variables:
@@ -121,13 +119,14 @@ def load(
     is_saved = isinstance(tree, Mapping) and set(tree) - {_TYPES} == _SAVED
     if not is_saved or not isinstance(tree["variables"], Mapping):
         raise ValueError(f"{folder} is not of a Linen model")
+    rules = tuple((rule.pattern, rule.value) for rule in rules_from(str(folder), tree["rules"]))
     rngs = jax.random.key(0) if rngs is None else rngs
     with nn.intercept_methods(types := _CalledTypes()):
         expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
     _check_same(str(folder), _shapes(expected), _shapes(tree["variables"]))
     if _TYPES in tree:
         check_types(types.found, types_from_array(tree[_TYPES]))
-    return Quantized(module, _rules(str(folder), tree["rules"])), _owned(tree["variables"])
+    return Quantized(module, rules), _owned(tree["variables"])
 
 
 class _CalledTypes:
@@ -179,31 +178,6 @@ def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
             raise ValueError(
                 f"{path} has shape {shape} in the module, and was saved with {saved[path]}"
             )
-
-
-def _rule_tree(rule: Any) -> dict[str, Any]:
-    """A rule as a tree of arrays and operations: its expression as text in UTF-8."""
-    expression = rule.pattern.pattern
-    is_own = isinstance(rule.pattern, re.Pattern)
-    if is_own and rule.pattern.flags != re.compile(expression).flags:
-        raise ValueError(
-            f"rule {expression!r} is compiled with flags, which a file does not hold; write them into the "
-            "expression, as in '(?i)head'"
-        )
-    Expression(expression)  # what could not be loaded is not written
-    tree = {"pattern": np.frombuffer(expression.encode(), np.uint8)}
-    return tree if rule.value is None else {**tree, "value": rule.value}
-
-
-def _rules(folder: str, trees: Any) -> tuple[tuple[Expression, Any], ...]:
-    """The rules of a folder; their expressions are matched within a bound."""
-    try:
-        pairs = [(text_of(trees[i]["pattern"]), trees[i].get("value")) for i in range(len(trees))]
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{folder} holds no rules, each with an expression") from None
-    found = tuple((Expression(pattern), value) for pattern, value in pairs)
-    parse_rules(found)
-    return found
 
 
 def _by_module(ranges: Any, path: str = "") -> dict[str, Any]:

@@ -5,13 +5,15 @@ jq.nnx.calibrate(quantized, batches)                 # activations' ranges, or w
 frozen = jq.nnx.freeze(quantized)                    # stored integers, the same logits bit for bit
 """
 
-from jaxquant.nnx.freezing import freeze
-from jaxquant.nnx.modules import Observation, StepSize, Stored, read, write
-from jaxquant.nnx.observing import calibrate, observe
+from jaxquant.nnx.calibrating import calibrate
+from jaxquant.nnx.modules import InputRange, Observation, StepSize, Stored, read, write
+from jaxquant.nnx.observing import observe
 from jaxquant.nnx.quantizing import coverage, quantize
 from jaxquant.nnx.saving import load, save
+from jaxquant.nnx.storing import freeze
 
 __all__ = [
+    "InputRange",
     "Observation",
     "StepSize",
     "Stored",

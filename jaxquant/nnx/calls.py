@@ -5,7 +5,7 @@ and counts of random streams, comes back as a result and is then written to the 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,16 @@ from flax import nnx
 
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
+from jaxquant.functions.states import State
+from jaxquant.nnx.modules import ChannelScale, InputRange, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
-from jaxquant.nnx.modules import read
+from jaxquant.qarray import QArray
 from jaxquant.stored import Stored
 
 # What belongs to a call or a run, and is no weight.
 OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.BatchStat, nnx.Intermediate, nnx.Perturbation)
+# What belongs to the quantization of a parameter, by whose name it goes.
+OF_A_STATE = (InputRange, StepSize, ChannelScale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Call:
     """A method's call without its arrays.
 
     Attributes:
-        method: its name.
+        method: its name, or a function that calls the module, given first.
         path: of the module in the model.
         graph: of the module and of the modules among its arguments.
         state: the structure of their variables.
@@ -34,7 +38,7 @@ class Call:
         leaves: of each of these an index of a module, a `Constant`, or None for an array.
     """
 
-    method: str
+    method: str | Callable[..., Any]
     path: str
     graph: Any
     state: Any
@@ -47,7 +51,10 @@ class Call:
         module, *others = nnx.merge(self.graph, self.state.unflatten(held))
         plainly(module)
         args, kwargs = jax.tree.unflatten(self.structure, self._filled(others, given))
-        result = getattr(module, self.method)(*args, **kwargs)
+        if isinstance(self.method, str):
+            result = getattr(module, self.method)(*args, **kwargs)
+        else:
+            result = self.method(module, *args, **kwargs)
         before = {id(x) for x in held}
         changed = [
             (path, leaf)
@@ -77,6 +84,25 @@ class Call:
                 found[place] = _origin(self.named(path[1:]), leaf)
         return found + [INPUT] * sum(x is None for x in self.leaves)
 
+    def states(self, arrays: Sequence[Any]) -> dict[str, State]:
+        """What was found or learned of parameters, by their paths, in such arrays."""
+        held, _ = self._split(arrays)
+        found: dict[str, dict[str, Any]] = {}
+        for path, leaf in nnx.to_flat_state(self.state.unflatten(held)):
+            if path[0] == 0 and (part := state_part(path[-1], leaf)) is not None:
+                weight = str(path[-1]).removesuffix(f"_{part}")
+                found.setdefault(self.named((*path[1:-1], weight)), {})[part] = value(leaf)
+        return {path: State(**parts) for path, parts in found.items()}
+
+    def with_stored(self, held: Sequence[Any]) -> list[Any]:
+        """The variables' values with a `Stored` for each weight that is held as it is multiplied."""
+        found = list(held)
+        for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(len(held))))):
+            for place in jax.tree.leaves(value(leaf)):
+                if isinstance(held[place], QArray):
+                    found[place] = as_stored(self.named(path[1:]), held[place])
+        return found
+
     def named(self, path: Sequence[Any]) -> str:
         """A variable of the module's by its path in the model."""
         return "/".join(part for part in (self.path, *map(str, path)) if part)
@@ -105,10 +131,31 @@ class Call:
 
 
 def _origin(path: str, leaf: Any) -> Origin:
-    if isinstance(leaf, OF_A_RUN):
+    if isinstance(leaf, (*OF_A_RUN, *OF_A_STATE)):
         return INPUT
     is_parameter = isinstance(leaf, nnx.Param | StoredWeight)
     return Origin.parameter(path) if is_parameter else Origin.buffer(path)
+
+
+def as_stored(path: str, held: Stored | QArray) -> Stored:
+    """What a stored weight is multiplied as; a `QArray` is multiplied as it is."""
+    if isinstance(held, Stored):
+        return held
+    return Stored({path: held}, tuple(held.shape), held.dtype, held.owner)
+
+
+def as_held(path: str, stored: Stored) -> Stored | QArray:
+    """A stored weight as a variable holds it: what is multiplied as it is as a `QArray`."""
+    if list(stored.operands) != [path] or stored.operands[path].dtype != stored.dtype:
+        return stored
+    return dataclasses.replace(stored.operands[path], owner=stored.owner)
+
+
+def state_part(name: Any, variable: Any) -> str | None:
+    """Which part of a parameter's `State` a module's variable is; None where it is none."""
+    parts = (field.name for field in dataclasses.fields(State))
+    is_one = isinstance(variable, OF_A_STATE) and isinstance(name, str)
+    return next((part for part in parts if is_one and name.endswith(f"_{part}")), None)
 
 
 def value(leaf: Any) -> Any:
@@ -117,7 +164,11 @@ def value(leaf: Any) -> Any:
 
 
 def called(
-    module: nnx.Module, path: str, method: str, args: tuple, kwargs: Mapping[str, Any]
+    module: nnx.Module,
+    path: str,
+    method: str | Callable[..., Any],
+    args: tuple,
+    kwargs: Mapping[str, Any],
 ) -> tuple[Call, list[Any], tuple[Any, ...]]:
     """A call, its arrays, and the module with those among its arguments.
 
@@ -138,8 +189,10 @@ def called(
         else:
             leaves.append(constant(place, leaf))
     graph, state = nnx.split(tuple(nodes))
-    held, tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Stored))
+    held, tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Stored | QArray))
     call = Call(method, path, graph, tree, structure, tuple(leaves))
+    if any(isinstance(x, QArray) for x in held):
+        held = call.with_stored(held)
     return call, [*held, *arrays], tuple(nodes)
 
 
@@ -153,8 +206,10 @@ def plainly(module: nnx.Module) -> None:
         own = getattr(type(each), "plain_class", None)
         if own is not None:
             object.__setattr__(each, "__class__", own)
-            for name in DOOR:
-                vars(each).pop(name, None)
+        if own is not None or isinstance(each, nnx.List):
+            held = vars(each)
+            for name in [n for n, x in held.items() if n in DOOR or state_part(n, x)]:
+                del held[name]
 
 
 # The attributes of a quantized module that are not its own.

@@ -8,20 +8,29 @@ parts of a model that are called by themselves are quantized too, and the user's
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
 
-from jaxquant.functions import freezing, quantizing
-from jaxquant.functions.coverage import Coverage, table
-from jaxquant.nnx.calls import DOOR, Call, called
+from jaxquant.engine.analysis import TakesGradients
+from jaxquant.functions import quantizing
+from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, called
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 
 Model = TypeVar("Model", bound=nnx.Module)
+# What code raises that needs the numbers themselves, which a trace has not.
+_UNTRACEABLE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
+    TakesGradients,
+)
 
 
 class _NothingToQuantize(Exception):
@@ -40,78 +49,138 @@ class Door:
     """
 
     path: str
-    rules: tuple[tuple[Any, str], ...]
+    rules: tuple[tuple[Any, ...], ...]
     structure: Any
     on_unsupported: str
+
+    def __repr__(self) -> str:
+        return f"Door({self.path!r})"
 
     def parsed(self, arrays: Any) -> list[Rule]:
         """The rules."""
         values = jax.tree.unflatten(self.structure, arrays)
-        return [Rule(p, v, label) for (p, label), v in zip(self.rules, values, strict=True)]
+        return [Rule(p, v, *rest) for (p, *rest), v in zip(self.rules, values, strict=True)]
 
 
-def quantize(
-    model: Model, rules: Rules, *, on_unsupported: Literal["error", "float"] = "error"
+def door_of(module: Any) -> Door | None:
+    """What a quantized module knows; None of any other."""
+    door = vars(module).get(DOOR[0]) if isinstance(module, nnx.Module) else None
+    return door if isinstance(door, Door) else None
+
+
+def rules_of(module: Any) -> list[Rule]:
+    """The rules that a module is quantized by; none of one that is not."""
+    door = door_of(module)
+    return [] if door is None else door.parsed(getattr(module, DOOR[1], ()))
+
+
+def quantized_copy(
+    model: Model, rules: Rules, on_unsupported: Literal["error", "float"] = "error"
 ) -> Model:
-    """The same model with quantized matrix products; parameters are shared, not copied.
-
-    Every product of a parameter goes by the parameter's path, whoever wrote the layer; `jaxquant.functions`
-    says how, and what becomes of products of activations.
+    """The same model with quantized products, without what is learned.
 
     Args:
         model: an NNX model; not changed.
-        rules: as in `jaxquant.rules`.
-        on_unsupported: what becomes of a product that cannot take its recipe, when it is called: ``"error"``
-            names all of them, ``"float"`` leaves them.
-
-    Returns:
-        A new module tree with variables of its own over the same arrays.
+        rules: as of `jaxquant.nnx.quantize`.
+        on_unsupported: likewise.
 
     Raises:
-        ValueError: no NNX model, or one without weights; rules that cannot be read; a rule that no weight
-            or module's path matches.
+        ValueError: as `jaxquant.nnx.quantize`.
     """
+    check_model(model)
+    if on_unsupported not in ("error", "float"):
+        raise ValueError(f"on_unsupported is 'error' or 'float'; got {on_unsupported!r}")
+    model = copied(model)
+    parsed = parse_rules(rules)
+    check_used(model, parsed)
+    install(model, [*parsed, *rules_within(model)], on_unsupported)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Raises a ValueError for what is no NNX model."""
     if not isinstance(model, nnx.Module):
         hint = "; Linen modules go to jaxquant.linen" if hasattr(model, "apply") else ""
         raise ValueError(f"an NNX model is wanted; got {type(model).__name__}{hint}")
-    if on_unsupported not in ("error", "float"):
-        raise ValueError(f"on_unsupported is 'error' or 'float'; got {on_unsupported!r}")
+
+
+def copied(model: Model) -> Model:
+    """Another module tree, with variables of its own over the same arrays."""
     graphdef, state = nnx.split(model)
-    model = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
-    parsed = parse_rules(rules)
-    _check_used(model, parsed)
-    arrays, structure = jax.tree.flatten([rule.value for rule in parsed])
-    kept = tuple((rule.pattern, rule.label) for rule in parsed)
-    for path, module in list(nnx.iter_graph(model)):
-        if isinstance(module, nnx.Module) and any(True for _ in weights(module)):
-            door = Door("/".join(map(str, path)), kept, structure, on_unsupported)
+    return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
+
+
+def install(model: nnx.Module, rules: list[Rule], on_unsupported: str = "error") -> None:
+    """Makes each module of a model that holds weights one that is quantized by rules."""
+    arrays, structure = jax.tree.flatten([rule.value for rule in rules])
+    kept = tuple((rule.pattern, *rule[2:]) for rule in rules)
+    for path, module in modules(model):
+        if any(True for _ in weights(module)):
             if type(module) is not nnx.List:
                 object.__setattr__(module, "__class__", quantized_class(type(module)))
+            door = Door(path, kept, structure, on_unsupported)
             setattr(module, DOOR[0], nnx.static(door))
+            vars(module).pop(DOOR[1], None)
             if arrays:
                 setattr(module, DOOR[1], nnx.data(tuple(arrays)))
-    return model
+
+
+def modules(model: nnx.Module) -> list[tuple[str, Any]]:
+    """The modules of a model, by their paths."""
+    found = nnx.iter_graph(model)
+    return [("/".join(map(str, path)), m) for path, m in found if isinstance(m, nnx.Module)]
+
+
+def rules_within(model: nnx.Module) -> list[Rule]:
+    """The rules that a model, or parts of it, are quantized by, with the names that paths have there."""
+    found: list[Rule] = []
+    for path, module in modules(model):
+        door = door_of(module)
+        if door is None:
+            continue
+        here, there = path.split("/") if path else [], door.path.split("/") if door.path else []
+        while here and there and here[-1] == there[-1]:
+            here.pop(), there.pop()
+        strip, add = ("".join(f"{name}/" for name in names) for names in (here, there))
+        for rule in rules_of(module):
+            moved = rule._replace(strip=strip + rule.strip, add=rule.add + add, is_earlier=True)
+            if not any(_is_same(moved, other) for other in found):
+                found.append(moved)
+    return found
+
+
+def _is_same(one: Rule, other: Rule) -> bool:
+    values = zip(*(jax.tree.leaves(rule.value) for rule in (one, other)), strict=False)
+    return one._replace(value=None) == other._replace(value=None) and all(a is b for a, b in values)
 
 
 def weights(module: nnx.Module) -> Iterator[tuple[str, Any]]:
     """The parameters of a module that products may multiply by, with their paths."""
     for path, leaf in nnx.iter_graph(module):
-        if isinstance(leaf, nnx.Param | StoredWeight) and len(read(leaf).shape) > 1:
+        is_one = isinstance(leaf, nnx.Param | StoredWeight) and not isinstance(leaf, OF_A_STATE)
+        if is_one and len(read(leaf).shape) > 1:
             yield "/".join(map(str, path)), leaf
 
 
-def _check_used(model: nnx.Module, rules: list[Rule]) -> None:
-    subjects = [
-        Subject((path, path.rpartition("/")[0]) if "/" in path else (path,), "weight")
-        for path, _ in weights(model)
-    ]
+def check_used(model: nnx.Module, rules: list[Rule]) -> None:
+    """Raises a ValueError for a rule that no weight or module's path matches, or that takes a stored one."""
+    subjects, leaves = [], []
+    for path, leaf in weights(model):
+        names = (path, path.rpartition("/")[0]) if "/" in path else (path,)
+        subjects.append(Subject(names, "weight"))
+        leaves.append(leaf)
     if not subjects:
         raise ValueError(
-            f"{type(model).__name__} has no weight to quantize: no parameter of 2 axes"
+            f"{type(model).__name__} has no weight to quantize: no parameter of 2 axes or more"
         )
-    modules = (p for p, m in nnx.iter_graph(model) if isinstance(m, nnx.Module))
-    subjects += [Subject(("/".join(map(str, path)),), ATTENTION) for path in modules]
-    choose(subjects, rules)
+    own = len(subjects)
+    subjects += [Subject((path,), ATTENTION) for path, _ in modules(model)]
+    chosen = choose(subjects, rules)[:own]
+    for subject, leaf, rule in zip(subjects, leaves, chosen, strict=False):
+        if rule is not None and rule.value is not None and isinstance(leaf, StoredWeight):
+            raise ValueError(
+                f"{subject.path} is frozen already; quantize the model that it was made of"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -141,18 +210,36 @@ def _methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
 def _walked(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def walked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        door: Door = getattr(self, DOOR[0])
-        arrays = getattr(self, DOOR[1], ())
-        call, given, nodes = called(self, door.path, name, args, kwargs)
         try:
-            result, changed = _run(door, call, arrays, given)
+            return run(self, name, args, kwargs)
         except _NothingToQuantize:
             return method(self, *args, **kwargs)
-        if changed:
-            nnx.update(nodes, changed)
-        return result
+        except _UNTRACEABLE as error:
+            result = method(self, *args, **kwargs)  # first: it may be none of the model's doing
+            _warn_of_own(self, name, error)
+            return result
 
     return walked
+
+
+def _warn_of_own(module: Any, name: str, error: Exception) -> None:
+    reason = str(error).split("\n")[0]
+    warnings.warn(
+        f"{type(module).__name__}.{name} cannot be traced, so that products of its own stay in float, and "
+        f"only those of modules within it are quantized: {reason}",
+        stacklevel=3,
+    )
+
+
+def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    """A method of a quantized module, or a function that calls it, with other products."""
+    door = door_of(module)
+    assert door is not None
+    call, given, nodes = called(module, door.path, method, args, kwargs)
+    result, changed = _run(door, call, getattr(module, DOOR[1], ()), given)
+    if changed:
+        nnx.update(nodes, changed)
+    return result
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
@@ -160,83 +247,10 @@ def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     trace = call.traced(arrays)
     if not any(product.is_quantizable for product in trace.products):
         raise _NothingToQuantize
-    decisions = quantizing.decided(trace.products, door.parsed(rule_arrays), is_part=True)
+    rules, states = door.parsed(rule_arrays), call.states(arrays)
+    stored = quantizing.stored_among(call.origins, arrays)
+    decisions = quantizing.decided(trace.products, rules, True, states, stored)
     if door.on_unsupported == "error":
         quantizing.check(decisions)
     result, state = quantizing.computed(trace, decisions, arrays, call.origins)
     return result, call.changed(trace, state)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Freezing and coverage
-
-
-def freeze(model: Model, *inputs: Any, donate: bool = False, **options: Any) -> Model:
-    """The model for serving: every quantized weight stored as packed integers with its scales.
-
-    Args:
-        model: as `quantize` made it.
-        inputs, options: what it is called with, arrays or `jax.ShapeDtypeStruct`s; it is traced, not run.
-        donate: free each weight's array once its integers are there.
-
-    Raises:
-        ValueError: as `jaxquant.functions.freeze`.
-    """
-    trace, decisions, call, arrays = _decided(model, inputs, options)
-    if getattr(model, DOOR[0]).on_unsupported == "error":
-        quantizing.check(decisions)
-    pairs = zip(call.origins, arrays, strict=True)
-    values = {p: x for origin, x in pairs if origin.derivation for p in origin.derivation.paths}
-    stored = freezing.frozen(trace, decisions, values, donate)
-    leaves = []
-    for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
-        name = call.named(path)
-        leaves.append((path, StoredWeight(stored[name]) if name in stored else leaf))
-    return _replaced(model, dict(leaves))
-
-
-def _replaced(model: Model, leaves: dict[Any, Any]) -> Model:
-    """Another module tree with other variables, each in all the places of the one that it replaces."""
-    graphdef, state = nnx.split(model)
-    model = nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
-    by_id: dict[int, Any] = {}
-    for path, new in leaves.items():
-        if isinstance(new, StoredWeight):
-            by_id[id(_at(model, path))] = new
-    done = set()
-    for _, module in list(nnx.iter_graph(model)):
-        if isinstance(module, nnx.Module):
-            for name, held in list(vars(module).items()):
-                if id(held) in by_id:
-                    setattr(module, name, by_id[id(held)])
-                    done.add(id(by_id[id(held)]))
-    if missed := [new.owner.path for v in by_id.values() if id(v) not in done for new in [read(v)]]:
-        raise ValueError(
-            f"{', '.join(missed)} cannot be frozen: no module's attribute holds it, but a list or dict; "
-            "a rule (path, None) before the others leaves it in float"
-        )
-    return model
-
-
-def _at(node: Any, path: Any) -> Any:
-    for name in path:
-        node = getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
-    return node
-
-
-def coverage(model: nnx.Module, rules: Rules, *inputs: Any, **options: Any) -> Coverage:
-    """What `quantize` makes of each product of a call; it is traced, not run."""
-    quantized = quantize(model, rules, on_unsupported="float")
-    _, decisions, call, _ = _decided(quantized, inputs, options)
-    parameters = [p for o in call.origins if o.is_weight for p in o.nearest]
-    return table(decisions, parameters)
-
-
-def _decided(model: Any, inputs: tuple, options: dict) -> Any:
-    door = getattr(model, DOOR[0], None)
-    if not isinstance(door, Door):
-        raise ValueError(f"a quantized model is wanted; got {type(model).__name__}")
-    call, arrays, _ = called(model, door.path, "__call__", inputs, options)
-    trace = call.traced(arrays)
-    rules = door.parsed(getattr(model, DOOR[1], ()))
-    return trace, quantizing.decided(trace.products, rules), call, arrays

@@ -33,6 +33,14 @@ class StepSize(nnx.Param):
     """A step size that learns with the weights (LSQ)."""
 
 
+class InputRange(nnx.Variable):
+    """The range of the activations that a weight multiplies, which calibration found."""
+
+
+class ChannelScale(nnx.Variable):
+    """What the channels of a weight are multiplied with, and those of its activations divided by."""
+
+
 class Observation(nnx.Variable):
     """What an `Observer` has seen."""
 

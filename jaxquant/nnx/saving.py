@@ -1,8 +1,9 @@
-"""Frozen NNX models on disk: their variables and operations, put into the plain architecture again."""
+"""NNX models on disk, quantized or frozen: their variables and rules, put into the architecture again."""
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -10,27 +11,40 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxquant import artifacts
-from jaxquant.attention import Attention
-from jaxquant.calibration import Range, Step
-from jaxquant.conv import ConvGeneralDilated
-from jaxquant.nnx.freezing import share, shared_copy, store, tied
-from jaxquant.nnx.modules import Einsum, Learned, operation_of, read
+from jaxquant import artifacts, files
+from jaxquant.nnx import slot_saving
+from jaxquant.nnx.calls import DOOR, OF_A_STATE, state_part, value
+from jaxquant.nnx.converting import from_slots
+from jaxquant.nnx.doors import door_of, install, modules, rules_within
+from jaxquant.nnx.modules import ChannelScale, InputRange, StepSize
+from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
-from jaxquant.nnx.sites import Site, put, sites
+from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quality.intervals import plain
-from jaxquant.rules import ATTENTION
-from jaxquant.settings import Types, check_types, types_from_array, types_of, types_to_array
-from jaxquant.smoothed import Smoothed
-from jaxquant.specification import is_operation
+from jaxquant.rule_files import rule_tree, rules_from
+from jaxquant.settings import (
+    Types,
+    check_types,
+    text_of,
+    types_from_array,
+    types_of,
+    types_to_array,
+)
+from jaxquant.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 # What belongs to a call or a run: streams of random numbers, caches, what was sown.
 _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
-_SAVED = {"variables", "operations"}
-_TYPES = "types"  # folders of before they were noted have none
+_SAVED = {"variables", "rules", "stored", "types"}
+_STATES = {
+    "input_range": InputRange,
+    "input_step": StepSize,
+    "step": StepSize,
+    "scale": ChannelScale,
+}
 
 
 def save(
@@ -42,9 +56,9 @@ def save(
 ) -> None:
     """Writes a frozen model, or a quantized one, as a new folder (`jaxquant.artifacts`).
 
-    Saved are all variables, stored weights as their integers, and the operation of each module: recipe,
-    calibrated ranges, steps, scales.  The types that modules compute in are noted beside them, for `load` to
-    compare.  Streams of random numbers, caches of keys and values and intermediates are not saved.
+    Saved are all variables, stored weights as their integers, ranges, steps and scales of channels among
+    them, and the rules with their recipes.  The types that modules compute in are noted beside them, for
+    `load` to compare.  Streams of random numbers, caches of keys and values and intermediates are not saved.
 
     Args:
         folder: where; nothing is there yet.
@@ -53,28 +67,37 @@ def save(
         format: of the arrays: a safetensors file, or an Orbax checkpoint.
 
     Raises:
-        ValueError: nothing is quantized; an operation with a function that a file has no name for; a
-            folder that exists.
+        ValueError: nothing is quantized; a recipe with a function that a file has no name for; a rule's
+            expression that is not matched in a rule of a file; a folder that exists.
     """
-    model = shared_copy(model)
-    operations = {}
-    for site in sites(model).values():
-        if isinstance(site.operation, Learned):
-            put(site, site.operation.resolved())
-        if _is_quantized(site):
-            operations[_slot_path(site)] = _to_save(site)
-    if not operations:
+    rules = rules_within(model) if isinstance(model, nnx.Module) else []
+    if not rules:
         raise ValueError(
             f"nothing in this {type(model).__name__} is quantized; call jaxquant.nnx.quantize first"
         )
-    values = {path: _value(leaf) for path, leaf in _variables(model)}
-    values = {path: value for path, value in values.items() if value is not None}
+    variables, stored = {}, {}
+    for name, leaf in _variables(model):
+        held = value(leaf)
+        if isinstance(held, Stored):
+            stored[name] = {
+                "keys": list(held.operands),
+                "shape": list(held.shape),
+                "dtype": np.dtype(held.dtype).name,
+            }
+            parts = list(held.operands.values())
+        else:
+            parts = held if isinstance(leaf, OF_A_STATE) and isinstance(held, tuple) else None
+        if parts is None:
+            variables[name] = held
+        else:
+            variables |= {f"{name}/{i}": part for i, part in enumerate(parts)}
     tree = {
-        "variables": _nested(values),
-        "operations": _nested(operations),
-        _TYPES: types_to_array(_types(model)),
+        "variables": _nested({n: x for n, x in variables.items() if x is not None}),
+        "rules": {i: rule_tree(rule) for i, rule in enumerate(rules)},
+        "stored": np.frombuffer(json.dumps(stored).encode(), np.uint8),
+        "types": types_to_array(_types(model)),
     }
-    artifacts.save(folder, tree, _filled_card(card, model, operations), format=format)
+    artifacts.save(folder, tree, _filled_card(card, model), format=format)
 
 
 def load(folder: str | os.PathLike, model: Model) -> Model:
@@ -83,144 +106,123 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     Its outputs equal the saved model's bit for bit.  Streams of random numbers, caches and intermediates
     are those of `model`; where it is abstract they start at zero.
 
-    That `model` is the architecture that was saved is checked by the names and shapes of its variables, by
-    where operations have a place, and by the types that its modules compute in (``dtype`` and
-    ``preferred_element_type``; folders written before these were noted do not tell).  What no file tells is
-    not checked: its code, the functions between its layers, settings such as strides or an epsilon.
+    That `model` is the architecture that was saved is checked by the names and shapes of its variables and
+    by the types that its modules compute in (``dtype`` and ``preferred_element_type``).  What no file tells
+    is not checked: its code, the functions between its layers, settings such as strides or an epsilon.
+    A frozen weight that the code multiplies in another way than it was stored for is an error of the call.
 
     Args:
-        folder: what `save` wrote.
+        folder: what `save` wrote, also that of versions before rules were saved.
         model: the architecture in floating point, as it was before `quantize`, with arrays or abstract
             (`nnx.eval_shape`); it is left as it is, and its numbers and their types do not matter.
 
     Returns:
-        A new module tree with the folder's arrays, in their own types, and operations.
+        A new module tree with the folder's arrays, in their own types, and its rules.
 
     Raises:
         ValueError: a folder that is not whole, or not of an NNX model; a model that is quantized, or whose
             modules, variables, shapes or types to compute in are not those of the saved one.
     """
     tree, _ = artifacts.load(folder)
-    if not isinstance(tree, Mapping) or set(tree) - {_TYPES} != _SAVED:
+    for path, module in modules(model):
+        if door_of(module) is not None:
+            raise ValueError(
+                f"{path or 'the model'} is quantized; load takes the architecture in float"
+            )
+    if isinstance(tree, Mapping) and "operations" in tree:
+        return from_slots(model, slot_saving.load(folder, model))
+    if not isinstance(tree, Mapping) or set(tree) != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
-    values = _flat(tree["variables"], lambda value: isinstance(value, QArray | jax.Array))
-    operations = _flat(tree["operations"], is_operation)
-    model = shared_copy(model)
-    by_slot = {_slot_path(site): site for site in _slotted(model)}
-    for site in by_slot.values():
-        if _is_quantized(site):
-            raise ValueError(f"{site.path} is quantized; load takes the architecture in float")
-    if unknown := sorted(set(operations) - set(by_slot)):
-        raise ValueError(f"{folder} has operations where the model has no place: {_few(unknown)}")
-    if _TYPES in tree:
-        check_types(_types(model), types_from_array(tree[_TYPES]))
-    for path, operation in operations.items():
-        _install(by_slot[path], operation)
-    for group in tied(model):
-        _store(group, values)
-    return _filled(model, values, str(folder))
+    values = _flat(tree["variables"])
+    stored = _stored(str(folder), tree["stored"], values)
+    check_types(_types(model), types_from_array(tree["types"]))
+    model = _filled(model, values, stored, str(folder))
+    rules = rules_from(str(folder), tree["rules"])
+    install(model, [rule._replace(is_earlier=True) for rule in rules])
+    return model
 
 
 def _types(model: nnx.Module) -> Types:
     """The types that each module computes in, by path."""
-    modules = (pair for pair in nnx.iter_graph(model) if isinstance(pair[1], nnx.Module))
-    found = {"/".join(map(str, path)): types_of(module) for path, module in modules}
+    found = {path: types_of(module) for path, module in modules(model)}
     return {path: types for path, types in found.items() if types}
 
 
-def _is_quantized(site: Site) -> bool:
-    operation = site.operation
-    is_ours = isinstance(operation, Attention | Einsum | Smoothed)
-    return is_ours or operation_of(operation) is not None
-
-
-def _slotted(model: nnx.Module) -> list[Site]:
-    """The modules with a place for an operation."""
-    return [site for site in sites(model).values() if site.kind != "conv_transpose"]
-
-
-def _slot_path(site: Site) -> str:
-    return f"{site.path}/{site.slot}".strip("/")
-
-
-def _weight_path(site: Site) -> str:
-    return f"{site.path}/{site.weight}".strip("/")
-
-
-def _to_save(site: Site) -> Any:
-    """A module's operation, an Einsum's without what makes it one, which its module tells."""
-    operation = site.operation
-    return operation.dot_general if isinstance(operation, Einsum) else operation
-
-
-def _install(site: Site, operation: Any) -> None:
-    wanted = {"conv": ConvGeneralDilated, ATTENTION: Attention}.get(site.kind)
-    others = (ConvGeneralDilated, Attention)
-    if not isinstance(operation, wanted) if wanted else isinstance(operation, others):
-        raise ValueError(
-            f"{site.path} is of kind {site.kind}, which takes no {type(operation).__name__}"
-        )
-    put(site, Einsum(operation) if site.kind == "einsum" else operation)
-
-
-def _store(group: Sequence[Site], values: Mapping[str, Any]) -> None:
-    """Puts a stored weight into the modules that share it, where the saved ones have one."""
-    paths = {_weight_path(site): site for site in group}
-    found = {p: values[p] for p in paths if isinstance(values.get(p), QArray)}
-    if not found:
-        return
-    for path, site in paths.items():
-        if operation_of(site.operation) is None:
-            raise ValueError(f"{site.path} has a stored weight and no operation that multiplies it")
-        weight = found.get(path, next(iter(found.values())))
-        _check_shape(path, weight.shape, read(site.variable).shape)
-        store(site, weight)
-    if len(found) == 1:  # folders of before weights were shared have one for each
-        share(group)
-
-
 def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
-    """Variables by path, without those of a run and of operations, which are saved by themselves."""
-    slots = [_slot_path(site) for site in _slotted(model)]
-    found = []
-    for path, leaf in nnx.to_flat_state(nnx.split(model)[1]):
-        name = "/".join(map(str, path))
-        if not isinstance(leaf, _OF_A_RUN) and not _is_within(name, slots):
-            found.append((name, leaf))
+    """Variables by path, without those of a run and the rules'."""
+    found = nnx.to_flat_state(nnx.split(model)[1])
+    return [
+        ("/".join(map(str, path)), leaf)
+        for path, leaf in found
+        if not isinstance(leaf, _OF_A_RUN) and DOOR[1] not in path
+    ]
+
+
+def _stored(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
+    """The stored weights among the values of a folder, which are taken out."""
+    found = {}
+    try:
+        notes = files.parse_json(text_of(note), "the note of stored weights").items()
+        for name, own in notes:
+            operands = {key: values.pop(f"{name}/{i}") for i, key in enumerate(own["keys"])}
+            if not all(isinstance(x, QArray) for x in operands.values()):
+                raise TypeError
+            shape, dtype = tuple(own["shape"]), np.dtype(own["dtype"])
+            found[name] = Stored(operands, shape, dtype, Owner(name))
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{folder} notes stored weights that it does not hold") from None
     return found
 
 
-def _is_within(name: str, slots: list[str]) -> bool:
-    return any(name == slot or name.startswith(f"{slot}/") for slot in slots)
-
-
-def _value(leaf: Any) -> Any:
-    return read(leaf) if isinstance(leaf, nnx.Variable) else leaf
-
-
-def _filled(model: Model, values: Mapping[str, Any], folder: str) -> Model:
-    """The model with the values in its variables."""
-    wanted = {name for name, leaf in _variables(model) if _value(leaf) is not None}
-    if missing := sorted(wanted - set(values)):
+def _filled(
+    model: Model, values: dict[str, Any], stored: Mapping[str, Stored], folder: str
+) -> Model:
+    """The model with the values in its variables, and what belongs to them beside them."""
+    own = dict(_variables(model))
+    states = _states(values, own)
+    of_states = {name for names in states.values() for name in names}
+    taken = {name: x for name, x in values.items() if name not in of_states}
+    wanted = {name for name, leaf in own.items() if value(leaf) is not None}
+    if missing := sorted(wanted - set(taken) - set(stored)):
         raise ValueError(f"{folder} lacks the model's {_few(missing)}")
-    if extra := sorted(set(values) - wanted):
+    if extra := sorted((set(taken) | set(stored)) - wanted):
         raise ValueError(f"{folder} has what the model does not: {_few(extra)}")
     graphdef, state = nnx.split(model)
-    filled = []
+    filled, leaves = [], {}
     for path, leaf in nnx.to_flat_state(state):
         name = "/".join(map(str, path))
-        if name in values:
-            leaf = _with_value(name, leaf, values[name])
+        if name in stored:
+            _check_shape(name, stored[name].shape, value(leaf).shape)
+            leaves[path] = StoredWeight(stored[name])
+        elif isinstance(taken.get(name), QArray):
+            _check_shape(name, taken[name].shape, value(leaf).shape)
+            leaves[path] = StoredWeight(dataclasses.replace(taken[name], owner=Owner(name)))
+        elif name in taken:
+            _check_shape(name, taken[name].shape, value(leaf).shape)
+            leaf = leaf.replace(taken[name]) if isinstance(leaf, nnx.Variable) else taken[name]
         elif isinstance(leaf, _OF_A_RUN):
             leaf = jax.tree.map(_started, leaf)
         filled.append((path, leaf))
-    return nnx.merge(graphdef, nnx.from_flat_state(filled))
+    model = replaced(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
+    for (path, part), names in states.items():
+        holder = holder_of(model, path)
+        if holder is None:
+            raise ValueError(f"{folder} has what the model does not: {path}_{part}")
+        parts = tuple(values[name] for name in names)
+        held = parts if len(parts) > 1 else parts[0]
+        setattr(holder[0], f"{holder[1]}_{part}", _STATES[part](held))
+    return model
 
 
-def _with_value(name: str, leaf: Any, value: Any) -> Any:
-    if not isinstance(value, QArray):
-        _check_shape(name, value.shape, _value(leaf).shape)
-    return leaf.replace(value) if isinstance(leaf, nnx.Variable) else value
+def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """The names of values that are parts of a `State`, by the path of the weight and the part."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in (n for n in values if n not in own):
+        whole = name.removesuffix("/0").removesuffix("/1")
+        part = next((part for part in _STATES if whole.endswith(f"_{part}")), None)
+        if part is not None and whole.removesuffix(f"_{part}") in own:
+            found.setdefault((whole.removesuffix(f"_{part}"), part), []).append(name)
+    return {key: sorted(names) for key, names in found.items()}
 
 
 def _started(value: Any) -> Any:
@@ -243,51 +245,44 @@ def _few(paths: list[str], most: int = 5) -> str:
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for path, value in flat.items():
+    for path, held in flat.items():
         *above, last = path.split("/")
         node = tree
         for key in above:
             node = node.setdefault(key, {})
-        node[last] = value
+        node[last] = held
     return tree
 
 
-def _flat(tree: Any, is_leaf: Callable[[Any], bool], path: str = "") -> dict[str, Any]:
-    if is_leaf(tree):
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(tree, QArray | jax.Array):
         return {path: tree}
     if not isinstance(tree, Mapping):
         raise ValueError(f"what is saved as {path} is a {type(tree).__name__}, which is none there")
     found = {}
-    for key, value in tree.items():
-        found |= _flat(value, is_leaf, f"{path}/{key}".strip("/"))
+    for key, held in tree.items():
+        found |= _flat(held, f"{path}/{key}".strip("/"))
     return found
 
 
-def _filled_card(
-    card: artifacts.Card | None, model: nnx.Module, operations: Mapping[str, Any]
-) -> artifacts.Card:
-    if card is None:
-        card = artifacts.Card.empty()
+def _filled_card(card: artifacts.Card | None, model: nnx.Module) -> artifacts.Card:
+    card = artifacts.Card.empty() if card is None else card
     if not isinstance(card, artifacts.Card):
         raise ValueError(f"card is a Card, such as Card.empty(); got {card!r}")
     if card.coverage is None:
         card = dataclasses.replace(card, coverage=coverage(model))
-    if card.calibration is None and (ranges := _ranges(operations)):
+    if card.calibration is None and (ranges := _ranges(model)):
         card = dataclasses.replace(card, calibration=ranges)
     return card
 
 
-def _ranges(operations: Mapping[str, Any]) -> dict[str, Any]:
-    """Calibrated ranges and steps of activations, by module."""
+def _ranges(model: nnx.Module) -> dict[str, Any]:
+    """Calibrated ranges and steps of activations, by weight."""
     found = {}
-    for path, operation in operations.items():
-        inner = operation_of(operation)
-        calibration = (
-            None if inner is None or inner.forward.lhs is None else inner.forward.lhs.calibration
-        )
-        if isinstance(calibration, Range | Step):
-            name = path.rpartition("/")[0] or "(the model)"
-            value = jax.tree.map(lambda v: np.asarray(v).tolist(), calibration.value)
-            # None where a module's activations were never seen.
-            found[name] = {type(calibration).__name__.lower(): plain(value)}
+    for name, leaf in _variables(model):
+        part = state_part(name.rpartition("/")[2], leaf)
+        if part in ("input_range", "input_step"):
+            held = jax.tree.map(lambda v: np.asarray(v).tolist(), value(leaf))
+            path = name.removesuffix(f"_{part}")
+            found[path] = {part.removeprefix("input_"): plain(held)}
     return found

@@ -18,6 +18,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import files, storage
+from jaxquant.nnx.converting import from_slots
 from jaxquant.nnx.freezing import (
     check_tied,
     check_weight,
@@ -31,9 +32,9 @@ from jaxquant.nnx.freezing import (
 )
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
 from jaxquant.nnx.observing import checked, fitting, observe
-from jaxquant.nnx.quantizing import find_uses
-from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import Site, as_kind, put, sites
+from jaxquant.nnx.slots import find_uses
+from jaxquant.nnx.slots import quantize as apply_rules
 from jaxquant.nnx.stacking import Stacking
 from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
@@ -155,7 +156,7 @@ def quantize(
             put(found[path], site.operation)
     for group in groups:
         share([found[site.path] for site in group])
-    return working
+    return from_slots(model, working)
 
 
 # ---------------------------------------------------------------------------------------------------

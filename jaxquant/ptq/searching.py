@@ -18,8 +18,8 @@ from jaxquant import files
 from jaxquant.nnx.freezing import frozen_nbytes, quantize_weight, shared_copy, weight_quantizer
 from jaxquant.nnx.modules import read, write
 from jaxquant.nnx.observing import checked, fitting
-from jaxquant.nnx.quantizing import quantize as apply_rules
 from jaxquant.nnx.sites import sites
+from jaxquant.nnx.slots import quantize as apply_rules
 from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.quantizing import check_batches, series
 from jaxquant.ptq.search import Allocation, allocate

@@ -8,11 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxquant.nnx.modules import read
-from jaxquant.nnx.sites import Site, sites
+from jaxquant.functions.quantizing import Decision
+from jaxquant.nnx.calls import as_stored, value
+from jaxquant.nnx.doors import quantized_copy
+from jaxquant.nnx.planning import planned
 from jaxquant.qarray import QArray, dequantize
 from jaxquant.quality.intervals import plain
-from jaxquant.smoothed import Smoothed, multiplied
+from jaxquant.smoothed import multiplied
+from jaxquant.stored import Stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,25 +95,44 @@ def compare_weights(reference: Any, quantized: Any) -> WeightReport:
 
 
 def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
-    floats = sites(reference)
-    for path, site in sites(quantized).items():
-        if site.variable is None or not isinstance(read(site.variable), QArray):
-            continue
-        if path not in floats:
-            raise ValueError(f"{path} is stored, and the reference has no such layer")
-        stacking, mask = site.stacking, getattr(floats[path].module, "mask", None)
-        weight = stacking.front(stacking.masked(read(floats[path].variable), mask))
-        yield path, (weight, len(stacking.axes)), stacking.front(_unsmoothed(site))
+    floats, frozen = _variables(reference), _variables(quantized)
+    plan = planned(quantized_copy(reference, [(".*", "w8a16")], "float"), (), {})
+    operations = {d.operation.stored.key: d.operation for d in plan.decisions if _is_known(d)}
+    paths = [path for path, held in frozen.items() if isinstance(held, QArray | Stored)]
+    holders = [path.rpartition("/")[0] for path in paths]
+    for path in paths:
+        if path not in floats or isinstance(floats[path], QArray | Stored):
+            raise ValueError(f"{path} is stored, and the reference has no such weight in float")
+        held, holder = frozen[path], path.rpartition("/")[0]
+        label = holder if holders.count(holder) == 1 else path
+        for key, operand in as_stored(path, held).operands.items():
+            if key not in operations:
+                raise ValueError(
+                    f"{path} is stored as {key}, and no layer of Flax's in the reference multiplies that"
+                )
+            yield label, *_pair(operations[key], plan.values, operand, frozen.get(f"{path}_scale"))
 
 
-def _unsmoothed(site: Site) -> jax.Array:
-    """What a stored weight stands for, without scales of its channels."""
-    stored, operation = read(site.variable), site.operation
-    values = site.stacking.each(dequantize)(stored)
-    if not isinstance(operation, Smoothed):
-        return values
-    undo = lambda values, scale: multiplied(values, 1 / scale.reshape(-1), site.axes)  # noqa: E731
-    return site.stacking.each(undo)(values, operation.scale)
+def _variables(model: nnx.Module) -> dict[str, Any]:
+    found = nnx.to_flat_state(nnx.split(model)[1])
+    return {"/".join(map(str, path)): value(leaf) for path, leaf in found}
+
+
+def _is_known(decision: Decision) -> bool:
+    return decision.operation is not None and decision.operation.stored is not None
+
+
+def _pair(operation: Any, values: Mapping[str, Any], operand: QArray, scale: Any) -> Any:
+    """A weight with the number of axes of its layers, and what is stored of it without channels' scales."""
+
+    def one(operand: QArray, scale: Any) -> jax.Array:
+        found = dequantize(operand)
+        return found if scale is None else multiplied(found, 1 / scale, operation.axes)
+
+    for _ in operation.stored.turns:
+        one = jax.vmap(one)
+    needed = {path: values[path] for path in operation.stored.paths}
+    return (operation.stored.of(needed), len(operation.stored.turns)), one(operand, scale)
 
 
 def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,0 +1,86 @@
+"""What becomes of a quantized model's products: of one call's, or of those of its layers by themselves."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from jaxquant.functions import quantizing
+from jaxquant.functions.quantizing import Decision
+from jaxquant.nnx.calls import Call, called
+from jaxquant.nnx.doors import door_of, rules_of
+from jaxquant.nnx.layers import layer_calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What becomes of a model's products.
+
+    Attributes:
+        decisions: one for each product.
+        reads: the parameters that something else than a product reads, each with the line.
+        values: arrays of the model that weights are made of, by path.
+        parameters: paths of those that were among a call's arguments.
+    """
+
+    decisions: list[Decision]
+    reads: Mapping[str, str]
+    values: Mapping[str, Any]
+    parameters: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises a ValueError that names all products that cannot take their recipes."""
+        quantizing.check(self.decisions)
+
+
+def planned(
+    model: nnx.Module,
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any],
+    call: Callable[..., Any] | None = None,
+) -> Plan:
+    """What becomes of a quantized model's products.
+
+    Args:
+        model: as `jaxquant.nnx.quantize` made it.
+        inputs, options: what it is called with; where there are none, Flax's own layers in it are looked at.
+        call: from (model, *inputs); the model's own call where not given.
+
+    Raises:
+        ValueError: a model that is not quantized.
+    """
+    door = door_of(model)
+    if door is None:
+        raise ValueError(
+            f"a quantized model is wanted; got {type(model).__name__}: call jaxquant.nnx.quantize first"
+        )
+    if not inputs and not options:
+        plans = [_plan(model, c, a, c.traced(a), True) for c, a, _ in layer_calls(model)]
+        return _joined(plans)
+    made, arrays, _ = called(model, door.path, call or "__call__", inputs, options)
+    try:
+        trace = made.traced(arrays)
+    except (TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the inputs do not fit the model: {reason}") from error
+    return _plan(model, made, arrays, trace, call is not None)
+
+
+def _plan(model: nnx.Module, call: Call, arrays: list[Any], trace: Any, is_part: bool) -> Plan:
+    states = call.states(arrays)
+    rules = rules_of(model)
+    stored = quantizing.stored_among(call.origins, arrays)
+    decisions = quantizing.decided(trace.products, rules, is_part or not rules, states, stored)
+    pairs = list(zip(call.origins, arrays, strict=True))
+    values = {p: x for origin, x in pairs if origin.derivation for p in origin.derivation.paths}
+    parameters = tuple(p for origin, _ in pairs if origin.is_weight for p in origin.nearest)
+    return Plan(decisions, trace.reads, values, parameters)
+
+
+def _joined(plans: list[Plan]) -> Plan:
+    decisions = [d for plan in plans for d in plan.decisions]
+    reads = {path: line for plan in plans for path, line in plan.reads.items()}
+    values = {path: x for plan in plans for path, x in plan.values.items()}
+    parameters = tuple(dict.fromkeys(p for plan in plans for p in plan.parameters))
+    return Plan(decisions, reads, values, parameters)
