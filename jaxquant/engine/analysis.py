@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxquant.engine import derivations
+from jaxquant.engine import derivations, scores
 from jaxquant.engine.origins import CONSTANT, Origin, common, joined, through
 from jaxquant.engine.products import KINDS, Product
 
@@ -34,6 +34,7 @@ class Where:
 
     Attributes:
         reads: collects the paths of parameters that something else than a product reads, and on which line.
+        keys: collects which operand of a product of queries and keys has the keys, by its own number.
         times: how often it runs.
         scans: how many there are around it.
         scope: the named scopes around it.
@@ -42,6 +43,7 @@ class Where:
     """
 
     reads: dict[str, str] = dataclasses.field(compare=False)
+    keys: dict[int, int] = dataclasses.field(compare=False, default_factory=dict)
     times: int = 1
     scans: int = 0
     scope: str = ""
@@ -173,6 +175,8 @@ def _function(equation: core.JaxprEqn) -> Any:
 def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> list[Origin]:
     """Of an equation without products."""
     result = through(equation.primitive.name, operands, equation.params)
+    if found := scores.through(equation, [o.scores for o in operands]):
+        result = dataclasses.replace(result, scores=found)
     if result.is_input:
         where.notes(operands, _source(equation))
     elif result.derivation is None:
@@ -213,8 +217,15 @@ def _of_product(
         where.notes([operands[weight]], _source(equation))
     product = _product(equation, operands, weight, where)
     # What a weight fed is of that weight; what none did is still of those above.
-    nearest = joined(operands[:2]).nearest if weight is None else operands[weight].nearest
-    return product, [dataclasses.replace(joined(operands[:2]), nearest=nearest)]
+    if weight is not None:
+        return product, [
+            dataclasses.replace(joined(operands[:2]), nearest=operands[weight].nearest)
+        ]
+    probabilities = product.probabilities
+    if probabilities is not None and (found := operands[probabilities].scores):
+        side = scores.summed_side(equation, probabilities, found)
+        where.keys.update({} if side is None else {found.product: side})
+    return product, [dataclasses.replace(joined(operands[:2]), scores=scores.of_product(equation))]
 
 
 def _product(
@@ -237,6 +248,7 @@ def _product(
         not all(o.is_input or o.is_weight for o in operands[:2]),
         () if weight is None else tuple(sorted(operands[weight].nearest)),
         None if weight is None else operands[weight].derivation,
+        number=id(equation),
     )
 
 

@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from jaxquant.engine import derivations
 from jaxquant.engine.derivations import Derivation
+from jaxquant.engine.scores import Scores
 
 # What only moves numbers about or casts them: what is behind is still the parameter.
 # fmt: off
@@ -49,6 +50,7 @@ class Origin:
         is_nonnegative: whether it is certain to have no negative number, as probabilities have not.
         derivation: how parameters and constants alone make it; None where inputs have a part in it, or where
             it cannot be computed again by itself.
+        scores: of attention, that it is computed from.
     """
 
     nearest: frozenset[str] = frozenset()
@@ -56,6 +58,7 @@ class Origin:
     is_input: bool = False
     is_nonnegative: bool = False
     derivation: Derivation | None = None
+    scores: Scores | None = None
 
     @classmethod
     def parameter(cls, path: str) -> "Origin":

@@ -39,6 +39,9 @@ class Product:
         parameters: paths of those that its weight is computed from; none for a product of activations.
         derivation: how parameters alone make its weight; None of a product of activations, and of a weight
             that cannot be computed by itself.
+        number: its own; of products that run the same code, one number.
+        keys: of a product of queries and keys, the operand that has the keys, 0 or 1; None of all others, and
+            where no sum over its result, with another operand, tells.
         has_constant: whether an operand is one of the function's own arrays, which no argument determines.
 
     >>> from jaxquant.engine import products
@@ -62,6 +65,8 @@ class Product:
     has_constant: bool = False
     parameters: tuple[str, ...] = ()
     derivation: Derivation | None = dataclasses.field(default=None, repr=False)
+    number: int = dataclasses.field(default=0, repr=False)
+    keys: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

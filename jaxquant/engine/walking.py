@@ -104,8 +104,11 @@ class Trace:
         closed, shape = jax.make_jaxpr(lambda *xs: function(xs), return_shape=True)(*arrays)
         where = Where({})
         found, results = found_in(closed, origins, where)
-        structure, found_products = jax.tree.structure(shape), tuple(flat(found))
-        return cls(found_products, tuple(results), where.reads, closed, found, structure)
+        structure = jax.tree.structure(shape)
+        found_products = [
+            dataclasses.replace(p, keys=where.keys.get(p.number)) for p in flat(found)
+        ]
+        return cls(tuple(found_products), tuple(results), where.reads, closed, found, structure)
 
     def computed(
         self, arrays: Sequence[Any], uses: Sequence[Use | None], data: Mapping[int, Any]

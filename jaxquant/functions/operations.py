@@ -126,16 +126,36 @@ def operation(
 
 
 def _of_activations(product: Product, recipe: Attention) -> Operation | None:
-    if recipe.kv is not None:
-        raise ValueError(
-            "which operand a cache would hold cannot be told of a product by itself; a{bits} quantizes both"
-        )
-    dot = recipe.qk if product.probabilities is None else recipe.pv
-    if dot is None:
+    is_scores = product.probabilities is None
+    dot = recipe.qk if is_scores else recipe.pv
+    if dot is None and recipe.kv is None:
         return None
     if product.kind != "dot":
         raise ValueError(f"{product.kind} of two activations takes no recipe for attention")
-    return _dot(product, dot, 0 if product.probabilities == 1 else 1)
+    if recipe.kv is not None and is_scores and product.keys is None:
+        raise ValueError(
+            "which operand has the keys, that a cache would hold, is not known: no product sums over them "
+            "after it; a{bits} quantizes both"
+        )
+    values = 0 if product.probabilities == 1 else 1
+    right = values if not is_scores or product.keys is None else product.keys
+    found = _dot(product, DotGeneral() if dot is None else dot, right)
+    return found if recipe.kv is None else _with_cache(product, found, recipe.kv, is_scores)
+
+
+def _with_cache(
+    product: Product, plain: Operation, quantizer: Quantizer, is_scores: bool
+) -> Operation:
+    """Keys or values as a cache gives them back: each token's and head's vector has its own scales."""
+    contracting, batch = product.settings["dimension_numbers"]
+    taken = (*contracting[plain.right], *batch[plain.right])
+    free = (a for a in range(product.operands[plain.right].ndim) if a not in taken)
+    axes = tuple(contracting[plain.right] if is_scores else free)
+
+    def compute(dot: DotGeneral, activations: jax.Array, cached: jax.Array) -> jax.Array:
+        return plain.compute(dot, activations, fake_quant(cached, quantizer, axis=axes))
+
+    return dataclasses.replace(plain, compute=compute)
 
 
 def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
