@@ -175,7 +175,9 @@ def _coverage_text(coverage: dict[str, Any] | None) -> str:
     if coverage is None:
         return _NOT_STATED
     names = ("path", "kind", "shape", "recipe", "bytes_before", "bytes_after")
-    rows = [tuple(row.get(name) for name in names) for row in coverage.get("rows", ())]
+    # A product has the shapes of both operands; a layer that of its weight.
+    found = [{"shape": row.get("shapes"), **row} for row in coverage.get("rows", ())]
+    rows = [tuple(row.get(name) for name in names) for row in found]
     return _table(tuple(name.replace("_", " ") for name in names), rows)
 
 

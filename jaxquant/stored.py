@@ -32,14 +32,29 @@ class Stored(Opaque):
     owner: Owner = dataclasses.field(default=Owner(), metadata={"static": True}, repr=False)
 
     @property
+    def operand(self) -> QArray:
+        """The only one.
+
+        Raises:
+            ValueError: there are several.
+        """
+        if len(self.operands) > 1:
+            raise ValueError(
+                f"{self.owner.path or 'the parameter'} is stored as {len(self.operands)} operands: "
+                f"{', '.join(self.operands)}"
+            )
+        return next(iter(self.operands.values()))
+
+    @property
     def nbytes(self) -> int:
         """Bytes that are really held, scales included."""
-        return sum(operand.nbytes for operand in self.operands.values())
+        return sum({id(x.qvalue): x.nbytes for x in self.operands.values()}.values())
 
     @property
     def bits_per_element(self) -> float:
         """Of the numbers that are multiplied."""
-        return 8 * self.nbytes / max(1, sum(operand.size for operand in self.operands.values()))
+        sizes = {id(x.qvalue): x.size for x in self.operands.values()}
+        return 8 * self.nbytes / max(1, sum(sizes.values()))
 
     @property
     def abstract(self) -> jax.ShapeDtypeStruct:

@@ -118,7 +118,7 @@ def test_weights_without_a_number_are_named(value):
     for method in jq.ptq.METHODS:
         with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
             jq.ptq.quantize(model, {".*": "w8a8-token"}, [X], method, progress=False)
-    with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
+    with pytest.raises(ValueError, match="kernel holds a NaN or an Inf"):
         jq.nnx.freeze(jq.nnx.quantize(model, {".*": "w8a8"}))
     quantized = jq.linen.quantize(nn.Dense(8), {".*": "w8a8"})
     variables = quantized.init(jax.random.key(0), X)

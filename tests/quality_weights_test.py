@@ -82,7 +82,7 @@ def test_stacked_layers_are_judged_one_by_one():
 
     layers = make(jax.random.split(jax.random.key(0), 3))
     model = jq.nnx.freeze(jq.nnx.quantize(layers, {".*": "w8a8"}))
-    stored = jq.nnx.read(model.kernel)
+    stored = jq.nnx.read(model.kernel)  # by its layers in turn
     jq.nnx.write(model.kernel, dataclasses.replace(stored, scale=stored.scale.at[1].multiply(1.1)))
     report = quality.compare_weights(layers, model)
     assert [row.path for row in report.rows] == ["[0]", "[1]", "[2]"]
@@ -123,7 +123,7 @@ def test_misuse_is_named():
         (lambda: quality.compare_weights(3, 4), "takes NNX models, or the variables"),
         (
             lambda: quality.compare_weights(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), model),
-            "no such layer",
+            "no such weight",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -52,7 +52,7 @@ def test_a_frozen_model_is_published_with_its_card_and_verdict(versions):
     assert versions.verdict("0001") == verdict("pass")
     card = versions.card("0001")
     assert card.verdict == verdict("pass").to_dict()
-    assert [row["path"] for row in card.coverage["rows"]] == [""]
+    assert [row["path"] for row in card.coverage["rows"]] == ["kernel"]
     assert card.versions["flax"]
 
 

@@ -170,6 +170,7 @@ def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
     # The axes of the weight as it is stored, in the order in which the product has them.
     axes = order or tuple(range(product.operands[right].ndim))
     left, stored = sides[1 - right], tuple(tuple(axes[a] for a in part) for part in sides[right])
+    left, stored = _sorted(left, stored)
     numbers = ((left[0], stored[0]), (left[1], stored[1]))
     free = [a for a in axes if a not in (*stored[0], *stored[1])]
     result = _result_order(product, right, len(stored[1]), free)
@@ -183,6 +184,13 @@ def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
 
     derivation = None if product.derivation is None else product.derivation.stored
     return Operation(dot, compute, right, order, left[0], stored[0], derivation)
+
+
+def _sorted(left: Any, stored: Any) -> tuple[Any, Any]:
+    """Axes that are summed over in the order of the weight, along whose last one blocks lie."""
+    pairs = sorted(zip(left[0], stored[0], strict=True), key=lambda pair: pair[1])
+    summed = tuple(tuple(pair[i] for pair in pairs) for i in (0, 1))
+    return (summed[0], left[1]), (summed[1], stored[1])
 
 
 def _result_order(product: Product, right: int, batch: int, free: Sequence[int]) -> tuple[int, ...]:

@@ -119,6 +119,7 @@ def decided(
     states: Mapping[str, State] = MappingProxyType({}),
     stored: Collection[str] = (),
     is_start: bool = False,
+    aliases: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
 ) -> list[Decision]:
     """What becomes of each product.
 
@@ -129,20 +130,20 @@ def decided(
         states: of parameters, by path.
         stored: paths of parameters that are stored in few bits.
         is_start: whether activations stay in float where their learned steps have no start yet.
+        aliases: other names of parameters, by path.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    for product, rule in zip(found, _assigned(found, rules, is_part), strict=True):
+    for product, rule in zip(found, _assigned(found, rules, is_part, aliases), strict=True):
         given, reason = None, ""
         state = _state(product, states)
         if rule is not None and rule.value is not None:
             try:
                 recipe = rule.value
                 if isinstance(recipe, DotGeneral):
-                    is_stored = any(path in stored for path in product.parameters)
-                    recipe = _ready(recipe, state, is_stored, is_start)
+                    recipe = _ready(product, recipe, state, stored, is_start)
                 given = operation(product, recipe, state)
             except ValueError as error:
                 reason = str(error)
@@ -150,12 +151,20 @@ def decided(
     return decisions
 
 
-def _ready(recipe: DotGeneral, state: State | None, is_stored: bool, is_start: bool) -> DotGeneral:
-    """A recipe without learned steps of what is stored, or, where they are to be found, of activations."""
+def _ready(
+    product: Product,
+    recipe: DotGeneral,
+    state: State | None,
+    stored: Collection[str],
+    is_start: bool,
+) -> DotGeneral:
+    """A recipe without learned steps of what is stored, is no activation, or has yet to find its start."""
     lhs, rhs = recipe.forward.lhs, recipe.forward.rhs
+    is_stored = any(path in stored for path in product.parameters)
     if is_stored and rhs is not None and is_learned(rhs):
         rhs = dataclasses.replace(rhs, calibration=absmax)
-    if is_start and is_learned(lhs) and (state is None or state.input_step is None):
+    has_start = state is not None and state.input_step is not None
+    if is_learned(lhs) and (product.kind == "lookup" or (is_start and not has_start)):
         lhs = None
     forward = dataclasses.replace(recipe.forward, lhs=lhs, rhs=rhs)
     return dataclasses.replace(recipe, forward=forward)
@@ -275,12 +284,19 @@ def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray |
     return found[0]
 
 
-def _assigned(found: Sequence[Product], rules: Any, is_part: bool) -> list[Rule | None]:
+def _assigned(
+    found: Sequence[Product], rules: Any, is_part: bool, aliases: Mapping[str, tuple[str, ...]]
+) -> list[Rule | None]:
     """The rule that each product takes; None where none does."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
-    subjects = [Subject(p.names, ATTENTION if p.weight is None else p.kind) for p in floats]
+    subjects = [
+        Subject(p.names, ATTENTION)
+        if p.weight is None
+        else Subject((*p.names, *aliases.get(p.path, ())), p.kind)
+        for p in floats
+    ]
     try:
         chosen = iter(choose(subjects, rules, is_part=is_part))
     except ValueError as error:

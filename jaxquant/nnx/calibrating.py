@@ -145,7 +145,8 @@ def calibrate(
     working, found = copied(model), dict[tuple[str, str], Any]()
     for index, arguments in checked(batches):
         with fitting(index, arguments):
-            made, given, nodes = called(working, door.path, call or "__call__", arguments, {})
+            how = call or "__call__"
+            made, given, nodes = called(working, door.path, how, arguments, {}, door.first)
             seen, changed = _seen(door, made, decay, getattr(working, DOOR[1], ()), given)
             nnx.update(nodes, changed)
         for part, weights in seen.items():
@@ -179,7 +180,9 @@ def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> 
     trace = call.traced(arrays)
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(trace.products, rules, True, states, stored, is_start=True)
+    decisions = quantizing.decided(
+        trace.products, rules, True, states, stored, is_start=True, aliases=door.aliases
+    )
     if door.on_unsupported == "error":
         quantizing.check(decisions)
     (_, state), records = quantizing.recorded(trace, decisions, arrays, call.origins, _record)

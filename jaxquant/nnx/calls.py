@@ -36,6 +36,7 @@ class Call:
         state: the structure of their variables.
         structure: of the arguments, in which modules and what is no array are leaves too.
         leaves: of each of these an index of a module, a `Constant`, or None for an array.
+        first: pairs of a variable's path and that of the first place in the model that has it too.
     """
 
     method: str | Callable[..., Any]
@@ -44,6 +45,7 @@ class Call:
     state: Any
     structure: Any
     leaves: tuple[int | Constant | None, ...]
+    first: tuple[tuple[str, str], ...] = ()
 
     def result(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
         """What the method returns for such arrays, and the variables that it changed."""
@@ -105,7 +107,8 @@ class Call:
 
     def named(self, path: Sequence[Any]) -> str:
         """A variable of the module's by its path in the model."""
-        return "/".join(part for part in (self.path, *map(str, path)) if part)
+        name = "/".join(part for part in (self.path, *map(str, path)) if part)
+        return dict(self.first).get(name, name)
 
     def traced(self, arrays: Sequence[Any]) -> Trace:
         """The call's trace; its result is that of `result`."""
@@ -138,17 +141,25 @@ def _origin(path: str, leaf: Any) -> Origin:
 
 
 def as_stored(path: str, held: Stored | QArray) -> Stored:
-    """What a stored weight is multiplied as; a `QArray` is multiplied as it is."""
+    """What a stored weight is multiplied as; a `QArray` is multiplied as it is, or by its layers in turn."""
     if isinstance(held, Stored):
         return held
-    return Stored({path: held}, tuple(held.shape), held.dtype, held.owner)
+    operands = dict.fromkeys(_plain_keys(path, held.ndim), held)
+    return Stored(operands, tuple(held.shape), held.dtype, held.owner)
 
 
 def as_held(path: str, stored: Stored) -> Stored | QArray:
-    """A stored weight as a variable holds it: what is multiplied as it is as a `QArray`."""
-    if list(stored.operands) != [path] or stored.operands[path].dtype != stored.dtype:
+    """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
+    (key, *others), operand = stored.operands, next(iter(stored.operands.values()))
+    is_plain = not others and key in _plain_keys(path, operand.ndim)
+    if not is_plain or (operand.shape, operand.dtype) != (stored.shape, stored.dtype):
         return stored
-    return dataclasses.replace(stored.operands[path], owner=stored.owner)
+    return dataclasses.replace(operand, owner=stored.owner)
+
+
+def _plain_keys(path: str, ndim: int) -> list[str]:
+    """The keys of a parameter, and of its parts along leading axes in the turns of scans."""
+    return [f"{'turn(' * count}{path}{')' * count}" for count in range(max(1, ndim - 1))]
 
 
 def state_part(name: Any, variable: Any) -> str | None:
@@ -169,6 +180,7 @@ def called(
     method: str | Callable[..., Any],
     args: tuple,
     kwargs: Mapping[str, Any],
+    first: tuple[tuple[str, str], ...] = (),
 ) -> tuple[Call, list[Any], tuple[Any, ...]]:
     """A call, its arrays, and the module with those among its arguments.
 
@@ -190,7 +202,7 @@ def called(
             leaves.append(constant(place, leaf))
     graph, state = nnx.split(tuple(nodes))
     held, tree = jax.tree.flatten(state, is_leaf=lambda x: isinstance(x, Stored | QArray))
-    call = Call(method, path, graph, tree, structure, tuple(leaves))
+    call = Call(method, path, graph, tree, structure, tuple(leaves), first)
     if any(isinstance(x, QArray) for x in held):
         held = call.with_stored(held)
     return call, [*held, *arrays], tuple(nodes)

@@ -5,6 +5,7 @@ of a subclass of its own class, in which every method is a call of the original 
 parts of a model that are called by themselves are quantized too, and the user's objects and classes stay.
 """
 
+import copyreg
 import dataclasses
 import functools
 import inspect
@@ -46,12 +47,19 @@ class Door:
         rules: without their arrays.
         structure: of the rules' values.
         on_unsupported: as of `quantize`.
+        first: pairs of the path of a variable and that of the first place in the model that has it too.
     """
 
     path: str
     rules: tuple[tuple[Any, ...], ...]
     structure: Any
     on_unsupported: str
+    first: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Other names of variables that are in several places, by the path of the first."""
+        return aliases_of(self.first)
 
     def __repr__(self) -> str:
         return f"Door({self.path!r})"
@@ -113,12 +121,13 @@ def copied(model: Model) -> Model:
 def install(model: nnx.Module, rules: list[Rule], on_unsupported: str = "error") -> None:
     """Makes each module of a model that holds weights one that is quantized by rules."""
     arrays, structure = jax.tree.flatten([rule.value for rule in rules])
+    first = first_places(model)
     kept = tuple((rule.pattern, *rule[2:]) for rule in rules)
     for path, module in modules(model):
         if any(True for _ in weights(module)):
             if type(module) is not nnx.List:
                 object.__setattr__(module, "__class__", quantized_class(type(module)))
-            door = Door(path, kept, structure, on_unsupported)
+            door = Door(path, kept, structure, on_unsupported, first)
             setattr(module, DOOR[0], nnx.static(door))
             vars(module).pop(DOOR[1], None)
             if arrays:
@@ -129,6 +138,27 @@ def modules(model: nnx.Module) -> list[tuple[str, Any]]:
     """The modules of a model, by their paths."""
     found = nnx.iter_graph(model)
     return [("/".join(map(str, path)), m) for path, m in found if isinstance(m, nnx.Module)]
+
+
+def first_places(model: nnx.Module) -> tuple[tuple[str, str], ...]:
+    """Pairs of the path of a variable and that of the first place in a model that has it too."""
+    variables = ((p, x) for p, x in nnx.iter_graph(model) if isinstance(x, nnx.Variable))
+    places = {id(x): "/".join(map(str, path)) for path, x in variables}
+    found = []
+    for path, module in modules(model):
+        for name, held in vars(module).items():
+            own = f"{path}/{name}".strip("/")
+            if places.get(id(held), own) != own:
+                found.append((own, places[id(held)]))
+    return tuple(found)
+
+
+def aliases_of(first: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, ...]]:
+    """Other names of variables, and of what holds them there, by the path of their first place."""
+    found: dict[str, tuple[str, ...]] = {}
+    for name, path in first:
+        found[path] = (*found.get(path, ()), name, name.rpartition("/")[0])
+    return found
 
 
 def rules_within(model: nnx.Module) -> list[Rule]:
@@ -164,9 +194,10 @@ def weights(module: nnx.Module) -> Iterator[tuple[str, Any]]:
 
 def check_used(model: nnx.Module, rules: list[Rule]) -> None:
     """Raises a ValueError for a rule that no weight or module's path matches, or that takes a stored one."""
-    subjects, leaves = [], []
+    subjects, leaves, aliases = [], [], aliases_of(first_places(model))
     for path, leaf in weights(model):
         names = (path, path.rpartition("/")[0]) if "/" in path else (path,)
+        names = (*names, *aliases.get(path, ()))
         subjects.append(Subject(names, "weight"))
         leaves.append(leaf)
     if not subjects:
@@ -194,7 +225,16 @@ def quantized_class(cls: type) -> type:
         return cls
     methods = {name: _walked(name, method) for name, method in _methods(cls)}
     named = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), {**named, **methods, "plain_class": cls})
+    made = _made_by(type(cls))
+    return made(cls.__name__, (cls,), {**named, **methods, "plain_class": cls})
+
+
+@functools.cache
+def _made_by(metaclass: type) -> type:
+    """A metaclass whose classes are pickled by the class that each was made of: its name is that class's."""
+    made = type(metaclass.__name__, (metaclass,), {})
+    copyreg.pickle(made, lambda cls: (quantized_class, (cls.plain_class,)))  # pyright: ignore
+    return made
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -235,7 +275,7 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
     """A method of a quantized module, or a function that calls it, with other products."""
     door = door_of(module)
     assert door is not None
-    call, given, nodes = called(module, door.path, method, args, kwargs)
+    call, given, nodes = called(module, door.path, method, args, kwargs, door.first)
     result, changed = _run(door, call, getattr(module, DOOR[1], ()), given)
     if changed:
         nnx.update(nodes, changed)
@@ -249,7 +289,9 @@ def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
         raise _NothingToQuantize
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(trace.products, rules, True, states, stored)
+    decisions = quantizing.decided(
+        trace.products, rules, True, states, stored, aliases=door.aliases
+    )
     if door.on_unsupported == "error":
         quantizing.check(decisions)
     result, state = quantizing.computed(trace, decisions, arrays, call.origins)

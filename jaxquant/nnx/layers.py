@@ -4,6 +4,7 @@ A layer that is stacked with others is called in a scan over them, as models do.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,40 +25,50 @@ class Scanned:
 
     Attributes:
         method: its name.
-        axes: along which the layers are, rising.
+        axes: along which the layers are, rising; negative ones are counted from the end.
+        sizes: how many along each.
     """
 
     method: str
     axes: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     def __call__(self, layers: nnx.Module, inputs: Any) -> Any:
         graphdef, state = nnx.split(layers)
         leaves, tree = jax.tree.flatten(state)
 
-        def run(leaves: list[Any], axes: tuple[int, ...]) -> Any:
+        def run(leaves: list[Any], axes: tuple[int, ...], sizes: tuple[int, ...]) -> Any:
             if not axes:
                 return getattr(nnx.merge(graphdef, tree.unflatten(leaves)), self.method)(inputs)
-            stacked = [x.ndim > axes[0] for x in leaves]
-            turns = [jnp.moveaxis(x, axes[0], 0) for x, s in zip(leaves, stacked, strict=True) if s]
+            axis = axes[0]
+            stacked = [-x.ndim <= axis < x.ndim and x.shape[axis] == sizes[0] for x in leaves]
+            turns = [jnp.moveaxis(x, axis, 0) for x, s in zip(leaves, stacked, strict=True) if s]
 
             def turn(carry: None, own: list[Any]) -> tuple[None, Any]:
                 parts = iter(own)
                 whole = [next(parts) if s else x for x, s in zip(leaves, stacked, strict=True)]
-                return carry, run(whole, tuple(a - 1 for a in axes[1:]))
+                return carry, run(whole, tuple(a - (a >= 0) for a in axes[1:]), sizes[1:])
 
             return jax.lax.scan(turn, None, turns)[1]
 
-        return run(leaves, self.axes)
+        return run(leaves, self.axes, self.sizes)
 
 
-def layer_calls(model: nnx.Module) -> Iterator[tuple[Call, list[Any], Trace]]:
+def layer_calls(
+    model: nnx.Module, path: str, first: tuple[tuple[str, str], ...]
+) -> Iterator[tuple[Call, list[Any], Trace]]:
     """Calls of each of Flax's layers in a model that has weights, their arrays, and their traces.
 
     Methods that take other inputs than the layer's own are passed over.
+
+    Args:
+        model: an NNX model.
+        path: its own, in what it is a part of.
+        first: as of `jaxquant.nnx.calls.Call`.
     """
     for site in layers(model):
         for method in ("__call__", "attend"):
-            found = _tried(site, method) if hasattr(site.module, method) else None
+            found = _tried(site, method, path, first) if hasattr(site.module, method) else None
             if found is not None:
                 yield found
 
@@ -70,15 +81,23 @@ def layers(model: nnx.Module) -> list[Site]:
         return []
 
 
-def _tried(site: Site, method: str) -> tuple[Call, list[Any], Trace] | None:
+def _tried(
+    site: Site, method: str, above: str, first: tuple
+) -> tuple[Call, list[Any], Trace] | None:
     try:
-        axes = site.stacking.axes
+        stacking = site.stacking
         shapes = list(_inputs(site, method))
     except Exception:  # settings that are not those of Flax's own
         return None
-    how = Scanned(method, axes) if axes else method
-    for inputs in shapes:
-        call, arrays, _ = called(site.module, site.path, how, (inputs,), {})
+    axes, sizes, rank = stacking.axes, stacking.sizes, stacking.rank
+    if not axes:
+        ways: list[Any] = [method]
+    else:  # biases are stacked where weights are, counted from the beginning or from the end
+        ends = tuple(a - rank for a in axes)
+        ways = [Scanned(method, places, sizes) for places in (axes, ends)]
+    for how, inputs in itertools.product(ways, shapes):
+        path = "/".join(part for part in (above, site.path) if part)
+        call, arrays, _ = called(site.module, path, how, (inputs,), {}, first)
         try:
             return call, arrays, call.traced(arrays)
         except Exception:  # a method that takes something else

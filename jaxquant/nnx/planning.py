@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from jaxquant.engine.walking import Trace
 from jaxquant.functions import quantizing
 from jaxquant.functions.quantizing import Decision
 from jaxquant.nnx.calls import Call, called
@@ -56,22 +57,41 @@ def planned(
             f"a quantized model is wanted; got {type(model).__name__}: call jaxquant.nnx.quantize first"
         )
     if not inputs and not options:
-        plans = [_plan(model, c, a, c.traced(a), True) for c, a, _ in layer_calls(model)]
-        return _joined(plans)
-    made, arrays, _ = called(model, door.path, call or "__call__", inputs, options)
+        found = layer_calls(model, door.path, door.first)
+        return _joined(
+            [_plan(model, *each, is_part=True, is_start=_is_head(each[0])) for each in found]
+        )
+    made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
     try:
         trace = made.traced(arrays)
     except (TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the inputs do not fit the model: {reason}") from error
-    return _plan(model, made, arrays, trace, call is not None)
+    return _plan(model, made, arrays, trace, is_part=call is not None)
 
 
-def _plan(model: nnx.Module, call: Call, arrays: list[Any], trace: Any, is_part: bool) -> Plan:
+def _is_head(call: Call) -> bool:
+    """Whether a layer's method is one that its model may never call, so that nothing starts its steps."""
+    return getattr(call.method, "method", call.method) == "attend"
+
+
+def _plan(
+    model: nnx.Module,
+    call: Call,
+    arrays: list[Any],
+    trace: Trace,
+    *,
+    is_part: bool,
+    is_start: bool = False,
+) -> Plan:
+    door = door_of(model)
+    assert door is not None
     states = call.states(arrays)
     rules = rules_of(model)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(trace.products, rules, is_part or not rules, states, stored)
+    decisions = quantizing.decided(
+        trace.products, rules, is_part or not rules, states, stored, is_start, door.aliases
+    )
     pairs = list(zip(call.origins, arrays, strict=True))
     values = {p: x for origin, x in pairs if origin.derivation for p in origin.derivation.paths}
     parameters = tuple(p for origin, _ in pairs if origin.is_weight for p in origin.nearest)

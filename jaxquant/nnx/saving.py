@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxquant import artifacts, files
 from jaxquant.nnx import slot_saving
@@ -19,7 +20,7 @@ from jaxquant.nnx.doors import door_of, install, modules, rules_within
 from jaxquant.nnx.modules import ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
-from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.nnx.storing import at, holder_of, replaced
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quality.intervals import plain
@@ -131,11 +132,12 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
             )
     if isinstance(tree, Mapping) and "operations" in tree:
         return from_slots(model, slot_saving.load(folder, model))
-    if not isinstance(tree, Mapping) or set(tree) != _SAVED:
+    if not isinstance(tree, Mapping) or set(tree) | {"types"} != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values = _flat(tree["variables"])
     stored = _stored(str(folder), tree["stored"], values)
-    check_types(_types(model), types_from_array(tree["types"]))
+    if "types" in tree:
+        check_types(_types(model), types_from_array(tree["types"]))
     model = _filled(model, values, stored, str(folder))
     rules = rules_from(str(folder), tree["rules"])
     install(model, [rule._replace(is_earlier=True) for rule in rules])
@@ -185,7 +187,8 @@ def _filled(
     wanted = {name for name, leaf in own.items() if value(leaf) is not None}
     if missing := sorted(wanted - set(taken) - set(stored)):
         raise ValueError(f"{folder} lacks the model's {_few(missing)}")
-    if extra := sorted((set(taken) | set(stored)) - wanted):
+    unmade = {n: x for n, x in taken.items() if n not in wanted and _is_unmade(model, n)}
+    if extra := sorted((set(taken) | set(stored)) - wanted - set(unmade)):
         raise ValueError(f"{folder} has what the model does not: {_few(extra)}")
     graphdef, state = nnx.split(model)
     filled, leaves = [], {}
@@ -204,6 +207,8 @@ def _filled(
             leaf = jax.tree.map(_started, leaf)
         filled.append((path, leaf))
     model = replaced(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
+    for name, held in unmade.items():
+        setattr(at(model, name.split("/")[:-1]), name.split("/")[-1], held)
     for (path, part), names in states.items():
         holder = holder_of(model, path)
         if holder is None:
@@ -212,6 +217,16 @@ def _filled(
         held = parts if len(parts) > 1 else parts[0]
         setattr(holder[0], f"{holder[1]}_{part}", _STATES[part](held))
     return model
+
+
+def _is_unmade(model: nnx.Module, name: str) -> bool:
+    """Whether it is an array that `nnx.eval_shape` left unmade, as it does where no variable holds one."""
+    *above, last = name.split("/")
+    try:
+        module = at(model, above)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return False
+    return isinstance(vars(module).get(last), Tracer)
 
 
 def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:

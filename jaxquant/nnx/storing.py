@@ -94,7 +94,7 @@ def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
     Learned steps of what is stored are dropped: the stored numbers have them.
     """
     model = copied(model)
-    by_id = {id(_at(model, path)): new for path, new in leaves.items()}
+    by_id = {id(at(model, path)): new for path, new in leaves.items()}
     done = set()
     for _, module in list(nnx.iter_graph(model)):
         if isinstance(module, nnx.Module):
@@ -112,8 +112,9 @@ def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
     return model
 
 
-def _at(node: Any, path: Any) -> Any:
-    for name in path:
+def at(node: Any, path: Any) -> Any:
+    """What is at a path of names and numbers in a model."""
+    for name in (int(p) if isinstance(p, str) and p.isdecimal() else p for p in path):
         node = getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
     return node
 
@@ -122,7 +123,7 @@ def holder_of(model: nnx.Module, path: str) -> tuple[Any, str] | None:
     """The module of which a parameter is an attribute, and its name; None where a list or dict holds it."""
     *above, name = path.split("/")
     try:
-        module = _at(model, [int(p) if p.isdecimal() else p for p in above])
+        module = at(model, above)
     except (AttributeError, KeyError, IndexError, TypeError):
         return None
     is_held = isinstance(module, nnx.Module) and isinstance(vars(module).get(name), nnx.Variable)
