@@ -19,9 +19,8 @@ def rule_tree(rule: Rule) -> dict[str, Any]:
     Raises:
         ValueError: an expression compiled with flags, or one that files' expressions do not have.
     """
-    expression = rule.pattern.pattern
-    is_own = isinstance(rule.pattern, re.Pattern)
-    if is_own and rule.pattern.flags != re.compile(expression).flags:
+    pattern, expression = rule.pattern, rule.pattern.pattern
+    if isinstance(pattern, re.Pattern) and pattern.flags != re.compile(expression).flags:
         raise ValueError(
             f"rule {expression!r} is compiled with flags, which a file does not hold; write them into the "
             "expression, as in '(?i)head'"

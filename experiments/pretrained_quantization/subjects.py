@@ -98,13 +98,8 @@ def _halves_of_blocks(path: str) -> str:
 
 def _stored_bytes(model: nnx.Module) -> int:
     """Bytes of buffers that hold quantized weights, their scales and channels' scales."""
-    weights = jax.tree.leaves(nnx.state(model, jq.nnx.Stored))
-    smoothed = sum(
-        module.dot_general.nbytes
-        for _, module in nnx.iter_graph(model)
-        if isinstance(getattr(module, "dot_general", None), jq.ptq.Smoothed)
-    )
-    return sum(x.nbytes for x in weights) + smoothed
+    held = nnx.state(model, (jq.nnx.Stored, jq.nnx.ChannelScale))
+    return sum(x.nbytes for x in jax.tree.leaves(held))
 
 
 def _break(model: nnx.Module) -> None:

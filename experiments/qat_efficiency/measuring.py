@@ -156,9 +156,7 @@ def bit_operations(task: Task, width: str | None) -> dict[str, float]:
     chosen = None if width is None else rules(task.settings.model, width)
     table = jq.nnx.coverage(model, chosen, example)
     total = sum((row.macs or 0) * math.prod(_bits(row.recipe)) for row in table)
-    macs = sum(row.macs or 0 for row in table)
-    others = sum(product.macs for product in table.others or ())
-    return {"macs": macs + others, "bit_operations": total + others * FLOAT_BITS**2}
+    return {"macs": table.macs, "bit_operations": total}
 
 
 def _bits(recipe: str) -> tuple[int, int]:

@@ -55,7 +55,7 @@ def through(equation: core.JaxprEqn, scores: Sequence[Scores | None]) -> Scores 
     before: Any = equation.invars[operand].aval
     after: Any = equation.outvars[0].aval
     name, settings = equation.primitive.name, equation.params
-    sides: Sequence[int | None] | None = None
+    sides: Any = None
     if name == "transpose":
         sides = [found.sides[a] for a in settings["permutation"]]
     elif name == "broadcast_in_dim":

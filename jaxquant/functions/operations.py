@@ -87,7 +87,9 @@ class Operation:
     def weight(self, *operands: jax.Array) -> jax.Array:
         """The weight among operands, with its axes as it is stored."""
         weight = operands[self.right]
-        return weight if self.order is None else jnp.transpose(weight, np.argsort(self.order))
+        return (
+            weight if self.order is None else jnp.transpose(weight, tuple(np.argsort(self.order)))
+        )
 
     def left(self, *operands: jax.Array) -> jax.Array:
         """The activations among operands."""

@@ -6,13 +6,22 @@ frozen = jq.nnx.freeze(quantized)                    # stored integers, the same
 """
 
 from jaxquant.nnx.calibrating import calibrate
-from jaxquant.nnx.modules import InputRange, Observation, StepSize, Stored, read, write
+from jaxquant.nnx.modules import (
+    ChannelScale,
+    InputRange,
+    Observation,
+    StepSize,
+    Stored,
+    read,
+    write,
+)
 from jaxquant.nnx.observing import observe
 from jaxquant.nnx.quantizing import coverage, quantize
 from jaxquant.nnx.saving import load, save
 from jaxquant.nnx.storing import freeze
 
 __all__ = [
+    "ChannelScale",
     "InputRange",
     "Observation",
     "StepSize",

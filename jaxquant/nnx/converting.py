@@ -99,7 +99,9 @@ def _taken_apart(site: Site) -> tuple[DotGeneral | Attention, dict[str, Any]]:
     forward = inner.forward
     changes = {}
     for side, quantizer in (("lhs", forward.lhs), ("rhs", forward.rhs)):
-        held = None if quantizer is None else quantizer.calibration
+        if quantizer is None:
+            continue
+        held = quantizer.calibration
         if isinstance(held, Range | Step) and jax.tree.leaves(held):
             part = {"lhs": "input_", "rhs": ""}[side] + (
                 "step" if isinstance(held, Step) else "range"

@@ -170,7 +170,7 @@ def rules_within(model: nnx.Module) -> list[Rule]:
             continue
         here, there = path.split("/") if path else [], door.path.split("/") if door.path else []
         while here and there and here[-1] == there[-1]:
-            here.pop(), there.pop()
+            here, there = here[:-1], there[:-1]
         strip, add = ("".join(f"{name}/" for name in names) for names in (here, there))
         for rule in rules_of(module):
             moved = rule._replace(strip=strip + rule.strip, add=rule.add + add, is_earlier=True)

@@ -1,4 +1,4 @@
-"""Freezing: weights become the integers that they were multiplied as."""
+"""Weights of Flax's layers as the integers that they were multiplied as."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from jax.core import Tracer
 
 from jaxquant.functions.freezing import packed
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
-from jaxquant.nnx.overriding import check_frozen
 from jaxquant.nnx.sites import Site, put, sites
 from jaxquant.nnx.stacking import Stacking
 from jaxquant.opaque import Owner
@@ -22,57 +21,6 @@ from jaxquant.quantizer import Quantizer
 from jaxquant.recipes import describe
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-
-def freeze(model: Model, *, donate: bool = False) -> Model:
-    """The model for serving: every quantized weight stored as packed integers with its scales.
-
-    Its outputs equal the quantized model's bit for bit.  Ranges and steps that were calibrated or learned
-    are kept.  A frozen weight is a `Stored` variable with a `QArray`, which optimizers pass over; one that
-    several modules share is stored once.  Code that reads it in another way than by its layer's call gets an
-    error that names it.
-
-    Args:
-        model: as `jaxquant.nnx.quantize` made it.
-        donate: free each weight's array once its integers are there, so that at no time more than one
-            layer is held twice; `model`, and whatever shares its arrays, is then of no more use.
-
-    Returns:
-        A new module tree; without `donate`, `model` stays as it is.
-
-    Raises:
-        ValueError: a model in which nothing is quantized, that is frozen already, or whose precision is
-            traced; weights with a NaN or an Inf; learned steps that were never calibrated; a weight that
-            several modules share, and that would not be stored once for all of them.
-
-    >>> from jaxquant.nnx import quantize
-    >>> model = quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w4a16"})
-    >>> from jaxquant.nnx.modules import read
-    >>> read(freeze(model).kernel).bits_per_element
-    4.5
-    """
-    model = shared_copy(model)
-    groups = [group for group in tied(model) if any(map(weight_quantizer, group))]
-    if not groups:
-        raise ValueError(
-            f"{type(model).__name__} has no quantized weights to freeze; call jaxquant.nnx.quantize first"
-        )
-    check_tied(model, groups)
-    for group in groups:
-        site = group[0]
-        weight = read(site.variable)
-        if isinstance(weight, QArray):
-            raise ValueError(f"{site.path} is frozen already")
-        check_weight(site.path, weight)
-        for user in group:
-            check_frozen(user, lambda one: store(one, stored_weight(one)))
-        stored = stored_weight(site)
-        for user in group:
-            store(user, stored)
-        share(group)
-        if donate:
-            weight.delete()
-    return model
 
 
 def tied(model: nnx.Module) -> list[list[Site]]:
@@ -174,26 +122,6 @@ def weight_quantizer(site: Site) -> Quantizer | None:
         return None
     operation = operation_of(site.operation)
     return None if operation is None else operation.forward.rhs
-
-
-def stored_weight(site: Site) -> QArray:
-    """A module's weight as its quantized product multiplies it.
-
-    Raises:
-        ValueError: learned steps without a start; a precision that is traced.
-    """
-    if isinstance(site.operation, Learned):
-        site.operation.resolved()
-    quantizer = weight_quantizer(site)
-    assert quantizer is not None
-    if jax.tree.leaves(quantizer.format):
-        raise ValueError(
-            f"{site.path} cannot be frozen: its precision is traced, and stored numbers need static widths"
-        )
-    try:
-        return quantize_weight(site, quantizer)
-    except ValueError as error:
-        raise ValueError(f"{site.path} cannot be frozen: {error}") from None
 
 
 def frozen_nbytes(site: Site) -> int:

@@ -50,20 +50,6 @@ def check_reached(site: Site) -> None:
             )
 
 
-def check_frozen(site: Site, freeze: Callable[[Site], None]) -> None:
-    """Raises a ValueError where a method of a user's subclass reads a weight that is to be stored.
-
-    Args:
-        site: of a quantized module.
-        freeze: stores its weight.
-    """
-    for method in _overridden(site):
-        try:
-            _is_tried(site, method, freeze)
-        except DirectRead as error:
-            raise ValueError(f"{type(site.module).__name__}.{method}: {error}") from None
-
-
 def _overridden(site: Site) -> list[str]:
     """The methods of a module's class that are its own and not Flax's."""
     cls, base = type(site.module), base_of(site.module)

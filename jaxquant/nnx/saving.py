@@ -214,7 +214,7 @@ def _filled(
         if holder is None:
             raise ValueError(f"{folder} has what the model does not: {path}_{part}")
         parts = tuple(values[name] for name in names)
-        held = parts if len(parts) > 1 else parts[0]
+        held: Any = parts if len(parts) > 1 else values[names[0]]
         setattr(holder[0], f"{holder[1]}_{part}", _STATES[part](held))
     return model
 

@@ -1,30 +1,22 @@
-"""Rules applied to a model, and the table of what they did."""
+"""Operations put into the slots of Flax's layers, as `jaxquant.ptq` works on them."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import numpy as np
 from flax import nnx
 
-from jaxquant.attention import Attention
-from jaxquant.coverage import Coverage, Row, Tagged, find_products
+from jaxquant.coverage import Tagged, find_products
 from jaxquant.dot import DotGeneral
 from jaxquant.formats import INT8
 from jaxquant.nnx.freezing import (
-    frozen_nbytes,
     quantize_weight,
     shared_copy,
-    tied,
     weight_quantizer,
 )
-from jaxquant.nnx.modules import operation_of, read
 from jaxquant.nnx.overriding import check_reached
 from jaxquant.nnx.sites import Site, as_kind, install, put, sites
-from jaxquant.qarray import QArray
-from jaxquant.recipes import describe
 from jaxquant.rules import ATTENTION, Rule, Rules, assign
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -83,46 +75,6 @@ def _check_weight(site: Site, rule: Rule) -> None:
         ) from None
 
 
-def coverage(model: nnx.Module, rules: Rules | None = None, *inputs: Any) -> Coverage:
-    """What each module of a model gets, or has: a row for every module with matrix products.
-
-    Args:
-        model: an NNX model, float, quantized or frozen.
-        rules: what it would be quantized by; None for what it is quantized by already.
-        inputs: example inputs, arrays or `jax.ShapeDtypeStruct`s.  With them the model is traced, so that
-            MACs are counted, and products in no module that rules know are listed.
-
-    Raises:
-        ValueError: as `quantize`.
-
-    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-    >>> print(coverage(model, {".*": "w4a16"}, jax.ShapeDtypeStruct((2, 64), "float32")))
-    path         kind    shape  rule  recipe  bytes before  after   MACs
-    (the model)  linear  64×8   .*    w4a16          2,048    288  1,024
-    total                                            2,048    288
-    """
-    macs, others = _uses(model, inputs) if inputs else ({}, None)
-    assigned: dict[str, Rule] = {}
-    if rules is not None:
-        kinds = {path: site.kind for path, site in sites(model).items()}
-        assigned = assign(kinds, rules)
-        model = quantize(model, rules)
-    later = {site.path for group in tied(model) for site in group[1:]}
-    rows = [
-        _row(site, assigned.get(path), macs.get(path, 0) if inputs else None, path in later)
-        for path, site in sites(model).items()
-    ]
-    return Coverage(tuple(rows), others)
-
-
-def _uses(model: nnx.Module, inputs: tuple[Any, ...]) -> tuple[dict[str, int], tuple]:
-    try:
-        return find_uses(model, *inputs)
-    except (TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"the inputs do not fit the model: {reason}") from error
-
-
 def find_uses(
     model: nnx.Module, *inputs: Any, call: Callable[..., Any] | None = None
 ) -> tuple[dict[str, int], tuple]:
@@ -145,41 +97,6 @@ def find_uses(
     return find_products(lambda s, *inputs: run(nnx.merge(graphdef, s), *inputs), state, *inputs)
 
 
-def _row(site: Site, rule: Rule | None, macs: int | None, is_counted: bool) -> Row:
-    operation = site.operation
-    if site.kind == ATTENTION:
-        recipe = describe(operation) if isinstance(operation, Attention) else "float"
-        shape, before, after = None, 0, 0
-    else:
-        inner = operation_of(operation)
-        recipe = "float" if inner is None else describe(inner)
-        weight = read(site.variable)
-        shape, before = tuple(weight.shape), _nbytes(weight)
-        after = before
-        if not isinstance(weight, QArray) and weight_quantizer(site) is not None:
-            after = before if _is_traced(site) else frozen_nbytes(site)
-        if is_counted:  # where another module holds the same weight
-            before = after = 0
-    if rule is not None:
-        recipe = rule.label
-    return Row(
-        site.path,
-        site.kind,
-        shape,
-        None if rule is None else rule.pattern.pattern,
-        recipe,
-        before,
-        after,
-        macs,
-    )
-
-
 def _is_traced(site: Site) -> bool:
     quantizer = weight_quantizer(site)
     return quantizer is not None and bool(jax.tree.leaves(quantizer.format))
-
-
-def _nbytes(weight: Any) -> int:
-    if isinstance(weight, QArray):
-        return weight.nbytes
-    return math.prod(weight.shape) * np.dtype(weight.dtype).itemsize

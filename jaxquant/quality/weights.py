@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxquant.functions.quantizing import Decision
 from jaxquant.nnx.calls import as_stored, value
 from jaxquant.nnx.doors import quantized_copy
 from jaxquant.nnx.planning import planned
@@ -97,7 +96,8 @@ def compare_weights(reference: Any, quantized: Any) -> WeightReport:
 def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str, Any, Any]]:
     floats, frozen = _variables(reference), _variables(quantized)
     plan = planned(quantized_copy(reference, [(".*", "w8a16")], "float"), (), {})
-    operations = {d.operation.stored.key: d.operation for d in plan.decisions if _is_known(d)}
+    found = (d.operation for d in plan.decisions if d.operation is not None)
+    operations = {o.stored.key: o for o in found if o.stored is not None}
     paths = [path for path, held in frozen.items() if isinstance(held, QArray | Stored)]
     holders = [path.rpartition("/")[0] for path in paths]
     for path in paths:
@@ -105,21 +105,20 @@ def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str,
             raise ValueError(f"{path} is stored, and the reference has no such weight in float")
         held, holder = frozen[path], path.rpartition("/")[0]
         label = holder if holders.count(holder) == 1 else path
-        for key, operand in as_stored(path, held).operands.items():
-            if key not in operations:
-                raise ValueError(
-                    f"{path} is stored as {key}, and no layer of Flax's in the reference multiplies that"
-                )
+        operands = as_stored(path, held).operands
+        known = {key: operand for key, operand in operands.items() if key in operations}
+        if not known or (isinstance(held, Stored) and len(known) < len(operands)):
+            raise ValueError(
+                f"{path} is stored as {', '.join(operands)}, which no layer of Flax's in the reference "
+                "multiplies by"
+            )
+        for key, operand in known.items():
             yield label, *_pair(operations[key], plan.values, operand, frozen.get(f"{path}_scale"))
 
 
 def _variables(model: nnx.Module) -> dict[str, Any]:
     found = nnx.to_flat_state(nnx.split(model)[1])
     return {"/".join(map(str, path)): value(leaf) for path, leaf in found}
-
-
-def _is_known(decision: Decision) -> bool:
-    return decision.operation is not None and decision.operation.stored is not None
 
 
 def _pair(operation: Any, values: Mapping[str, Any], operand: QArray, scale: Any) -> Any:
