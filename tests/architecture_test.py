@@ -27,7 +27,7 @@ LIBRARY = [
         "reductions",
         "opaque",
     ],
-    ["calibration", "estimators", "groups", "quantizer", "qarray", "stored", "storage"],
+    ["calibration", "estimators", "groups", "quantizer", "qarray", "stored", "stacking", "storage"],
     [
         "integers",
         "product",
@@ -59,7 +59,6 @@ LIBRARY = [
     ],
     ["settings", "rule_files", "specification", "cards", "artifacts"],
     [
-        "nnx.stacking",
         "nnx.modules",
         "nnx.calls",
         "nnx.doors",

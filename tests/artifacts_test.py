@@ -366,7 +366,7 @@ def test_a_card_says_what_is_known_and_what_is_not():
         "- Mean KL is 0.5 | too much.",
         "| kl.mean | 0.5 (0.25 to 0.75) |",
         "| n | 9 |",
-        f"|  | linear | [64, 8] | w4a16 | {64 * 8 * 4} | {64 * 8 // 2 + 8 * 4} |",
+        f"| kernel | dot | [[2, 64], [64, 8]] | w4a16 | {64 * 8 * 4} | {64 * 8 // 2 + 8 * 4} |",
         "| up | range 2.0 |",
     ):
         assert line in text.splitlines(), line

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read
-from jaxquant.nnx.stacking import Stacking, places
+from jaxquant.stacking import Stacking, places
 from jaxquant.stored import Stored
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
@@ -291,6 +291,44 @@ def test_ranges_are_each_layers_own():
     np.testing.assert_allclose(ranges.reshape(-1)[0], largest[0], rtol=1e-6)
     np.testing.assert_allclose(ranges.reshape(-1), largest, rtol=3e-2)
     np.testing.assert_array_equal(RUN(jq.nnx.freeze(quantized), x), RUN(quantized, x))
+
+
+class Ensemble(nnx.Module):
+    """Layers side by side, each with an input of its own."""
+
+    def __init__(self, axis):
+        @nnx.split_rngs(splits=LAYERS)
+        @nnx.vmap(in_axes=0, out_axes=axis)
+        def make(rngs):
+            return nnx.Linear(64, 32, use_bias=False, rngs=rngs)
+
+        self.axis, self.layers = axis, make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=(self.axis, 0))(self.layers, x)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a4-lsq", "int8_train"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_layers_side_by_side_have_ranges_of_their_own(recipe, axis):
+    """Activations of very different sizes, in one product of all layers."""
+    model = Ensemble(axis)
+    x = jax.random.normal(jax.random.key(1), (LAYERS, 8, 64))
+    x = x * jnp.array([1.0, 100.0, 1e4])[:, None, None]
+    quantized = jq.nnx.quantize(model, {".*": recipe}, x)
+    for calibrated in (False, True) if recipe == "w8a8" else (recipe == "w4a4-lsq",):
+        if calibrated:
+            jq.nnx.calibrate(quantized, [x])
+        found = RUN(quantized, x)
+        for i in range(LAYERS):
+            kernel = jnp.take(read(model.layers.kernel), i, axis)
+            one = nnx.Linear(64, 32, use_bias=False, rngs=nnx.Rngs(0))
+            one.kernel[...] = kernel
+            one = jq.nnx.quantize(one, {".*": recipe})
+            if calibrated:
+                jq.nnx.calibrate(one, [x[i]])
+            np.testing.assert_array_equal(found[i], RUN(one, x[i]))
+        np.testing.assert_array_equal(RUN(jq.nnx.freeze(quantized, x), x), found)
 
 
 def test_numbers_of_layers_have_the_weights_axes():

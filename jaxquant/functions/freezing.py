@@ -20,6 +20,7 @@ from jaxquant.functions.states import State
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray, quantize
 from jaxquant.rules import Rules
+from jaxquant.stacking import Stacking
 from jaxquant.stored import Stored
 
 __all__ = ["freeze", "frozen"]
@@ -108,12 +109,24 @@ def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
     needed = {path: values[path] for path in operation.stored.paths}
     step = None if decision.state is None else decision.state.step
     if operation.stored.key in needed:  # a parameter as it is: one program for all that are alike
-        return _quantized(operation.axes, needed[operation.stored.key], operation.recipe, step)
-    return _derived(operation.stored, operation.axes, needed, operation.recipe, step)
+        weight = needed[operation.stored.key]
+        return _quantized(operation.axes, operation.stacking, weight, operation.recipe, step)
+    how = operation.stored, operation.axes, operation.stacking
+    return _derived(*how, needed, operation.recipe, step)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _quantized(axes: tuple[int, ...], weight: jax.Array, recipe: DotGeneral, step: Any) -> QArray:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _quantized(
+    axes: tuple[int, ...],
+    stacking: Stacking | None,
+    weight: jax.Array,
+    recipe: DotGeneral,
+    step: Any,
+) -> QArray:
+    if stacking is not None:
+        own = tuple(a - sum(b < a for b in stacking.axes) for a in axes)
+        one = stacking.each(lambda weight, step: _quantized(own, None, weight, recipe, step))
+        return stacking.marked(one(weight, step))
     forward = dataclasses.replace(recipe.forward, lhs=None)  # which takes no part
     recipe = dataclasses.replace(recipe, forward=forward)
     quantizer = State(step=step).of(recipe).forward.rhs
@@ -121,15 +134,16 @@ def _quantized(axes: tuple[int, ...], weight: jax.Array, recipe: DotGeneral, ste
     return packed(quantize(weight, quantizer, axes))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _derived(
     derivation: Derivation,
     axes: tuple[int, ...],
+    stacking: Stacking | None,
     values: Mapping[str, Any],
     recipe: DotGeneral,
     step: Any,
 ) -> QArray:
-    return derivation.of(values, lambda w, own: _quantized(axes, w, recipe, own), step)
+    return derivation.of(values, lambda w, s: _quantized(axes, stacking, w, recipe, s), step)
 
 
 def packed(x: QArray) -> QArray:

@@ -19,6 +19,7 @@ from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
 from jaxquant.smoothed import Smoothed
+from jaxquant.stacking import Stacking
 
 _CONV = (
     "window_strides",
@@ -42,13 +43,16 @@ class Operation:
 
     Attributes:
         recipe: what it computes by.
-        compute: of (recipe, activations, weight as it is stored, an array or a `QArray`).
+        compute: of (what makes a product of a `State` or None, a state, activations, the weight as it is
+            stored, an array or a `QArray`).
         right: which of the product's operands is the recipe's right one.
         order: how the product has the axes of what is stored; None where it has them as they are.
         summed: axes of the activations that are summed over; none of a lookup, which has no activations.
         axes: along which the weight is summed over, as it is stored.
         stored: how parameters alone make the weight as it is stored; None where they don't.
-        scale: of channels, as of a `State`.
+        each: axes of the activations along which lie those of each of these matrices.
+        stacking: where in the weight as it is stored matrices lie that are each quantized by itself.
+        state: what takes the place of parts of the recipe.
     """
 
     recipe: DotGeneral
@@ -58,7 +62,9 @@ class Operation:
     summed: tuple[int, ...]
     axes: tuple[int, ...]
     stored: Derivation | None
-    scale: Any = None
+    each: tuple[int, ...] = ()
+    stacking: Stacking | None = None
+    state: State | None = None
 
     @property
     def quantizer(self) -> Quantizer | None:
@@ -72,9 +78,14 @@ class Operation:
 
     def by(self, state: State | None) -> "Operation":
         """The same with a state in its recipe."""
+        return dataclasses.replace(self, state=state)
+
+    def made(self, state: State | None) -> Any:
+        """The recipe's product with a state in it."""
         if state is None:
-            return self
-        return dataclasses.replace(self, recipe=state.of(self.recipe), scale=state.scale)
+            return self.recipe
+        recipe = state.of(self.recipe)
+        return recipe if state.scale is None else Smoothed(recipe, state.scale)
 
     def checked(self, state: State | None) -> "Operation":
         """The same with a state of its first turns, for one turn's operands."""
@@ -98,8 +109,7 @@ class Operation:
     def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
         """The product of operands, with a weight as it is stored in the place of theirs."""
         others = [x for i, x in enumerate(operands) if i != self.right]
-        recipe: Any = self.recipe if self.scale is None else Smoothed(self.recipe, self.scale)
-        return self.compute(recipe, others[0], weight, *others[1:])
+        return self.compute(self.made, self.state, others[0], weight, *others[1:])
 
 
 def operation(
@@ -154,8 +164,8 @@ def _with_cache(
     free = (a for a in range(product.operands[plain.right].ndim) if a not in taken)
     axes = tuple(contracting[plain.right] if is_scores else free)
 
-    def compute(dot: DotGeneral, activations: jax.Array, cached: jax.Array) -> jax.Array:
-        return plain.compute(dot, activations, fake_quant(cached, quantizer, axis=axes))
+    def compute(make: Any, state: Any, activations: jax.Array, cached: jax.Array) -> jax.Array:
+        return plain.compute(make, state, activations, fake_quant(cached, quantizer, axis=axes))
 
     return dataclasses.replace(plain, compute=compute)
 
@@ -181,11 +191,40 @@ def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
             "its result's sharding is set and its axes are moved, which is not reached"
         )
 
-    def compute(dot: DotGeneral, activations: jax.Array, weight: Any) -> jax.Array:
-        return jnp.transpose(dot(activations, weight, numbers, **options), result)
+    def whole(make: Any, state: Any, activations: jax.Array, weight: Any) -> jax.Array:
+        return make(state)(activations, weight, numbers, **options)
+
+    is_each = right == product.weight and bool(stored[1])
+    multiply = _of_each(numbers, options) if is_each else whole
+    shape = tuple(product.operands[right].shape[axes.index(a)] for a in range(len(axes)))
+    stacking = Stacking.along(sorted(stored[1]), shape) if is_each else None
+
+    def compute(*arguments: Any) -> jax.Array:
+        return jnp.transpose(multiply(*arguments), result)
 
     derivation = None if product.derivation is None else product.derivation.stored
-    return Operation(dot, compute, right, order, left[0], stored[0], derivation)
+    each = left[1] if is_each else ()
+    return Operation(dot, compute, right, order, left[0], stored[0], derivation, each, stacking)
+
+
+def _of_each(numbers: Any, options: dict[str, Any]) -> Callable[..., jax.Array]:
+    """A product of several matrices, as vmap makes one of one, that is computed for each by itself."""
+    (summed, summed_right), (batch, batch_right) = numbers
+
+    def inner(axes: Sequence[int], taken: Sequence[int]) -> tuple[int, ...]:
+        return tuple(a - sum(b < a for b in taken) for a in axes)
+
+    own = (inner(summed, batch), inner(summed_right, batch_right)), ((), ())
+
+    def compute(make: Any, state: State | None, activations: jax.Array, weight: Any) -> jax.Array:
+        one = lambda s, x, w: make(s)(x, w, own, **options)  # noqa: E731
+        for k in reversed(range(len(batch))):
+            (left,) = inner(batch[k : k + 1], batch[:k])
+            (right,) = inner(batch_right[k : k + 1], batch_right[:k])
+            one = jax.vmap(one, in_axes=(None if state is None else state.axes(right), left, right))
+        return one(state, activations, weight)
+
+    return compute
 
 
 def _sorted(left: Any, stored: Any) -> tuple[Any, Any]:
@@ -215,7 +254,8 @@ def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
         tuple(a for a in range(product.operands[1].ndim) if a != own) for own in (batch, features)
     )
 
-    def compute(dot: DotGeneral, activations: jax.Array, weight: Any) -> jax.Array:
+    def compute(make: Any, state: Any, activations: jax.Array, weight: Any) -> jax.Array:
+        dot = make(state)
         conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
         return conv(activations, weight, **settings)
 
@@ -232,7 +272,8 @@ def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
     names = ("precision", "preferred_element_type")
     options = {name: settings[name] for name in names if settings.get(name) is not None}
 
-    def compute(dot: DotGeneral, activations: jax.Array, weight: Any, groups: Any) -> jax.Array:
+    def compute(make: Any, state: Any, activations: Any, weight: Any, groups: Any) -> jax.Array:
+        dot = make(state)
         return RaggedDot(dot.forward, dot.dlhs, dot.drhs)(activations, weight, groups, **options)
 
     return Operation(dot, compute, 1, None, (1,), (1,), product.derivation)
@@ -256,8 +297,9 @@ def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
     names = ("dimension_numbers", "slice_sizes", "mode", "fill_value", "indices_are_sorted")
     settings = {name: product.settings[name] for name in names}
 
-    def compute(dot: DotGeneral, places: jax.Array, table: Any) -> jax.Array:
+    def compute(make: Any, state: Any, places: jax.Array, table: Any) -> jax.Array:
         if not isinstance(table, QArray):
+            dot = make(state)
             assert dot.forward.rhs is not None
             table = fake_quant(table, dot.forward.rhs, axis=-1)
             return materialized(jax.lax.gather(table, places, **settings))

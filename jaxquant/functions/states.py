@@ -51,9 +51,15 @@ class State:
             rhs = dataclasses.replace(rhs, calibration=Step(jnp.abs(self.step)))
         return dataclasses.replace(recipe, forward=dataclasses.replace(forward, lhs=lhs, rhs=rhs))
 
+    def axes(self, weight: int) -> "State":
+        """Where each has what belongs to one of several matrices, which are along an axis of the weight."""
+        places = {"input_range": 0, "input_step": 0, "step": weight, "scale": 0}
+        held = {name: getattr(self, name) for name in places}
+        return State(**{n: None if held[n] is None else places[n] for n in places})
+
     def first(self, scans: int) -> "State":
         """That of the first turn of as many scans."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[scans:])[0], self)
+        return jax.tree.map(lambda x: x[(0,) * scans], self)
 
 
 def is_learned(quantizer: Quantizer | None) -> bool:

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxquant.linen.sites import Use
 from jaxquant.nnx.freezing import quantize_stacked
-from jaxquant.nnx.stacking import Stacking
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
+from jaxquant.stacking import Stacking
 
 
 @dataclasses.dataclass(frozen=True)

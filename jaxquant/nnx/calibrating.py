@@ -55,7 +55,7 @@ def add_learned(
         (path,) = decision.product.parameters
         module, name = held(model, path)
         if not hasattr(module, f"{name}_step"):
-            start = functools.partial(_first, quantizer=forward.rhs, axes=operation.axes)
+            start = functools.partial(_first, quantizer=forward.rhs, operation=operation)
             values = {p: plan.values[p] for p in operation.stored.paths}
             steps = operation.stored.of(values, lambda w, _, start=start: start(w))
             setattr(module, f"{name}_step", StepSize(steps))
@@ -80,7 +80,12 @@ def _unlearned(decision: Decision) -> Operation | None:
         return None
 
 
-def _first(weight: jax.Array, quantizer: Quantizer, axes: tuple[int, ...]) -> jax.Array:
+def _first(weight: jax.Array, quantizer: Quantizer, operation: Operation) -> jax.Array:
+    axes, stacking = operation.axes, operation.stacking
+    if stacking is not None:
+        own = tuple(a - sum(b < a for b in stacking.axes) for a in axes)
+        one = dataclasses.replace(operation, axes=own, stacking=None)
+        return stacking.each(lambda w: _first(w, quantizer, one))(weight)
     groups = scale_shape(weight.shape, quantizer.granularity, axes)  # pyright: ignore
     return first_step(weight, quantizer, tuple(a for a in range(weight.ndim) if groups[a] == 1))
 
@@ -195,7 +200,8 @@ def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> 
         turns = () if decision.operation.stored is None else decision.operation.stored.turns
         part = "input_step" if is_learned(wanted) else "input_range"
         path = decision.product.parameters[0]
-        whole = _over_turns(records[index], [scan for scan, _ in turns], part, decay)
+        each = len(decision.operation.each)
+        whole = _over_turns(records[index], [scan for scan, _ in turns], each, part, decay)
         seen.setdefault(part, {}).setdefault(path, []).append(whole)
     return seen, call.changed(trace, state)
 
@@ -219,17 +225,29 @@ def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> A
     wanted = wanted_of(decision)
     if wanted is None:
         return None
-    left = operation.left(*operands)
-    if is_learned(wanted):
-        return first_step(left, wanted), jnp.ones(())
-    found = range_of(left, wanted, operation.summed)
-    return jax.tree.map(lambda r: r.reshape(()), found), jnp.ones(())
+
+    def find(left: jax.Array) -> Any:
+        if is_learned(wanted):
+            return first_step(left, wanted)
+        found = range_of(left, wanted, tuple(range(left.ndim)))
+        return jax.tree.map(lambda r: r.reshape(()), found)
+
+    left, batch = operation.left(*operands), operation.each
+    for _ in batch:
+        find = jax.vmap(find)
+    found = find(jnp.moveaxis(left, batch, range(len(batch))))
+    return found, jnp.ones(jax.tree.leaves(found)[0].shape)
 
 
-def _over_turns(record: Any, scans: Sequence[int], part: str, decay: Any) -> Seen:
-    """One number for each turn of the scans in which the weight differs, over those of all others."""
+def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: Any) -> Seen:
+    """Over the turns of all scans but those in which the weight differs.
+
+    Args:
+        record: what was found and its weight, by turns of all scans, and of as many matrices as `each` axes.
+        scans: in which the weight differs.
+    """
     found, weight = record
-    others = tuple(a for a in range(weight.ndim) if a not in scans)
+    others = tuple(a for a in range(weight.ndim - each) if a not in scans)
     if part == "input_step" or decay is not None:
         total = jax.tree.map(lambda x: jnp.sum(x * weight, others), found)
         count = jnp.maximum(jnp.sum(weight, others), 1)

@@ -26,12 +26,12 @@ from jaxquant.nnx.modules import (
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import planned
 from jaxquant.nnx.sites import Site, sites
-from jaxquant.nnx.stacking import Stacking
 from jaxquant.nnx.storing import replaced
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.rules import ATTENTION, Rule
 from jaxquant.smoothed import Smoothed
+from jaxquant.stacking import Stacking
 from jaxquant.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)

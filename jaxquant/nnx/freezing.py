@@ -14,11 +14,11 @@ from jax.core import Tracer
 from jaxquant.functions.freezing import packed
 from jaxquant.nnx.modules import KeepStored, Learned, Stored, operation_of, read, with_forward
 from jaxquant.nnx.sites import Site, put, sites
-from jaxquant.nnx.stacking import Stacking
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray, quantize
 from jaxquant.quantizer import Quantizer
 from jaxquant.recipes import describe
+from jaxquant.stacking import Stacking
 
 Model = TypeVar("Model", bound=nnx.Module)
 

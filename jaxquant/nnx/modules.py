@@ -16,10 +16,10 @@ from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
 from jaxquant.einsum import einsum
 from jaxquant.groups import scale_shape
-from jaxquant.nnx.stacking import Stacking
 from jaxquant.product import materialized, rows_of
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
+from jaxquant.stacking import Stacking
 
 
 class Stored(nnx.Variable):

@@ -208,7 +208,7 @@ def _filled(
         filled.append((path, leaf))
     model = replaced(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
     for name, held in unmade.items():
-        setattr(at(model, name.split("/")[:-1]), name.split("/")[-1], held)
+        setattr(at(model, name.split("/")[:-1]), name.split("/")[-1], nnx.data(held))
     for (path, part), names in states.items():
         holder = holder_of(model, path)
         if holder is None:

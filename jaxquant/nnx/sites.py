@@ -21,8 +21,8 @@ from jaxquant.nnx.modules import (
     quantized_embed,
     read,
 )
-from jaxquant.nnx.stacking import Stacking, agreeing, places
 from jaxquant.rules import ATTENTION, Rule
+from jaxquant.stacking import Stacking, agreeing, places
 
 # A subclass before its base: the first that fits counts.
 _KINDS: tuple[tuple[type, str], ...] = (

@@ -35,7 +35,6 @@ from jaxquant.nnx.observing import checked, fitting, observe
 from jaxquant.nnx.sites import Site, as_kind, put, sites
 from jaxquant.nnx.slots import find_uses
 from jaxquant.nnx.slots import quantize as apply_rules
-from jaxquant.nnx.stacking import Stacking
 from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
 from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
@@ -43,6 +42,7 @@ from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
 from jaxquant.rules import ATTENTION, Rules
 from jaxquant.smoothed import Smoothed, multiplied
+from jaxquant.stacking import Stacking
 
 Model = TypeVar("Model", bound=nnx.Module)
 Batches = Sequence[Any] | Callable[[], Iterable[Any]]
