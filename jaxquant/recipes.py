@@ -76,6 +76,8 @@ RECIPES = MappingProxyType(
         "nvfp4": _both(Quantizer(NVFP4)),
         # Weights alone, in blocks of 64 on the NF4 codebook (Dettmers et al. 2023, arXiv 2305.14314).
         "nf4": DotGeneral(Operands(None, Quantizer(NF4, 64), "native")),
+        # The same with scales in E4M3 below one for the tensor: 4.125 bits a weight.
+        "nf4dq": DotGeneral(Operands(None, Quantizer(Block(NF4, 64, E4M3, 2)), "native")),
         # Weights and activations rotated by a Hadamard matrix, on the grid that is best for normals,
         # with the trust mask (QuEST, Panferov et al. 2025, arXiv 2502.05003), at 4 bits.
         "quest4": _both(_quest(4)),

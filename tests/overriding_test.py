@@ -346,7 +346,7 @@ def test_a_shared_weight_is_stored_once(recipe, tmp_path):
 
 def test_a_shared_weight_goes_by_the_names_of_all_its_places():
     with pytest.raises(ValueError, match="'head' is unused: earlier rules took embed/embedding"):
-        jq.nnx.quantize(Shared(), {"embed": "w8a8", "head": None})  # one weight has one recipe
+        jq.nnx.coverage(Shared(), {"embed": "w8a8", "head": None}, TOKENS)  # one weight, one recipe
     for rules in ({"embed": "w8a8"}, {"head": "w8a8"}):
         table = jq.nnx.coverage(Shared(), rules, TOKENS)
         assert [(row.path, row.recipe) for row in table] == [("embed/embedding", "w8a8")] * 2

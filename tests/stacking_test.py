@@ -327,7 +327,9 @@ def test_layers_side_by_side_have_ranges_of_their_own(recipe, axis):
             one = jq.nnx.quantize(one, {".*": recipe})
             if calibrated:
                 jq.nnx.calibrate(one, [x[i]])
-            np.testing.assert_array_equal(found[i], RUN(one, x[i]))
+            # A learned step starts at a mean, whose last bits hang on the order of its sum.
+            error = 1e-5 if recipe == "w4a4-lsq" else 0
+            np.testing.assert_allclose(found[i], RUN(one, x[i]), rtol=error, atol=error * 10.0**i)
         np.testing.assert_array_equal(RUN(jq.nnx.freeze(quantized, x), x), found)
 
 

@@ -23,12 +23,13 @@ class Use:
 
     Attributes:
         index: which product's.
-        apply: (the result, what is recorded or None), from what it is given or None and the operands.
+        apply: (the result, what is recorded or None), from what it is given or None and the operands; a
+            result of None leaves the product as it is.
         scans: those in each turn of which it is given another part, counted from the outermost.
     """
 
     index: int
-    apply: Callable[..., tuple[jax.Array, Any]]
+    apply: Callable[..., tuple[jax.Array | None, Any]]
     scans: frozenset[int] = frozenset()
 
 
@@ -95,6 +96,8 @@ def _replaced(
     if isinstance(given, Use):
         result, record = given.apply(within.data.get(given.index), *operands)
         records = {} if record is None else {given.index: record}
+        if result is None:
+            return [equation.primitive.bind(*operands, **equation.params)], records
         return [_fitting(equation, result)], records
     if equation.primitive.name in CALLS:
         return _entered(equation, operands, given, within)

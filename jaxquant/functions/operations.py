@@ -18,7 +18,6 @@ from jaxquant.product import materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
-from jaxquant.smoothed import Smoothed
 from jaxquant.stacking import Stacking
 
 _CONV = (
@@ -82,10 +81,7 @@ class Operation:
 
     def made(self, state: State | None) -> Any:
         """The recipe's product with a state in it."""
-        if state is None:
-            return self.recipe
-        recipe = state.of(self.recipe)
-        return recipe if state.scale is None else Smoothed(recipe, state.scale)
+        return self.recipe if state is None else state.made(self.recipe)
 
     def checked(self, state: State | None) -> "Operation":
         """The same with a state of its first turns, for one turn's operands."""
@@ -113,7 +109,10 @@ class Operation:
 
 
 def operation(
-    product: Product, recipe: DotGeneral | Attention, state: State | None = None
+    product: Product,
+    recipe: DotGeneral | Attention,
+    state: State | None = None,
+    is_tried: bool = True,
 ) -> Operation | None:
     """What takes a product's place; None where the recipe leaves it in float.
 
@@ -121,6 +120,7 @@ def operation(
         product: of a function.
         recipe: for it.
         state: what takes the place of parts of the recipe when it is computed.
+        is_tried: whether it is computed in shapes alone, which refuses what the recipe cannot take.
 
     Raises:
         ValueError: a product that cannot be reached, or that cannot take the recipe.
@@ -132,7 +132,7 @@ def operation(
     else:
         makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
         found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
-    if found is not None:  # what the recipe cannot take is refused
+    if found is not None and is_tried:
         jax.eval_shape(lambda s, *xs: found.checked(s)(*xs), state, *product.operands)
     return found
 
@@ -243,6 +243,14 @@ def _result_order(product: Product, right: int, batch: int, free: Sequence[int])
     return (*range(batch), *own, *others) if right == 0 else (*range(batch), *others, *own)
 
 
+def _plain(dot: Any, what: str) -> DotGeneral:
+    if not isinstance(dot, DotGeneral):
+        raise ValueError(
+            f"{what} takes no {type(dot).__name__} product; a product of matrices does"
+        )
+    return dot
+
+
 def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
     if right == 0:
         raise ValueError(
@@ -255,7 +263,7 @@ def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
     )
 
     def compute(make: Any, state: Any, activations: jax.Array, weight: Any) -> jax.Array:
-        dot = make(state)
+        dot = _plain(make(state), "a convolution")
         conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
         return conv(activations, weight, **settings)
 
@@ -273,7 +281,7 @@ def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
     options = {name: settings[name] for name in names if settings.get(name) is not None}
 
     def compute(make: Any, state: Any, activations: Any, weight: Any, groups: Any) -> jax.Array:
-        dot = make(state)
+        dot = _plain(make(state), "a ragged product")
         return RaggedDot(dot.forward, dot.dlhs, dot.drhs)(activations, weight, groups, **options)
 
     return Operation(dot, compute, 1, None, (1,), (1,), product.derivation)
@@ -299,7 +307,7 @@ def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
 
     def compute(make: Any, state: Any, places: jax.Array, table: Any) -> jax.Array:
         if not isinstance(table, QArray):
-            dot = make(state)
+            dot = _plain(make(state), "a lookup")
             assert dot.forward.rhs is not None
             table = fake_quant(table, dot.forward.rhs, axis=-1)
             return materialized(jax.lax.gather(table, places, **settings))

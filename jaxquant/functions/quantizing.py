@@ -68,10 +68,8 @@ def quantize(
     def run(call: Call, arrays: list[Any]) -> Any:
         trace = call.traced(function, arrays)
         stored = stored_among(call.origins, arrays)
-        decisions = decided(trace.products, rules, stored=stored)
-        if on_unsupported == "error":
-            check(decisions)
-        return computed(trace, decisions, arrays, call.origins)
+        decisions = decided(trace.products, rules, stored=stored, is_tried=False)
+        return computed(trace, decisions, arrays, call.origins, on_unsupported)
 
     @functools.wraps(function)
     def quantized(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -120,6 +118,7 @@ def decided(
     stored: Collection[str] = (),
     is_start: bool = False,
     aliases: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    is_tried: bool = True,
 ) -> list[Decision]:
     """What becomes of each product.
 
@@ -131,6 +130,7 @@ def decided(
         stored: paths of parameters that are stored in few bits.
         is_start: whether activations stay in float where their learned steps have no start yet.
         aliases: other names of parameters, by path.
+        is_tried: whether each operation is tried, in shapes alone; `computed` finds what it refuses too.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
@@ -144,7 +144,7 @@ def decided(
                 recipe = rule.value
                 if isinstance(recipe, DotGeneral):
                     recipe = _ready(product, recipe, state, stored, is_start)
-                given = operation(product, recipe, state)
+                given = operation(product, recipe, state, is_tried)
             except ValueError as error:
                 reason = str(error)
         decisions.append(Decision(product, rule, given, reason, state))
@@ -188,7 +188,11 @@ def check(decisions: Sequence[Decision]) -> None:
 
 
 def computed(
-    trace: Trace, decisions: Sequence[Decision], arrays: Sequence[Any], origins: Sequence[Origin]
+    trace: Trace,
+    decisions: Sequence[Decision],
+    arrays: Sequence[Any],
+    origins: Sequence[Origin],
+    on_unsupported: str = "error",
 ) -> Any:
     """A function's result with its products as decided.
 
@@ -197,11 +201,13 @@ def computed(
         decisions: for each product.
         arrays: what it takes; some may be `Stored`.
         origins: of the arrays.
+        on_unsupported: as of `quantize`.
 
     Raises:
-        ValueError: a stored parameter that is read, or multiplied, in another way than it was stored for.
+        ValueError: products that cannot take their recipes, all at once; a stored parameter that is read, or
+            multiplied, in another way than it was stored for.
     """
-    return recorded(trace, decisions, arrays, origins, lambda *_: None)[0]
+    return recorded(trace, decisions, arrays, origins, on_unsupported, lambda *_: None)[0]
 
 
 # From a decision, its operation with its state, and a product's operands to what is recorded, or None.
@@ -213,6 +219,7 @@ def recorded(
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
     origins: Sequence[Origin],
+    on_unsupported: str,
     record: Record,
 ) -> tuple[Any, dict[int, Any]]:
     """As `computed`, and what is recorded of each product that has an operation, by its number.
@@ -220,7 +227,7 @@ def recorded(
     What is recorded within a scan is stacked along a first axis.
 
     Args:
-        trace, decisions, arrays, origins: as of `computed`.
+        trace, decisions, arrays, origins, on_unsupported: as of `computed`.
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
     """
     stored = stored_among(origins, arrays)
@@ -228,28 +235,50 @@ def recorded(
         if path in trace.reads:
             raise ValueError(is_read(path, trace.reads[path]))
     uses: list[Use | None] = []
+    refused: list[Decision] = []
     data = {}
     for index, decision in enumerate(decisions):
         weight = _stored_weight(decision, stored)
-        use = None if decision.operation is None else _use(index, decision, record)
+        use = None if decision.operation is None else _use(index, decision, record, refused)
         if use is not None and not (weight is None and decision.state is None):
             data[index] = weight, decision.state
         uses.append(use)
-    return trace.computed(arrays, uses, data)
+    if on_unsupported == "error" and any(decision.reason for decision in decisions):
+        check([d if d.operation is None else _tried(d) for d in decisions])
+    found = trace.computed(arrays, uses, data)
+    if on_unsupported == "error":
+        check(refused)
+    return found
 
 
-def _use(index: int, decision: Decision, record: Record) -> Use:
+def _tried(decision: Decision) -> Decision:
+    """A decision whose operation is tried, so that all that is refused is named with what is known to be."""
+    operation = decision.operation
+    assert operation is not None
+    try:
+        one = lambda s, *xs: operation.checked(s)(*xs)  # noqa: E731
+        jax.eval_shape(one, decision.state, *decision.product.operands)
+    except ValueError as error:
+        return dataclasses.replace(decision, reason=str(error))
+    return decision
+
+
+def _use(index: int, decision: Decision, record: Record, refused: list[Decision]) -> Use:
     assert decision.operation is not None
     plain = decision.operation
     turns = () if plain.stored is None else plain.stored.turns
 
-    def apply(given: Any, *operands: Any) -> tuple[jax.Array, Any]:
+    def apply(given: Any, *operands: Any) -> tuple[jax.Array | None, Any]:
         weight, state = (None, None) if given is None else given
         operation = plain.by(state)
-        noted = record(decision, operation, *operands)
-        if weight is None:
-            return operation(*operands), noted
-        return operation.with_weight(weight, *operands), noted
+        try:
+            noted = record(decision, operation, *operands)
+            if weight is None:
+                return operation(*operands), noted
+            return operation.with_weight(weight, *operands), noted
+        except ValueError as error:  # the others are still to be tried
+            refused.append(dataclasses.replace(decision, reason=str(error)))
+            return None, None
 
     return Use(index, apply, frozenset(scan for scan, _ in turns))
 

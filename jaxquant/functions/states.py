@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.adapters import Adapted
 from jaxquant.calibration import Range, Step, learned
 from jaxquant.dot import DotGeneral
 from jaxquant.quantizer import Quantizer
+from jaxquant.smoothed import Smoothed
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +26,25 @@ class State:
         step: learned steps of the weight, or None.
         scale: of the channels that are summed over, by which activations are divided and the weight is
             multiplied (`jaxquant.smoothed.Smoothed`); a stored weight is multiplied already.
+        lora_a, lora_b, lora_gain: of a low-rank product beside it (`jaxquant.adapters.Adapted`).
     """
 
     input_range: Any = None
     input_step: Any = None
     step: Any = None
     scale: Any = None
+    lora_a: Any = None
+    lora_b: Any = None
+    lora_gain: Any = None
+
+    def made(self, recipe: DotGeneral) -> Any:
+        """The product by a recipe with all of these."""
+        dot: Any = self.of(recipe)
+        if self.scale is not None:
+            dot = Smoothed(dot, self.scale)
+        if self.lora_a is not None:
+            dot = Adapted(dot, self.lora_a, self.lora_b, self.lora_gain)
+        return dot
 
     def of(self, recipe: DotGeneral) -> DotGeneral:
         """A recipe with these in it; a step that training carries below zero keeps its size.
@@ -53,7 +68,7 @@ class State:
 
     def axes(self, weight: int) -> "State":
         """Where each has what belongs to one of several matrices, which are along an axis of the weight."""
-        places = {"input_range": 0, "input_step": 0, "step": weight, "scale": 0}
+        places = {field.name: 0 for field in dataclasses.fields(State)} | {"step": weight}
         held = {name: getattr(self, name) for name in places}
         return State(**{n: None if held[n] is None else places[n] for n in places})
 

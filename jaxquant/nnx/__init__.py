@@ -5,6 +5,7 @@ jq.nnx.calibrate(quantized, batches)                 # activations' ranges, or w
 frozen = jq.nnx.freeze(quantized)                    # stored integers, the same logits bit for bit
 """
 
+from jaxquant.nnx.adapting import add_lora, merge_lora
 from jaxquant.nnx.calibrating import calibrate
 from jaxquant.nnx.modules import (
     ChannelScale,
@@ -26,10 +27,12 @@ __all__ = [
     "Observation",
     "StepSize",
     "Stored",
+    "add_lora",
     "calibrate",
     "coverage",
     "freeze",
     "load",
+    "merge_lora",
     "observe",
     "quantize",
     "read",

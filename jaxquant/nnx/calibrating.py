@@ -16,7 +16,7 @@ from jaxquant.functions.operations import operation as make_operation
 from jaxquant.functions.quantizing import Decision
 from jaxquant.functions.states import first_step, is_learned
 from jaxquant.groups import scale_shape
-from jaxquant.nnx.calls import DOOR, Call, called, state_part
+from jaxquant.nnx.calls import DOOR, Call, called
 from jaxquant.nnx.doors import Door, copied, door_of
 from jaxquant.nnx.modules import InputRange, StepSize
 from jaxquant.nnx.observing import check_range, checked, fitting
@@ -40,9 +40,6 @@ def add_learned(
         ValueError: a weight with learned steps whose products are not known without example inputs, that
             is made of several parameters, or that no module's attribute holds.
     """
-    for path in [p for p, v in _variables(model) if state_part(p.split("/")[-1], v)]:
-        module, name = held(model, path)
-        delattr(module, name)  # of earlier rules
     plan = planned(model, inputs, options, call)
     for decision in plan.decisions:
         wanted = decision.rule.value if decision.rule is not None else None
@@ -88,11 +85,6 @@ def _first(weight: jax.Array, quantizer: Quantizer, operation: Operation) -> jax
         return stacking.each(lambda w: _first(w, quantizer, one))(weight)
     groups = scale_shape(weight.shape, quantizer.granularity, axes)  # pyright: ignore
     return first_step(weight, quantizer, tuple(a for a in range(weight.ndim) if groups[a] == 1))
-
-
-def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
-    found = nnx.iter_graph(model)
-    return [("/".join(map(str, path)), x) for path, x in found if isinstance(x, nnx.Variable)]
 
 
 def held(model: nnx.Module, path: str) -> tuple[Any, str]:
@@ -186,11 +178,10 @@ def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> 
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     decisions = quantizing.decided(
-        trace.products, rules, True, states, stored, is_start=True, aliases=door.aliases
+        trace.products, rules, True, states, stored, True, door.aliases, is_tried=False
     )
-    if door.on_unsupported == "error":
-        quantizing.check(decisions)
-    (_, state), records = quantizing.recorded(trace, decisions, arrays, call.origins, _record)
+    how = call.origins, door.on_unsupported, _record
+    (_, state), records = quantizing.recorded(trace, decisions, arrays, *how)
     seen: dict[str, dict[str, list[Seen]]] = {}
     for index in sorted(records):
         decision = decisions[index]

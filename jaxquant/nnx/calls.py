@@ -14,7 +14,7 @@ from flax import nnx
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
 from jaxquant.functions.states import State
-from jaxquant.nnx.modules import ChannelScale, InputRange, StepSize, read
+from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.qarray import QArray
 from jaxquant.stored import Stored
@@ -22,7 +22,7 @@ from jaxquant.stored import Stored
 # What belongs to a call or a run, and is no weight.
 OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.BatchStat, nnx.Intermediate, nnx.Perturbation)
 # What belongs to the quantization of a parameter, by whose name it goes.
-OF_A_STATE = (InputRange, StepSize, ChannelScale)
+OF_A_STATE = (InputRange, StepSize, ChannelScale, Adapter, AdapterGain)
 
 
 @dataclasses.dataclass(frozen=True)

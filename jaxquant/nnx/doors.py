@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxquant.engine.analysis import TakesGradients
 from jaxquant.functions import quantizing
-from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, called
+from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, called, state_part
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
@@ -100,9 +100,21 @@ def quantized_copy(
         raise ValueError(f"on_unsupported is 'error' or 'float'; got {on_unsupported!r}")
     model = copied(model)
     parsed = parse_rules(rules)
-    check_used(model, parsed)
+    taken = check_used(model, parsed)
+    _drop_states(model, taken)
     install(model, [*parsed, *rules_within(model)], on_unsupported)
     return model
+
+
+def _drop_states(model: nnx.Module, taken: set[str]) -> None:
+    """Takes off what earlier recipes of some weights found or learned."""
+    for path, module in modules(model):
+        for name, held in list(vars(module).items()):
+            part = state_part(name, held)
+            if part is not None and not part.startswith("lora"):
+                weight = f"{path}/{name.removesuffix(f'_{part}')}".strip("/")
+                if weight in taken:
+                    delattr(module, name)
 
 
 def check_model(model: Any) -> None:
@@ -124,9 +136,8 @@ def install(model: nnx.Module, rules: list[Rule], on_unsupported: str = "error")
     first = first_places(model)
     kept = tuple((rule.pattern, *rule[2:]) for rule in rules)
     for path, module in modules(model):
-        if any(True for _ in weights(module)):
-            if type(module) is not nnx.List:
-                object.__setattr__(module, "__class__", quantized_class(type(module)))
+        if type(module) is not nnx.List and any(True for _ in weights(module)):
+            object.__setattr__(module, "__class__", quantized_class(type(module)))
             door = Door(path, kept, structure, on_unsupported, first)
             setattr(module, DOOR[0], nnx.static(door))
             vars(module).pop(DOOR[1], None)
@@ -192,8 +203,12 @@ def weights(module: nnx.Module) -> Iterator[tuple[str, Any]]:
             yield "/".join(map(str, path)), leaf
 
 
-def check_used(model: nnx.Module, rules: list[Rule]) -> None:
-    """Raises a ValueError for a rule that no weight or module's path matches, or that takes a stored one."""
+def check_used(model: nnx.Module, rules: list[Rule]) -> set[str]:
+    """The weights that rules take.
+
+    Raises:
+        ValueError: a rule that no weight or module's path matches, or that takes a weight that is stored.
+    """
     subjects, leaves, aliases = [], [], aliases_of(first_places(model))
     for path, leaf in weights(model):
         names = (path, path.rpartition("/")[0]) if "/" in path else (path,)
@@ -206,12 +221,15 @@ def check_used(model: nnx.Module, rules: list[Rule]) -> None:
         )
     own = len(subjects)
     subjects += [Subject((path,), ATTENTION) for path, _ in modules(model)]
-    chosen = choose(subjects, rules)[:own]
+    chosen, taken = choose(subjects, rules)[:own], set[str]()
     for subject, leaf, rule in zip(subjects, leaves, chosen, strict=False):
         if rule is not None and rule.value is not None and isinstance(leaf, StoredWeight):
             raise ValueError(
                 f"{subject.path} is frozen already; quantize the model that it was made of"
             )
+        if rule is not None:
+            taken.add(subject.path)
+    return taken
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -290,9 +308,8 @@ def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     decisions = quantizing.decided(
-        trace.products, rules, True, states, stored, aliases=door.aliases
+        trace.products, rules, True, states, stored, aliases=door.aliases, is_tried=False
     )
-    if door.on_unsupported == "error":
-        quantizing.check(decisions)
-    result, state = quantizing.computed(trace, decisions, arrays, call.origins)
+    how = call.origins, door.on_unsupported
+    result, state = quantizing.computed(trace, decisions, arrays, *how)
     return result, call.changed(trace, state)

@@ -41,6 +41,14 @@ class ChannelScale(nnx.Variable):
     """What the channels of a weight are multiplied with, and those of its activations divided by."""
 
 
+class Adapter(nnx.LoRAParam):
+    """A or B of a low-rank product beside a weight's."""
+
+
+class AdapterGain(nnx.Variable):
+    """What a low-rank product is multiplied with."""
+
+
 class Observation(nnx.Variable):
     """What an `Observer` has seen."""
 

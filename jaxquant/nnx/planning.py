@@ -40,6 +40,7 @@ def planned(
     inputs: tuple[Any, ...],
     options: Mapping[str, Any],
     call: Callable[..., Any] | None = None,
+    is_shown: bool = False,
 ) -> Plan:
     """What becomes of a quantized model's products.
 
@@ -47,6 +48,7 @@ def planned(
         model: as `jaxquant.nnx.quantize` made it.
         inputs, options: what it is called with; where there are none, Flax's own layers in it are looked at.
         call: from (model, *inputs); the model's own call where not given.
+        is_shown: whether it is to be shown alone, so that learned steps need not be there.
 
     Raises:
         ValueError: a model that is not quantized.
@@ -59,7 +61,7 @@ def planned(
     if not inputs and not options:
         found = layer_calls(model, door.path, door.first)
         return _joined(
-            [_plan(model, *each, is_part=True, is_start=_is_head(each[0])) for each in found]
+            [_plan(model, *each, True, is_shown or _is_head(each[0]), is_shown) for each in found]
         )
     made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
     try:
@@ -67,7 +69,7 @@ def planned(
     except (TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the inputs do not fit the model: {reason}") from error
-    return _plan(model, made, arrays, trace, is_part=call is not None)
+    return _plan(model, made, arrays, trace, call is not None, is_shown, is_shown)
 
 
 def _is_head(call: Call) -> bool:
@@ -80,15 +82,17 @@ def _plan(
     call: Call,
     arrays: list[Any],
     trace: Trace,
-    *,
     is_part: bool,
-    is_start: bool = False,
+    is_start: bool,
+    is_shown: bool,
 ) -> Plan:
     door = door_of(model)
     assert door is not None
     states = call.states(arrays)
     rules = rules_of(model)
-    stored = quantizing.stored_among(call.origins, arrays)
+    stored: Any = quantizing.stored_among(call.origins, arrays)
+    if is_shown:  # as if the weights were stored, whose steps are not looked for
+        stored = {path for product in trace.products for path in product.parameters}
     decisions = quantizing.decided(
         trace.products, rules, is_part or not rules, states, stored, is_start, door.aliases
     )

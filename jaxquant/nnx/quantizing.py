@@ -100,5 +100,5 @@ def coverage(
         check_model(model)
         model = copied(model)
         install(model, [], "float")
-    plan = planned(model, inputs, options, call)
+    plan = planned(model, inputs, options, call, is_shown=True)
     return table(plan.decisions, plan.parameters, plan.values, bool(inputs or options))

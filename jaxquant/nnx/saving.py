@@ -17,7 +17,7 @@ from jaxquant.nnx import slot_saving
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, state_part, value
 from jaxquant.nnx.converting import from_slots
 from jaxquant.nnx.doors import door_of, install, modules, rules_within
-from jaxquant.nnx.modules import ChannelScale, InputRange, StepSize
+from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
 from jaxquant.nnx.storing import at, holder_of, replaced
@@ -45,6 +45,9 @@ _STATES = {
     "input_step": StepSize,
     "step": StepSize,
     "scale": ChannelScale,
+    "lora_a": Adapter,
+    "lora_b": Adapter,
+    "lora_gain": AdapterGain,
 }
 
 
