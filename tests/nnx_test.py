@@ -278,3 +278,33 @@ def test_coverage_lists_every_product_of_the_model(model):
 def test_inputs_that_do_not_fit_are_named(x):
     with pytest.raises(ValueError, match="inputs do not fit the model"):
         jq.nnx.coverage(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w8a8"}, x)
+
+
+@pytest.mark.parametrize("recipe", ["w4a16g16", "mxfp4", "nvfp4", "nf4dq"])
+@pytest.mark.parametrize("layer", [nnx.Conv, nnx.ConvTranspose])
+def test_blocks_of_convolutions_lie_along_input_channels(layer, recipe):
+    model = layer(64, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+    images = jax.random.normal(jax.random.key(0), (2, 6, 6, 64))
+    run = nnx.jit(lambda m, x: m(x))
+    quantized = jq.nnx.quantize(model, {".*": recipe})
+    found = run(quantized, images)
+    forward = jq.recipe(recipe).forward
+    before = nnx.clone(model)
+    before.kernel[...] = jq.fake_quant(model.kernel[...], forward.rhs, axis=(0, 1, 2))
+    x = images if forward.lhs is None else jq.fake_quant(images, forward.lhs, axis=3)
+    np.testing.assert_allclose(found, run(before, x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(run(jq.nnx.freeze(quantized), images), found)
+
+
+def test_fp8_trains_convolutions_and_blocks_of_gradients_are_named():
+    model = nnx.Conv(16, 16, (3,), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 8, 16))
+    gradient = nnx.jit(nnx.grad(lambda m: (m(x) ** 2).mean()))
+    found, exact = (
+        gradient(m).kernel[...] for m in (jq.nnx.quantize(model, {".*": "fp8_train"}), model)
+    )
+    assert 0 < jnp.linalg.norm(found - exact) < 0.1 * jnp.linalg.norm(exact)
+    with pytest.raises(ValueError, match="gradients are not quantized in blocks"):
+        jq.nnx.quantize(nnx.Conv(32, 8, (3,), rngs=nnx.Rngs(0)), {".*": "mxfp8_train"})(
+            jnp.ones((1, 8, 32))
+        )

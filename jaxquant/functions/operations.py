@@ -10,11 +10,11 @@ import numpy as np
 
 from jaxquant.attention import Attention
 from jaxquant.conv import ConvGeneralDilated
-from jaxquant.dot import DotGeneral
+from jaxquant.dot import DotGeneral, Operands
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.products import Product
 from jaxquant.functions.states import State
-from jaxquant.product import materialized
+from jaxquant.product import is_float8, materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
@@ -257,17 +257,60 @@ def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
             "its weight is the convolution's left operand, and a recipe's is the right one"
         )
     settings: Any = {name: product.settings[name] for name in _CONV}
-    batch, features = (settings["dimension_numbers"][i][0] for i in (0, 1))
-    summed, axes = (
-        tuple(a for a in range(product.operands[1].ndim) if a != own) for own in (batch, features)
-    )
+    # Batch or output features, input features, space.  Blocks lie along the last axis summed over.
+    specs = (settings["dimension_numbers"][i] for i in (0, 1))
+    summed, axes = ((*space, features) for _, features, *space in specs)
+    multiply = _in_blocks if _has_blocks(dot) else _convolved
 
     def compute(make: Any, state: Any, activations: jax.Array, weight: Any) -> jax.Array:
-        dot = _plain(make(state), "a convolution")
-        conv = ConvGeneralDilated(dot.forward, dot.dlhs, dot.drhs)
-        return conv(activations, weight, **settings)
+        made = _plain(make(state), "a convolution")
+        return multiply(made, (activations, summed), (weight, axes), settings)
 
     return Operation(dot, compute, 1, None, summed, axes, product.derivation)
+
+
+def _has_blocks(dot: DotGeneral) -> bool:
+    """Whether a recipe quantizes a forward operand in blocks.
+
+    Raises:
+        ValueError: one that quantizes gradients too.
+    """
+    forward = [x for x in (dot.forward.lhs, dot.forward.rhs) if x is not None]
+    has_blocks = any(not isinstance(x.granularity, str) for x in forward)
+    if has_blocks and not (dot.dlhs is None and dot.drhs is None):
+        raise ValueError(
+            "a convolution's gradients are not quantized in blocks; a recipe of the forward product alone, "
+            "such as mxfp8, takes it"
+        )
+    return has_blocks
+
+
+def _convolved(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any]) -> jax.Array:
+    """A convolution; products of gradients that multiply two float8 types are simulated."""
+    kept = (dot.forward.rhs, dot.forward.lhs)
+    gradients = (_of_one_type(g, own) for g, own in zip((dot.dlhs, dot.drhs), kept, strict=True))
+    return ConvGeneralDilated(dot.forward, *gradients)(left[0], right[0], **settings)
+
+
+def _of_one_type(operands: Operands | None, kept: Quantizer | None) -> Operands | None:
+    if operands is None or operands.arithmetic != "native":
+        return operands
+    pair = [x.element for x in (operands.lhs, operands.rhs or kept) if x is not None]
+    is_mixed = len(pair) == 2 and all(map(is_float8, pair)) and pair[0].dtype != pair[1].dtype
+    return dataclasses.replace(operands, arithmetic="simulated") if is_mixed else operands
+
+
+def _in_blocks(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any]) -> jax.Array:
+    """A convolution of operands in blocks along input features, in their own type."""
+
+    def simulated(x: Any, axes: tuple[int, ...], quantizer: Quantizer | None) -> jax.Array:
+        if isinstance(x, QArray):
+            return dequantize(x)
+        return x if quantizer is None else fake_quant(x, quantizer, axis=axes)
+
+    pairs = ((*left, dot.forward.lhs), (*right, dot.forward.rhs))
+    operands = (simulated(*pair) for pair in pairs)
+    return jax.lax.conv_general_dilated(*operands, **settings)
 
 
 def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:

@@ -59,9 +59,9 @@ def freeze(
     door = door_of(model)
     if door is not None and door.on_unsupported == "error":
         plan.check()
-    stored = freezing.frozen(plan.reads, plan.decisions, plan.values, donate)
     if not inputs and not options:
         _warn_of_left(model, plan)
+    stored = freezing.frozen(plan.reads, plan.decisions, plan.values, donate)
     leaves = {}
     for path, _ in nnx.to_flat_state(nnx.split(model)[1]):
         name = "/".join(part for part in (door.path if door else "", *map(str, path)) if part)
@@ -126,5 +126,6 @@ def holder_of(model: nnx.Module, path: str) -> tuple[Any, str] | None:
         module = at(model, above)
     except (AttributeError, KeyError, IndexError, TypeError):
         return None
-    is_held = isinstance(module, nnx.Module) and isinstance(vars(module).get(name), nnx.Variable)
+    is_own = isinstance(module, nnx.Module) and not isinstance(module, nnx.List)
+    is_held = is_own and isinstance(vars(module).get(name), nnx.Variable)
     return (module, name) if is_held else None
