@@ -308,9 +308,8 @@ def _in_blocks(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any])
             return dequantize(x)
         return x if quantizer is None else fake_quant(x, quantizer, axis=axes)
 
-    pairs = ((*left, dot.forward.lhs), (*right, dot.forward.rhs))
-    operands = (simulated(*pair) for pair in pairs)
-    return jax.lax.conv_general_dilated(*operands, **settings)
+    lhs, rhs = simulated(*left, dot.forward.lhs), simulated(*right, dot.forward.rhs)
+    return jax.lax.conv_general_dilated(lhs, rhs, **settings)
 
 
 def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
