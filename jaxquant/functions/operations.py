@@ -308,7 +308,8 @@ def _in_blocks(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any])
             return dequantize(x)
         return x if quantizer is None else fake_quant(x, quantizer, axis=axes)
 
-    lhs, rhs = simulated(*left, dot.forward.lhs), simulated(*right, dot.forward.rhs)
+    lhs = simulated(left[0], left[1], dot.forward.lhs)
+    rhs = simulated(right[0], right[1], dot.forward.rhs)
     return jax.lax.conv_general_dilated(lhs, rhs, **settings)
 
 
