@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
+from jaxquant.nnx import slots
 from jaxquant.nnx.modules import read
 
 pytestmark = pytest.mark.exhaustive
@@ -178,7 +179,10 @@ def trained(model, steps=20):
     return [float(step(model, optimizer)) for _ in range(steps)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [r if r in ("w8a8", "nf4") else pytest.param(r, marks=pytest.mark.long) for r in RECIPES],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_models_go_from_rules_to_training_to_frozen_with_the_same_bits(name, recipe):
     model = made(name)
@@ -227,7 +231,7 @@ def test_stock_layers_have_the_bits_that_slots_gave_them():
 
     for recipe in ("w8a8", "w4a16", "int8_train"):
         model = Stock(nnx.Rngs(0))
-        by_slot = jq.nnx.quantize(model, {".*": recipe})
+        by_slot = slots.quantize(model, {".*": recipe})
         by_trace = jq.nnx.quantize(model, {".*": recipe})
         assert (run(by_slot, TOKENS) == run(by_trace, TOKENS)).all()
         gradients = [
@@ -238,7 +242,7 @@ def test_stock_layers_have_the_bits_that_slots_gave_them():
         ):
             assert (a == b).all()
         frozen = run(jq.nnx.freeze(by_trace, TOKENS), TOKENS)
-        assert (frozen == run(jq.nnx.freeze(by_slot), TOKENS)).all()
+        assert (frozen == run(by_slot, TOKENS)).all()
 
 
 def test_what_a_call_changes_is_written_to_the_model():

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 import jaxquant as jq
 from jaxquant import functions
 from jaxquant.engine import products, walk
+from jaxquant.nnx import slots
 
 pytestmark = pytest.mark.exhaustive
 
@@ -412,14 +413,14 @@ def test_stock_layers_have_the_bits_that_they_have_by_slots(recipe):
     model, x = Stock(nnx.Rngs(0)), array(0, 2, 32, 64)
     graphdef, state = nnx.split(model)
     rules = {"up|mix" if recipe in ("w4a16g16", "nf4") else ".*": recipe}
-    slots = jq.nnx.quantize(model, rules)
-    by_slots = lambda state, x: nnx.merge(nnx.graphdef(slots), state)(x)  # noqa: E731
+    by_slot = slots.quantize(model, rules)
+    by_slots = lambda state, x: nnx.merge(nnx.graphdef(by_slot), state)(x)  # noqa: E731
     by_trace = functions.quantize(
         lambda state, x: nnx.merge(graphdef, state)(x),
         {k.replace("up|mix", "(up|mix)(/kernel/?.*)?"): v for k, v in rules.items()},
     )
     step = lambda f: jax.jit(jax.value_and_grad(lambda s, x: (f(s, x) ** 2).sum(), (0, 1)))  # noqa: E731
-    compared(step(by_trace)(state, x), step(by_slots)(nnx.state(slots), x))
+    compared(step(by_trace)(state, x), step(by_slots)(nnx.state(by_slot), x))
 
 
 def test_convolutions_and_ragged_products_take_recipes():
