@@ -131,7 +131,7 @@ def adapted(recipe="nf4dq", rank=4):
     )
     for _, module in nnx.iter_graph(model):
         for name, x in list(vars(module).items()) if isinstance(module, nnx.Module) else ():
-            if name.endswith("_lora_b"):
+            if str(name).endswith("_lora_b"):
                 x[...] = 0.1 * jax.random.normal(jax.random.key(2), x.shape)
     return model
 

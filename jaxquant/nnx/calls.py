@@ -169,6 +169,13 @@ def state_part(name: Any, variable: Any) -> str | None:
     return next((part for part in parts if is_one and name.endswith(f"_{part}")), None)
 
 
+def at(node: Any, path: Any) -> Any:
+    """What is at a path of names and numbers in a model."""
+    for name in (int(p) if isinstance(p, str) and p.isdecimal() else p for p in path):
+        node = getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
+    return node
+
+
 def value(leaf: Any) -> Any:
     """What a leaf of a state holds."""
     return read(leaf) if isinstance(leaf, nnx.Variable) else leaf

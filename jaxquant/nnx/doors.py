@@ -18,7 +18,7 @@ from flax import nnx
 
 from jaxquant.engine.analysis import TakesGradients
 from jaxquant.functions import quantizing
-from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, called, state_part
+from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, at, called, state_part
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
@@ -109,7 +109,7 @@ def quantized_copy(
 def _drop_states(model: nnx.Module, taken: set[str]) -> None:
     """Takes off what earlier recipes of some weights found or learned."""
     for path, module in modules(model):
-        for name, held in list(vars(module).items()):
+        for name, held in _variables(module):
             part = state_part(name, held)
             if part is not None and not part.startswith("lora"):
                 weight = f"{path}/{name.removesuffix(f'_{part}')}".strip("/")
@@ -151,13 +151,19 @@ def modules(model: nnx.Module) -> list[tuple[str, Any]]:
     return [("/".join(map(str, path)), m) for path, m in found if isinstance(m, nnx.Module)]
 
 
+def _variables(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:
+    """The variables that a module's attributes hold."""
+    own = vars(module).items()
+    return [(n, x) for n, x in own if isinstance(n, str) and isinstance(x, nnx.Variable)]
+
+
 def first_places(model: nnx.Module) -> tuple[tuple[str, str], ...]:
     """Pairs of the path of a variable and that of the first place in a model that has it too."""
-    variables = ((p, x) for p, x in nnx.iter_graph(model) if isinstance(x, nnx.Variable))
-    places = {id(x): "/".join(map(str, path)) for path, x in variables}
+    paths = [path for path, _ in nnx.to_flat_state(nnx.split(model)[1])]
+    places = {id(at(model, path)): "/".join(map(str, path)) for path in paths}
     found = []
     for path, module in modules(model):
-        for name, held in vars(module).items():
+        for name, held in _variables(module):
             own = f"{path}/{name}".strip("/")
             if places.get(id(held), own) != own:
                 found.append((own, places[id(held)]))

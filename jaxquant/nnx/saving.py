@@ -14,13 +14,13 @@ from jax.core import Tracer
 
 from jaxquant import artifacts, files
 from jaxquant.nnx import slot_saving
-from jaxquant.nnx.calls import DOOR, OF_A_STATE, state_part, value
+from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
 from jaxquant.nnx.converting import from_slots
 from jaxquant.nnx.doors import door_of, install, modules, rules_within
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
-from jaxquant.nnx.storing import at, holder_of, replaced
+from jaxquant.nnx.storing import holder_of, replaced
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.quality.intervals import plain
@@ -229,7 +229,7 @@ def _is_unmade(model: nnx.Module, name: str) -> bool:
         module = at(model, above)
     except (AttributeError, KeyError, IndexError, TypeError):
         return False
-    return isinstance(vars(module).get(last), Tracer)
+    return isinstance(vars(module).get(last), Tracer | jax.ShapeDtypeStruct)
 
 
 def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jaxquant.functions import freezing
-from jaxquant.nnx.calls import as_held, state_part
+from jaxquant.nnx.calls import as_held, at, state_part
 from jaxquant.nnx.doors import copied, door_of, rules_of, weights
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
@@ -110,13 +110,6 @@ def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
             "a rule (path, None) before the others leaves it in float"
         )
     return model
-
-
-def at(node: Any, path: Any) -> Any:
-    """What is at a path of names and numbers in a model."""
-    for name in (int(p) if isinstance(p, str) and p.isdecimal() else p for p in path):
-        node = getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
-    return node
 
 
 def holder_of(model: nnx.Module, path: str) -> tuple[Any, str] | None:
