@@ -35,6 +35,7 @@ SHARES = {
     "mxfp8_train": 0.12,
     "nvfp4": 0.3,
     "nf4": 0.2,
+    "nf4dq": 0.2,
     "quest4": 0.3,
 }
 
