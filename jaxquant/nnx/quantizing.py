@@ -54,6 +54,7 @@ def quantize(
             or module's path matches; a weight that is frozen already.  At a call, products that cannot take
             their recipes.
 
+    >>> import jax
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> quantize(model, {".*": "w8a8"})(jax.numpy.ones((2, 64))).shape
     (2, 8)
@@ -86,6 +87,7 @@ def coverage(
     Raises:
         ValueError: rules that cannot be read, or that match nothing; inputs that do not fit the model.
 
+    >>> import jax
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> print(coverage(model, {".*": "w4a16"}, jax.ShapeDtypeStruct((2, 64), "float32")))
     100 % of 1,024 MACs are quantized
