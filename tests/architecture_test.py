@@ -56,9 +56,11 @@ LIBRARY = [
         "functions.operations",
         "functions.quantizing",
         "functions.freezing",
+        "functions.calibrating",
         "functions.coverage",
+        "batches",
     ],
-    ["settings", "rule_files", "specification", "cards", "artifacts"],
+    ["settings", "rule_files", "stored_files", "specification", "cards", "artifacts"],
     [
         "nnx.modules",
         "nnx.calls",

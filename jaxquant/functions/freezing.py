@@ -240,3 +240,29 @@ def _two_ways(decision: Decision) -> str:
         f"{product.path}{where} shares its weight with a product that would store it in another way than "
         f"{label}; give both the same recipe, or None to both"
     )
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is stored, as a model's variables hold it
+
+
+def as_stored(path: str, held: Stored | QArray) -> Stored:
+    """What a stored weight is multiplied as; a `QArray` is multiplied as it is, or by its layers in turn."""
+    if isinstance(held, Stored):
+        return held
+    operands = dict.fromkeys(_plain_keys(path, held.ndim), held)
+    return Stored(operands, tuple(held.shape), held.dtype, held.owner)
+
+
+def as_held(path: str, stored: Stored) -> Stored | QArray:
+    """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
+    (key, *others), operand = stored.operands, next(iter(stored.operands.values()))
+    is_plain = not others and key in _plain_keys(path, operand.ndim)
+    if not is_plain or (operand.shape, operand.dtype) != (stored.shape, stored.dtype):
+        return stored
+    return dataclasses.replace(operand, owner=stored.owner)
+
+
+def _plain_keys(path: str, ndim: int) -> list[str]:
+    """The keys of a parameter, and of its parts along leading axes in the turns of scans."""
+    return [f"{'turn(' * count}{path}{')' * count}" for count in range(max(1, ndim - 1))]

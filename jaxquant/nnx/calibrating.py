@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxquant import calibration as calibrations
+from jaxquant.batches import check_range, checked, fitting
 from jaxquant.functions import quantizing
+from jaxquant.functions.calibrating import added, seen
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.operations import operation as make_operation
 from jaxquant.functions.quantizing import Decision
@@ -19,16 +21,11 @@ from jaxquant.groups import scale_shape
 from jaxquant.nnx.calls import DOOR, Call, called
 from jaxquant.nnx.doors import Door, copied, door_of
 from jaxquant.nnx.modules import InputRange, StepSize
-from jaxquant.nnx.observing import check_range, checked, fitting
 from jaxquant.nnx.planning import planned
 from jaxquant.nnx.storing import holder_of
-from jaxquant.qarray import calibrate as range_of
 from jaxquant.quantizer import Quantizer
-from jaxquant.reductions import largest
 
 Model = TypeVar("Model", bound=nnx.Module)
-# Of a weight's activations: what was found, and how often.
-Seen = tuple[Any, jax.Array]
 
 
 def add_learned(
@@ -122,8 +119,8 @@ def calibrate(
 
     Args:
         model: as `quantize` made it; changed in place, and returned.
-        batches: inputs like those that it will serve, each an array or a tuple of arguments; a dict is one of
-            keyword arguments.
+        batches: inputs like those that it will serve, each an array or a tuple of arguments; for keyword
+            arguments, dicts with ``call=lambda model, batch: model(**batch)``.
         decay: from 0, the last batch alone, to 1, the mean of all; None for the largest.
         call: from (model, *batch); the model's own call where not given.
 
@@ -144,11 +141,11 @@ def calibrate(
         with fitting(index, arguments):
             how = call or "__call__"
             made, given, nodes = called(working, door.path, how, arguments, {}, door.first)
-            seen, changed = _seen(door, made, decay, getattr(working, DOOR[1], ()), given)
+            found_here, changed = _seen(door, made, decay, getattr(working, DOOR[1], ()), given)
             nnx.update(nodes, changed)
-        for part, weights in seen.items():
+        for part, weights in found_here.items():
             for path, use in ((path, use) for path, uses in weights.items() for use in uses):
-                found[path, part] = _added(found.get((path, part)), use, part, decay)
+                found[path, part] = added(found.get((path, part)), use, part, decay)
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor (as by "
@@ -180,88 +177,6 @@ def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> 
     decisions = quantizing.decided(
         trace.products, rules, True, states, stored, True, door.aliases, is_tried=False
     )
-    how = call.origins, door.on_unsupported, _record
-    (_, state), records = quantizing.recorded(trace, decisions, arrays, *how)
-    seen: dict[str, dict[str, list[Seen]]] = {}
-    for index in sorted(records):
-        decision = decisions[index]
-        wanted = wanted_of(decision)
-        assert wanted is not None
-        assert decision.operation is not None
-        turns = () if decision.operation.stored is None else decision.operation.stored.turns
-        part = "input_step" if is_learned(wanted) else "input_range"
-        path = decision.product.parameters[0]
-        each = len(decision.operation.each)
-        whole = _over_turns(records[index], [scan for scan, _ in turns], each, part, decay)
-        seen.setdefault(part, {}).setdefault(path, []).append(whole)
-    return seen, call.changed(trace, state)
-
-
-def wanted_of(decision: Decision) -> Quantizer | None:
-    """A product's quantizer of activations that is still to get a range or a start; None where it has one."""
-    rule, state = decision.rule, decision.state
-    forward = None if rule is None else getattr(rule.value, "forward", None)
-    is_one = len(decision.product.parameters) == 1 and decision.product.kind != "lookup"
-    if forward is None or forward.lhs is None or decision.operation is None or not is_one:
-        return None
-    if is_learned(forward.lhs):
-        return None if state is not None and state.input_step is not None else forward.lhs
-    is_found = isinstance(forward.lhs.calibration, calibrations.Range | calibrations.Step)
-    if is_found or forward.lhs.granularity != "tensor":
-        return None
-    return None if state is not None and state.input_range is not None else forward.lhs
-
-
-def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> Any:
-    wanted = wanted_of(decision)
-    if wanted is None:
-        return None
-
-    def find(left: jax.Array) -> Any:
-        if is_learned(wanted):
-            return first_step(left, wanted)
-        found = range_of(left, wanted, tuple(range(left.ndim)))
-        return jax.tree.map(lambda r: r.reshape(()), found)
-
-    left, batch = operation.left(*operands), operation.each
-    for _ in batch:
-        find = jax.vmap(find)
-    found = find(jnp.moveaxis(left, batch, range(len(batch))))
-    return found, jnp.ones(jax.tree.leaves(found)[0].shape)
-
-
-def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: Any) -> Seen:
-    """Over the turns of all scans but those in which the weight differs.
-
-    Args:
-        record: what was found and its weight, by turns of all scans, and of as many matrices as `each` axes.
-        scans: in which the weight differs.
-    """
-    found, weight = record
-    others = tuple(a for a in range(weight.ndim - each) if a not in scans)
-    if part == "input_step" or decay is not None:
-        total = jax.tree.map(lambda x: jnp.sum(x * weight, others), found)
-        count = jnp.maximum(jnp.sum(weight, others), 1)
-        return jax.tree.map(lambda x: x / count, total), jnp.sum(weight, others) > 0
-    most = lambda x: jnp.squeeze(largest(x, others), others)  # noqa: E731
-    found = (-most(-found[0]), most(found[1])) if isinstance(found, tuple) else most(found)
-    return found, most(weight) > 0
-
-
-def _added(before: Any, use: Seen, part: str, decay: float | None) -> Any:
-    """What was seen of a weight's activations, with one use of it more."""
-    new, is_used = use
-    weight = is_used.astype(jnp.float32)
-    if before is None:
-        before = jax.tree.map(jnp.zeros_like, new), jnp.zeros_like(weight)
-    total, count = before
-    if part == "input_step" or decay is not None:  # a start is a mean, whatever ranges do
-        kept = 1.0 if part == "input_step" or decay is None else decay
-        keep = jnp.where(is_used, kept, 1.0)
-        add = lambda a, b: keep * a + weight * b  # noqa: E731
-        return jax.tree.map(add, total, new), keep * count + weight
-    if isinstance(new, tuple):
-        total = jnp.minimum(total[0], new[0]), jnp.maximum(total[1], new[1])
-    else:
-        total = jnp.maximum(total, new)
-    return total, jnp.maximum(count, weight)
+    how = call.origins, door.on_unsupported, decay
+    (_, state), found = seen(trace, decisions, arrays, *how)
+    return found, call.changed(trace, state)

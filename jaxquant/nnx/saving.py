@@ -1,7 +1,6 @@
 """NNX models on disk, quantized or frozen: their variables and rules, put into the architecture again."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -12,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 
-from jaxquant import artifacts, files
+from jaxquant import artifacts
 from jaxquant.nnx import slot_saving
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
 from jaxquant.nnx.converting import from_slots
@@ -28,12 +27,12 @@ from jaxquant.rule_files import rule_tree, rules_from
 from jaxquant.settings import (
     Types,
     check_types,
-    text_of,
     types_from_array,
     types_of,
     types_to_array,
 )
 from jaxquant.stored import Stored
+from jaxquant.stored_files import note_of, stored_from
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -83,11 +82,7 @@ def save(
     for name, leaf in _variables(model):
         held = value(leaf)
         if isinstance(held, Stored):
-            stored[name] = {
-                "keys": list(held.operands),
-                "shape": list(held.shape),
-                "dtype": np.dtype(held.dtype).name,
-            }
+            stored[name] = held
             parts = list(held.operands.values())
         else:
             parts = held if isinstance(leaf, OF_A_STATE) and isinstance(held, tuple) else None
@@ -98,7 +93,7 @@ def save(
     tree = {
         "variables": _nested({n: x for n, x in variables.items() if x is not None}),
         "rules": {i: rule_tree(rule) for i, rule in enumerate(rules)},
-        "stored": np.frombuffer(json.dumps(stored).encode(), np.uint8),
+        "stored": note_of(stored),
         "types": types_to_array(_types(model)),
     }
     artifacts.save(folder, tree, _filled_card(card, model), format=format)
@@ -138,7 +133,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     if not isinstance(tree, Mapping) or set(tree) | {"types"} != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values = _flat(tree["variables"])
-    stored = _stored(str(folder), tree["stored"], values)
+    stored = stored_from(str(folder), tree["stored"], values)
     if "types" in tree:
         check_types(_types(model), types_from_array(tree["types"]))
     model = _filled(model, values, stored, str(folder))
@@ -161,22 +156,6 @@ def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
         for path, leaf in found
         if not isinstance(leaf, _OF_A_RUN) and DOOR[1] not in path
     ]
-
-
-def _stored(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
-    """The stored weights among the values of a folder, which are taken out."""
-    found = {}
-    try:
-        notes = files.parse_json(text_of(note), "the note of stored weights").items()
-        for name, own in notes:
-            operands = {key: values.pop(f"{name}/{i}") for i, key in enumerate(own["keys"])}
-            if not all(isinstance(x, QArray) for x in operands.values()):
-                raise TypeError
-            shape, dtype = tuple(own["shape"]), np.dtype(own["dtype"])
-            found[name] = Stored(operands, shape, dtype, Owner(name))
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{folder} notes stored weights that it does not hold") from None
-    return found
 
 
 def _filled(

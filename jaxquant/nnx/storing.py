@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from jaxquant.functions import freezing
-from jaxquant.nnx.calls import as_held, at, state_part
+from jaxquant.functions.freezing import as_held
+from jaxquant.nnx.calls import at, state_part
 from jaxquant.nnx.doors import copied, door_of, rules_of, weights
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read

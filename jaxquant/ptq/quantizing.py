@@ -18,6 +18,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import files, storage
+from jaxquant.batches import checked, fitting
 from jaxquant.nnx.converting import from_slots
 from jaxquant.nnx.freezing import (
     check_tied,
@@ -31,7 +32,7 @@ from jaxquant.nnx.freezing import (
     weight_quantizer,
 )
 from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
-from jaxquant.nnx.observing import checked, fitting, observe
+from jaxquant.nnx.observing import observe
 from jaxquant.nnx.sites import Site, as_kind, put, sites
 from jaxquant.nnx.slots import find_uses
 from jaxquant.nnx.slots import quantize as apply_rules
