@@ -78,7 +78,7 @@ LIBRARY = [
         "nnx.slots",
         "nnx.converting",
     ],
-    ["linen.sites", "linen.weights", "linen.quantizing", "linen.freezing", "linen.observing"],
+    ["linen.calls", "linen.quantizing", "linen.freezing", "linen.calibrating"],
     ["ptq.solvers", "ptq.smooth", "ptq.search", "ptq.identity", "ptq.quantizing", "ptq.searching"],
     [
         "quality.intervals",

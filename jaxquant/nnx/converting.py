@@ -12,7 +12,7 @@ from jaxquant.attention import Attention
 from jaxquant.calibration import Range, Step, absmax
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral
-from jaxquant.nnx.calls import as_held
+from jaxquant.functions.freezing import as_held
 from jaxquant.nnx.doors import copied, install
 from jaxquant.nnx.modules import (
     ChannelScale,
