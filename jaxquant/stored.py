@@ -16,7 +16,8 @@ class Stored(Opaque):
     """A parameter that is stored as what it is multiplied as, which `jaxquant.functions.freeze` makes.
 
     It stands in the parameter's place, and only functions of `jaxquant.functions.quantize` can use it.
-    Most have one operand.  One that a model splits in three before it multiplies has three.
+    Most have one operand.  One that a model splits in three before it multiplies has three, and one that it
+    joins with others none, where another of them holds all.
 
     Attributes:
         operands: from how each is made of the parameter, in words, to its numbers.  What differs from turn
@@ -36,12 +37,12 @@ class Stored(Opaque):
         """The only one.
 
         Raises:
-            ValueError: there are several.
+            ValueError: there are several, or none.
         """
-        if len(self.operands) > 1:
+        if len(self.operands) != 1:
             raise ValueError(
                 f"{self.owner.path or 'the parameter'} is stored as {len(self.operands)} operands: "
-                f"{', '.join(self.operands)}"
+                f"{', '.join(self.operands) or 'another parameter holds what it is a part of'}"
             )
         return next(iter(self.operands.values()))
 

@@ -93,7 +93,22 @@ def frozen(
         stored[path] = Stored(operands, shape, dtype, Owner(path))
         if donate:
             values[path].delete()
+    for path in _parts(reads, decisions, set(plans)):
+        stored[path] = Stored({}, values[path].shape, values[path].dtype, Owner(path))
+        if donate:
+            values[path].delete()
     return stored
+
+
+def _parts(reads: Mapping[str, str], decisions: Sequence[Decision], held: set[str]) -> set[str]:
+    """Parameters that take part in what others hold, as gates that a layer joins do, and in nothing else."""
+    of_held: set[str] = set()
+    others = set(reads)
+    for decision in decisions:
+        parameters, operation = set(decision.product.parameters), decision.operation
+        is_stored = operation is not None and operation.quantizer is not None and parameters & held
+        (of_held if is_stored else others).update(parameters)
+    return of_held - others - held
 
 
 def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
@@ -256,6 +271,8 @@ def as_stored(path: str, held: Stored | QArray) -> Stored:
 
 def as_held(path: str, stored: Stored) -> Stored | QArray:
     """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
+    if not stored.operands:
+        return stored
     (key, *others), operand = stored.operands, next(iter(stored.operands.values()))
     is_plain = not others and key in _plain_keys(path, operand.ndim)
     if not is_plain or (operand.shape, operand.dtype) != (stored.shape, stored.dtype):
