@@ -59,7 +59,8 @@ class Layer:
 
     @property
     def label(self) -> str:
-        return self.name or "the model"
+        """What errors call it."""
+        return self.name if "/" in self.path else "the model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +162,7 @@ def layers_of(
     aliases, layers = aliases_of(first_places(model)), []
     for path, own in found.items():
         holder = path.rpartition("/")[0]
-        name = holder if holders.count(holder) == 1 else path
+        name = holder if holder and holders.count(holder) == 1 else path
         uses = [d for d in decisions if path in d.product.parameters]
         held = {
             h: at(model, h.split("/") if h else ()) for h in (holder, *aliases.get(path, ())[1::2])

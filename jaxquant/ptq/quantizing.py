@@ -191,8 +191,8 @@ def _check(layer: Layer, chosen: Method, method: str) -> None:
     for path in {p for d in layer.decisions.values() for p in operation_of(d).stored.paths}:  # pyright: ignore
         if not bool(jnp.isfinite(layer.values[path]).all()):
             raise ValueError(f"the weights of {layer.label} hold a NaN or an Inf")
-    is_for_one = "hadamard" in chosen or needs_statistics(layer, chosen)
-    if len(layer.holders) > 1 and is_for_one:
+    are_tables = all(isinstance(module, nnx.Embed) for module in layer.holders.values())
+    if len(layer.holders) > 1 and not are_tables and chosen - {"rtn"}:
         raise ValueError(
             f"{' and '.join(layer.holders)} share one weight, and method {method!r} rounds for one layer's "
             "inputs; method 'rtn' takes it, and a rule with None for each leaves it in float"

@@ -115,7 +115,9 @@ def search(
         raise ValueError(f"budget is a number of bytes; got {budget!r}")
     if not isinstance(choices, list | tuple) or not choices or len(set(choices)) != len(choices):
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
-    layers, costs = _found(model, choices, modules, batches, loss)
+    known = _Known(workdir, lambda: _identities(model, batches, loss))
+    reference, first = _references(model, batches, loss)
+    layers, costs = _found(model, choices, modules, first, loss)
     paths = list(layers)
     named = {p: p if group is None else group(p) for p in paths}
     if odd := [(p, name) for p, name in named.items() if not isinstance(name, str)]:
@@ -133,8 +135,7 @@ def search(
         raise ValueError(
             f"a budget of {budget} bytes is less than the smallest of these, {smallest}"
         )
-    measure = _Measure(model, layers, batches, loss)
-    known = _Known(workdir, lambda: _identities(model, batches, loss))
+    measure = _Measure(model, layers, batches, loss, reference)
     losses = np.zeros(total.shape)
     with tqdm(total=losses.size, disable=not progress, desc="measuring sensitivity") as bar:
         for i, (name, members) in enumerate(groups.items()):
@@ -153,15 +154,14 @@ def search(
 
 
 def _found(
-    model: nnx.Module, choices: Sequence[str], modules: str, batches: Any, loss: Loss | None
+    model: nnx.Module, choices: Sequence[str], modules: str, arguments: Any, loss: Loss | None
 ) -> tuple[dict[str, list[Layer]], dict[str, list[int]]]:
     """Each layer in all recipes, by its name in the model's order, and its bytes in them."""
-    index, arguments = next(checked(series(batches)))
     found: dict[str, list[Layer]] = {}
     order = [path for path, _ in weights(model)]
     for choice in choices:
         target = quantized_copy(model, {modules: choice})
-        with fitting(index, arguments):
+        with fitting(0, arguments):
             layers, _ = layers_of(target, arguments, loss)
         for layer in sorted(layers, key=lambda layer: order.index(layer.path)):
             found.setdefault(layer.name, []).append(layer)
@@ -191,14 +191,11 @@ class _Measure:
         layers: Mapping[str, Sequence[Layer]],
         batches: Any,
         loss: Loss | None,
+        reference: list[jax.Array] | None,
     ):
         self._model, self._batches, self._layers = model, batches, layers
-        self._reference: list[Any] | None = None
+        self._reference = reference
         if loss is None:
-            self._reference = []
-            for index, arguments in checked(series(batches)):
-                with fitting(index, arguments):
-                    self._reference.append(_logits(model, arguments))
             self._call = lambda model, reference, *batch: _divergence(model(*batch), reference)
         else:
             self._call = lambda model, *batch: _scalar(loss(model, *batch))
@@ -264,6 +261,20 @@ def _use(index: int, product: Product) -> Use:
         return tuple(weight if i == place else x for i, x in enumerate(operands)), None
 
     return Use(index, apply, frozenset(scan for scan, _ in made.stored.turns))
+
+
+def _references(
+    model: nnx.Module, batches: Any, loss: Loss | None
+) -> tuple[list[jax.Array] | None, tuple[Any, ...]]:
+    """What the model gives for the batches, which a loss of one's own needs not; and the first of them."""
+    if loss is not None:
+        return None, next(checked(series(batches)))[1]
+    found, first = [], ()
+    for index, arguments in checked(series(batches)):
+        with fitting(index, arguments):
+            found.append(_logits(model, arguments))
+        first = first or arguments
+    return found, first
 
 
 @nnx.jit
