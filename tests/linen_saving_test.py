@@ -80,7 +80,7 @@ def test_quantize_train_calibrate_freeze_save_load_serve(tmp_path, name, rules, 
 def stored(variables):
     is_stored = lambda x: isinstance(x, jq.QArray)  # noqa: E731
     found = jax.tree.leaves_with_path(variables["params"], is_leaf=is_stored)
-    return ["/".join(k.key for k in path[:-1]) for path, leaf in found if is_stored(leaf)]
+    return ["/".join(k.key for k in path) for path, leaf in found if is_stored(leaf)]
 
 
 def test_what_is_loaded_trains_on(tmp_path):

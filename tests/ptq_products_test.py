@@ -201,15 +201,17 @@ def test_each_matrix_is_rounded_by_what_it_is_given(how, method):
     found = part_by_part(how, read(frozen.weight), None if scale is None else read(scale))
     wanted = matrices(how, w, xs)
     assert len(found) == len(wanted)
-    whole = w
+    whole, differs = w, []
     for mine, (place, seen) in zip(found, wanted, strict=True):
         expected = solved(method, place(w), seen)
         # A sum in another order may put a number on the other side of a boundary.
         assert np.mean(np.isclose(mine, expected, rtol=1e-4, atol=1e-6)) > 0.97
         plain = jq.fake_quant(place(w), jq.recipe("w3a16").forward.rhs, axis=0)
-        assert np.mean(np.isclose(mine, plain, rtol=1e-4, atol=1e-6)) < 0.97
+        differs.append(np.mean(np.isclose(mine, plain, rtol=1e-4, atol=1e-6)) < 0.97)
         _, back = jax.vjp(place, whole)
         whole = jnp.where(back(jnp.ones_like(mine))[0] > 0, back(mine)[0], whole)
+    # It is no rounding to nearest; AWQ is where its search finds that no scales help.
+    assert all(differs) if method == "gptq" else any(differs)
     exact = Raw(how)
     exact.weight[...] = whole
     for x in xs:

@@ -8,8 +8,8 @@ quantized.apply(frozen, x)                                # the same logits bit 
 jq.linen.save(folder, quantized, frozen, x)               # a folder, and load(folder, module, x) from it
 """
 
+from jaxquant.linen.calibrating import calibrate
 from jaxquant.linen.freezing import freeze
-from jaxquant.linen.observing import calibrate
 from jaxquant.linen.quantizing import Quantized, coverage, quantize
 from jaxquant.linen.saving import load, save
 

@@ -11,8 +11,8 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
-from jaxquant.linen.quantizing import RANGES, Quantized, coverage, mark
-from jaxquant.linen.weights import abstractly
+from jaxquant.linen.calls import RANGES, abstractly, states
+from jaxquant.linen.quantizing import Quantized, coverage
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray
 from jaxquant.rule_files import rule_tree, rules_from
@@ -24,9 +24,11 @@ from jaxquant.settings import (
     types_of,
     types_to_array,
 )
+from jaxquant.stored import Stored
+from jaxquant.stored_files import note_of, stored_from
 
 _SAVED = {"variables", "rules"}
-_TYPES = "types"  # folders of before they were noted have none
+_NOTES = {"types", "stored"}  # folders of before they were noted have none
 
 
 def save(
@@ -74,14 +76,16 @@ def save(
     variables = nn.meta.unbox(core.unfreeze(variables))
     with nn.intercept_methods(types := _CalledTypes()):
         table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
+    variables, stored = _split(variables)
     rules = {i: rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
     if RANGES in variables:
-        filled["calibration"] = _by_module(variables[RANGES])
+        filled["calibration"] = _ranges(variables[RANGES])
     missing = {name: value for name, value in filled.items() if getattr(card, name) is None}
     card = dataclasses.replace(card, **missing)
-    tree = {"variables": variables, "rules": rules, _TYPES: types_to_array(types.found)}
+    notes = {"types": types_to_array(types.found), "stored": note_of(stored)}
+    tree = {"variables": variables, "rules": rules, **notes}
     artifacts.save(folder, tree, card, format=format)
 
 
@@ -116,17 +120,18 @@ def load(
     if not isinstance(module, nn.Module):
         raise ValueError(f"module is a flax.linen.Module; got {module!r}")
     tree, _ = artifacts.load(folder)
-    is_saved = isinstance(tree, Mapping) and set(tree) - {_TYPES} == _SAVED
+    is_saved = isinstance(tree, Mapping) and set(tree) - _NOTES == _SAVED
     if not is_saved or not isinstance(tree["variables"], Mapping):
         raise ValueError(f"{folder} is not of a Linen model")
     rules = tuple((rule.pattern, rule.value) for rule in rules_from(str(folder), tree["rules"]))
     rngs = jax.random.key(0) if rngs is None else rngs
     with nn.intercept_methods(types := _CalledTypes()):
         expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
-    _check_same(str(folder), _shapes(expected), _shapes(tree["variables"]))
-    if _TYPES in tree:
-        check_types(types.found, types_from_array(tree[_TYPES]))
-    return Quantized(module, rules), _owned(tree["variables"])
+    variables = _joined(str(folder), tree["variables"], tree.get("stored"))
+    _check_same(str(folder), _shapes(expected), _shapes(variables))
+    if "types" in tree:
+        check_types(types.found, types_from_array(tree["types"]))
+    return Quantized(module, rules), variables
 
 
 class _CalledTypes:
@@ -137,7 +142,7 @@ class _CalledTypes:
 
     def __call__(self, call: Any, args: Any, options: Any, context: Any) -> Any:
         module = context.module
-        mark(module, self)
+        _mark(module, self)
         # A lifted transform's class is called in its parent's scope, and the module within it in its own.
         is_own = module.scope is not None and (
             module.parent is None or module.path[-1:] == (module.name,)
@@ -147,24 +152,55 @@ class _CalledTypes:
         return call(*args, **options)
 
 
+def _mark(module: nn.Module, token: object) -> None:
+    """Has what `nn.jit` traced before traced again, for it knows nothing of interceptors."""
+    scope = module.scope
+    if scope is not None and scope.flags.get("jaxquant") is not token:
+        scope.flags = {**scope.flags, "jaxquant": token}  # pyright: ignore
+
+
+def _split(variables: Any) -> tuple[Any, dict[str, Stored]]:
+    """Variables with each `Stored` as a mapping of its operands, and these `Stored` by path."""
+    found: dict[str, Stored] = {}
+
+    def parts(path: Any, leaf: Any) -> Any:
+        if not isinstance(leaf, Stored):
+            return leaf
+        found[_name(path)] = leaf
+        return {str(i): operand for i, operand in enumerate(leaf.operands.values())}
+
+    return jax.tree.map_with_path(parts, variables, is_leaf=_is_leaf), found
+
+
+def _joined(folder: str, variables: Any, note: Any) -> Any:
+    """What `_split` took apart; stored weights know where they are from."""
+    values = {_name(path): x for path, x in jax.tree.leaves_with_path(variables, is_leaf=_is_leaf)}
+    stored = {} if note is None else stored_from(folder, note, values)
+    tree: dict[str, Any] = {name: {} for name in variables}
+    for path, held in {**values, **stored}.items():
+        *above, last = path.split("/")
+        node = tree
+        for name in above:
+            node = node.setdefault(name, {})
+        if isinstance(held, QArray | Stored):
+            held = dataclasses.replace(held, owner=Owner("/".join((*above[1:], last))))
+        node[last] = held
+    return tree
+
+
+def _is_leaf(x: Any) -> bool:
+    return isinstance(x, QArray | Stored)
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter and of what stands beside them, but for ranges, by path."""
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
-    found = jax.tree.leaves_with_path(kept, is_leaf=lambda x: isinstance(x, QArray))
-    return {"/".join(str(key.key) for key in path): tuple(leaf.shape) for path, leaf in found}
-
-
-def _owned(variables: Any) -> Any:
-    """Variables whose stored weights know where they are from."""
-
-    def owned(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, QArray):
-            return leaf
-        owner = "/".join(str(key.key) for key in path[1:])  # without the collection
-        return dataclasses.replace(leaf, owner=Owner(owner))
-
-    is_leaf = lambda x: isinstance(x, QArray)  # noqa: E731
-    return jax.tree.map_with_path(owned, variables, is_leaf=is_leaf)
+    found = jax.tree.leaves_with_path(kept, is_leaf=_is_leaf)
+    return {_name(path): tuple(leaf.shape) for path, leaf in found}
 
 
 def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -180,12 +216,7 @@ def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
             )
 
 
-def _by_module(ranges: Any, path: str = "") -> dict[str, Any]:
-    """Calibrated ranges by module, as a card has them."""
-    found = {}
-    for name, value in ranges.items():
-        if isinstance(value, Mapping):
-            found |= _by_module(value, f"{path}/{name}".strip("/"))
-        else:
-            found[path or "(the model)"] = {"range": np.asarray(value).tolist()}
-    return found
+def _ranges(collection: Any) -> dict[str, Any]:
+    """Calibrated ranges by weight, as a card has them."""
+    of = lambda held: jax.tree.map(lambda x: np.asarray(x).tolist(), held)  # noqa: E731
+    return {path: {"range": of(state.input_range)} for path, state in states(collection).items()}

@@ -11,9 +11,10 @@ from flax import nnx
 
 from jaxquant.adapters import Adapted
 from jaxquant.dot import DotGeneral
+from jaxquant.functions.freezing import as_stored
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.nnx.calibrating import held
-from jaxquant.nnx.calls import as_stored, plainly, value
+from jaxquant.nnx.calls import plainly, value
 from jaxquant.nnx.doors import check_model, copied, door_of, install, rules_within
 from jaxquant.nnx.modules import Adapter, AdapterGain, read
 from jaxquant.nnx.modules import Stored as StoredWeight

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.batches import check_range as check_range  # for Linen
 from jaxquant.batches import checked, fitting
 from jaxquant.dot import DotGeneral
 from jaxquant.engine.products import Product

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxquant.nnx.calls import as_stored, value
+from jaxquant.functions.freezing import as_stored
+from jaxquant.nnx.calls import value
 from jaxquant.nnx.doors import quantized_copy
 from jaxquant.nnx.planning import planned
 from jaxquant.qarray import QArray, dequantize
