@@ -182,7 +182,7 @@ def part_by_part(how, held, scale):
     return [x if scale is None else x / scale[i][:, None] for i, x in enumerate(found)]
 
 
-HOWS = ["left", "heads", "heads behind", "two orders", "ragged"]
+HOWS = ["left", "heads", "heads behind", "two orders"]
 HOWS += ["parts", "twice", "recurrent", "stacked", "cond"]
 
 
