@@ -129,7 +129,7 @@ def joined(one: Statistics, other: Statistics) -> Statistics:
     (Array([[5.]], dtype=float32), Array(4, dtype=int32))
     """
     return Statistics(
-        None if one.products is None else one.products + other.products,
+        None if one.products is None or other.products is None else one.products + other.products,
         jnp.maximum(one.largest, other.largest),
         one.magnitudes + other.magnitudes,
         one.count + other.count,

@@ -117,7 +117,7 @@ def _solved(
         return function(*arguments)
 
     flat, scales = matrices.flat(weight), {}
-    order = np.argsort(matrices.batch)  # as the weight has its matrices
+    order = np.argsort(matrices.batch).tolist()  # as the weight has its matrices
     state = jax.tree.map(lambda x: _permuted(x, order), state)
     if is_scaled and method & {"awq", "smoothquant"}:
         find = functools.partial(awq_scale, quantizer=quantizer)
