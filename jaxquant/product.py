@@ -16,13 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from jaxquant.formats import Float, Format, Int, is_static
 from jaxquant.integers import Dims, full, integers, is_integer, laid_out, split
 from jaxquant.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.qarray import QArray, dequantize
-from jaxquant.sharding import computed_as_auto, spec_of, unrepeated
+from jaxquant.sharding import computed_as_auto, spec_of
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
 _LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
@@ -288,15 +287,6 @@ def materialized(x: jax.Array) -> jax.Array:
 def _materialized(x: jax.Array) -> jax.Array:
     default = jax.lax.optimization_barrier
     return jax.lax.platform_dependent(x, cpu=_materialized_on_cpu, default=default)
-
-
-def rows_of(table: jax.Array, places: jax.Array) -> jax.Array:
-    """Rows of a table as `jnp.take` gives them: NaN for places outside of it."""
-
-    def specs() -> PartitionSpec:
-        return unrepeated((*spec_of(places), *tuple(spec_of(table))[1:]))
-
-    return computed_as_auto(lambda x, i: jnp.take(x, i, axis=0), (table, places), specs)
 
 
 def _materialized_on_cpu(x: jax.Array) -> jax.Array:

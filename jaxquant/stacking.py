@@ -1,13 +1,10 @@
 """Layers that `nnx.vmap` has stacked: along which axes, and how arrays of one lie in arrays of all.
 
-`nnx.scan` and `nnx.vmap` take a layer's part of every array at the same place.  A weight [n, m] of three
-layers that are stacked along axis 1 is [n, 3, m]; numbers that a layer has one of are then held as [1, 3, 1],
-with as many axes as the weight, so that there is such a place.
+A weight [n, m] of three layers that are stacked along axis 1 is [n, 3, m].
 """
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,11 +33,6 @@ class Stacking:
         """The stacking of a weight of a given shape along given axes."""
         return cls(tuple(axes), tuple(shape[a] for a in axes), len(shape))
 
-    @property
-    def is_leading(self) -> bool:
-        """Whether the layers' axes come first."""
-        return self.axes == tuple(range(len(self.axes)))
-
     def own(self, shape: Sequence[int]) -> tuple[int, ...]:
         """One layer's part of a shape."""
         return tuple(n for a, n in enumerate(shape) if a not in self.axes)
@@ -51,12 +43,6 @@ class Stacking:
             function = jax.vmap(function, in_axes=axis, out_axes=axis)
         return function
 
-    def masked(self, whole: jax.Array, mask: jax.Array | None) -> jax.Array:
-        """A whole weight times a mask, of one layer or of all; None for none."""
-        if mask is None or mask.ndim == whole.ndim:
-            return whole if mask is None else whole * mask
-        return self.each(lambda weight: weight * mask)(whole)
-
     def front(self, whole: jax.Array) -> jax.Array:
         """An array of the weight's rank with the layers' axes first."""
         return jnp.moveaxis(whole, self.axes, range(len(self.axes)))
@@ -64,18 +50,6 @@ class Stacking:
     def back(self, array: jax.Array) -> jax.Array:
         """What `front` gave, as it was."""
         return jnp.moveaxis(array, range(len(self.axes)), self.axes)
-
-    def placed(self, array: jax.Array) -> jax.Array:
-        """An array [*sizes, ...] of any rank as one in which layers are found as they are in the weight."""
-        if self.is_leading:
-            return array
-        count = len(self.axes)
-        ones = (1,) * (self.rank - count - 1)
-        return self.back(array.reshape(*self.sizes, *ones, math.prod(array.shape[count:])))
-
-    def gathered(self, placed: jax.Array, shape: Sequence[int]) -> jax.Array:
-        """The array [*sizes, *shape] that was `placed`."""
-        return placed if self.is_leading else self.front(placed).reshape(*self.sizes, *shape)
 
     def marked(self, stored: QArray) -> QArray:
         """A stored weight of all layers, with what it says of its axes true of it and of each layer's part.

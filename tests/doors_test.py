@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from by_hand import by_hand
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant.nnx import slots
 from jaxquant.nnx.modules import read
 
 pytestmark = pytest.mark.exhaustive
@@ -215,7 +215,7 @@ def test_stacked_layers_freeze_along_every_axis(axis, recipe):
     assert (run(frozen, TOKENS) == run(low, TOKENS)).all()
 
 
-def test_stock_layers_have_the_bits_that_slots_gave_them():
+def test_stock_layers_have_the_bits_that_they_have_by_hand():
     class Stock(nnx.Module):
         def __init__(self, rngs):
             self.embed = nnx.Embed(VOCAB, D, rngs=rngs)
@@ -231,18 +231,18 @@ def test_stock_layers_have_the_bits_that_slots_gave_them():
 
     for recipe in ("w8a8", "w4a16", "int8_train"):
         model = Stock(nnx.Rngs(0))
-        by_slot = slots.quantize(model, {".*": recipe})
+        own = by_hand(model, {"": recipe})
         by_trace = jq.nnx.quantize(model, {".*": recipe})
-        assert (run(by_slot, TOKENS) == run(by_trace, TOKENS)).all()
+        assert (run(own, TOKENS) == run(by_trace, TOKENS)).all()
         gradients = [
-            nnx.jit(nnx.grad(lambda m: (m(TOKENS) ** 2).sum()))(m) for m in (by_slot, by_trace)
+            nnx.jit(nnx.grad(lambda m: (m(TOKENS) ** 2).sum()))(m) for m in (own, by_trace)
         ]
         for a, b in zip(
             *(jax.tree.leaves(nnx.state(g, nnx.Param)) for g in gradients), strict=True
         ):
             assert (a == b).all()
         frozen = run(jq.nnx.freeze(by_trace, TOKENS), TOKENS)
-        assert (frozen == run(by_slot, TOKENS)).all()
+        assert (frozen == run(own, TOKENS)).all()
 
 
 def test_what_a_call_changes_is_written_to_the_model():

@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read
-from jaxquant.stacking import Stacking, places
+from jaxquant.stacking import places
 from jaxquant.stored import Stored
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
@@ -333,14 +333,6 @@ def test_layers_side_by_side_have_ranges_of_their_own(recipe, axis):
         np.testing.assert_array_equal(RUN(jq.nnx.freeze(quantized, x), x), found)
 
 
-def test_numbers_of_layers_have_the_weights_axes():
-    stacking = Stacking.along((0, 2), (2, 64, 3, 8))
-    numbers = jnp.arange(6.0).reshape(2, 3)
-    placed = stacking.placed(numbers)
-    assert placed.shape == (2, 1, 3, 1)
-    np.testing.assert_array_equal(stacking.gathered(placed, ()), numbers)
-    vectors = jnp.arange(30.0).reshape(2, 3, 5)
-    assert stacking.placed(vectors).shape == (2, 1, 3, 5)
-    np.testing.assert_array_equal(stacking.gathered(stacking.placed(vectors), (5,)), vectors)
+def test_where_layers_may_lie():
     assert places((2, 8), (8,)) == [(0,)]
     assert places((2, 8), (4,)) == []

@@ -23,13 +23,13 @@ class Use:
 
     Attributes:
         index: which product's.
-        apply: (the result, what is recorded or None), from what it is given or None and the operands; a
-            result of None leaves the product as it is.
+        apply: (the result, what is recorded or None), from what it is given or None and the operands.  A
+            result of None leaves the product as it is; a tuple is other operands of the same product.
         scans: those in each turn of which it is given another part, counted from the outermost.
     """
 
     index: int
-    apply: Callable[..., tuple[jax.Array | None, Any]]
+    apply: Callable[..., tuple[jax.Array | tuple[jax.Array, ...] | None, Any]]
     scans: frozenset[int] = frozenset()
 
 
@@ -96,8 +96,9 @@ def _replaced(
     if isinstance(given, Use):
         result, record = given.apply(within.data.get(given.index), *operands)
         records = {} if record is None else {given.index: record}
-        if result is None:
-            return [equation.primitive.bind(*operands, **equation.params)], records
+        if result is None or isinstance(result, tuple):
+            taken = operands if result is None else result
+            return [equation.primitive.bind(*taken, **equation.params)], records
         return [_fitting(equation, result)], records
     if equation.primitive.name in CALLS:
         return _entered(equation, operands, given, within)

@@ -84,7 +84,7 @@ def frozen(
     Raises:
         ValueError: as `freeze`.
     """
-    plans = _planned(reads, decisions, values)
+    plans = to_store(reads, decisions, values)
     stored = {}
     for path, chosen in plans.items():
         check_weight(path, values[path])
@@ -176,10 +176,17 @@ def check_weight(path: str, weight: Any) -> None:
         raise ValueError(f"{path or 'the weight'} holds a NaN or an Inf")
 
 
-def _planned(
+def to_store(
     reads: Mapping[str, str], decisions: Sequence[Decision], values: Mapping[str, Any]
 ) -> dict[str, dict[str, Decision]]:
-    """By parameter, and by the key of what is to be stored of it, a decision that stores it so."""
+    """By parameter, and by the key of what is to be stored of it, a decision that stores it so.
+
+    Args:
+        reads, decisions, values: as of `frozen`.
+
+    Raises:
+        ValueError: as `freeze`.
+    """
     plans: dict[str, dict[str, Decision]] = {}
     refused = []
     for decision in decisions:

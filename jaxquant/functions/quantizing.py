@@ -221,6 +221,7 @@ def recorded(
     origins: Sequence[Origin],
     on_unsupported: str,
     record: Record,
+    watched: Collection[int] = (),
 ) -> tuple[Any, dict[int, Any]]:
     """As `computed`, and what is recorded of each product that has an operation, by its number.
 
@@ -229,6 +230,8 @@ def recorded(
     Args:
         trace, decisions, arrays, origins, on_unsupported: as of `computed`.
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
+        watched: the numbers of products that stay as they are of which is recorded too; their operation is
+            None.
     """
     stored = stored_among(origins, arrays)
     for path in stored:
@@ -240,7 +243,9 @@ def recorded(
     for index, decision in enumerate(decisions):
         weight = _stored_weight(decision, stored)
         use = None if decision.operation is None else _use(index, decision, record, refused)
-        if use is not None and not (weight is None and decision.state is None):
+        if use is None and index in watched:
+            use = _noted(index, decision, record)
+        if decision.operation is not None and not (weight is None and decision.state is None):
             data[index] = weight, decision.state
         uses.append(use)
     if on_unsupported == "error" and any(decision.reason for decision in decisions):
@@ -249,6 +254,11 @@ def recorded(
     if on_unsupported == "error":
         check(refused)
     return found
+
+
+def _noted(index: int, decision: Decision, record: Record) -> Use:
+    """A product as it is, of which is recorded."""
+    return Use(index, lambda _, *operands: (None, record(decision, None, *operands)))
 
 
 def _tried(decision: Decision) -> Decision:

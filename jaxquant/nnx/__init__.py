@@ -10,13 +10,12 @@ from jaxquant.nnx.calibrating import calibrate
 from jaxquant.nnx.modules import (
     ChannelScale,
     InputRange,
-    Observation,
     StepSize,
     Stored,
     read,
     write,
 )
-from jaxquant.nnx.observing import observe
+from jaxquant.nnx.observing import Statistic, observe
 from jaxquant.nnx.quantizing import coverage, quantize
 from jaxquant.nnx.saving import load, save
 from jaxquant.nnx.storing import freeze
@@ -24,7 +23,7 @@ from jaxquant.nnx.storing import freeze
 __all__ = [
     "ChannelScale",
     "InputRange",
-    "Observation",
+    "Statistic",
     "StepSize",
     "Stored",
     "add_lora",

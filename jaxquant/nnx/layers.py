@@ -5,7 +5,7 @@ A layer that is stacked with others is called in a scan over them, as models do.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,10 @@ from flax import nnx
 from jaxquant.engine.walking import Trace
 from jaxquant.nnx.calls import Call, called
 from jaxquant.nnx.modules import read
-from jaxquant.nnx.sites import Site, sites
-from jaxquant.rules import ATTENTION
+from jaxquant.stacking import Stacking, agreeing, places
+
+# A subclass before its base: the first that fits counts.
+_KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,84 @@ class Scanned:
         return run(leaves, self.axes, self.sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One of Flax's layers.
+
+    Attributes:
+        path: with slashes.
+        module: itself.
+        weights: of all layers of its model: path, shape, and the shape of one layer's.
+    """
+
+    path: str
+    module: Any
+    weights: Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]] = ()
+
+    @property
+    def variable(self) -> Any:
+        """The weight's variable."""
+        return self.module.embedding if isinstance(self.module, nnx.Embed) else self.module.kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """One layer's weight, as the module's settings have it."""
+        module = self.module
+        if isinstance(module, nnx.Embed):
+            return (module.num_embeddings, module.features)
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose | nnx.Einsum):
+            return tuple(module.kernel_shape)
+        if isinstance(module, nnx.LinearGeneral):
+            return (*module.batch_axis.values(), *module.in_features, *module.out_features)
+        return (module.in_features, module.out_features)
+
+    @property
+    def stacking(self) -> Stacking:
+        """Along which axes vmap has stacked layers, where it has.
+
+        The weight's shape beside one layer's tells; where that allows several places, the bias', and then
+        that of the nearest layers; where these leave several too, the first counts.
+
+        Raises:
+            ValueError: a weight that is none of a layer's own shape, nor several of them.
+        """
+        whole = tuple(read(self.variable).shape)
+        found = places(whole, self.shape) if len(whole) != len(self.shape) else [()]
+        if not found:
+            raise ValueError(
+                f"{self.path or 'the model'} has weights of shape {whole}, and one layer's is {self.shape}: "
+                "they are no layers that nnx.vmap has stacked"
+            )
+        for rank, others in self._witnesses() if len(found) > 1 else ():
+            found = agreeing(found, len(whole), others, rank) or found
+        return Stacking.along(found[0], whole)
+
+    def _witnesses(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
+        """Where other arrays of the same layers are stacked: their ranks, and the axes that may be."""
+        bias, own = getattr(self.module, "bias", None), self._bias_shape()
+        if bias is not None and own is not None:
+            yield len(bias.shape), places(bias.shape, own)
+        parts = self.path.split("/")
+
+        def nearness(path: str) -> int:
+            pairs = zip(parts, path.split("/"), strict=False)
+            return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+        for _, shape, own in sorted(self.weights, key=lambda w: nearness(w[0]), reverse=True):
+            found = places(shape, own)
+            if len(found) == 1 and found != [()]:
+                yield len(shape), found
+
+    def _bias_shape(self) -> tuple[int, ...] | None:
+        """One layer's bias; None where the module's settings do not tell."""
+        module = self.module
+        if isinstance(module, nnx.Einsum):
+            return None
+        if isinstance(module, nnx.LinearGeneral):
+            return (*module.batch_axis.values(), *module.out_features)
+        return (module.out_features,) if hasattr(module, "out_features") else None
+
+
 def layer_calls(
     model: nnx.Module, path: str, first: tuple[tuple[str, str], ...]
 ) -> Iterator[tuple[Call, list[Any], Trace]]:
@@ -66,27 +146,32 @@ def layer_calls(
         path: its own, in what it is a part of.
         first: as of `jaxquant.nnx.calls.Call`.
     """
-    for site in layers(model):
+    for layer in layers(model):
         for method in ("__call__", "attend"):
-            found = _tried(site, method, path, first) if hasattr(site.module, method) else None
+            found = _tried(layer, method, path, first) if hasattr(layer.module, method) else None
             if found is not None:
                 yield found
 
 
-def layers(model: nnx.Module) -> list[Site]:
-    """Flax's layers in a model that have weights."""
-    try:
-        return [site for site in sites(model).values() if site.kind != ATTENTION]
-    except ValueError:  # there are none
-        return []
+def layers(model: nnx.Module) -> list[Layer]:
+    """Flax's layers in a model."""
+    found: list[Layer] = []
+    weights: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+    for path, module in nnx.iter_graph(model):
+        if isinstance(module, _KINDS):
+            found.append(Layer("/".join(map(str, path)), module, weights))
+            if isinstance(found[-1].variable, nnx.Variable):
+                shape = tuple(read(found[-1].variable).shape)
+                weights.append((found[-1].path, shape, found[-1].shape))
+    return found
 
 
 def _tried(
-    site: Site, method: str, above: str, first: tuple
+    layer: Layer, method: str, above: str, first: tuple
 ) -> tuple[Call, list[Any], Trace] | None:
     try:
-        stacking = site.stacking
-        shapes = list(_inputs(site, method))
+        stacking = layer.stacking
+        shapes = list(_inputs(layer, method))
     except Exception:  # settings that are not those of Flax's own
         return None
     axes, sizes, rank = stacking.axes, stacking.sizes, stacking.rank
@@ -96,8 +181,8 @@ def _tried(
         ends = tuple(a - rank for a in axes)
         ways = [Scanned(method, places, sizes) for places in (axes, ends)]
     for how, inputs in itertools.product(ways, shapes):
-        path = "/".join(part for part in (above, site.path) if part)
-        call, arrays, _ = called(site.module, path, how, (inputs,), {}, first)
+        path = "/".join(part for part in (above, layer.path) if part)
+        call, arrays, _ = called(layer.module, path, how, (inputs,), {}, first)
         try:
             return call, arrays, call.traced(arrays)
         except Exception:  # a method that takes something else
@@ -105,15 +190,15 @@ def _tried(
     return None
 
 
-def _inputs(site: Site, method: str) -> Iterator[Any]:
+def _inputs(layer: Layer, method: str) -> Iterator[Any]:
     """Shapes of inputs that a layer takes."""
-    module = site.module
-    if site.kind == "embed" and method == "__call__":
+    module = layer.module
+    if isinstance(module, nnx.Embed) and method == "__call__":
         yield from (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2,), (1, 2)))
         return
-    if site.kind in ("conv", "conv_transpose"):  # on inputs large enough for any dilation
+    if isinstance(module, nnx.Conv | nnx.ConvTranspose):  # on inputs large enough for any dilation
         shapes = [(1, *(64 * n for n in module.kernel_size), module.in_features)]
-    elif site.kind == "einsum":
+    elif isinstance(module, nnx.Einsum):
         left, right = module.einsum_str.replace(" ", "").split("->")[0].split(",")
         sizes = dict(zip(right.replace("...", ""), module.kernel_shape, strict=False))
         shapes = [tuple(sizes.get(label, 2) for label in left.replace("...", ""))]
@@ -124,7 +209,7 @@ def _inputs(site: Site, method: str) -> Iterator[Any]:
             tuple(sizes.get(a, sizes.get(a - r, 2)) for a in range(r)) for r in (rank, rank + 1)
         ]
     else:
-        features = module.features if site.kind == "embed" else module.in_features
+        features = module.features if isinstance(module, nnx.Embed) else module.in_features
         shapes = [(2, features), (1, 2, features), (1, 1, 2, features)]
     for shape in shapes:
-        yield jax.ShapeDtypeStruct(shape, read(site.variable).dtype)
+        yield jax.ShapeDtypeStruct(shape, read(layer.variable).dtype)

@@ -63,13 +63,31 @@ def planned(
         return _joined(
             [_plan(model, *each, True, is_shown or _is_head(each[0]), is_shown) for each in found]
         )
-    made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
     try:
-        trace = made.traced(arrays)
+        return planned_call(model, inputs, options, call, call is not None, is_shown)
     except (TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the inputs do not fit the model: {reason}") from error
-    return _plan(model, made, arrays, trace, call is not None, is_shown, is_shown)
+
+
+def planned_call(
+    model: nnx.Module,
+    inputs: tuple[Any, ...],
+    options: Mapping[str, Any],
+    call: Callable[..., Any] | None,
+    is_part: bool,
+    is_shown: bool = False,
+) -> Plan:
+    """What becomes of the products of a quantized model's call; what the call raises is raised.
+
+    Args:
+        model, inputs, options, call, is_shown: as of `planned`.
+        is_part: whether rules may take none of these products.
+    """
+    door = door_of(model)
+    assert door is not None
+    made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
+    return _plan(model, made, arrays, made.traced(arrays), is_part, is_shown, is_shown)
 
 
 def _is_head(call: Call) -> bool:

@@ -12,9 +12,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxquant import artifacts
-from jaxquant.nnx import slot_saving
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
-from jaxquant.nnx.converting import from_slots
 from jaxquant.nnx.doors import door_of, install, modules, rules_within
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -111,7 +109,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     A frozen weight that the code multiplies in another way than it was stored for is an error of the call.
 
     Args:
-        folder: what `save` wrote, also that of versions before rules were saved.
+        folder: what `save` wrote.
         model: the architecture in floating point, as it was before `quantize`, with arrays or abstract
             (`nnx.eval_shape`); it is left as it is, and its numbers and their types do not matter.
 
@@ -119,8 +117,9 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
         A new module tree with the folder's arrays, in their own types, and its rules.
 
     Raises:
-        ValueError: a folder that is not whole, or not of an NNX model; a model that is quantized, or whose
-            modules, variables, shapes or types to compute in are not those of the saved one.
+        ValueError: a folder that is not whole, not of an NNX model, or of before rules were saved; a model
+            that is quantized, or whose modules, variables, shapes or types to compute in are not those of the
+            saved one.
     """
     tree, _ = artifacts.load(folder)
     for path, module in modules(model):
@@ -129,7 +128,10 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
                 f"{path or 'the model'} is quantized; load takes the architecture in float"
             )
     if isinstance(tree, Mapping) and "operations" in tree:
-        return from_slots(model, slot_saving.load(folder, model))
+        raise ValueError(
+            f"{folder} was written by a jaxquant from before 0.1.0, which saved an operation for each layer "
+            "and no rules; save the model again, of the weights that it was made of, with this version"
+        )
     if not isinstance(tree, Mapping) or set(tree) | {"types"} != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values = _flat(tree["variables"])

@@ -1,49 +1,44 @@
 """Post-training quantization of a whole model, layer after layer, from a few batches of its inputs."""
 
 import dataclasses
-import hashlib
-import json
 import math
 import os
-import zlib
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
-from zipfile import BadZipFile
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant import files, storage
 from jaxquant.batches import checked, fitting
-from jaxquant.nnx.converting import from_slots
-from jaxquant.nnx.freezing import (
-    check_tied,
-    check_weight,
-    packed,
-    quantize_weight,
-    share,
-    shared_copy,
-    store,
-    tied,
-    weight_quantizer,
+from jaxquant.dot import DotGeneral
+from jaxquant.engine.products import Product
+from jaxquant.functions.freezing import as_held
+from jaxquant.functions.quantizing import Decision
+from jaxquant.nnx.doors import copied, install, quantized_copy, rules_of, rules_within
+from jaxquant.nnx.modules import ChannelScale
+from jaxquant.nnx.modules import Stored as StoredWeight
+from jaxquant.nnx.observing import Statistic, observe
+from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.opaque import Owner
+from jaxquant.ptq.identity import identity
+from jaxquant.ptq.layers import Layer, layers_of, operation_of, quantizer_of
+from jaxquant.ptq.resuming import Store
+from jaxquant.ptq.solvers import Statistics
+from jaxquant.ptq.solving import (
+    Method,
+    check_seen,
+    needs_statistics,
+    not_called,
+    solve,
+    statistic,
+    statistics_bytes,
 )
-from jaxquant.nnx.modules import is_learned, operation_of, read, with_forward
-from jaxquant.nnx.observing import observe
-from jaxquant.nnx.sites import Site, as_kind, put, sites
-from jaxquant.nnx.slots import find_uses
-from jaxquant.nnx.slots import quantize as apply_rules
-from jaxquant.ptq.identity import difference, identity
-from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
-from jaxquant.ptq.solvers import Statistics, gptq, rtn, statistics, update
-from jaxquant.qarray import QArray
 from jaxquant.quantizer import Quantizer
-from jaxquant.rules import ATTENTION, Rules
-from jaxquant.smoothed import Smoothed, multiplied
-from jaxquant.stacking import Stacking
+from jaxquant.rules import Rule, Rules
+from jaxquant.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)
 Batches = Sequence[Any] | Callable[[], Iterable[Any]]
@@ -80,8 +75,10 @@ def quantize(
       single large channels, and gathers a common mean, as behind a ReLU, in one coordinate: those layers are
       better left to another method.
 
-    Scales of channels and rotations are for Linear, LinearGeneral and Einsum; convolutions have neither, and
-    an Embed is rounded to nearest whatever the method, since a row is both looked up and multiplied.
+    Weights are found in the model's calls on the batches, whoever wrote the layers; those of layers that are
+    stacked, of experts and of heads that are multiplied side by side are rounded each by itself, by what each
+    is given.  Scales of channels and rotations are for products of matrices; convolutions and ragged products
+    have neither.  A table is rounded to nearest whatever the method, since its rows are looked up too.
 
     Args:
         model: an NNX model in floating point, which stays as it is.
@@ -101,9 +98,12 @@ def quantize(
 
     Raises:
         ValueError: whatever `jaxquant.nnx.quantize` refuses; an unknown method, or two that scale channels;
-            no batches, or one with a NaN; recipes with learned steps or traced widths; a workdir of
+            no batches, or one with a NaN; recipes with learned steps or traced widths; a layer that the
+            batches do not reach, or that the method does not take; a weight of several layers; a workdir of
             another model, method, data, call or other rules, or a call whose content cannot be told.
 
+    >>> import jax
+    >>> from jaxquant.nnx import read
     >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
     >>> batches = [jax.random.normal(jax.random.key(i), (32, 64)) for i in range(2)]
     >>> frozen = quantize(model, {".*": "w3a16"}, batches, progress=False)
@@ -116,48 +116,39 @@ def quantize(
         raise ValueError(f"memory is a number of bytes, at least 1; got {memory!r}")
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
-    quantized = apply_rules(model, rules)
-    groups = [group for group in tied(quantized) if any(map(weight_quantizer, group))]
-    target = {
-        path: site
-        for path, site in sites(quantized).items()
-        if site.kind == ATTENTION or operation_of(site.operation) is not None
-    }
-    working = shared_copy(model)
-    found = sites(working)
-    solvable = [path for path, site in target.items() if _quantizer(site) is not None]
-    if not solvable:
-        raise ValueError("the rules quantize no weights")
-    check_tied(quantized, groups)
-    for group in groups:
-        _check_shared(group, chosen, method)
-    for path in solvable:
-        _check_recipe(target[path])
-        check_weight(path, read(target[path].variable))
-        if _needs_statistics(target[path], chosen):
-            _check_dense(target[path], method)
-        if "hadamard" in chosen:
-            _rotate(target[path])
-    store_ = _Store(workdir, lambda: _identities(model, target, batches, method, call))
-    order = _call_order(model, batches, call, solvable)
-    with tqdm(total=len(order), disable=not progress, desc=f"quantizing by {method}") as bar:
-        for stage in _stages([target[p] for p in order], memory, chosen):
-            paths = [site.path for site in stage]
-            store_.enter(paths)
-            solved = store_.read(paths)
+    target = quantized_copy(model, rules)
+    index, arguments = next(checked(series(batches)))
+    with fitting(index, arguments):
+        layers, decisions = layers_of(target, arguments, call)
+    for layer in layers:
+        if holder_of(target, layer.path) is None:
+            raise ValueError(
+                f"{layer.path} cannot be stored: no module's attribute holds it, but a list or dict; a rule "
+                f"({layer.path!r}, None) before the others leaves it in float"
+            )
+        _check(layer, chosen, method)
+    if "hadamard" in chosen:
+        rotated = [_rotated(layer) for layer in layers if layer.is_dot]
+        install(target, [*rotated, *rules_of(target)])
+        layers, decisions = layers_of(target, arguments, call)
+    store = Store(workdir, lambda: _identities(model, decisions, batches, method, call))
+    working, done = copied(model), list[Rule]()
+    install(working, rules_within(model))
+    with tqdm(total=len(layers), disable=not progress, desc=f"quantizing by {method}") as bar:
+        for stage in _stages(layers, memory, chosen):
+            paths = [layer.path for layer in stage]
+            store.enter(paths)
+            solved = store.read(paths)
             if solved is None:
                 seen = _statistics(working, stage, batches, chosen, call)
-                solved = {p: _solve(target[p], seen.get(p), chosen) for p in paths}
-                store_.write(paths, solved)
-            for path in paths:
-                _finish(found[path], target[path], solved[path])
-                bar.update(1)
-    for path, site in target.items():
-        if path not in solvable:
-            put(found[path], site.operation)
-    for group in groups:
-        share([found[site.path] for site in group])
-    return from_slots(model, working)
+                solved = {layer.path: solve(layer, seen, chosen) for layer in stage}
+                store.write(paths, solved)
+            working = _with_layers(working, stage, solved)
+            done += [_rule(layer, _recipe(layer)) for layer in stage]
+            install(working, [*done, *rules_within(model)])
+            bar.update(len(stage))
+    install(working, [rule._replace(is_earlier=True) for rule in rules_of(target)])
+    return working
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -195,254 +186,144 @@ def series(batches: Any) -> Iterable[Any]:
     return started
 
 
-def _quantizer(site: Site) -> Quantizer | None:
-    return None if site.kind == ATTENTION else operation_of(site.operation).forward.rhs
-
-
-def _check_recipe(site: Site) -> None:
-    forward = operation_of(site.operation).forward
-    for quantizer in (forward.lhs, forward.rhs):
-        if is_learned(quantizer):
-            raise ValueError(
-                f"{site.path} has a recipe with learned steps, which only training finds"
-            )
-    if jax.tree.leaves(forward.rhs.format):
-        raise ValueError(f"{site.path} has a traced width, which cannot be stored")
-
-
-def _check_dense(site: Site, method: str) -> None:
-    """Raises a ValueError for a layer that is no one matrix of all its inputs, which solvers need."""
-    module = site.module
-    found = None
-    if isinstance(module, nnx.LinearGeneral) and len(module.batch_axis):
-        found = "batch axes"
-    elif getattr(module, "mask", None) is not None:
-        found = "a mask"
-    elif (groups := getattr(module, "feature_group_count", 1)) != 1:
-        found = f"feature_group_count {groups} (a grouped convolution)"
-    if found is not None:
+def _check(layer: Layer, chosen: Method, method: str) -> None:
+    """Raises a ValueError for a layer that a method does not take, or whose weight is no number."""
+    for path in {p for d in layer.decisions.values() for p in operation_of(d).stored.paths}:  # pyright: ignore
+        if not bool(jnp.isfinite(layer.values[path]).all()):
+            raise ValueError(f"the weights of {layer.label} hold a NaN or an Inf")
+    are_tables = all(isinstance(module, nnx.Embed) for module in layer.holders.values())
+    if len(layer.holders) > 1 and not are_tables and chosen - {"rtn"}:
         raise ValueError(
-            f"{site.path or 'the model'} has {found}, which method {method!r} does not take; method 'rtn' "
-            f"does, and a rule ('{site.path}', None) before the others leaves the layer in float"
+            f"{' and '.join(layer.holders)} share one weight, and method {method!r} rounds for one layer's "
+            "inputs; method 'rtn' takes it, and a rule with None for each leaves it in float"
         )
-
-
-def _check_shared(group: Sequence[Site], chosen: frozenset[str], method: str) -> None:
-    """Raises a ValueError for a weight of several layers, each of which would have it rounded otherwise."""
-    if len(group) > 1 and (
-        chosen & {"hadamard"} or any(_needs_statistics(s, chosen) for s in group)
-    ):
-        raise ValueError(
-            f"{' and '.join(site.path for site in group)} share one weight, and method {method!r} rounds for "
-            "one layer's inputs; method 'rtn' takes it, and a rule with None for each leaves it in float"
-        )
-
-
-def _rotate(site: Site) -> None:
-    """Puts a layer's product into Hadamard coordinates, in the largest blocks that divide its inputs."""
-    if site.kind not in ("linear", "einsum"):
+    if not needs_statistics(layer, chosen):
         return
-    size = site.stacking.own(read(site.variable).shape)[site.axes[-1]]
-    forward = operation_of(site.operation).forward
-    if not isinstance(forward.rhs.granularity, str):
-        size = math.gcd(
-            size, forward.rhs.granularity if isinstance(forward.rhs.granularity, int) else 1
-        )
-    block = math.gcd(size, _LARGEST_ROTATION)
-    if block == 1:
+    if not layer.is_called:
+        raise ValueError(not_called(layer))
+    if found := _unsuited(layer, chosen):
         raise ValueError(
-            f"{site.path} cannot be rotated: its {size} inputs are not divided by any power of two"
+            f"{layer.label} has {found}, which method {method!r} does not take; method 'rtn' does, and a "
+            f"rule ('{layer.name}', None) before the others leaves the layer in float"
+        )
+
+
+def _unsuited(layer: Layer, chosen: Method) -> str:
+    """What a layer has that solvers do not take, which round matrices of all inputs; "" where nothing."""
+    for decision in layer.decisions.values():
+        settings = decision.product.settings
+        groups = settings.get("feature_group_count", 1) * settings.get("batch_group_count", 1)
+        if groups != 1:
+            return f"feature_group_count {groups} (a grouped convolution)"
+        if _is_masked(layer, decision):
+            return "a mask"
+    parts = {path for d in layer.decisions.values() for path in d.product.parameters}
+    is_one = len(parts) == len(layer.decisions) == 1
+    if layer.is_dot and chosen & {"awq", "smoothquant"} and not is_one:
+        return "several weights, which would share one scale for each channel,"
+    return ""
+
+
+def _is_masked(layer: Layer, decision: Decision) -> bool:
+    """Whether a weight is zero where its parameter is not: rounding that makes up for errors fills it."""
+    made = operation_of(decision).stored
+    assert made is not None
+    if made.key.replace("turn(", "").rstrip(")") == layer.path:
+        return False
+    values = {path: layer.values[path] for path in made.paths}
+    own = sum(int(jnp.sum(values[path] == 0)) for path in decision.product.parameters)
+    return int(jnp.sum(made.of(values) == 0)) > own
+
+
+def _rotated(layer: Layer) -> Rule:
+    """A layer's rule in Hadamard coordinates, in the largest blocks that divide its inputs."""
+    size = _LARGEST_ROTATION
+    for matrices in layer.matrices.values():
+        size = math.gcd(size, matrices.own[matrices.axes[-1]])
+    recipe = _recipe(layer)
+    granularity = quantizer_of(next(iter(layer.decisions.values()))).granularity
+    if not isinstance(granularity, str):
+        size = math.gcd(size, granularity if isinstance(granularity, int) else 1)
+    if size == 1:
+        raise ValueError(
+            f"{layer.label} cannot be rotated: its inputs are not divided by any power of two"
         )
 
     def rotated(quantizer: Quantizer | None) -> Quantizer | None:
-        return None if quantizer is None else dataclasses.replace(quantizer, hadamard=block)
+        return None if quantizer is None else dataclasses.replace(quantizer, hadamard=size)
 
+    forward = recipe.forward
     changed = dataclasses.replace(forward, lhs=rotated(forward.lhs), rhs=rotated(forward.rhs))
-    put(site, with_forward(site.operation, changed))
+    return _rule(layer, dataclasses.replace(recipe, forward=changed))
 
 
-def _call_order(model: Any, batches: Any, call: Any, paths: Sequence[str]) -> list[str]:
-    """The layers as they are called; those that are not, last."""
-    index, arguments = next(checked(series(batches)))
-    with fitting(index, arguments):
-        shapes = jax.eval_shape(lambda x: x, arguments)
-        called = list(find_uses(model, *shapes, call=call)[0])
-    return sorted(paths, key=lambda p: called.index(p) if p in called else len(called))
+def _recipe(layer: Layer) -> DotGeneral:
+    rule = next(iter(layer.decisions.values())).rule
+    assert rule is not None
+    assert isinstance(rule.value, DotGeneral)
+    return rule.value
 
 
-def _stages(ordered: Sequence[Site], memory: int, chosen: frozenset[str]) -> list[list[Site]]:
+def _rule(layer: Layer, recipe: DotGeneral) -> Rule:
+    """A rule for one layer alone."""
+    rule = next(iter(layer.decisions.values())).rule
+    assert rule is not None
+    return Rule(re.compile(re.escape(layer.path)), recipe, rule.label, is_earlier=True)
+
+
+def _stages(ordered: Sequence[Layer], memory: int, chosen: Method) -> list[list[Layer]]:
     """Neighbours whose statistics fit into memory together."""
-    stages: list[list[Site]] = [[]]
+    stages: list[list[Layer]] = [[]]
     held = 0
-    for site in ordered:
-        size = _statistics_bytes(site) if _needs_statistics(site, chosen) else 0
+    for layer in ordered:
+        size = statistics_bytes(layer, chosen)
         if stages[-1] and held + size > memory:
             stages.append([])
             held = 0
-        stages[-1].append(site)
+        stages[-1].append(layer)
         held += size
     return stages
 
 
-def _needs_statistics(site: Site, chosen: frozenset[str]) -> bool:
-    return site.kind != "embed" and bool(chosen - {"rtn", "hadamard"})
-
-
-def _statistics_bytes(site: Site) -> int:
-    n = _inputs(site)
-    return 4 * n * (n + 2) * math.prod(site.stacking.sizes)
-
-
-def _inputs(site: Site) -> int:
-    """How many numbers one layer's products sum over."""
-    own = site.stacking.own(read(site.variable).shape)
-    return math.prod(own[a] for a in site.axes)
-
-
 def _statistics(
-    model: nnx.Module, stage: Sequence[Site], batches: Any, chosen: frozenset[str], call: Any
+    model: nnx.Module, stage: Sequence[Layer], batches: Any, chosen: Method, call: Any
 ) -> dict[str, Statistics]:
-    wanted = {site.path for site in stage if _needs_statistics(site, chosen)}
+    """By how each weight of a stage is made."""
+    wanted = {
+        key: statistic(matrices.inputs, chosen)
+        for layer in stage
+        if needs_statistics(layer, chosen)
+        for key, matrices in layer.matrices.items()
+    }
     if not wanted:
         return {}
-    hessian = bool(chosen & {"gptq", "awq"})
 
-    def statistic(site: Site) -> Any:
-        if site.path not in wanted:
-            return None
-        start = statistics(_inputs(site), hessian)
-        return start, lambda state, seen: update(state, seen.columns())
+    def statistics(product: Product) -> Statistic | None:
+        made = product.derivation
+        return None if made is None else wanted.get(made.stored.key)
 
-    found = observe(model, series(batches), statistic, call)
-    for path, state in found.items():
-        if int(jnp.sum(state.nonfinite)):
-            raise ValueError(f"the inputs of {path} hold a NaN or an Inf on the calibration data")
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state)):
-            raise ValueError(
-                f"the inputs of {path} are so large on the calibration data that sums of their squares are"
-                " beyond float32"
-            )
-        if int(jnp.min(state.count)) == 0:
-            raise ValueError(
-                f"{path} is not called on the calibration data; a rule ('{path}', None) leaves it in float"
-            )
+    found = observe(model, series(batches), statistics, call)
+    for layer in stage:
+        check_seen(layer, [found[key] for key in layer.decisions if key in found])
     return found
 
 
-# ---------------------------------------------------------------------------------------------------
-# Solving a layer
-
-
-def _solve(site: Site, state: Statistics | None, chosen: frozenset[str]) -> dict[str, Any]:
-    """A layer's stored weight, and the scales of its channels where it has such."""
-    quantizer = _quantizer(site)
-    assert quantizer is not None
-    if state is None:
-        return {"weight": quantize_weight(site, quantizer)}
-    matrix = _Matrix.of(site)
-    weight = matrix.flat(read(site.variable), site.module.dtype)
-    scales = {}
-    is_linear = site.kind in ("linear", "einsum")
-
-    def each(f: Callable[..., Any], *arguments: Any) -> Any:
-        for _ in matrix.stacking.axes:
-            f = jax.vmap(f)
-        return f(*arguments)
-
-    if is_linear and chosen & {"awq", "smoothquant"}:
-        scale = each(
-            (lambda w, s: awq_scale(w, s, quantizer)) if "awq" in chosen else smoothquant_scale,
-            weight,
-            state,
-        )
-        scales = {"scale": scale}
-        weight = each(lambda w, s: multiplied(w, s, (0,)), weight, scale)
-        state = each(rescaled, state, scale)
-    if "gptq" in chosen:
-        stored = each(lambda w, s: gptq(w, s.hessian, quantizer), weight, state)
-    else:
-        stored = each(lambda w: rtn(w, quantizer), weight)
-    return {"weight": matrix.whole(stored), **scales}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Matrix:
-    """How a layer's weight becomes a matrix, inputs by outputs, and a stored one becomes a weight again.
-
-    Attributes:
-        own: shape of one layer's weight.
-        stacking: where several layers are; as matrices they are stacked along leading axes.
-        axes: what the product sums over, in one layer's weight.
-    """
-
-    own: tuple[int, ...]
-    stacking: Stacking
-    axes: tuple[int, ...]
-
-    @classmethod
-    def of(cls, site: Site) -> "_Matrix":
-        stacking = site.stacking
-        return cls(stacking.own(read(site.variable).shape), stacking, site.axes)
-
-    @property
-    def order(self) -> list[int]:
-        """Axes of one layer's weight: those that are summed over first."""
-        rest = [a for a in range(len(self.own)) if a not in self.axes]
-        return [*self.axes, *rest]
-
-    def flat(self, weight: jax.Array, dtype: Any) -> jax.Array:
-        weight = weight if dtype is None else weight.astype(dtype)
-        n, count = math.prod(self.own[a] for a in self.axes), len(self.stacking.sizes)
-        places = (*range(count), *(count + a for a in self.order))
-        moved = jnp.transpose(self.stacking.front(weight), places)
-        return moved.reshape(*self.stacking.sizes, n, -1)
-
-    def whole(self, x: QArray) -> QArray:
-        """A stored matrix with the weight's own axes, packed."""
-        sizes = [self.own[a] for a in self.order]
-        count, lead = len(self.axes), self.stacking.sizes
-        back = [self.order.index(a) for a in range(len(self.own))]
-
-        def unflatten(part: jax.Array | None) -> jax.Array | None:
-            if part is None:
-                return None
-            rows, columns = part.shape[len(lead) :]
-            shape = [*_split(rows, sizes[:count]), *_split(columns, sizes[count:])]
-            view = part.reshape(*lead, *shape)
-            view = jnp.transpose(view, (*range(len(lead)), *(len(lead) + a for a in back)))
-            return self.stacking.back(view)
-
-        rotation = x.hadamard
-        if rotation is not None:
-            rotation = (rotation[0], self.axes[-1] - len(self.own))
-        parts = map(unflatten, (x.qvalue, x.scale, x.zero_point, x.tensor_scale))
-        qvalue, scale, zero_point, tensor_scale = parts
-        assert qvalue is not None
-        assert scale is not None
-        unpacked = QArray(
-            qvalue, scale, zero_point, tensor_scale, x.format, x.dtype, hadamard=rotation
-        )
-        return self.stacking.marked(self.stacking.each(packed)(unpacked))
-
-
-def _split(groups: int, sizes: Sequence[int]) -> list[int]:
-    """How groups of flattened axes lie over these axes: one for all, or blocks along the last."""
-    if groups == 1:
-        return [1] * len(sizes)
-    first = math.prod(sizes[:-1])
-    return [*sizes[:-1], groups // first]
-
-
-def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
-    """Puts a solved layer into the model."""
-    operation = target.operation
-    if "scale" in solved:
-        # Stacked scales go with the layers that they belong to.
-        scale = site.stacking.placed(solved["scale"])
-        smoothed: Any = Smoothed(operation_of(operation), scale)
-        operation = as_kind(site.kind, smoothed)
-    put(site, operation)
-    store(site, solved["weight"])
+def _with_layers(model: Model, stage: Sequence[Layer], solved: Mapping[str, Any]) -> Model:
+    """The model with layers' weights as they are stored, and their channels' scales beside them."""
+    paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
+    leaves = {}
+    for layer in stage:
+        found, plain = solved[layer.path], layer.values[layer.path]
+        operands = {key: found[f"weight{place}"] for place, key in enumerate(layer.decisions)}
+        stored = Stored(operands, plain.shape, plain.dtype, Owner(layer.path))
+        leaves[paths[layer.path]] = StoredWeight(as_held(layer.path, stored))
+    model = replaced(model, leaves)
+    for layer in stage:
+        if "scale" in solved[layer.path]:
+            holder = holder_of(model, layer.path)
+            assert holder is not None
+            setattr(holder[0], f"{holder[1]}_scale", ChannelScale(solved[layer.path]["scale"]))
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -450,10 +331,10 @@ def _finish(site: Site, target: Site, solved: Mapping[str, Any]) -> None:
 
 
 def _identities(
-    model: Any, target: Mapping[str, Site], batches: Any, method: str, call: Any
+    model: Any, decisions: Sequence[Decision], batches: Any, method: str, call: Any
 ) -> dict[str, str]:
     """Hashes of all that decides the result."""
-    rules = {path: site.operation for path, site in target.items()}
+    rules = [(d.product.path, d.rule.value) for d in decisions if d.rule is not None]
     return {
         "model": identity("model", model),
         "rules": identity("rules", rules),
@@ -461,62 +342,3 @@ def _identities(
         "method": method,
         "call": identity("call", call),
     }
-
-
-class _Store:
-    """Finished stages in a folder, or nowhere."""
-
-    def __init__(self, workdir: Any, identities: Callable[[], Mapping[str, str]]):
-        self.folder = None if workdir is None else Path(workdir)
-        self._stage = ""
-        if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        marker = self.folder / "quantization.json"
-        parts = identities()
-        if not marker.exists():
-            files.write(marker, json.dumps({"fingerprint": parts}))
-        try:
-            known = files.read_json(marker)["fingerprint"]
-        except (ValueError, KeyError, TypeError):
-            known = None
-        if other := difference(known, parts):
-            raise ValueError(
-                f"workdir '{self.folder}' holds the layers of another {other}, or of another version of "
-                "jaxquant; choose another"
-            )
-
-    def enter(self, paths: Sequence[str]) -> None:
-        """Comes to a stage: what it sees depends on how the layers before it were staged."""
-        self._stage = hashlib.sha256("\n".join([self._stage, *paths]).encode()).hexdigest()[:16]
-
-    def _path(self) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{self._stage}.npz"
-
-    def read(self, paths: Sequence[str]) -> dict[str, Any] | None:
-        if self.folder is None or not self._path().exists():
-            return None
-        try:
-            with files.opened(self._path()) as opened, np.load(opened) as file:
-                files.check_stored(file.zip)
-                arrays = {name: file[name] for name in file.files}
-            descriptions = files.parse_json(str(arrays.pop("descriptions")), "what they are")
-            found = storage.from_arrays(arrays, descriptions)
-        except (ValueError, OSError, KeyError, EOFError, BadZipFile, zlib.error) as error:
-            raise ValueError(
-                f"'{self._path()}' is damaged ({error}); delete it, and it is made anew"
-            ) from None
-        return {path: found[_key(path)] for path in paths}
-
-    def write(self, paths: Sequence[str], solved: Mapping[str, Any]) -> None:
-        if self.folder is None:
-            return
-        arrays, descriptions = storage.to_arrays({_key(p): dict(solved[p]) for p in paths})
-        named: dict[str, Any] = {k: np.asarray(v) for k, v in arrays.items()}
-        with files.replacing(self._path()) as file:
-            np.savez(file, descriptions=json.dumps(dict(descriptions)), **named)
-
-
-def _key(path: str) -> str:
-    return path.replace("/", ".") or "model"

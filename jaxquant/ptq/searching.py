@@ -15,15 +15,18 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant import files
-from jaxquant.nnx.freezing import frozen_nbytes, quantize_weight, shared_copy, weight_quantizer
-from jaxquant.nnx.modules import read, write
-from jaxquant.nnx.observing import checked, fitting
-from jaxquant.nnx.sites import sites
-from jaxquant.nnx.slots import quantize as apply_rules
+from jaxquant.batches import checked, fitting
+from jaxquant.engine.products import Product
+from jaxquant.engine.rebuilding import Use
+from jaxquant.functions.freezing import stored_operand
+from jaxquant.functions.operations import Operation
+from jaxquant.nnx.calls import Call, called
+from jaxquant.nnx.doors import first_places, quantized_copy, weights
 from jaxquant.ptq.identity import difference, identity
+from jaxquant.ptq.layers import Layer, layers_of, operation_of
 from jaxquant.ptq.quantizing import check_batches, series
 from jaxquant.ptq.search import Allocation, allocate
-from jaxquant.qarray import dequantize
+from jaxquant.qarray import QArray, dequantize
 
 Loss = Callable[..., jax.Array]
 
@@ -97,6 +100,7 @@ def search(
             nothing; a layer that cannot take a recipe; a workdir of another model, data or loss, or a loss
             whose content cannot be told.
 
+    >>> import jax
     >>> model = nnx.Sequential(*[nnx.Linear(32, 32, rngs=nnx.Rngs(i)) for i in range(2)])
     >>> batches = [jax.random.normal(jax.random.key(0), (8, 32))]
     >>> found = search(model, ("w2a16", "w8a16"), batches, 1600, progress=False)
@@ -111,7 +115,10 @@ def search(
         raise ValueError(f"budget is a number of bytes; got {budget!r}")
     if not isinstance(choices, list | tuple) or not choices or len(set(choices)) != len(choices):
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
-    paths, costs = _costs(model, choices, modules)
+    known = _Known(workdir, lambda: _identities(model, batches, loss))
+    reference, first = _references(model, batches, loss)
+    layers, costs = _found(model, choices, modules, first, loss)
+    paths = list(layers)
     named = {p: p if group is None else group(p) for p in paths}
     if odd := [(p, name) for p, name in named.items() if not isinstance(name, str)]:
         raise ValueError(
@@ -128,14 +135,13 @@ def search(
         raise ValueError(
             f"a budget of {budget} bytes is less than the smallest of these, {smallest}"
         )
-    measure = _Measure(model, batches, loss)
-    known = _Known(workdir, lambda: _identities(model, batches, loss))
+    measure = _Measure(model, layers, batches, loss, reference)
     losses = np.zeros(total.shape)
     with tqdm(total=losses.size, disable=not progress, desc="measuring sensitivity") as bar:
         for i, (name, members) in enumerate(groups.items()):
             for j, choice in enumerate(choices):
                 key = f"{name} {choice} {' '.join(members)}"
-                losses[i, j] = known.get(key, lambda m=members, c=choice: measure(m, c))
+                losses[i, j] = known.get(key, lambda m=members, c=j: measure(m, c))
                 bar.update(1)
     # A little less than nothing, as noise may have it, is no gain to be bought.
     allocation = allocate(total, np.maximum(losses, 0), budget)
@@ -147,65 +153,128 @@ def search(
     return Search(rules, groups, tuple(choices), total, losses, allocation)
 
 
-def _costs(
-    model: Any, choices: Sequence[str], modules: str
-) -> tuple[list[str], dict[str, list[int]]]:
-    """Bytes of each layer in each recipe."""
-    costs: dict[str, list[int]] = {}
+def _found(
+    model: nnx.Module, choices: Sequence[str], modules: str, arguments: Any, loss: Loss | None
+) -> tuple[dict[str, list[Layer]], dict[str, list[int]]]:
+    """Each layer in all recipes, by its name in the model's order, and its bytes in them."""
+    found: dict[str, list[Layer]] = {}
+    order = [path for path, _ in weights(model)]
     for choice in choices:
-        for path, site in sites(apply_rules(model, {modules: choice})).items():
-            if weight_quantizer(site) is not None:
-                costs.setdefault(path, []).append(frozen_nbytes(site))
-    short = [path for path, found in costs.items() if len(found) != len(choices)]
+        target = quantized_copy(model, {modules: choice})
+        with fitting(0, arguments):
+            layers, _ = layers_of(target, arguments, loss)
+        for layer in sorted(layers, key=lambda layer: order.index(layer.path)):
+            found.setdefault(layer.name, []).append(layer)
+    short = [name for name, each in found.items() if len(each) != len(choices)]
     if short:
         raise ValueError(
             f"{short[0]} has quantized weights in some of the choices and not in others"
         )
-    return list(costs), costs
+    return found, {name: [_bytes(layer) for layer in each] for name, each in found.items()}
+
+
+def _bytes(layer: Layer) -> int:
+    """Of a layer once it is frozen, of which only the shapes are computed."""
+    found = [
+        jax.eval_shape(lambda d=d: stored_operand(d, layer.values))
+        for d in layer.decisions.values()
+    ]
+    return sum(x.nbytes for x in found)
 
 
 class _Measure:
     """What the model loses with some of its weights quantized: one program for all."""
 
-    def __init__(self, model: nnx.Module, batches: Any, loss: Loss | None):
-        self._model, self._batches = model, batches
-        self._rounded: dict[str, Any] = {}
+    def __init__(
+        self,
+        model: nnx.Module,
+        layers: Mapping[str, Sequence[Layer]],
+        batches: Any,
+        loss: Loss | None,
+        reference: list[jax.Array] | None,
+    ):
+        self._model, self._batches, self._layers = model, batches, layers
+        self._reference = reference
         if loss is None:
-            self._reference = []
-            for index, arguments in checked(series(batches)):
-                with fitting(index, arguments):
-                    self._reference.append(_logits(model, arguments))
-            self._run = nnx.jit(
-                lambda model, reference, *batch: _divergence(model(*batch), reference)
-            )
+            self._call = lambda model, reference, *batch: _divergence(model(*batch), reference)
         else:
-            self._reference = None
-            self._run = nnx.jit(lambda model, *batch: _scalar(loss(model, *batch)))
-        self._base = self._mean(model) if loss is not None else 0.0
+            self._call = lambda model, *batch: _scalar(loss(model, *batch))
+        self._weights = {
+            key: operation_of(decision).stored.of(layer.values)  # pyright: ignore
+            for layer, *_ in layers.values()
+            for key, decision in layer.decisions.items()
+        }
+        self._run = jax.jit(_with_weights, static_argnums=0)
+        self._base = self._mean({}) if loss is not None else 0.0
 
-    def __call__(self, paths: Sequence[str], choice: str) -> float:
-        model = shared_copy(self._model)
-        for path in paths:
-            site = sites(model)[path]
-            quantized = sites(apply_rules(model, {re.escape(path): choice}))[path]
-            quantizer = weight_quantizer(quantized)
-            assert quantizer is not None
-            values = quantized_values(quantized, quantizer)
-            write(site.variable, values.astype(read(site.variable).dtype))
-        return self._mean(model) - self._base
+    def __call__(self, names: Sequence[str], choice: int) -> float:
+        changed = {}
+        for name in names:
+            layer = self._layers[name][choice]
+            for key, decision in layer.decisions.items():
+                stored = _decoded(operation_of(decision), stored_operand(decision, layer.values))
+                changed[key] = stored.astype(self._weights[key].dtype)
+        return self._mean(changed) - self._base
 
-    def _mean(self, model: nnx.Module) -> float:
-        found = []
+    def _mean(self, changed: Mapping[str, jax.Array]) -> float:
+        found, weights = [], {**self._weights, **changed}
         for index, arguments in checked(series(self._batches)):
             with fitting(index, arguments):
                 known = () if self._reference is None else (self._reference[index],)
-                found.append(float(self._run(model, *known, *arguments)))
+                given = (*known, *arguments)
+                first = first_places(self._model)
+                call, arrays, _ = called(self._model, "", self._call, given, {}, first)
+                found.append(float(self._run(call, arrays, weights)))
         return float(np.mean(found))
 
 
-def quantized_values(site: Any, quantizer: Any) -> jax.Array:
+def _decoded(operation: Operation, stored: QArray) -> jax.Array:
     """A layer's weight as it comes back from storage."""
-    return site.stacking.each(dequantize)(quantize_weight(site, quantizer))
+    decode = dequantize if operation.stacking is None else operation.stacking.each(dequantize)
+    for _ in operation.stored.turns if operation.stored is not None else ():
+        decode = jax.vmap(decode)
+    return decode(stored)
+
+
+def _with_weights(call: Call, arrays: Any, weights: Mapping[str, jax.Array]) -> jax.Array:
+    """A call's result with other weights in its products, by how each is made of parameters."""
+    trace = call.traced(arrays)
+    uses: list[Use | None] = []
+    data = {}
+    for index, product in enumerate(trace.products):
+        made = product.derivation
+        given = None if made is None else weights.get(made.stored.key)
+        uses.append(None if given is None else _use(index, product))
+        if given is not None:
+            data[index] = given
+    (result, _), _ = trace.computed(arrays, uses, data)
+    return result
+
+
+def _use(index: int, product: Product) -> Use:
+    """The product of other operands: with another weight in the place of its own."""
+    place, made = product.weight, product.derivation
+    assert made is not None
+
+    def apply(given: jax.Array, *operands: jax.Array) -> Any:
+        weight = given if made.order is None else jnp.transpose(given, made.order)
+        return tuple(weight if i == place else x for i, x in enumerate(operands)), None
+
+    return Use(index, apply, frozenset(scan for scan, _ in made.stored.turns))
+
+
+def _references(
+    model: nnx.Module, batches: Any, loss: Loss | None
+) -> tuple[list[jax.Array] | None, tuple[Any, ...]]:
+    """What the model gives for the batches, which a loss of one's own needs not; and the first of them."""
+    if loss is not None:
+        return None, next(checked(series(batches)))[1]
+    found, first = [], ()
+    for index, arguments in checked(series(batches)):
+        with fitting(index, arguments):
+            found.append(_logits(model, arguments))
+        first = first or arguments
+    return found, first
 
 
 @nnx.jit

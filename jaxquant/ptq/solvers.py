@@ -121,6 +121,22 @@ def update(state: Statistics, x: jt.Float[jax.Array, "*batch n"]) -> Statistics:
     )
 
 
+def joined(one: Statistics, other: Statistics) -> Statistics:
+    """The statistics of what either has seen.
+
+    >>> seen = update(statistics(1), jnp.array([[3.0], [-1.0]]))
+    >>> joined(seen, seen).hessian, joined(seen, seen).count
+    (Array([[5.]], dtype=float32), Array(4, dtype=int32))
+    """
+    return Statistics(
+        None if one.products is None or other.products is None else one.products + other.products,
+        jnp.maximum(one.largest, other.largest),
+        one.magnitudes + other.magnitudes,
+        one.count + other.count,
+        one.nonfinite + other.nonfinite,
+    )
+
+
 def objective(
     weight: jt.Float[jax.Array, "n m"],
     values: jt.Float[jax.Array, "n m"] | QArray,
