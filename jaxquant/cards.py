@@ -22,7 +22,7 @@ class Card:
     Every field is given; None says that it is not stated, and is shown so.
 
     Attributes:
-        coverage: what each module got; a `jaxquant.coverage.Coverage`, or its dictionary.
+        coverage: what each module got; a `jaxquant.functions.Coverage`, or its dictionary.
         rules: what it was quantized by, as in `jaxquant.rules`; kept as pairs of texts.
         data: name of the data that it was calibrated and judged on.
         licence: of the weights.

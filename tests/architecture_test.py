@@ -41,7 +41,7 @@ LIBRARY = [
         "attention",
         "recipes",
     ],
-    ["expressions", "rules", "coverage"],
+    ["expressions", "rules"],
     [
         "engine.derivations",
         "engine.products",

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 
-from jaxquant.coverage import aligned
 from jaxquant.engine.products import Product
 from jaxquant.engine.walking import called
 from jaxquant.functions.freezing import stored_operand
@@ -128,9 +127,21 @@ class Coverage:
         head = ("path", "", "kind", "operands", "rule", "recipe", "bytes before", "after", "MACs")
         total = ("total", "", "", "", "", "", f"{self.bytes_before:,}", f"{self.bytes_after:,}", "")
         rows = [(*head, "line"), *map(_cells, self.groups), (*total, "")]
-        lines = aligned(rows, right=(6, 7, 8))
+        lines = _aligned(rows, right=(6, 7, 8))
         unread = [f"multiplied with nothing: {', '.join(_starred(self.unread))}"]
         return "\n".join([*first, *lines, *(unread if self.unread else [])])
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
+    """Lines of a table; columns that are empty under their head are left out, and `right` ones end alike."""
+    used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    widths = {i: max(len(row[i]) for row in rows) for i in used}
+    return [
+        "  ".join(
+            row[i].rjust(widths[i]) if i in right else row[i].ljust(widths[i]) for i in used
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _percent(share: float) -> str:
