@@ -123,7 +123,7 @@ def test_weights_without_a_number_are_named(value):
     quantized = jq.linen.quantize(nn.Dense(8), {".*": "w8a8"})
     variables = quantized.init(jax.random.key(0), X)
     variables["params"]["kernel"] = model.kernel[...]
-    with pytest.raises(ValueError, match="weights of the model hold a NaN or an Inf"):
+    with pytest.raises(ValueError, match="kernel holds a NaN or an Inf"):
         jq.linen.freeze(quantized, variables, X)
 
 

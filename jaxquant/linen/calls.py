@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from flax import core
 from flax import linen as nn
-from flax.errors import FlaxError
 
 from jaxquant.engine import walking
 from jaxquant.engine.origins import INPUT, Origin
@@ -19,8 +18,6 @@ from jaxquant.stored import Stored
 
 RANGES = "quantization"  # the collection of calibrated ranges
 _RANGE = "_input_range"
-# What a module raises of variables or inputs that are not its own.
-_MISFITS = (TypeError, IndexError, AttributeError, ZeroDivisionError, FlaxError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +50,11 @@ class Call:
         return {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
 
     def traced(self, module: nn.Module, arrays: list[Any]) -> Trace:
-        """The trace of a module's call.
-
-        Raises:
-            ValueError: variables or inputs that do not fit the module.
-        """
+        """The trace of a module's call."""
         function = _initial if self.is_initial else nn.Module.apply
-        try:
-            return self.plain.traced(
-                lambda *args, **options: function(module, *args, **options), arrays
-            )
-        except _MISFITS as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"the variables or inputs do not fit the module: {reason}") from error
+        return self.plain.traced(
+            lambda *args, **options: function(module, *args, **options), arrays
+        )
 
 
 def called(

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 from flax import linen as nn
+from flax.errors import FlaxError
 
 from jaxquant.engine.walking import Trace
 from jaxquant.functions import quantizing
@@ -216,8 +217,16 @@ def coverage(
 def traced(
     quantized: Quantized, variables: Any, inputs: tuple, options: Mapping[str, Any]
 ) -> tuple[Trace, list[Decision], Call, list[Any]]:
-    """A call's trace, what becomes of its products, the call, and its arrays."""
+    """A call's trace, what becomes of its products, the call, and its arrays.
+
+    Raises:
+        ValueError: variables or inputs that do not fit the module.
+    """
     call, states, arrays = called(variables, inputs, options)
-    trace = call.traced(quantized.module, arrays)
+    try:
+        trace = call.traced(quantized.module, arrays)
+    except (TypeError, IndexError, AttributeError, ZeroDivisionError, FlaxError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"the variables or inputs do not fit the module: {reason}") from error
     stored = quantizing.stored_among(call.origins, arrays)
     return trace, quantized.decided(call, trace, stored, states, is_tried=True), call, arrays
