@@ -88,7 +88,7 @@ LIBRARY = [
         "quality.gates",
         "quality.monitor",
     ],
-    ["nnx.slot_saving", "nnx.saving", "linen.saving", "versions", "serving"],
+    ["functions.saving", "nnx.slot_saving", "nnx.saving", "linen.saving", "versions", "serving"],
     [
         "laws.law",
         "laws.forms",

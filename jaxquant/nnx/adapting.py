@@ -14,7 +14,7 @@ from jaxquant.dot import DotGeneral
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.nnx.calibrating import held
 from jaxquant.nnx.calls import as_stored, plainly, value
-from jaxquant.nnx.doors import check_model, copied, door_of, install, rules_within
+from jaxquant.nnx.doors import check_model, copied, install, on_unsupported_of, rules_within
 from jaxquant.nnx.modules import Adapter, AdapterGain, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import planned
@@ -72,7 +72,8 @@ def add_lora(
     alpha = rank if alpha is None else alpha
     model = copied(model)
     rules = rules_within(model)
-    install(model, rules, _on_unsupported(model))
+    unsupported = on_unsupported_of(model)
+    install(model, rules, unsupported)
     (wanted,) = parse_rules({modules: DotGeneral()})
     found = {}
     for path, one in _products(model, inputs, options, call).items():
@@ -98,13 +99,8 @@ def add_lora(
         setattr(module, f"{name}_lora_gain", AdapterGain(jnp.asarray(alpha / rank, dtype)))
         if one.recipe == DotGeneral():
             floats.append(Rule(re.compile(re.escape(path)), DotGeneral(), "float with adapters"))
-    install(model, [*floats, *rules], _on_unsupported(model))
+    install(model, [*floats, *rules], unsupported)
     return model
-
-
-def _on_unsupported(model: nnx.Module) -> str:
-    door = door_of(model)
-    return "error" if door is None else door.on_unsupported
 
 
 def _products(
