@@ -1,5 +1,7 @@
 """Raw experts in few bits: `RaggedDot` multiplies stored weights, and a frozen mixture has the same bits."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +14,12 @@ from jaxquant.nnx.modules import read
 
 RNG = np.random.default_rng(0)
 ROWS, K, N, EXPERTS = 96, 256, 192, 4
-LHS = RNG.normal(size=(ROWS, K)).astype(np.float32)
-RHS = (RNG.normal(size=(EXPERTS, K, N)) / np.sqrt(K)).astype(np.float32)
-SIZES = np.array([40, 0, 33, 20], np.int32)  # one expert without rows, three rows without an expert
-G = RNG.normal(size=(ROWS, N)).astype(np.float32)
+LHS: Any = RNG.normal(size=(ROWS, K)).astype(np.float32)
+RHS: Any = (RNG.normal(size=(EXPERTS, K, N)) / np.sqrt(K)).astype(np.float32)
+SIZES: Any = np.array(
+    [40, 0, 33, 20], np.int32
+)  # one expert without rows, three rows without an expert
+G: Any = RNG.normal(size=(ROWS, N)).astype(np.float32)
 RECIPES = ["w8a8", "w4a8", "w8a16", "w4a16", "w4a16g16", "w4a8g128", "nf4", "nf4dq", "fp8_train"]
 RECIPES += ["int8_train", "mxfp4", "nvfp4", "w8a8-token", "quest4"]
 # Bits a weight with everything counted: codes, scales, and the table of a codebook.

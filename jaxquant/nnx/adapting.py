@@ -147,7 +147,7 @@ def merge_lora(
         (one, shape), (module, name) = products[path], held(model, path)
         a, b, gain = (value(getattr(module, f"{name}_lora_{x}")) for x in ("a", "b", "gain"))
         delta = Adapted(jax.lax.dot_general, a, b, gain).delta(shape, one.axes)
-        weight = read(leaves.get(place, leaf))
+        weight = value(leaves.get(place, leaf))
         if weight.shape != delta.shape:
             raise ValueError(f"{path} is multiplied in another form than the model's own")
         merged = (weight.astype(jnp.float32) + delta.astype(jnp.float32)).astype(weight.dtype)
@@ -197,7 +197,8 @@ def unfreeze(model: Model) -> Model:
     chosen = choose(subjects, rules_within(model), is_part=True)
     thawed = replaced(model, leaves)
     for name, rule in zip(names, chosen, strict=True):
-        if rule is not None and is_learned(rule.value.forward.rhs):
+        forward = None if rule is None else getattr(rule.value, "forward", None)
+        if forward is not None and is_learned(forward.rhs):
             module, attribute = held(thawed, name)
             stored = as_stored(name, read(at(model, name.split("/"))))
             step = next(iter(stored.operands.values())).float_scale()
