@@ -12,9 +12,12 @@ from jaxquant import rounding
 from jaxquant.dot import (
     DotGeneral,
     Operands,
+    as_values,
+    check_stored,
     differentiable,
     first_order,
     kept,
+    laid,
     likes,
     result_spec,
     simulate,
@@ -37,6 +40,8 @@ class RaggedDot:
     `drhs`, quantized too.  What the backward pass needs is kept as the forward pass quantized it.  Rows
     that belong to no group give zeros, and take no part in any scale.
 
+    rhs may be a `QArray` already, whose quantizer here is None or has the same format; it gets no gradient.
+
     An operand's ``"channel"`` granularity is, in the forward product, a scale for each row of lhs and for
     each column of each group's matrix; in ∂lhs one for each row of the gradient; in ∂rhs, which sums over
     the rows of a group, one for each column of the gradient, alike in all groups.
@@ -49,9 +54,10 @@ class RaggedDot:
         drhs: the same for ∂rhs: the gradient (lhs) and the forward's lhs (rhs).
 
     Raises:
-        ValueError: whatever `DotGeneral` refuses; a granularity in blocks or tiles; a rotation; in
-            native arithmetic unsigned 8-bit numbers; at the call, operands of other ranks, a group_offset,
-            zero points in native arithmetic, or a sum that could leave int32.
+        ValueError: whatever `DotGeneral` refuses; a granularity in blocks or tiles, or a rotation, of a
+            gradient or where native arithmetic multiplies two stored operands; in native arithmetic
+            unsigned 8-bit numbers; at the call, operands of other ranks, a group_offset, zero points in
+            native arithmetic, or a sum that could leave int32.
 
     Source: Gale et al. 2022, "MegaBlocks", arXiv 2211.15841, for the product; Jacob et al. 2018, arXiv
     1712.05877, for its quantization.
@@ -72,12 +78,14 @@ class RaggedDot:
     def __post_init__(self):
         DotGeneral(self.forward, self.dlhs, self.drhs)  # refuses what no product takes
         for name in ("forward", "dlhs", "drhs"):
-            check_operands("a ragged product", name, getattr(self, name))
+            operands = getattr(self, name)
+            if name != "forward" or _multiplies_stored(operands):
+                check_operands("a ragged product", name, operands)
 
     def __call__(
         self,
         lhs: jt.Float[jax.Array, "m k"],
-        rhs: jt.Float[jax.Array, "g k n"],
+        rhs: jt.Float[jax.Array, "g k n"] | QArray,
         group_sizes: jt.Int[jax.Array, " g"],
         precision: jax.lax.PrecisionLike = None,
         preferred_element_type: Any = None,
@@ -86,6 +94,7 @@ class RaggedDot:
     ) -> jt.Float[jax.Array, "m n"]:
         """As `jax.lax.ragged_dot`, whose arguments these are."""
         _check(lhs, rhs, group_sizes, group_offset)
+        _check_stored(self, rhs)
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         # Rows go where lhs has them and columns where rhs has them, as in the product with one matrix.
         specs = result_spec(_one_matrix, lhs, rhs, out_sharding)
@@ -100,10 +109,16 @@ class RaggedDot:
             lhs, rhs = simulate(lhs, forward.lhs, (1,)), simulate(rhs, forward.rhs, (1,))
             if self.dlhs is None and self.drhs is None:
                 return jax.lax.ragged_dot(lhs, rhs, group_sizes, **options)
-            forward = Operands()
+            forward, originals = Operands(), as_values(originals)
         operands = (forward, self.dlhs, self.drhs, originals)
         lhs, rhs = differentiable(lhs, rhs)
         return _ragged(tuple(options.items()), operands, lhs, rhs, group_sizes)
+
+
+def _multiplies_stored(operands: Any) -> bool:
+    """Whether both operands' stored numbers are multiplied, and their scales applied after."""
+    is_one = isinstance(operands, Operands) and operands.arithmetic == "native"
+    return is_one and None not in (operands.lhs, operands.rhs)
 
 
 def _check(lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any) -> None:
@@ -112,7 +127,8 @@ def _check(lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any) -> None:
         ("rhs", rhs, "g k n"),
         ("group_sizes", group_sizes, "g"),
     ):
-        if isinstance(x, QArray) or len(getattr(x, "shape", ())) != len(axes.split()):
+        is_stored = isinstance(x, QArray) and name != "rhs"
+        if is_stored or len(getattr(x, "shape", ())) != len(axes.split()):
             raise ValueError(
                 f"{name} is an array with axes ({axes.replace(' ', ', ')}); got {type(x).__name__} of shape "
                 f"{getattr(x, 'shape', None)}"
@@ -128,6 +144,25 @@ def _check(lhs: Any, rhs: Any, group_sizes: Any, group_offset: Any) -> None:
         raise ValueError(
             f"group_offset is not supported: all groups are computed, from the first; got {group_offset!r}"
         )
+
+
+def _check_stored(dot: RaggedDot, rhs: Any) -> None:
+    """Raises a ValueError for a stored rhs that a product does not take."""
+    check_stored("rhs", rhs, dot.forward.rhs)
+    if not isinstance(rhs, QArray) or _is_scaled_after(rhs):
+        return
+    is_carried = dot.dlhs is not None and dot.dlhs.arithmetic == "native" and dot.dlhs.rhs is None
+    is_multiplied = dot.forward.arithmetic == "native" and dot.forward.lhs is not None
+    if is_carried or is_multiplied:
+        raise ValueError(
+            "native products of two stored operands take an rhs that is not rotated, and whose scales do not "
+            f"vary along k; got scales {rhs.scale.shape} of {rhs.shape}, and hadamard {rhs.hadamard}"
+        )
+
+
+def _is_scaled_after(rhs: QArray) -> bool:
+    """Whether a stored rhs (g, k, n) has scales that do not vary along k, and no rotation."""
+    return rhs.scale.shape[1] == 1 and rhs.hadamard is None
 
 
 def _one_matrix(lhs: jax.Array, rhs: jax.Array, **options: Any) -> jax.Array:
@@ -158,6 +193,7 @@ def _by_row(scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
 def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
     """Each row of lhs (m, k) times its group's rhs (g, k, n)."""
     options, dtype = _split(lhs, rhs, options)
+    rhs = _as_multiplied(lhs, rhs)
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
         return jax.lax.ragged_dot(lhs, rhs, group_sizes, preferred_element_type=dtype, **options)
     left, right, accumulator = parts(lhs, rhs, lhs.shape[1])
@@ -170,6 +206,13 @@ def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> j
     if right.scale is not None:
         out = out * _by_row(right.scale, group_sizes, lhs.shape[0]).astype(out.dtype)
     return _in_groups(out, group_sizes).astype(dtype)  # 0 · NaN is not 0
+
+
+def _as_multiplied(lhs: QArray | jax.Array, rhs: QArray | jax.Array) -> QArray | jax.Array:
+    """rhs (g, k, n), or its values in the type of lhs where scales are not applied after the sum."""
+    if not isinstance(rhs, QArray) or isinstance(lhs, QArray) or _is_scaled_after(rhs):
+        return rhs
+    return dequantize(rhs).astype(lhs.dtype)
 
 
 def _group_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
@@ -217,7 +260,7 @@ def _ragged(
 def _ragged_forward(options, operands, lhs, rhs, group_sizes):
     forward, dlhs, drhs, originals = operands
     left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, 1)
-    right = rhs if forward.rhs is None else quantize(rhs, forward.rhs, 1)
+    right = laid(rhs, originals[1], forward.rhs, (1,))
     out = _row_product(left, right, group_sizes, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (kept(originals[0], left, drhs, (0,)), kept(originals[1], right, dlhs, (2,)))
@@ -232,7 +275,9 @@ def _ragged_backward(options, residuals, gradient):
     }
     gradient = _in_groups(gradient, group_sizes)
     left = _lhs_gradient(options, dlhs, gradient, rhs, group_sizes).astype(lhs_like.dtype)
-    right = _rhs_gradient(options, drhs, gradient, lhs, group_sizes).astype(rhs_like.dtype)
+    right = jnp.zeros(0)
+    if rhs_like is not None:
+        right = _rhs_gradient(options, drhs, gradient, lhs, group_sizes).astype(rhs_like.dtype)
     witnesses = (lhs_like, rhs_like)
     return None, first_order(left, witnesses), first_order(right, witnesses), None
 
@@ -285,5 +330,6 @@ def _matrices_transposed(rhs: QArray | jax.Array) -> QArray | jax.Array:
     """(g, k, n) as (g, n, k), scales along."""
     if not isinstance(rhs, QArray):
         return jnp.swapaxes(rhs, 1, 2)
+    rhs = rhs.unpack()
     qvalue, scale = (jnp.swapaxes(x, 1, 2) for x in (rhs.qvalue, rhs.float_scale()))
     return dataclasses.replace(rhs, qvalue=qvalue, scale=scale)

@@ -157,7 +157,68 @@ def test_merged_and_saved(tmp_path):
     np.testing.assert_array_equal(run(loaded, tokens), expected)
 
 
-def test_what_has_no_adapters_is_named():
+class Tied(nnx.Module):
+    """Two layers with one weight, and one of their own."""
+
+    def __init__(self, rngs):
+        self.up = nnx.Linear(D, D, use_bias=False, rngs=rngs)
+        self.down = nnx.Linear(D, D, rngs=rngs)
+        self.again = nnx.Linear(D, D, use_bias=False, rngs=rngs)
+        self.again.kernel = self.up.kernel
+
+    def __call__(self, x):
+        return self.again(nnx.relu(self.down(self.up(x))))
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16g16", "nf4dq", "fp8_train", "nvfp4", "w4a8-lsq"])
+def test_a_frozen_model_is_trained_on_with_all_its_weights(recipe, tmp_path):
+    x = jax.random.normal(jax.random.key(0), (32, D))
+    low = jq.nnx.quantize(Tied(nnx.Rngs(0)), {".*": recipe})
+    if recipe.endswith("lsq"):
+        jq.nnx.calibrate(low, [x])
+    run = nnx.jit(lambda model, x: model(x))
+    frozen = jq.nnx.freeze(low, x)
+    jq.nnx.save(tmp_path / "model", frozen)
+    model = jq.nnx.unfreeze(jq.nnx.load(tmp_path / "model", Tied(nnx.Rngs(1))))
+    np.testing.assert_array_equal(run(model, x), run(frozen, x))
+    assert model.up.kernel is model.again.kernel
+    assert not jax.tree.leaves(nnx.state(model, jq.nnx.Stored))
+    # LSQ starts at steps of 2 · 0.8 σ / √7, whose rounding is σ · 0.6 / √12; the others' are finer.
+    most = 0.2 if recipe.endswith("lsq") else 0.15
+    for name in ("up", "down"):
+        kernel, before = (getattr(m, name).kernel[...] for m in (model, low))
+        assert 0 < jnp.linalg.norm(kernel - before) < most * jnp.linalg.norm(before)
+    optimizer, losses = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param), []
+    for _ in range(20):
+        value, gradients = nnx.jit(nnx.value_and_grad(lambda m: ((m(x) - x) ** 2).mean()))(model)
+        optimizer.update(model, gradients)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+    again = jq.nnx.freeze(model, x)
+    np.testing.assert_array_equal(run(again, x), run(model, x))
+    assert bits(again) == bits(frozen)
+
+
+def test_ranges_that_follow_from_the_values_are_found_anew():
+    """QuEST's: what is decoded is rounded once more, by about as much."""
+    x = jax.random.normal(jax.random.key(0), (32, D))
+    low = jq.nnx.quantize(Tied(nnx.Rngs(0)), {".*": "w4a4-quest"})
+    frozen = jq.nnx.freeze(low, x)
+    found, expected = (nnx.jit(lambda m, x: m(x))(m, x) for m in (jq.nnx.unfreeze(frozen), frozen))
+    assert 0 < jnp.linalg.norm(found - expected) < 0.3 * jnp.linalg.norm(expected)
+
+
+def test_a_weight_in_several_places_is_merged_in_all_of_them():
+    x = jax.random.normal(jax.random.key(0), (32, D))
+    frozen = jq.nnx.freeze(jq.nnx.quantize(Tied(nnx.Rngs(0)), {".*": "nf4"}), x)
+    assert jax.tree.leaves(nnx.state(frozen, jq.nnx.Stored))
+    merged = jq.nnx.merge_lora(jq.nnx.add_lora(frozen, "down", rank=2, rngs=nnx.Rngs(1)))
+    assert merged.up.kernel is merged.again.kernel
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_allclose(run(merged, x), run(frozen, x), rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_frozen_or_has_no_adapters_is_named():
     model = LM(nnx.Rngs(0))
     add = lambda *args, **options: jq.nnx.add_lora(*args, rngs=nnx.Rngs(1), **options)  # noqa: E731
     for call, message in (
@@ -165,6 +226,8 @@ def test_what_has_no_adapters_is_named():
         (lambda: add(model, rank=0), "rank is a whole number"),
         (lambda: add(adapted(), "blocks/.*up", rank=4), "has adapters already"),
         (lambda: jq.nnx.merge_lora(jq.nnx.quantize(model, {".*": "w8a8"})), "has no adapters"),
+        (lambda: jq.nnx.unfreeze(model), "a frozen model is wanted; this LM has no stored weight"),
+        (lambda: jq.nnx.unfreeze(3), "an NNX model is wanted"),  # pyright: ignore
         (lambda: add(nnx.Conv(8, 8, (3,), rngs=nnx.Rngs(0)), rank=4), "matches no weight"),
     ):
         with pytest.raises(ValueError, match=message):

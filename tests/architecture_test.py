@@ -60,7 +60,7 @@ LIBRARY = [
         "functions.coverage",
         "batches",
     ],
-    ["settings", "rule_files", "stored_files", "specification", "cards", "artifacts"],
+    ["settings", "rule_files", "specification", "cards", "artifacts"],
     [
         "nnx.modules",
         "nnx.calls",
@@ -95,7 +95,7 @@ LIBRARY = [
         "quality.gates",
         "quality.monitor",
     ],
-    ["nnx.saving", "linen.saving", "versions", "serving"],
+    ["functions.saving", "nnx.saving", "linen.saving", "versions", "serving"],
     [
         "laws.law",
         "laws.forms",

@@ -14,6 +14,12 @@ pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of 
 SAID = {
     "optimizer_states.ipynb": ("of full precision's", "compilations of the step: 1"),
     "ptq_overtraining.ipynb": ("Does the loss", "w4a8"),
+    "qlora.ipynb": (
+        "4.126 bits a weight",
+        "the base has the bytes it had: True",
+        "loaded, bit for bit: True",
+        "starts at the frozen model's outputs: True",
+    ),
     "quantize_your_model.ipynb": ("bit for bit: True", "verdict: ", "BSD-3-Clause"),
     "training_precision.ipynb": ("best bits: ", "bits gain", "D_crit"),
 }

@@ -174,7 +174,7 @@ SIZES = jnp.array([4, 0, 5])
     ("call", "message"),
     [
         (lambda: RaggedDot(CHANNEL), "Operands"),
-        (lambda: RaggedDot(jq.Operands(jq.Quantizer(jq.INT8, 8))), "lhs of forward.*8"),
+        (lambda: native(jq.Quantizer(jq.INT8, 8)), "lhs of forward.*8"),
         (
             lambda: RaggedDot(jq.Operands(), jq.Operands(None, jq.Quantizer(jq.MXFP8))),
             "rhs of dlhs",

@@ -11,6 +11,7 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
+from jaxquant.functions.saving import flat, nested, noted, stored_of, unsupported_of
 from jaxquant.linen.calls import RANGES, abstractly, states
 from jaxquant.linen.quantizing import Quantized, coverage
 from jaxquant.opaque import Owner
@@ -25,10 +26,9 @@ from jaxquant.settings import (
     types_to_array,
 )
 from jaxquant.stored import Stored
-from jaxquant.stored_files import note_of, stored_from
 
 _SAVED = {"variables", "rules"}
-_NOTES = {"types", "stored"}  # folders of before they were noted have none
+_NOTES = {"types", "stored", "on_unsupported"}  # folders of before they were noted have none
 
 
 def save(
@@ -76,7 +76,8 @@ def save(
     variables = nn.meta.unbox(core.unfreeze(variables))
     with nn.intercept_methods(types := _CalledTypes()):
         table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
-    variables, stored = _split(variables)
+    found = jax.tree.leaves_with_path(variables, is_leaf=_is_leaf)
+    arrays, stored = noted({_name(path): leaf for path, leaf in found})
     rules = {i: rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
@@ -84,8 +85,10 @@ def save(
         filled["calibration"] = _ranges(variables[RANGES])
     missing = {name: value for name, value in filled.items() if getattr(card, name) is None}
     card = dataclasses.replace(card, **missing)
-    notes = {"types": types_to_array(types.found), "stored": note_of(stored)}
-    tree = {"variables": variables, "rules": rules, **notes}
+    tree = {"variables": nested(arrays), "rules": rules, "stored": stored}
+    tree["types"] = types_to_array(types.found)
+    if quantized.on_unsupported != "error":
+        tree["on_unsupported"] = np.frombuffer(quantized.on_unsupported.encode(), np.uint8)
     artifacts.save(folder, tree, card, format=format)
 
 
@@ -127,11 +130,22 @@ def load(
     rngs = jax.random.key(0) if rngs is None else rngs
     with nn.intercept_methods(types := _CalledTypes()):
         expected = nn.meta.unbox(abstractly(module.init, rngs, *inputs, **options))
-    variables = _joined(str(folder), tree["variables"], tree.get("stored"))
+    variables = _variables(str(folder), tree)
     _check_same(str(folder), _shapes(expected), _shapes(variables))
     if "types" in tree:
         check_types(types.found, types_from_array(tree["types"]))
-    return Quantized(module, rules), variables
+    return Quantized(module, rules, unsupported_of(str(folder), tree)), variables
+
+
+def _variables(folder: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The variables of a folder, whose stored weights know where they are from."""
+    values: dict[str, Any] = flat(tree["variables"])
+    stored = stored_of(folder, tree["stored"], values) if "stored" in tree else {}
+    for name, held in {**values, **stored}.items():
+        if _is_leaf(held):
+            owner = Owner(name.partition("/")[2])  # without the collection
+            values[name] = dataclasses.replace(held, owner=owner)
+    return {**{name: {} for name in tree["variables"]}, **nested(values)}
 
 
 class _CalledTypes:
@@ -157,35 +171,6 @@ def _mark(module: nn.Module, token: object) -> None:
     scope = module.scope
     if scope is not None and scope.flags.get("jaxquant") is not token:
         scope.flags = {**scope.flags, "jaxquant": token}  # pyright: ignore
-
-
-def _split(variables: Any) -> tuple[Any, dict[str, Stored]]:
-    """Variables with each `Stored` as a mapping of its operands, and these `Stored` by path."""
-    found: dict[str, Stored] = {}
-
-    def parts(path: Any, leaf: Any) -> Any:
-        if not isinstance(leaf, Stored):
-            return leaf
-        found[_name(path)] = leaf
-        return {str(i): operand for i, operand in enumerate(leaf.operands.values())}
-
-    return jax.tree.map_with_path(parts, variables, is_leaf=_is_leaf), found
-
-
-def _joined(folder: str, variables: Any, note: Any) -> Any:
-    """What `_split` took apart; stored weights know where they are from."""
-    values = {_name(path): x for path, x in jax.tree.leaves_with_path(variables, is_leaf=_is_leaf)}
-    stored = {} if note is None else stored_from(folder, note, values)
-    tree: dict[str, Any] = {name: {} for name in variables}
-    for path, held in {**values, **stored}.items():
-        *above, last = path.split("/")
-        node = tree
-        for name in above:
-            node = node.setdefault(name, {})
-        if isinstance(held, QArray | Stored):
-            held = dataclasses.replace(held, owner=Owner("/".join((*above[1:], last))))
-        node[last] = held
-    return tree
 
 
 def _is_leaf(x: Any) -> bool:

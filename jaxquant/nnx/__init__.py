@@ -5,7 +5,7 @@ jq.nnx.calibrate(quantized, batches)                 # activations' ranges, or w
 frozen = jq.nnx.freeze(quantized)                    # stored integers, the same logits bit for bit
 """
 
-from jaxquant.nnx.adapting import add_lora, merge_lora
+from jaxquant.nnx.adapting import add_lora, merge_lora, unfreeze
 from jaxquant.nnx.calibrating import calibrate
 from jaxquant.nnx.modules import (
     ChannelScale,
@@ -36,5 +36,6 @@ __all__ = [
     "quantize",
     "read",
     "save",
+    "unfreeze",
     "write",
 ]

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside a model's weights, which may be stored in few bits (LoRA, QLoRA)."""
+"""Training on from a frozen model: low-rank adapters beside its weights (QLoRA), or all weights again."""
 
 import math
 import re
@@ -13,14 +13,16 @@ from jaxquant.adapters import Adapted
 from jaxquant.dot import DotGeneral
 from jaxquant.functions.freezing import as_stored
 from jaxquant.functions.operations import Operation, operation
+from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import held
-from jaxquant.nnx.calls import plainly, value
-from jaxquant.nnx.doors import check_model, copied, door_of, install, rules_within
-from jaxquant.nnx.modules import Adapter, AdapterGain, read
+from jaxquant.nnx.calls import at, plainly, value
+from jaxquant.nnx.doors import check_model, copied, install, on_unsupported_of, rules_within
+from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import planned
-from jaxquant.qarray import QArray, dequantize
-from jaxquant.rules import Rule, Subject, parse_rules
+from jaxquant.nnx.storing import replaced
+from jaxquant.qarray import dequantize
+from jaxquant.rules import Rule, Subject, choose, parse_rules
 from jaxquant.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)
@@ -73,7 +75,8 @@ def add_lora(
     alpha = rank if alpha is None else alpha
     model = copied(model)
     rules = rules_within(model)
-    install(model, rules, _on_unsupported(model))
+    unsupported = on_unsupported_of(model)
+    install(model, rules, unsupported)
     (wanted,) = parse_rules({modules: DotGeneral()})
     found = {}
     for path, one in _products(model, inputs, options, call).items():
@@ -99,13 +102,8 @@ def add_lora(
         setattr(module, f"{name}_lora_gain", AdapterGain(jnp.asarray(alpha / rank, dtype)))
         if one.recipe == DotGeneral():
             floats.append(Rule(re.compile(re.escape(path)), DotGeneral(), "float with adapters"))
-    install(model, [*floats, *rules], _on_unsupported(model))
+    install(model, [*floats, *rules], unsupported)
     return model
-
-
-def _on_unsupported(model: nnx.Module) -> str:
-    door = door_of(model)
-    return "error" if door is None else door.on_unsupported
 
 
 def _products(
@@ -141,37 +139,87 @@ def merge_lora(
         ValueError: no adapters; a weight that is stored in another form than the model's own, such as
             transposed or masked.
     """
-    model = copied(model)
     products = _products(model, inputs, options, call)
-    is_merged = False
-    for path, (one, shape) in products.items():
-        module, name = held(model, path)
-        if not hasattr(module, f"{name}_lora_a"):
+    leaves, is_merged = _decoded_weights(model), False
+    for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
+        path = "/".join(map(str, place))
+        if path not in products or not hasattr(*_adapter(model, path)):
             continue
+        (one, shape), (module, name) = products[path], held(model, path)
         a, b, gain = (value(getattr(module, f"{name}_lora_{x}")) for x in ("a", "b", "gain"))
         delta = Adapted(jax.lax.dot_general, a, b, gain).delta(shape, one.axes)
-        weight = _decoded(path, read(getattr(module, name)))
+        weight = value(leaves.get(place, leaf))
         if weight.shape != delta.shape:
             raise ValueError(f"{path} is multiplied in another form than the model's own")
         merged = (weight.astype(jnp.float32) + delta.astype(jnp.float32)).astype(weight.dtype)
-        setattr(module, name, nnx.Param(merged))
-        is_merged = True
+        leaves[place], is_merged = nnx.Param(merged), True
     if not is_merged:
         raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
-    for path, module in nnx.iter_graph(model):
-        for name, variable in vars(module).items() if isinstance(module, nnx.Module) else ():
-            if isinstance(variable, StoredWeight):
-                decoded = _decoded("/".join(map(str, (*path, name))), read(variable))
-                setattr(module, name, nnx.Param(decoded))
+    model = replaced(model, leaves)
     plainly(model)
     return model
 
 
-def _decoded(path: str, weight: Any) -> jax.Array:
-    if not isinstance(weight, QArray | Stored):
-        return weight
-    stored = as_stored(path, weight)
-    operand = stored.operands.get(path) or stored.operand
-    if operand.shape != stored.shape:
+def _adapter(model: nnx.Module, path: str) -> tuple[Any, str]:
+    module, name = held(model, path)
+    return module, f"{name}_lora_a"
+
+
+def unfreeze(model: Model) -> Model:
+    """The quantized model with its weights in floating point again, to train all of them on.
+
+    Each stored weight is decoded, w = s · (q − z), and quantized anew at each call by the rules that the
+    model has.  Where ranges are the largest magnitudes, that finds the same numbers, and its outputs are the
+    frozen model's; where they follow from how values are distributed, as QuEST's, it rounds once more.
+    Ranges of activations and adapters are kept, and learned steps are the stored scales.  What was rounded
+    away when it was frozen does not come back; adapters (`add_lora`) leave the stored weights as they are.
+
+    Args:
+        model: as `freeze` made it, or `load`; not changed.
+
+    Raises:
+        ValueError: a model that is not frozen; a weight that is stored in another form than the model's own,
+            such as in several parts.
+
+    >>> from jaxquant.nnx import freeze, quantize
+    >>> frozen = freeze(quantize(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w4a16"}))
+    >>> type(unfreeze(frozen).kernel).__name__, unfreeze(frozen).kernel.shape
+    ('Param', (64, 8))
+    """
+    check_model(model)
+    leaves = _decoded_weights(model)
+    if not leaves:
+        raise ValueError(
+            f"a frozen model is wanted; this {type(model).__name__} has no stored weight"
+        )
+    names = ["/".join(map(str, place)) for place in leaves]
+    # Rules are asked once more which of these learn their steps.
+    subjects = [Subject((name, name.rpartition("/")[0]), "weight") for name in names]
+    chosen = choose(subjects, rules_within(model), is_part=True)
+    thawed = replaced(model, leaves)
+    for name, rule in zip(names, chosen, strict=True):
+        forward = None if rule is None else getattr(rule.value, "forward", None)
+        if forward is not None and is_learned(forward.rhs):
+            module, attribute = held(thawed, name)
+            stored = as_stored(name, read(at(model, name.split("/"))))
+            step = next(iter(stored.operands.values())).float_scale()
+            setattr(module, f"{attribute}_step", StepSize(step))
+    return thawed
+
+
+def _decoded_weights(model: nnx.Module) -> dict[Any, nnx.Param]:
+    """What is in few bits, in floating point, by its path."""
+    found = {}
+    for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
+        if isinstance(leaf, StoredWeight):
+            path = "/".join(map(str, place))
+            found[place] = nnx.Param(_decoded(path, as_stored(path, read(leaf))))
+    return found
+
+
+def _decoded(path: str, stored: Stored) -> jax.Array:
+    parts = {id(x): x for x in stored.operands.values()}
+    operand = stored.operands.get(path) or next(iter(parts.values()))
+    if operand.shape != stored.shape or len(parts) > 1:
         raise ValueError(f"{path} is stored in another form than the model's own")
     return dequantize(operand).astype(stored.dtype)

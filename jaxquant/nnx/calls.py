@@ -42,7 +42,8 @@ class Call:
 
     method: str | Callable[..., Any]
     path: str
-    graph: Any
+    # Not hashed: settings that modules hold may be compared alone, as a config with a list is.
+    graph: Any = dataclasses.field(hash=False)
     state: Any
     structure: Any
     leaves: tuple[int | Constant | None, ...]

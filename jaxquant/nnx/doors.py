@@ -76,6 +76,13 @@ def door_of(module: Any) -> Door | None:
     return door if isinstance(door, Door) else None
 
 
+def on_unsupported_of(model: nnx.Module) -> str:
+    """What becomes of products of a model that cannot take their recipes: "float" where a part says so."""
+    doors = (door_of(module) for _, module in modules(model))
+    is_float = any(door is not None and door.on_unsupported == "float" for door in doors)
+    return "float" if is_float else "error"
+
+
 def rules_of(module: Any) -> list[Rule]:
     """The rules that a module is quantized by; none of one that is not."""
     door = door_of(module)

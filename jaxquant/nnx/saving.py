@@ -12,8 +12,17 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxquant import artifacts
+from jaxquant.functions.saving import (
+    check_shape,
+    few,
+    flat,
+    nested,
+    noted,
+    stored_of,
+    unsupported_of,
+)
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
-from jaxquant.nnx.doors import door_of, install, modules, rules_within
+from jaxquant.nnx.doors import door_of, install, modules, on_unsupported_of, rules_within
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
@@ -30,13 +39,16 @@ from jaxquant.settings import (
     types_to_array,
 )
 from jaxquant.stored import Stored
-from jaxquant.stored_files import note_of, stored_from
 
 Model = TypeVar("Model", bound=nnx.Module)
 
 # What belongs to a call or a run: streams of random numbers, caches, what was sown.
 _OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.Intermediate, nnx.Perturbation)
-_SAVED = {"variables", "rules", "stored", "types"}
+_SAVED = {"variables", "rules", "stored", "types", "on_unsupported"}
+_OPTIONAL = {
+    "types",
+    "on_unsupported",
+}  # not in folders of earlier versions, or where it is "error"
 _STATES = {
     "input_range": InputRange,
     "input_step": StepSize,
@@ -76,24 +88,21 @@ def save(
         raise ValueError(
             f"nothing in this {type(model).__name__} is quantized; call jaxquant.nnx.quantize first"
         )
-    variables, stored = {}, {}
+    variables = dict[str, Any]()
     for name, leaf in _variables(model):
         held = value(leaf)
-        if isinstance(held, Stored):
-            stored[name] = held
-            parts = list(held.operands.values())
-        else:
-            parts = held if isinstance(leaf, OF_A_STATE) and isinstance(held, tuple) else None
-        if parts is None:
-            variables[name] = held
-        else:
-            variables |= {f"{name}/{i}": part for i, part in enumerate(parts)}
+        is_pair = isinstance(leaf, OF_A_STATE) and isinstance(held, tuple)
+        own = {f"{name}/{i}": part for i, part in enumerate(held)} if is_pair else {name: held}
+        variables |= {n: x for n, x in own.items() if x is not None}
+    variables, stored = noted(variables)
     tree = {
-        "variables": _nested({n: x for n, x in variables.items() if x is not None}),
+        "variables": nested(variables),
         "rules": {i: rule_tree(rule) for i, rule in enumerate(rules)},
-        "stored": note_of(stored),
+        "stored": stored,
         "types": types_to_array(_types(model)),
     }
+    if (unsupported := on_unsupported_of(model)) != "error":
+        tree["on_unsupported"] = np.frombuffer(unsupported.encode(), np.uint8)
     artifacts.save(folder, tree, _filled_card(card, model), format=format)
 
 
@@ -132,15 +141,16 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
             f"{folder} was written by a jaxquant from before 0.1.0, which saved an operation for each layer "
             "and no rules; save the model again, of the weights that it was made of, with this version"
         )
-    if not isinstance(tree, Mapping) or set(tree) | {"types"} != _SAVED:
+    if not isinstance(tree, Mapping) or set(tree) | _OPTIONAL != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
-    values = _flat(tree["variables"])
-    stored = stored_from(str(folder), tree["stored"], values)
+    values: dict[str, Any] = flat(tree["variables"])
+    stored = stored_of(str(folder), tree["stored"], values)
     if "types" in tree:
         check_types(_types(model), types_from_array(tree["types"]))
     model = _filled(model, values, stored, str(folder))
     rules = rules_from(str(folder), tree["rules"])
-    install(model, [rule._replace(is_earlier=True) for rule in rules])
+    unsupported = unsupported_of(str(folder), tree)
+    install(model, [rule._replace(is_earlier=True) for rule in rules], unsupported)
     return model
 
 
@@ -170,22 +180,22 @@ def _filled(
     taken = {name: x for name, x in values.items() if name not in of_states}
     wanted = {name for name, leaf in own.items() if value(leaf) is not None}
     if missing := sorted(wanted - set(taken) - set(stored)):
-        raise ValueError(f"{folder} lacks the model's {_few(missing)}")
+        raise ValueError(f"{folder} lacks the model's {few(missing)}")
     unmade = {n: x for n, x in taken.items() if n not in wanted and _is_unmade(model, n)}
     if extra := sorted((set(taken) | set(stored)) - wanted - set(unmade)):
-        raise ValueError(f"{folder} has what the model does not: {_few(extra)}")
+        raise ValueError(f"{folder} has what the model does not: {few(extra)}")
     graphdef, state = nnx.split(model)
     filled, leaves = [], {}
     for path, leaf in nnx.to_flat_state(state):
         name = "/".join(map(str, path))
         if name in stored:
-            _check_shape(name, stored[name].shape, value(leaf).shape)
+            check_shape(name, stored[name].shape, value(leaf).shape)
             leaves[path] = StoredWeight(stored[name])
         elif isinstance(taken.get(name), QArray):
-            _check_shape(name, taken[name].shape, value(leaf).shape)
+            check_shape(name, taken[name].shape, value(leaf).shape)
             leaves[path] = StoredWeight(dataclasses.replace(taken[name], owner=Owner(name)))
         elif name in taken:
-            _check_shape(name, taken[name].shape, value(leaf).shape)
+            check_shape(name, taken[name].shape, value(leaf).shape)
             leaf = leaf.replace(taken[name]) if isinstance(leaf, nnx.Variable) else taken[name]
         elif isinstance(leaf, _OF_A_RUN):
             leaf = jax.tree.map(_started, leaf)
@@ -229,39 +239,6 @@ def _started(value: Any) -> Any:
     if isinstance(value, jax.ShapeDtypeStruct):
         return jnp.zeros(value.shape, value.dtype)  # of a key, jax.random.key(0)
     return value
-
-
-def _check_shape(name: str, saved: Any, wanted: Any) -> None:
-    if tuple(saved) != tuple(wanted):
-        raise ValueError(
-            f"{name} has shape {tuple(wanted)} here, and was saved with {tuple(saved)}"
-        )
-
-
-def _few(paths: list[str], most: int = 5) -> str:
-    return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if paths[most:] else "")
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, held in flat.items():
-        *above, last = path.split("/")
-        node = tree
-        for key in above:
-            node = node.setdefault(key, {})
-        node[last] = held
-    return tree
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(tree, QArray | jax.Array):
-        return {path: tree}
-    if not isinstance(tree, Mapping):
-        raise ValueError(f"what is saved as {path} is a {type(tree).__name__}, which is none there")
-    found = {}
-    for key, held in tree.items():
-        found |= _flat(held, f"{path}/{key}".strip("/"))
-    return found
 
 
 def _filled_card(card: artifacts.Card | None, model: nnx.Module) -> artifacts.Card:
