@@ -27,7 +27,17 @@ LIBRARY = [
         "reductions",
         "opaque",
     ],
-    ["calibration", "estimators", "groups", "quantizer", "qarray", "stored", "stacking", "storage"],
+    [
+        "calibration",
+        "estimators",
+        "groups",
+        "quantizer",
+        "qarray",
+        "measuring",
+        "stored",
+        "stacking",
+        "storage",
+    ],
     [
         "integers",
         "product",
@@ -40,6 +50,8 @@ LIBRARY = [
         "adapters",
         "attention",
         "recipes",
+        "tapped",
+        "monitoring",
     ],
     ["expressions", "rules", "coverage"],
     [
@@ -57,6 +69,7 @@ LIBRARY = [
         "functions.quantizing",
         "functions.freezing",
         "functions.coverage",
+        "functions.monitoring",
     ],
     ["settings", "rule_files", "specification", "cards", "artifacts"],
     [
@@ -67,6 +80,7 @@ LIBRARY = [
         "nnx.layers",
         "nnx.planning",
         "nnx.storing",
+        "nnx.monitoring",
         "nnx.overriding",
         "nnx.freezing",
         "nnx.observing",

@@ -16,6 +16,7 @@ from jaxquant.nnx.modules import (
     read,
     write,
 )
+from jaxquant.nnx.monitoring import monitor
 from jaxquant.nnx.observing import observe
 from jaxquant.nnx.quantizing import coverage, quantize
 from jaxquant.nnx.saving import load, save
@@ -33,6 +34,7 @@ __all__ = [
     "freeze",
     "load",
     "merge_lora",
+    "monitor",
     "observe",
     "quantize",
     "read",
