@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 from jax.sharding import PartitionSpec
 
-from jaxquant.formats.base import exponent_of, in_float32, times_exp2
+from jaxquant.formats.base import exp2, exponent_of, in_float32
 from jaxquant.qarray import QArray, dequantize, rotated_to, to_grid
 from jaxquant.quantizer import Quantizer
 from jaxquant.reductions import largest
@@ -27,7 +27,7 @@ class Sums(NamedTuple):
 
     Attributes:
         uses: 1.
-        count: elements.
+        total: elements.
         nonfinite: those that are NaN or infinite.
         nonzero: those that are finite and not zero.
         clipped: those that are finite and beyond the grid's ends at their scale; NaN of one in float.
@@ -38,7 +38,7 @@ class Sums(NamedTuple):
     """
 
     uses: jt.Float[jax.Array, "*turns"]
-    count: jt.Float[jax.Array, "*turns"]
+    total: jt.Float[jax.Array, "*turns"]
     nonfinite: jt.Float[jax.Array, "*turns"]
     nonzero: jt.Float[jax.Array, "*turns"]
     clipped: jt.Float[jax.Array, "*turns"]
@@ -55,7 +55,7 @@ def nothing(turns: tuple[int, ...] = ()) -> Sums:
         turns: axes in front.
     """
     zero = jnp.zeros(turns, jnp.float32)
-    return Sums(*[zero] * 8, jnp.zeros((*turns, BINS), jnp.float32))
+    return Sums._make([*[zero] * 8, jnp.zeros((*turns, BINS), jnp.float32)])
 
 
 @functools.partial(
@@ -103,73 +103,77 @@ def measured(tensor: Quantized) -> Sums:
 
 
 def _measured(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any) -> Sums:
-    own = in_float32(x)
-    bad = _count(~jnp.isfinite(own))
-    if quantizer is None:
-        clipped = underflow = noise = jnp.float32(jnp.nan)
-        view = own
-    else:
-        laid = rotated_to(own, quantizer, axes)
-        grid, scales, view = to_grid(laid, quantizer, axes, key)
-        low, high = quantizer.element.min_value, quantizer.element.max_value
-        if scales.zero is not None:
-            grid, low, high = (v - scales.zero for v in (grid, low, high))
-        scale = scales.whole
-        is_finite = jnp.isfinite(view) & (scale > 0)
-        is_beyond = (view > high * scale * _SLACK) | (view < low * scale * _SLACK)
-        clipped = _count(is_finite & is_beyond)
-        values = grid * scale
+    view = own = in_float32(x)
+    clipped = underflow = noise = values = jnp.float32(jnp.nan)
+    if quantizer is not None:
+        view, values, clipped = _laid(own, quantizer, axes, key)
         underflow = _count(jnp.isfinite(view) & (view != 0) & (values == 0))
-        noise = _noise(view, values)
-    view = jnp.where(jnp.isfinite(view), view, 0)
+    amax = largest(jnp.abs(jnp.where(jnp.isfinite(view), view, 0))).reshape(())
+    if quantizer is not None:
+        noise = _noise(view, values, amax)
+    counts = _counts(view)
+    histogram, bad = counts[:BINS], counts[BINS + 1]
+    if quantizer is not None and quantizer.hadamard is not None:
+        bad = _count(~jnp.isfinite(own))  # a rotation spreads it over a block
     return Sums(
         jnp.float32(1),
         jnp.float32(x.size),
         bad,
-        _count(view != 0),
+        jnp.sum(histogram),
         clipped,
         underflow,
         noise,
-        largest(view).reshape(()),
-        _histogram(view),
+        amax,
+        histogram,
     )
+
+
+def _laid(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
+    """x in the coordinates and groups of its grid, what that has in its place, and how much it clips."""
+    grid, scales, view = to_grid(rotated_to(x, quantizer, axes), quantizer, axes, key)
+    low, high = quantizer.element.min_value, quantizer.element.max_value
+    if scales.zero is not None:
+        grid, low, high = (v - scales.zero for v in (grid, low, high))
+    scale = scales.whole
+    is_beyond = (view > high * scale * _SLACK) | (view < low * scale * _SLACK)
+    return view, grid * scale, _count(is_beyond & jnp.isfinite(view) & (scale > 0))
 
 
 def _count(mask: jax.Array) -> jax.Array:
     """How many are true, in float32; counted in integers, as far as these reach."""
     if mask.ndim > 1 and mask.size >= 2**31:
-        return _total(jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32))
+        return jnp.sum(jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32))
     return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
 
 
-def _total(x: jax.Array) -> jax.Array:
-    """Σ x, rows first: one sum of all would lose terms that are small beside it."""
+def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
+    """Σ (x − values)² / Σ x², in units of about the largest, whose square is a float32."""
+    exponent = jnp.clip(exponent_of(jnp.where(amax > 0, amax, 1)), -126, 126)
+    unit = exp2(-exponent)
+    error, own = ((x - values) * unit) ** 2, (x * unit) ** 2
     if x.ndim > 1:
-        x = jax.lax.optimization_barrier(jnp.sum(x, axis=-1))
-    return jnp.sum(x)
+        # Rows first: one sum of all would lose terms that are small beside it.
+        rows = jnp.sum(error, axis=-1), jnp.sum(own, axis=-1)
+        error, own = jax.lax.optimization_barrier(rows)
+    return jnp.sum(error) / jnp.where(amax > 0, jnp.sum(own), jnp.nan)
 
 
-def _noise(x: jax.Array, values: jax.Array) -> jax.Array:
-    """Σ (x − values)² / Σ x², in units of the largest, whose square is a float32."""
-    top = largest(x).reshape(())
-    unit = -exponent_of(jnp.where(top > 0, top, 1))
-    error, x = times_exp2(x - values, unit), times_exp2(x, unit)
-    is_known = jnp.all(jnp.isfinite(x) & jnp.isfinite(values))
-    ratio = _total(error**2) / jnp.where(top > 0, _total(x**2), jnp.nan)
-    return jnp.where(is_known, ratio, jnp.nan)
-
-
-def _histogram(x: jax.Array) -> jax.Array:
-    """How many of x that are not zero have each floor(log2 |x|)."""
+def _counts(x: jax.Array) -> jax.Array:
+    """How many of x have each floor(log2 |x|), are zero, and are not finite."""
     place = jnp.clip(exponent_of(x), LOWEST, LOWEST + BINS - 1) - LOWEST
-    place = jnp.where(x == 0, BINS, place)
+    place = jnp.where(x == 0, BINS, jnp.where(jnp.isfinite(x), place, BINS + 1))
 
     def compared(place: jax.Array) -> jax.Array:
-        return jnp.stack([_count(place == i) for i in range(BINS)])
+        bins = jnp.expand_dims(jnp.arange(BINS + 2), tuple(range(place.ndim)))
+        is_there = place[..., None] == bins
+        if place.ndim < 2 or place.size < 2**31:
+            return jnp.sum(is_there, axis=range(place.ndim), dtype=jnp.int32).astype(jnp.float32)
+        rows = jnp.sum(is_there, axis=-2, dtype=jnp.int32).astype(jnp.float32)
+        return jnp.sum(rows, axis=range(place.ndim - 1))
 
     def scattered(place: jax.Array) -> jax.Array:
-        counts = jnp.zeros(BINS + 1, jnp.int32).at[place.reshape(-1)].add(1)
-        return counts[:BINS].astype(jnp.float32)
+        counts = jnp.zeros(BINS + 2, jnp.int32).at[place.reshape(-1)].add(1)
+        return counts.astype(jnp.float32)
 
     # A CPU's compiler goes over x once for each comparison, others once for all.
     return jax.lax.platform_dependent(place, cpu=scattered, default=compared)

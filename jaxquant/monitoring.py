@@ -64,7 +64,7 @@ def of_sums(sums: Sums, each: int = 0) -> Statistics:
     """
     axes = tuple(range(sums.uses.ndim - each, sums.uses.ndim))
     mean = lambda x: jnp.sum(x, axes) / uses  # noqa: E731
-    uses, count, nonzero = (jnp.sum(x, axes) for x in (sums.uses, sums.count, sums.nonzero))
+    uses, count, nonzero = (jnp.sum(x, axes) for x in (sums.uses, sums.total, sums.nonzero))
     has_one = jnp.all(sums.uses == 1, axes)
     return Statistics(
         -10 * jnp.log10(mean(sums.noise)),
@@ -149,7 +149,7 @@ def rows(statistics: Monitored) -> list[dict[str, Any]]:
     for product, four in jax.device_get(dict(statistics)).items():
         for role, own in zip(ROLES, four, strict=True):
             for turn in np.ndindex(np.shape(own.amax)):
-                one = Statistics(*(np.asarray(x)[turn] for x in own))
+                one = Statistics._make(np.asarray(x)[turn] for x in own)
                 if not np.isnan(one.nonfinite):
                     found.append(_row(product, list(turn), role, one))
     return found

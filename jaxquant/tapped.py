@@ -199,9 +199,16 @@ def convolution(
     """
     if not isinstance(dot, Tapped):
         return out
-    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers")
-    groups = settings["feature_group_count"], settings["batch_group_count"]
-    window = window_of(left[0].shape, right[0].shape, *(settings[name] for name in names), groups)
+    window = window_of(
+        left[0].shape,
+        right[0].shape,
+        settings["window_strides"],
+        settings["padding"],
+        settings["lhs_dilation"],
+        settings["rhs_dilation"],
+        settings["dimension_numbers"],
+        (settings["feature_group_count"], settings["batch_group_count"]),
+    )
     forward, (dlhs, drhs) = dot.forward, gradients
     operands = (
         Quantized(left[0], forward.lhs, left[1]),

@@ -146,7 +146,7 @@ def check_loss(result: Any) -> jax.Array:
     Raises:
         ValueError: it is no scalar of a floating-point type.
     """
-    shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", None)
+    shape, dtype = getattr(result, "shape", None), getattr(result, "dtype", type(None))
     if shape != () or not jnp.issubdtype(dtype, jnp.floating):
         got = type(result).__name__ if shape is None else f"{dtype}{list(shape)}"
         raise ValueError(
