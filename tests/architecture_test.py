@@ -215,6 +215,7 @@ EXPERIMENTS = [
         "train.ahead_table",
         "train.scaling",
         "train.claiming",
+        "train.monitoring",
         "train.watching",
         "train.running",
         "tokenize",
