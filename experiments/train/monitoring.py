@@ -123,7 +123,7 @@ def write_report(workdir: Path, found: Sequence[dict[str, Any]]) -> None:
         ),
         report.Section("The last record", tables=[("Worst SQNR first.", _last(table))]),
     ]
-    last = int(table["step"].max())
+    last = int(table["step"].to_numpy().max())
     lead = f"{len(found)} records of {table['product'].nunique()} products, to step {last}."
     rows = found[-1]["rows"]
     summary = {"records": len(found), "last_step": last, "last": rows}
@@ -166,7 +166,7 @@ def _figures(table: pd.DataFrame) -> Iterator[report.Figure]:
     for field, words in {**FIELDS, "growth": "amax over the largest before"}.items():
         panels = []
         for role, name in ROLES.items():
-            own = table[(table["role"] == role) & table[field].notna()]
+            own: Any = table[(table["role"] == role) & table[field].notna()]
             if field == "amax" or field == "growth":
                 own = own[own[field] > 0]
             if len(own):
@@ -194,7 +194,7 @@ def _panel(own: pd.DataFrame, field: str, words: str, name: str) -> alt.Chart:
 
 
 def _last(table: pd.DataFrame) -> pd.DataFrame:
-    last = table[table["step"] == table["step"].max()].sort_values("sqnr", na_position="last")
+    last: Any = table[table["step"] == table["step"].max()].sort_values("sqnr", na_position="last")
     shown = last[["product", "layer", "role", *FIELDS, "growth", "nonfinite"]].copy()
     for field in (*FIELDS, "growth", "nonfinite"):
         shown[field] = [
