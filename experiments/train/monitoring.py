@@ -193,8 +193,8 @@ def _panel(own: pd.DataFrame, field: str, words: str, name: str) -> alt.Chart:
     )
 
 
-def _last(table: pd.DataFrame) -> pd.DataFrame:
-    last: Any = table[table["step"] == table["step"].max()].sort_values("sqnr", na_position="last")
+def _last(table: Any) -> pd.DataFrame:
+    last = table[table["step"] == table["step"].max()].sort_values("sqnr", na_position="last")
     shown = last[["product", "layer", "role", *FIELDS, "growth", "nonfinite"]].copy()
     for field in (*FIELDS, "growth", "nonfinite"):
         shown[field] = [
