@@ -99,7 +99,7 @@ class ConvGeneralDilated:
         out_sharding: Any = None,
     ) -> jax.Array:
         """As `jax.lax.conv_general_dilated`, whose arguments these are."""
-        window = _window(
+        window = window_of(
             lhs.shape,
             rhs.shape,
             window_strides,
@@ -119,8 +119,8 @@ class ConvGeneralDilated:
     def _computed(self, lhs: Any, rhs: Any, window: "Window", options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
-            lhs = simulate(lhs, forward.lhs, _all_but(window.lhs_spec[0], lhs.ndim))
-            rhs = simulate(rhs, forward.rhs, _all_but(window.rhs_spec[0], rhs.ndim))
+            lhs = simulate(lhs, forward.lhs, all_but(window.lhs_spec[0], lhs.ndim))
+            rhs = simulate(rhs, forward.rhs, all_but(window.rhs_spec[0], rhs.ndim))
             if self.dlhs is None and self.drhs is None:
                 return window.convolve(lhs, rhs, **options)
             forward, originals = Operands(), as_values(originals)
@@ -133,7 +133,7 @@ def _check_stored(name: str, x: Any, quantizer: Quantizer | None, axis: int) -> 
     check_stored(name, x, quantizer)
     if not isinstance(x, QArray):
         return
-    if any(x.scale.shape[a] != 1 for a in _all_but(axis, x.ndim)) or x.hadamard is not None:
+    if any(x.scale.shape[a] != 1 for a in all_but(axis, x.ndim)) or x.hadamard is not None:
         raise ValueError(
             f"a stored {name} has scales along axis {axis} alone and no rotation, as granularity "
             f"'channel' gives; got scales of shape {x.scale.shape} and hadamard {x.hadamard}"
@@ -215,7 +215,7 @@ class Window:
         )
 
 
-def _window(
+def window_of(
     lhs_shape, rhs_shape, strides, padding, lhs_dilation, rhs_dilation, numbers, groups
 ) -> Window:
     """The arguments of `jax.lax.conv_general_dilated` with their defaults filled in."""
@@ -260,7 +260,7 @@ def _dilated(sizes: Sequence[int], dilation: Sequence[int]) -> list[int]:
     return [max(0, (n - 1) * d + 1) for n, d in zip(sizes, dilation, strict=True)]
 
 
-def _all_but(axis: int, ndim: int) -> Axes:
+def all_but(axis: int, ndim: int) -> Axes:
     return tuple(a for a in range(ndim) if a != axis)
 
 
@@ -296,13 +296,13 @@ def _conv_forward(window, options, operands, lhs, rhs):
     forward, dlhs, drhs, originals = operands
     (batch, lhs_in), (features, rhs_in) = window.lhs_spec[:2], window.rhs_spec[:2]
     ndim = len(window.lhs_spec)
-    left = laid(lhs, originals[0], forward.lhs, _all_but(batch, ndim))
-    right = laid(rhs, originals[1], forward.rhs, _all_but(features, ndim))
+    left = laid(lhs, originals[0], forward.lhs, all_but(batch, ndim))
+    right = laid(rhs, originals[1], forward.rhs, all_but(features, ndim))
     out = _product(window, left, right, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (
-        kept(originals[0], left, drhs, _all_but(lhs_in, ndim)),
-        kept(originals[1], right, dlhs, _all_but(rhs_in, ndim)),
+        kept(originals[0], left, drhs, all_but(lhs_in, ndim)),
+        kept(originals[1], right, dlhs, all_but(rhs_in, ndim)),
     )
     return out, (residuals, (dlhs, drhs), likes(lhs, rhs, originals))
 
@@ -329,12 +329,12 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 # The two gradients draw for themselves, were their scales equal.
-_DRHS_KEY = functools.partial(rounding.key_of, seed=1)
+DRHS_KEY = functools.partial(rounding.key_of, seed=1)
 
 
 def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Array:
     """∂lhs: the gradient convolved with rhs turned round, summed over features and space."""
-    summed = _all_but(window.out_spec[0], gradient.ndim)
+    summed = all_but(window.out_spec[0], gradient.ndim)
     if operands is None or operands.arithmetic == "simulated":
         gradient, values = _in_floats(operands, gradient, rhs, summed)
         return _transposed(lambda x: window.convolve(x, values, **options), lhs_shape, gradient)
@@ -355,7 +355,7 @@ def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Ar
 
 def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Array:
     """∂rhs: lhs convolved with the gradient as the window, summed over batch and space."""
-    summed = _all_but(window.out_spec[1], gradient.ndim)
+    summed = all_but(window.out_spec[1], gradient.ndim)
     if operands is None or operands.arithmetic == "simulated":
         gradient, values = _in_floats(operands, gradient, lhs, summed)
         return _transposed(lambda x: window.convolve(values, x, **options), rhs_shape, gradient)
@@ -367,7 +367,7 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
         gradient = gradient.astype(wider) * scale
         lhs = _without_scale(lhs)
     if operands.lhs is not None:
-        gradient = quantize(gradient, operands.lhs, summed, _DRHS_KEY)
+        gradient = quantize(gradient, operands.lhs, summed, DRHS_KEY)
     transposed = _towards_rhs(window, lhs.shape, rhs_shape, gradient.shape)
     options = {**options, "preferred_element_type": wide(gradient.dtype)}
     return _product(transposed, lhs, gradient, options)

@@ -338,8 +338,8 @@ def _dot_forward(dims, options, operands, lhs, rhs):
         out = jax.lax.dot_general(left, right, dims, **dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
     residuals = (
-        kept(originals[0], left, drhs, _free(left.ndim, lhs_axes, lhs_batch)),
-        kept(originals[1], right, dlhs, _free(right.ndim, rhs_axes, rhs_batch)),
+        kept(originals[0], left, drhs, free_axes(left.ndim, lhs_axes, lhs_batch)),
+        kept(originals[1], right, dlhs, free_axes(right.ndim, rhs_axes, rhs_batch)),
     )
     return out, (residuals, (dlhs, drhs), likes(lhs, rhs, originals))
 
@@ -379,7 +379,7 @@ def kept(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[in
     return fake_quant(x, operands.rhs, axes)
 
 
-def _free(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
+def free_axes(ndim: int, contracting: tuple[int, ...], batch: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(a for a in range(ndim) if a not in contracting and a not in batch)
 
 
@@ -401,14 +401,30 @@ def _dot_backward(dims, options, residuals, gradient):
 _dot.defvjp(_dot_forward, _dot_backward)
 
 
+def gradient_numbers(dims: Any, ndims: tuple[int, int], side: int) -> Any:
+    """Dimension numbers of a gradient's product.
+
+    Args:
+        dims: the forward product's.
+        ndims: of its operands.
+        side: 0 for ∂lhs, the gradient times rhs; 1 for ∂rhs, lhs times the gradient.
+    """
+    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
+    n = len(lhs_batch)
+    lhs_free = free_axes(ndims[0], lhs_axes, lhs_batch)
+    rhs_free = free_axes(ndims[1], rhs_axes, rhs_batch)
+    # The gradient's axes: batch, lhs's free axes, rhs's.
+    batch, middle = tuple(range(n)), n + len(lhs_free)
+    if side == 0:
+        return ((tuple(range(middle, middle + len(rhs_free))), rhs_free), (batch, rhs_batch))
+    return ((lhs_free, tuple(range(n, middle))), (lhs_batch, batch))
+
+
 def _lhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
     """∂lhs: the gradient times rhs, summed over rhs's free axes."""
-    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
-    free = _free(rhs.ndim, rhs_axes, rhs_batch)
-    lhs_free = _free(lhs.ndim, lhs_axes, lhs_batch)
-    n = len(lhs_batch)
-    summed = tuple(range(gradient.ndim - len(free), gradient.ndim))
-    numbers = ((summed, free), (tuple(range(n)), rhs_batch))
+    (lhs_axes, rhs_axes), (lhs_batch, _) = dims
+    lhs_free = free_axes(lhs.ndim, lhs_axes, lhs_batch)
+    numbers = gradient_numbers(dims, (lhs.ndim, rhs.ndim), 0)
     result = _gradient_product(operands, gradient, rhs, numbers, options, gradient_first=True)
     # The result's axes: batch, lhs's free axes, then rhs's contracting axes in rising order.
     contracted = [lhs_axes[rhs_axes.index(a)] for a in sorted(rhs_axes)]
@@ -417,12 +433,9 @@ def _lhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
 
 def _rhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
     """∂rhs: lhs times the gradient, summed over lhs's free axes."""
-    (lhs_axes, rhs_axes), (lhs_batch, rhs_batch) = dims
-    free = _free(lhs.ndim, lhs_axes, lhs_batch)
-    rhs_free = _free(rhs.ndim, rhs_axes, rhs_batch)
-    n = len(lhs_batch)
-    summed = tuple(range(n, n + len(free)))
-    numbers = ((free, summed), (lhs_batch, tuple(range(n))))
+    (lhs_axes, rhs_axes), (_, rhs_batch) = dims
+    rhs_free = free_axes(rhs.ndim, rhs_axes, rhs_batch)
+    numbers = gradient_numbers(dims, (lhs.ndim, rhs.ndim), 1)
     result = _gradient_product(operands, gradient, lhs, numbers, options, gradient_first=False)
     contracted = [rhs_axes[lhs_axes.index(a)] for a in sorted(lhs_axes)]
     return _in_place(result, (*rhs_batch, *contracted, *rhs_free), lhs, lhs_axes, rhs_axes)
@@ -462,7 +475,7 @@ def _gradient_product(
         gradient = simulate(gradient, quantizer, axes, key)
         return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
     if isinstance(kept, QArray) and operands.rhs is None:
-        gradient, kept = _carry_scale(gradient, kept, numbers, side)
+        gradient, kept = carry_scale(gradient, kept, numbers, side)
     if operands.lhs is not None:
         gradient = quantize(gradient, operands.lhs, axes, key)
         if isinstance(kept, QArray):  # rotations of the forward's sum are no part of this one
@@ -479,7 +492,7 @@ def _unrotated(kept: QArray | jax.Array) -> jax.Array:
     return dequantize(dataclasses.replace(kept, hadamard=None))
 
 
-def _carry_scale(
+def carry_scale(
     gradient: jax.Array, kept: QArray, numbers: Any, side: int
 ) -> tuple[jax.Array, QArray]:
     """Moves the kept operand's scales over to the gradient.
@@ -495,7 +508,7 @@ def _carry_scale(
     kept_axes, kept_batch = numbers[0][1 - side], numbers[1][1 - side]
     axes, batch = numbers[0][side], numbers[1][side]
     scale = kept.float_scale()
-    if any(scale.shape[a] != 1 for a in _free(kept.ndim, kept_axes, kept_batch)):
+    if any(scale.shape[a] != 1 for a in free_axes(kept.ndim, kept_axes, kept_batch)):
         raise ValueError(
             "a native gradient product cannot multiply stored numbers again whose scales vary along what it "
             f"leaves, as scales in blocks do; got scales of shape {scale.shape}. Give it an rhs quantizer"
@@ -504,7 +517,7 @@ def _carry_scale(
         return gradient, kept
     order = dict(zip((*axes, *batch), (*kept_axes, *kept_batch), strict=True))
     moved = jnp.transpose(
-        scale, (*(order[a] for a in sorted(order)), *_free(kept.ndim, kept_axes, kept_batch))
+        scale, (*(order[a] for a in sorted(order)), *free_axes(kept.ndim, kept_axes, kept_batch))
     )
     shape = [scale.shape[order[a]] if a in order else 1 for a in range(gradient.ndim)]
     wider = jnp.float32 if jnp.finfo(gradient.dtype).bits < 32 else gradient.dtype

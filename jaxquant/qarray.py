@@ -315,7 +315,7 @@ def _check(x: Any, quantizer: Any) -> None:
         raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
 
 
-def _rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
+def rotated_to(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
     """x in float32, in the coordinates that it is quantized in."""
     x = in_float32(x)
     if quantizer.hadamard is None:
@@ -331,7 +331,7 @@ def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
     return axes[-1]
 
 
-def _to_grid(
+def to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
 ) -> tuple[jax.Array, _Scales, jax.Array]:
     """The waist of the library: float32 (grid values, scales, x), all in `grouped`'s view of x."""
@@ -389,7 +389,7 @@ def calibrate(
 
 
 def _calibrated(x: jax.Array, quantizer: Quantizer, groups: tuple[int, ...], axis: Any) -> Any:
-    x = _rotated(x, quantizer, axis)
+    x = rotated_to(x, quantizer, axis)
     found = quantizer.calibration(grouped(x, groups), within(x.shape, groups), quantizer.element)
     found = found.value if isinstance(found, calibrations.Scale) else found
     return jax.tree.map(lambda range_: range_.reshape(groups), found)
@@ -442,8 +442,8 @@ def _stored(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """A QArray's arrays."""
     element = quantizer.element
-    laid_out = _rotated(x, quantizer, axis)
-    grid, scales, _ = _to_grid(laid_out, quantizer, axis, key)
+    laid_out = rotated_to(x, quantizer, axis)
+    grid, scales, _ = to_grid(laid_out, quantizer, axis, key)
     stored = element.store(grid.reshape(x.shape))
     scale = scales.scale.reshape(groups)
     if isinstance(quantizer.format, Block):
@@ -513,11 +513,11 @@ def fake_quant(
 
 
 def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
-    laid_out = _rotated(x, quantizer, axis)
+    laid_out = rotated_to(x, quantizer, axis)
     if quantizer.estimator is estimators.straight_through:
         # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.
         laid_out = jax.lax.stop_gradient(laid_out)
-    grid, scales, view = _to_grid(laid_out, quantizer, axis, key)
+    grid, scales, view = to_grid(laid_out, quantizer, axis, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
         grid, low, high = (v - scales.zero for v in (grid, low, high))

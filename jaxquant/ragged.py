@@ -103,7 +103,7 @@ class RaggedDot:
 
     def _computed(self, lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
         # Rows of no group are multiplied with nothing, so that they must not widen a scale either.
-        lhs = _in_groups(lhs, group_sizes)
+        lhs = in_groups(lhs, group_sizes)
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
             lhs, rhs = simulate(lhs, forward.lhs, (1,)), simulate(rhs, forward.rhs, (1,))
@@ -174,13 +174,13 @@ def _groups(group_sizes: jax.Array, rows: int) -> jax.Array:
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
 
 
-def _in_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
+def in_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
     """x with zeros in the rows that belong to no group, whatever was in them."""
     rows = jnp.arange(x.shape[0])[:, None]
     return jnp.where(rows < jnp.sum(group_sizes), x, jnp.zeros((), x.dtype))
 
 
-def _by_row(scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
+def by_row(scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
     """The groups' scales (g, 1, n) as the product of that many rows is laid out: each row its group's."""
     if scale.shape[0] == 1:
         return scale[0]
@@ -204,8 +204,8 @@ def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> j
     if left.scale is not None:
         out = out * left.scale.astype(out.dtype)
     if right.scale is not None:
-        out = out * _by_row(right.scale, group_sizes, lhs.shape[0]).astype(out.dtype)
-    return _in_groups(out, group_sizes).astype(dtype)  # 0 · NaN is not 0
+        out = out * by_row(right.scale, group_sizes, lhs.shape[0]).astype(out.dtype)
+    return in_groups(out, group_sizes).astype(dtype)  # 0 · NaN is not 0
 
 
 def _as_multiplied(lhs: QArray | jax.Array, rhs: QArray | jax.Array) -> QArray | jax.Array:
@@ -273,7 +273,7 @@ def _ragged_backward(options, residuals, gradient):
         "precision": dict(options)["precision"],
         "preferred_element_type": wide(gradient.dtype),
     }
-    gradient = _in_groups(gradient, group_sizes)
+    gradient = in_groups(gradient, group_sizes)
     left = _lhs_gradient(options, dlhs, gradient, rhs, group_sizes).astype(lhs_like.dtype)
     right = jnp.zeros(0)
     if rhs_like is not None:
@@ -292,7 +292,7 @@ def _lhs_gradient(options, operands, gradient, rhs, group_sizes) -> jax.Array:
         gradient,
         rhs,
         axis=1,
-        carried=lambda scale: _by_row(scale, group_sizes, gradient.shape[0]),
+        carried=lambda scale: by_row(scale, group_sizes, gradient.shape[0]),
     )
     return _row_product(gradient, _matrices_transposed(rhs), group_sizes, options)
 

@@ -12,12 +12,17 @@ from experiments.harness import files
 from jaxquant.files import read_bytes
 
 WRITERS = ("tensorboard", "wandb")
+Counts = Sequence[Sequence[int]]  # pairs (floor(log2 |x|), how many)
 
 
 class Writer(Protocol):
     """Takes figures by name, with steps that may start again at an earlier one."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def write_histograms(self, step: int, counts: Mapping[str, Counts]) -> None:
+        """Takes by name how many magnitudes there are from each power of two."""
+        ...
 
     def close(self) -> None: ...
 
@@ -56,6 +61,35 @@ class TensorBoard:
         self._events: Any = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._open(step)
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()
+
+    def write_histograms(self, step: int, counts: Mapping[str, Counts]) -> None:
+        """Histograms of log2 |x|, whose bins are one wide."""
+        self._open(step)
+        for name, pairs in counts.items():
+            if not pairs:
+                continue
+            low, high = pairs[0][0], pairs[-1][0] + 1
+            own = {exponent: count for exponent, count in pairs}
+            numbers = [own.get(exponent, 0) for exponent in range(low, high)]
+            middles = [exponent + 0.5 for exponent in range(low, high)]
+            self._events.add_histogram_raw(
+                name,
+                min=low,
+                max=high,
+                num=sum(numbers),
+                sum=sum(n * m for n, m in zip(numbers, middles, strict=True)),
+                sum_squares=sum(n * m * m for n, m in zip(numbers, middles, strict=True)),
+                bucket_limits=[low, *range(low + 1, high + 1)],
+                bucket_counts=[0, *numbers],
+                global_step=step,
+            )
+        self._events.flush()
+
+    def _open(self, step: int) -> None:
         if self._events is None:  # not sooner: the first step says which ones are superseded
             from tensorboardX import SummaryWriter
 
@@ -63,9 +97,6 @@ class TensorBoard:
             self._events = SummaryWriter(
                 str(self._folder), purge_step=step, filename_suffix=f".{step}"
             )
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()
 
     def close(self) -> None:
         if self._events is not None:
@@ -98,6 +129,16 @@ class WeightsAndBiases:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         # Its own count of steps never goes back.
         self._run.log({"step": step, **values})
+
+    def write_histograms(self, step: int, counts: Mapping[str, Counts]) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        shown = {}
+        for name, pairs in counts.items():
+            if pairs:
+                low, high, own = pairs[0][0], pairs[-1][0] + 1, {e: n for e, n in pairs}
+                bins = [own.get(e, 0) for e in range(low, high)], [*range(low, high + 1)]
+                shown[name] = wandb.Histogram(np_histogram=bins)
+        self._run.log({"step": step, **shown})
 
     def close(self) -> None:
         self._run.finish()

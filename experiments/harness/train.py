@@ -193,10 +193,21 @@ def next_token_loss(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Loss:
     by_rows = functools.partial(sharding.rows, mesh=mesh)
 
     def loss(params, tokens_BxT1: jax.Array) -> jax.Array:
-        logits = nnx.merge(graphdef, params)(tokens_BxT1[:, :-1], by_rows)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]).mean()
+        return next_token_loss_of(nnx.merge(graphdef, params), tokens_BxT1, by_rows)
 
     return loss
+
+
+def next_token_loss_of(model: Any, tokens_BxT1: jax.Array, by_rows: Callable) -> jax.Array:
+    """The same of a model itself.
+
+    Args:
+        model: from (tokens, by_rows) to logits.
+        tokens_BxT1: one more than the model is given.
+        by_rows: where activations lie.
+    """
+    logits = model(tokens_BxT1[:, :-1], by_rows)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]).mean()
 
 
 def make_step(

@@ -11,7 +11,7 @@ from experiments.optimizer_states import arms
 from experiments.train.program import Config
 
 # What may differ between a run and the run that goes on from its checkpoint.
-_LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every")
+_LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every", "monitor_every")
 _POLICY = ("on_spike", "spike", "roll_back_steps")
 _DATA = "data_fingerprint"
 _AXES = ("fsdp", "tensor")

@@ -1,12 +1,14 @@
 """What one run trains: its settings, model, loss, optimizer and schedule."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
 from experiments.harness import cli, data, models, sharding, train
@@ -52,6 +54,7 @@ class Config:
     roll_back_steps: int = 1  # at least; to a checkpoint
     log_every: int = 20
     checkpoint_every: int = 500
+    monitor_every: int = 0  # steps between records of what the quantizers do; 0: none
     mesh_data: int = 1
     mesh_fsdp: int = -1
     mesh_tensor: int = 1
@@ -110,6 +113,8 @@ class Program:
         loss: (params, tokens) -> scalar, activations spread over the mesh.
         evaluate: the same, wherever they lie.
         tx: the optimizer.
+        monitor: (params, tokens) -> what `jaxquant.nnx.monitor` gives, compiled; None where nothing is
+            quantized.
     """
 
     model: models.LMConfig
@@ -117,6 +122,7 @@ class Program:
     loss: train.Loss
     evaluate: train.Loss
     tx: Any
+    monitor: Callable[..., Any] | None = None
 
 
 def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
@@ -156,7 +162,22 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         train.next_token_loss(graphdef, mesh),
         train.next_token_loss(graphdef),
         train.adamw(0.9, 0.95, config.weight_decay, config.clip, moments),
+        _monitor(graphdef, mesh) if config.recipe else None,
     )
+
+
+def _monitor(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
+    """A compiled monitor of the loss, whose statistics every process has."""
+    loss = functools.partial(
+        train.next_token_loss_of, by_rows=functools.partial(sharding.rows, mesh=mesh)
+    )
+    statistics = jq.nnx.monitor(lambda model, tokens: loss(model, tokens))
+
+    def monitor(params: Any, tokens: Any) -> Any:
+        with sharding.known(mesh):
+            return statistics(nnx.merge(graphdef, params), tokens)
+
+    return jax.jit(monitor, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_guard(config: Config) -> Guard:
@@ -206,6 +227,16 @@ def check(config: Config) -> None:
         raise ValueError(
             f"config.batch x config.sequence is at most {_MOST_TOKENS} tokens a step; got {config.batch} x "
             f"{config.sequence}"
+        )
+    every = config.monitor_every
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        raise ValueError(
+            f"config.monitor_every is a whole number of steps, or 0 for none; got {every}"
+        )
+    if every and not config.recipe:
+        raise ValueError(
+            f"config.monitor_every {every} needs a quantized model, as config.recipe=int8_train; in float "
+            "there is nothing to monitor"
         )
     make_guard(config)
     make_schedule(config)

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from experiments.harness import data, files, metering, processes, sharding, stopping, train
 from experiments.harness.checkpoints import Checkpoints
 from experiments.train import claiming
+from experiments.train.monitoring import Monitor
 from experiments.train.program import (
     Config,
     Program,
@@ -71,7 +72,9 @@ def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> d
     with _alone(workdir):
         claiming.claim(workdir, config, corpus.fingerprint)
         content = dataclasses.asdict(config)
-        with Watch(watching, workdir, content, batches, make_schedule(config), meter) as watch:
+        monitor = Monitor(program.monitor, config.monitor_every, workdir)
+        parts = batches, make_schedule(config), meter, monitor
+        with Watch(watching, workdir, content, *parts) as watch:
             state, history = _trained(config, workdir, program, mesh, watch)
             result = _finish(workdir, config, corpus, program, state, history)
             watch.on_end(result["loss"])

@@ -11,6 +11,7 @@ import jax
 
 from experiments.harness import files, metering, metrics, processes, train
 from experiments.harness.watchdog import Watched
+from experiments.train.monitoring import Monitor
 
 _LONGEST = 1e9  # the system's clocks of waiting threads have an end
 
@@ -58,12 +59,14 @@ class Watch:
         batches: Any,
         schedule: train.Schedule,
         meter: metering.Meter,
+        monitor: Monitor | None = None,
     ):
         names = watching.metrics if processes.is_first() else ()
         self.batches = Watched(batches, watching.input_timeout)
         self._writers = metrics.make_writers(names, workdir, config)
         self._profile = _Profile(watching.profile, workdir / "profile")
         self._workdir, self._schedule, self._meter = workdir, schedule, meter
+        self._monitor = monitor or Monitor(None, 0, workdir)
         self._at = self._trained = 0
         self._saving = self._waiting = 0.0
         self._taken: dict[str, Any] = {}
@@ -77,6 +80,7 @@ class Watch:
             if compiled is None:
                 compiled = self._compiled(step, state, *arguments)
             at = self._at + self._trained + 1
+            self._monitor.before(at, state, arguments[0], self._writers)
             self._profile.before(at)
             found = compiled(state, *arguments)
             self._profile.after(at, found)
@@ -112,6 +116,7 @@ class Watch:
         """
         self._at += steps
         trained, self._trained = self._trained, 0
+        saving += self._monitor.seconds  # neither is training
         lap = saving - self._saving, self.batches.seconds - self._waiting
         self._saving, self._waiting = saving, self.batches.seconds
         if not trained:  # it has read a checkpoint
@@ -126,6 +131,7 @@ class Watch:
     def on_end(self, losses: Mapping[str, float]) -> None:
         """Writes the losses by split, and what the run took as ``performance.json``."""
         self._profile.warn()
+        self._monitor.on_end()
         self._write({f"loss/{split}": loss for split, loss in losses.items()})
         if not self._taken or not processes.is_first():
             return

@@ -36,18 +36,20 @@ class Where:
         reads: collects the paths of parameters that something else than a product reads, and on which line.
         keys: collects which operand of a product of queries and keys has the keys, by its own number.
         times: how often it runs.
-        scans: how many there are around it.
+        turns: lengths of the scans around it, the outermost first.
         scope: the named scopes around it.
         unreached: why nothing there can be replaced.
+        enclosed: what it is within, whose turns or parts are not known.
         names: the debugging information of the trace that it is of.
     """
 
     reads: dict[str, str] = dataclasses.field(compare=False)
     keys: dict[int, int] = dataclasses.field(compare=False, default_factory=dict)
     times: int = 1
-    scans: int = 0
+    turns: tuple[int, ...] = ()
     scope: str = ""
     unreached: str = ""
+    enclosed: str = ""
     names: Any = None
 
     def tried(self) -> "Where":
@@ -249,6 +251,8 @@ def _product(
         () if weight is None else tuple(sorted(operands[weight].nearest)),
         None if weight is None else operands[weight].derivation,
         number=id(equation),
+        turns=where.turns,
+        enclosed=where.enclosed,
     )
 
 
@@ -289,24 +293,26 @@ def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
 def _of_shard_map(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     # Each device has its own part there.
     where.notes(operands, _source(equation))
+    where = dataclasses.replace(where, enclosed="a shard_map")
     found, results = found_in(_function(equation), [o.without() for o in operands], where)
     return [found], [o.without() for o in results]
 
 
 def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
-    length, scan = settings["length"], where.scans
-    where = dataclasses.replace(where, times=where.times * length, scans=scan + 1)
+    length, scan = settings["length"], len(where.turns)
+    turns = (*where.turns, length)
+    where = dataclasses.replace(where, times=where.times * length, turns=turns)
     first, last = scan_places(settings)
     carry = [o if o.is_weight else o.without() for o in operands[first:last]]
-    turns = [_turn_of(o, scan, length) for o in operands[last:]]
+    handed = [_turn_of(o, scan, length) for o in operands[last:]]
     while True:
-        given, trial = [*operands[:first], *carry, *turns], where.tried()
+        given, trial = [*operands[:first], *carry, *handed], where.tried()
         found, results = found_in(settings["jaxpr"], given, trial)
         grown = _grown(carry, results[: last - first])
         if grown == carry:
             where.reads.update(trial.reads)
-            stacked = [_all_turns(o, turns, operands[last:]) for o in results[last - first :]]
+            stacked = [_all_turns(o, handed, operands[last:]) for o in results[last - first :]]
             return [found], [*carry, *stacked]
         carry = grown
 
@@ -329,6 +335,7 @@ def _all_turns(result: Origin, turns: Sequence[Origin], stacked: Sequence[Origin
 
 def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
     settings = equation.params
+    where = dataclasses.replace(where, enclosed="a while loop")
     first = settings["cond_nconsts"]
     last = first + settings["body_nconsts"]
     carry = [o if o.is_weight else o.without() for o in operands[last:]]

@@ -42,6 +42,9 @@ class Product:
         number: its own; of products that run the same code, one number.
         keys: of a product of queries and keys, the operand that has the keys, 0 or 1; None of all others, and
             where no sum over its result, with another operand, tells.
+        turns: lengths of the scans around it, the outermost first.
+        enclosed: what else is around it, whose turns or parts are not known: "a while loop" or "a
+            shard_map"; "" where nothing is.
         has_constant: whether an operand is one of the function's own arrays, which no argument determines.
 
     >>> from jaxquant.engine import products
@@ -67,6 +70,8 @@ class Product:
     derivation: Derivation | None = dataclasses.field(default=None, repr=False)
     number: int = dataclasses.field(default=0, repr=False)
     keys: int | None = None
+    turns: tuple[int, ...] = ()
+    enclosed: str = ""
 
     @property
     def names(self) -> tuple[str, ...]:

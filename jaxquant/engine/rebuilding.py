@@ -23,8 +23,9 @@ class Use:
 
     Attributes:
         index: which product's.
-        apply: (the result, what is recorded or None), from what it is given or None and the operands.  A
-            result of None leaves the product as it is; a tuple is other operands of the same product.
+        apply: (the result, what is recorded or None), from what it is given or None, its tap or None, and
+            the operands.  A result of None leaves the product as it is; a tuple is other operands of the
+            same product.
         scans: those in each turn of which it is given another part, counted from the outermost.
     """
 
@@ -35,10 +36,17 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """What uses are given, and how many scans are around them."""
+    """What uses are given, and how many scans are around them.
+
+    Attributes:
+        data: by their indices.
+        scans: around them.
+        taps: by their indices, with an axis in front for each scan.
+    """
 
     data: Mapping[int, Any]
     scans: int = 0
+    taps: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
 
 def computed(
@@ -94,7 +102,8 @@ def _replaced(
     equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within
 ) -> tuple[Sequence[Any], Data]:
     if isinstance(given, Use):
-        result, record = given.apply(within.data.get(given.index), *operands)
+        own = within.data.get(given.index), within.taps.get(given.index)
+        result, record = given.apply(*own, *operands)
         records = {} if record is None else {given.index: record}
         if result is None or isinstance(result, tuple):
             taken = operands if result is None else result
@@ -146,16 +155,18 @@ def _scan(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Wi
     first, last = scan_places(settings)
     stacked = {use.index for use in uses(given) if within.scans in use.scans}
     sliced = {index: x for index, x in within.data.items() if index in stacked}
+    inner = {use.index for use in uses(given)}
+    taps = {index: x for index, x in within.taps.items() if index in inner}
 
     def body(carry: Any, x: Any) -> tuple[Any, Any]:
-        own, parts = x
-        inside = Within({**within.data, **parts}, within.scans + 1)
+        own, parts, taps = x
+        inside = Within({**within.data, **parts}, within.scans + 1, taps)
         arguments = [*operands[:first], *carry, *own]
         results, records = computed(settings["jaxpr"], arguments, given[0], inside)
         return results[: last - first], (results[last - first :], records)
 
     options = {k: settings[k] for k in ("length", "reverse", "unroll")}
-    turns = (operands[last:], sliced)
+    turns = (operands[last:], sliced, taps)
     carry, (results, records) = jax.lax.scan(body, operands[first:last], turns, **options)
     return [*carry, *results], records
 

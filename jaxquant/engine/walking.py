@@ -8,6 +8,7 @@ comes out is an ordinary function, and jit, gradients, scan, remat and vmap are 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -111,7 +112,11 @@ class Trace:
         return cls(tuple(found_products), tuple(results), where.reads, closed, found, structure)
 
     def computed(
-        self, arrays: Sequence[Any], uses: Sequence[Use | None], data: Mapping[int, Any]
+        self,
+        arrays: Sequence[Any],
+        uses: Sequence[Use | None],
+        data: Mapping[int, Any],
+        taps: Mapping[int, Any] = MappingProxyType({}),
     ) -> tuple[Any, dict[int, Any]]:
         """The function's result, and what was recorded.
 
@@ -119,10 +124,11 @@ class Trace:
             arrays: what it takes; of a `Stored` only the shape and type take part.
             uses: for each product.
             data: what they are given, by the products' numbers.
+            taps: likewise, with an axis in front for each scan around the product.
         """
         given = _placed(self._found, iter(uses))
         arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
-        results, records = computed(self._closed, arrays, given, Within(data))
+        results, records = computed(self._closed, arrays, given, Within(data, taps=taps))
         return self.structured(results), records
 
 
@@ -216,7 +222,7 @@ def walk(
 
 def plain(index: int, replacement: Replacement) -> Use:
     """What takes a product's place, of its operands alone."""
-    return Use(index, lambda _, *operands: (replacement(*operands), None))
+    return Use(index, lambda _, __, *operands: (replacement(*operands), None))
 
 
 def _placed(found: Sequence[Found], given: Any) -> list[Any]:

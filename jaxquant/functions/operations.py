@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant import tapped
 from jaxquant.attention import Attention
 from jaxquant.conv import ConvGeneralDilated
 from jaxquant.dot import DotGeneral, Operands
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.products import Product
 from jaxquant.functions.states import State
+from jaxquant.measuring import Quantized
 from jaxquant.product import is_float8, materialized
 from jaxquant.qarray import QArray, dequantize, fake_quant
 from jaxquant.quantizer import Quantizer
 from jaxquant.ragged import RaggedDot
 from jaxquant.stacking import Stacking
+from jaxquant.tapped import Tapped
 
 _CONV = (
     "window_strides",
@@ -165,7 +168,12 @@ def _with_cache(
     axes = tuple(contracting[plain.right] if is_scores else free)
 
     def compute(make: Any, state: Any, activations: jax.Array, cached: jax.Array) -> jax.Array:
-        return plain.compute(make, state, activations, fake_quant(cached, quantizer, axis=axes))
+        def made(state: Any) -> Any:
+            dot = make(state)
+            is_tapped = isinstance(dot, Tapped)
+            return dot.of_cached(Quantized(cached, quantizer, axes)) if is_tapped else dot
+
+        return plain.compute(made, state, activations, fake_quant(cached, quantizer, axis=axes))
 
     return dataclasses.replace(plain, compute=compute)
 
@@ -288,8 +296,10 @@ def _has_blocks(dot: DotGeneral) -> bool:
 def _convolved(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any]) -> jax.Array:
     """A convolution; products of gradients that multiply two float8 types are simulated."""
     kept = (dot.forward.rhs, dot.forward.lhs)
-    gradients = (_of_one_type(g, own) for g, own in zip((dot.dlhs, dot.drhs), kept, strict=True))
-    return ConvGeneralDilated(dot.forward, *gradients)(left[0], right[0], **settings)
+    pairs = zip((dot.dlhs, dot.drhs), kept, strict=True)
+    gradients = [_of_one_type(operands, own) for operands, own in pairs]
+    result = ConvGeneralDilated(dot.forward, *gradients)(left[0], right[0], **settings)
+    return tapped.convolution(dot, gradients, result, left, right, settings)
 
 
 def _of_one_type(operands: Operands | None, kept: Quantizer | None) -> Operands | None:
@@ -310,7 +320,8 @@ def _in_blocks(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any])
 
     lhs = simulated(left[0], left[1], dot.forward.lhs)
     rhs = simulated(right[0], right[1], dot.forward.rhs)
-    return jax.lax.conv_general_dilated(lhs, rhs, **settings)
+    result = jax.lax.conv_general_dilated(lhs, rhs, **settings)
+    return tapped.convolution(dot, (None, None), result, left, right, settings)
 
 
 def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
@@ -325,7 +336,9 @@ def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
 
     def compute(make: Any, state: Any, activations: Any, weight: Any, groups: Any) -> jax.Array:
         dot = _plain(make(state), "a ragged product")
-        return RaggedDot(dot.forward, dot.dlhs, dot.drhs)(activations, weight, groups, **options)
+        product = RaggedDot(dot.forward, dot.dlhs, dot.drhs)
+        result = product(activations, weight, groups, **options)
+        return tapped.ragged(dot, result, activations, weight, groups)
 
     return Operation(dot, compute, 1, None, (1,), (1,), product.derivation)
 
@@ -349,11 +362,12 @@ def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
     settings = {name: product.settings[name] for name in names}
 
     def compute(make: Any, state: Any, places: jax.Array, table: Any) -> jax.Array:
+        dot = _plain(make(state), "a lookup")
         if not isinstance(table, QArray):
-            dot = _plain(make(state), "a lookup")
             assert dot.forward.rhs is not None
-            table = fake_quant(table, dot.forward.rhs, axis=-1)
-            return materialized(jax.lax.gather(table, places, **settings))
+            simulated = fake_quant(table, dot.forward.rhs, axis=-1)
+            rows = materialized(jax.lax.gather(simulated, places, **settings))
+            return tapped.lookup(dot, rows, table)
         rows = dequantize(table[places[..., 0]])
         mode = jax.lax.GatherScatterMode.from_any(settings["mode"])
         if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
@@ -362,7 +376,7 @@ def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
             rows = jnp.where(
                 is_there.reshape(is_there.shape[:-1] + (1,) * (table.ndim - 1)), rows, fill
             )
-        return materialized(rows)
+        return tapped.lookup(dot, materialized(rows), table)
 
     axes = (product.operands[0].ndim - 1,)
     return Operation(dot, compute, right, None, (), axes, product.derivation)

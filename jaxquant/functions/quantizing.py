@@ -222,6 +222,7 @@ def recorded(
     on_unsupported: str,
     record: Record,
     watched: Collection[int] = (),
+    taps: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[int, Any]]:
     """As `computed`, and what is recorded of each product that has an operation, by its number.
 
@@ -232,6 +233,7 @@ def recorded(
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
         watched: the numbers of products that stay as they are of which is recorded too; their operation is
             None.
+        taps: of products, by their numbers, with an axis in front for each scan around them.
     """
     stored = stored_among(origins, arrays)
     for path in stored:
@@ -250,7 +252,7 @@ def recorded(
         uses.append(use)
     if on_unsupported == "error" and any(decision.reason for decision in decisions):
         check([d if d.operation is None else _tried(d) for d in decisions])
-    found = trace.computed(arrays, uses, data)
+    found = trace.computed(arrays, uses, data, taps)
     if on_unsupported == "error":
         check(refused)
     return found
@@ -258,7 +260,7 @@ def recorded(
 
 def _noted(index: int, decision: Decision, record: Record) -> Use:
     """A product as it is, of which is recorded."""
-    return Use(index, lambda _, *operands: (None, record(decision, None, *operands)))
+    return Use(index, lambda _, __, *operands: (None, record(decision, None, *operands)))
 
 
 def _tried(decision: Decision) -> Decision:
@@ -278,8 +280,10 @@ def _use(index: int, decision: Decision, record: Record, refused: list[Decision]
     plain = decision.operation
     turns = () if plain.stored is None else plain.stored.turns
 
-    def apply(given: Any, *operands: Any) -> tuple[jax.Array | None, Any]:
+    def apply(given: Any, tap: Any, *operands: Any) -> tuple[jax.Array | None, Any]:
         weight, state = (None, None) if given is None else given
+        if tap is not None:
+            state = dataclasses.replace(State() if state is None else state, tap=tap)
         operation = plain.by(state)
         try:
             noted = record(decision, operation, *operands)

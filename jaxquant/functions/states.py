@@ -11,6 +11,7 @@ from jaxquant.calibration import Range, Step, learned
 from jaxquant.dot import DotGeneral
 from jaxquant.quantizer import Quantizer
 from jaxquant.smoothed import Smoothed
+from jaxquant.tapped import Tapped
 
 
 @jax.tree_util.register_dataclass
@@ -27,6 +28,7 @@ class State:
         scale: of the channels that are summed over, by which activations are divided and the weight is
             multiplied (`jaxquant.smoothed.Smoothed`); a stored weight is multiplied already.
         lora_a, lora_b, lora_gain: of a low-rank product beside it (`jaxquant.adapters.Adapted`).
+        tap: of what its quantizers do (`jaxquant.tapped.Tapped`).
     """
 
     input_range: Any = None
@@ -36,10 +38,13 @@ class State:
     lora_a: Any = None
     lora_b: Any = None
     lora_gain: Any = None
+    tap: Any = None
 
     def made(self, recipe: DotGeneral) -> Any:
         """The product by a recipe with all of these."""
         dot: Any = self.of(recipe)
+        if self.tap is not None:
+            dot = Tapped(dot.forward, dot.dlhs, dot.drhs, self.tap)
         if self.scale is not None:
             dot = Smoothed(dot, self.scale)
         if self.lora_a is not None:

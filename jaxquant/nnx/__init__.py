@@ -15,6 +15,7 @@ from jaxquant.nnx.modules import (
     read,
     write,
 )
+from jaxquant.nnx.monitoring import monitor
 from jaxquant.nnx.observing import Statistic, observe
 from jaxquant.nnx.quantizing import coverage, quantize
 from jaxquant.nnx.saving import load, save
@@ -32,6 +33,7 @@ __all__ = [
     "freeze",
     "load",
     "merge_lora",
+    "monitor",
     "observe",
     "quantize",
     "read",

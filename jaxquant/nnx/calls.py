@@ -51,10 +51,9 @@ class Call:
 
     def result(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
         """What the method returns for such arrays, and the variables that it changed."""
-        held, given = self._split(arrays)
-        module, *others = nnx.merge(self.graph, self.state.unflatten(held))
+        held, _ = self._split(arrays)
+        (module, *others), args, kwargs = self.bound(arrays)
         plainly(module)
-        args, kwargs = jax.tree.unflatten(self.structure, self._filled(others, given))
         if isinstance(self.method, str):
             result = getattr(module, self.method)(*args, **kwargs)
         else:
@@ -66,6 +65,13 @@ class Call:
             if any(id(x) not in before for x in jax.tree.leaves(value(leaf)))
         ]
         return result, nnx.from_flat_state(changed)
+
+    def bound(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
+        """For such arrays, the module with those among the arguments, and all arguments."""
+        held, given = self._split(arrays)
+        nodes = list(nnx.merge(self.graph, self.state.unflatten(held)))
+        args, kwargs = jax.tree.unflatten(self.structure, self._filled(nodes[1:], given))
+        return nodes, args, kwargs
 
     def _split(self, arrays: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         count = self.state.num_leaves

@@ -48,6 +48,8 @@ class Door:
         structure: of the rules' values.
         on_unsupported: as of `quantize`.
         first: pairs of the path of a variable and that of the first place in the model that has it too.
+        taps: what gives the taps of a call's products (`jaxquant.nnx.monitoring.Taps`), while they are
+            monitored.
     """
 
     path: str
@@ -55,6 +57,7 @@ class Door:
     structure: Any
     on_unsupported: str
     first: tuple[tuple[str, str], ...] = ()
+    taps: Any = None
 
     @property
     def aliases(self) -> dict[str, tuple[str, ...]]:
@@ -307,14 +310,15 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
     door = door_of(module)
     assert door is not None
     call, given, nodes = called(module, door.path, method, args, kwargs, door.first)
-    result, changed = _run(door, call, getattr(module, DOOR[1], ()), given)
+    # What is monitored is traced anew: taps are of one trace.
+    compute = _compiled if door.taps is None else _computed
+    result, changed = compute(door, call, getattr(module, DOOR[1], ()), given)
     if changed:
         nnx.update(nodes, changed)
     return result
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
+def _computed(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     trace = call.traced(arrays)
     if not any(product.is_quantizable for product in trace.products):
         raise _NothingToQuantize
@@ -323,6 +327,10 @@ def _run(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     decisions = quantizing.decided(
         trace.products, rules, True, states, stored, aliases=door.aliases, is_tried=False
     )
-    how = call.origins, door.on_unsupported
-    result, state = quantizing.computed(trace, decisions, arrays, *how)
+    taps = {} if door.taps is None else door.taps.of(decisions)
+    how = call.origins, door.on_unsupported, lambda *_: None
+    (result, state), _ = quantizing.recorded(trace, decisions, arrays, *how, taps=taps)
     return result, call.changed(trace, state)
+
+
+_compiled = jax.jit(_computed, static_argnums=(0, 1), inline=True)

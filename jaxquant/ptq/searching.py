@@ -256,7 +256,7 @@ def _use(index: int, product: Product) -> Use:
     place, made = product.weight, product.derivation
     assert made is not None
 
-    def apply(given: jax.Array, *operands: jax.Array) -> Any:
+    def apply(given: jax.Array, _: None, *operands: jax.Array) -> Any:
         weight = given if made.order is None else jnp.transpose(given, made.order)
         return tuple(weight if i == place else x for i, x in enumerate(operands)), None
 
