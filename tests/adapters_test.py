@@ -12,14 +12,8 @@ from flax import nnx
 import jaxquant as jq
 from jaxquant.nnx.modules import read
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.usefixtures("as_users_compute"), pytest.mark.exhaustive]
 VOCAB, D = 50, 64
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 class Block(nnx.Module):

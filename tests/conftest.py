@@ -32,6 +32,13 @@ def _strict():
 
 
 @pytest.fixture
+def as_users_compute(_strict):
+    """JAX's own promotion of ranks and types, by which most models are written."""
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def library_promotion(_strict):
     """optax itself mixes integer step counts with floats."""
     with jax.numpy_dtype_promotion("standard"):

@@ -13,16 +13,10 @@ from flax import nnx
 import jaxquant as jq
 from jaxquant.nnx.modules import read
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.usefixtures("as_users_compute"), pytest.mark.exhaustive]
 RECIPES = ["w8a8", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 D, H, K, VOCAB, LAYERS = 64, 4, 16, 50, 3
 TOKENS = jnp.arange(12).reshape(2, 6)
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def param(rngs, *shape):

@@ -13,19 +13,13 @@ import jaxquant as jq
 from jaxquant import functions
 from jaxquant.engine import products
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.usefixtures("as_users_compute"), pytest.mark.exhaustive]
 
 D, LAYERS, MATRICES = 8, 2, 3
 # A scale for each row and column, so that vmap before quantizing or after it is the same.
 RECIPE = "w8a8-token"
 LEAVES = ("right", "left", "einsum", "einsum left", "cast")
 NESTS = ("scan", "remat", "cond", "vmap", "jit", "custom_jvp", "over weights")
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 @jax.custom_jvp

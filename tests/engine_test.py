@@ -16,15 +16,9 @@ import jaxquant as jq
 from jaxquant import functions
 from jaxquant.engine import products, walk
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.usefixtures("as_users_compute"), pytest.mark.exhaustive]
 
 D, H, K, F, LAYERS = 16, 4, 8, 32, 3
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def array(key, *shape):

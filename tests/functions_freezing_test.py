@@ -8,14 +8,10 @@ import pytest
 import jaxquant as jq
 from jaxquant.stored import Stored
 
+pytestmark = pytest.mark.usefixtures("as_users_compute")
+
 RECIPES = ["w8a8", "w4a16", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 D, F, LAYERS, ROWS = 64, 128, 3, 4
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def array(key, *shape):

@@ -13,15 +13,11 @@ import pytest
 import jaxquant as jq
 from jaxquant.stored import Stored
 
+pytestmark = pytest.mark.usefixtures("as_users_compute")
+
 RECIPES = ["w8a8", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 D, F, VOCAB, LAYERS = 64, 128, 50, 2
 TOKENS = jnp.arange(12).reshape(2, 6)
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def array(key, *shape):

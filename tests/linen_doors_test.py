@@ -12,17 +12,11 @@ from flax import linen as nn
 import jaxquant as jq
 from jaxquant import linen
 
-pytestmark = pytest.mark.exhaustive
+pytestmark = [pytest.mark.usefixtures("as_users_compute"), pytest.mark.exhaustive]
 RECIPES = ["w8a8", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 D, H, VOCAB = 64, 4, 50
 KEY, TOKENS = jax.random.key(0), jnp.arange(12).reshape(2, 6)
 normal = nn.initializers.normal(0.1)
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 class Scaled(nn.Embed):
@@ -153,12 +147,14 @@ def trained(quantized, train):
 )
 def test_models_go_from_rules_to_serving_with_the_same_bits(tmp_path, name, recipe):
     module = MODELS[name]
-    quantized = linen.quantize(module, {".*": recipe})
+    quantized = linen.quantize(module, {".*": recipe}, on_unsupported="float")
     variables = trained(quantized, {"train": True} if name == "pictures" else {})
     table = linen.coverage(module, {".*": recipe}, TOKENS, variables=variables)
-    weights = [row for row in table if not row.is_quantized]
-    assert {row.reason for row in weights} <= {"no rule takes them"}  # attention takes an a8
-    assert not weights or name in ("raw attention", "experts")
+    for row in (row for row in table if not row.is_quantized):
+        is_attention = row.path == "" and name in ("raw attention", "experts")  # takes an a8
+        is_narrow = recipe in ("w4a16g16", "nf4") and row.path in ("o", "down/kernel")
+        assert row.reason == "no rule takes them" if is_attention else is_narrow, row
+        assert is_attention or "are not a whole number of blocks" in row.reason, row
 
     serve = jax.jit(quantized.apply)
     expected, floats = serve(variables, TOKENS), module.apply(variables, TOKENS)

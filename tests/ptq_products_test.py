@@ -11,16 +11,13 @@ from jaxquant.nnx.modules import read
 from jaxquant.ptq import smooth, solvers
 from jaxquant.stored import Stored
 
-pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
+pytestmark = [
+    pytest.mark.usefixtures("as_users_compute"),
+    pytest.mark.exhaustive,
+]  # looks at our arithmetic, not at versions of others
 
 N, M, COUNT = 32, 16, 3
 RUN = nnx.jit(lambda model, *inputs: model(*inputs))
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compute():
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        yield
 
 
 def param(key, *shape):
@@ -183,7 +180,7 @@ def part_by_part(how, held, scale):
 
 
 HOWS = ["left", "heads", "heads behind", "two orders"]
-HOWS += ["parts", "twice", "recurrent", "stacked", "cond"]
+HOWS += ["parts", "twice", "recurrent", "stacked", "cond", "ragged"]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,21 @@ def test_layers_that_linen_stacks_are_judged_one_by_one():
     assert abs(worst.gain - 1.1) < 0.01
 
 
+def test_linen_weights_in_other_types_are_compared_and_masked_ones_refused():
+    dense, x = nn.Dense(8, dtype=jnp.bfloat16, use_bias=False), jnp.ones((2, 64))
+    variables = dense.init(jax.random.key(0), x)
+    stored = jq.linen.freeze(jq.linen.quantize(dense, {".*": "w8a16"}), variables, x)
+    (row,) = quality.compare_weights(variables, stored).rows
+    assert row.gain == pytest.approx(1, abs=1e-3)
+    assert 0.003 < row.error < 0.012  # of 8 bits
+    conv = nn.Conv(8, (3,), mask=jnp.ones((3, 8, 8)).at[0].set(0), use_bias=False)
+    image = jnp.ones((1, 6, 8))
+    variables = conv.init(jax.random.key(0), image)
+    stored = jq.linen.freeze(jq.linen.quantize(conv, {".*": "w8a16"}), variables, image)
+    with pytest.raises(ValueError, match="not how the reference holds it"):
+        quality.compare_weights(variables, stored)
+
+
 def test_misuse_is_named():
     model = frozen({".*": "w8a8"})
     for call, message in (

@@ -219,7 +219,10 @@ def _decoded_weights(model: nnx.Module) -> dict[Any, nnx.Param]:
 
 def _decoded(path: str, stored: Stored) -> jax.Array:
     parts = {id(x): x for x in stored.operands.values()}
-    operand = stored.operands.get(path) or next(iter(parts.values()))
-    if operand.shape != stored.shape or len(parts) > 1:
-        raise ValueError(f"{path} is stored in another form than the model's own")
+    operand = next(iter(parts.values()), None)
+    if operand is None or operand.shape != stored.shape or len(parts) > 1:
+        raise ValueError(
+            f"{path} is stored in another form than the model's own, as "
+            f"{', '.join(stored.operands) or 'a part of what another parameter holds'}"
+        )
     return dequantize(operand).astype(stored.dtype)

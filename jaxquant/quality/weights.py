@@ -1,6 +1,7 @@
 """Each layer's stored weights beside those that they stand for."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -138,13 +139,29 @@ def _pair(operation: Any, values: Mapping[str, Any], operand: QArray, scale: Any
 def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
     floats = _by_path(reference)
     for path, leaf in _by_path(quantized).items():
-        if isinstance(leaf, QArray):
-            if path not in floats or isinstance(floats[path], QArray):
-                raise ValueError(f"{path} is stored, and the reference has no such weight in float")
-            name = path.removeprefix("params/").rpartition("/")[0] or "(the model)"
-            # Of a matrix each row may have a scale; of more axes, each layer that is stacked along the first.
-            is_stacked = leaf.ndim > 2 and leaf.scale.shape[0] == leaf.shape[0] > 1
-            yield name, (floats[path], int(is_stacked)), dequantize(leaf)
+        if not isinstance(leaf, QArray | Stored):
+            continue
+        if path not in floats or isinstance(floats[path], QArray | Stored):
+            raise ValueError(f"{path} is stored, and the reference has no such weight in float")
+        operand = _as_it_is(path, leaf)
+        name = path.removeprefix("params/").rpartition("/")[0] or "(the model)"
+        # Of a matrix each row may have a scale; of more axes, each layer that is stacked along the first.
+        is_stacked = operand.ndim > 2 and operand.scale.shape[0] == operand.shape[0] > 1
+        yield name, (floats[path], int(is_stacked)), dequantize(operand)
+
+
+def _as_it_is(path: str, leaf: QArray | Stored) -> QArray:
+    """What is stored of a parameter that is multiplied as it is, or in another type."""
+    if isinstance(leaf, QArray):
+        return leaf
+    own = re.escape(path.removeprefix("params/"))
+    is_cast = re.compile(rf"((turn|convert_element_type\[[^\]]*\])\()*{own}\)*").fullmatch
+    if len(leaf.operands) != 1 or not is_cast(next(iter(leaf.operands))):
+        raise ValueError(
+            f"{path} is stored as {', '.join(leaf.operands) or 'a part of another weight'}, which is not how "
+            "the reference holds it"
+        )
+    return leaf.operand
 
 
 def _by_path(variables: Any) -> dict[str, Any]:
@@ -153,7 +170,7 @@ def _by_path(variables: Any) -> dict[str, Any]:
             "compare_weights takes NNX models, or the variables of Linen models; got"
             f" {type(variables).__name__}"
         )
-    found = jax.tree.leaves_with_path(variables, is_leaf=lambda x: isinstance(x, QArray))
+    found = jax.tree.leaves_with_path(variables, is_leaf=lambda x: isinstance(x, QArray | Stored))
     return {"/".join(str(key.key) for key in path): leaf for path, leaf in found}
 
 
