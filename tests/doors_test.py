@@ -378,3 +378,40 @@ def test_no_model_and_no_input_are_named():
         jq.nnx.quantize(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), {".*": "w8a8"})
     with pytest.raises(ValueError, match="a quantized model is wanted"):
         jq.nnx.freeze(made("experts"), TOKENS)
+
+
+class Plainly(nnx.Module):
+    """A parameter that is multiplied as a variable, by integers too."""
+
+    def __init__(self, rngs):
+        self.first, self.second = param(rngs, 8, D), param(rngs, D, 4)
+
+    def __call__(self, x):
+        return jax.nn.relu(x @ self.first) @ self.second
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "int8_train"])
+def test_integers_by_weights_and_variables_as_arrays_are_quantized_and_frozen(recipe):
+    model = Plainly(nnx.Rngs(0))
+    counts = jnp.arange(-16, 16, dtype=jnp.int8).reshape(4, 8)
+    low = jq.nnx.quantize(model, {".*": recipe})
+    assert jq.nnx.coverage(model, {".*": recipe}, counts).quantized == 1
+    found, floats = run(low, counts), run(low, counts.astype(jnp.float32))
+    assert (found == floats).all()
+    assert (
+        0 < jnp.linalg.norm(found - run(model, counts)) < 0.2 * jnp.linalg.norm(run(model, counts))
+    )
+    frozen = jq.nnx.freeze(low, counts)
+    assert (run(frozen, counts) == found).all()
+    tuned = jq.ptq.quantize(model, {".*": "w8a8"}, [counts.astype(jnp.float32)], progress=False)
+    assert run(tuned, counts).shape == (4, 4)
+
+
+def test_solutions_of_linear_equations_stay_in_float_and_are_named():
+    w = {"a": jnp.eye(8) + 0.1, "b": jnp.arange(32.0).reshape(8, 4)}
+    f = lambda w, x: x @ jnp.linalg.inv(w["a"]) @ w["b"]  # noqa: E731
+    x = jnp.arange(16.0).reshape(2, 8)
+    found = jq.functions.quantize(f, {"b": "w8a8"})(w, x)
+    assert 0 < jnp.linalg.norm(found - f(w, x)) < 0.03 * jnp.linalg.norm(f(w, x))
+    with pytest.raises(ValueError, match="it is within"):
+        jq.functions.quantize(f, {".*": "w8a8"})(w, x)

@@ -214,3 +214,19 @@ def test_everything_that_is_refused_is_named_at_once():
     np.testing.assert_allclose(
         kept.apply(variables, TOKENS), Recurrent().apply(variables, TOKENS), rtol=1e-6, atol=1e-6
     )
+
+
+def test_names_with_slashes_are_frozen():
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("a/b", normal, (D, 8))
+
+    x = jax.random.normal(KEY, (4, D))
+    variables = Named().init(KEY, x)
+    quantized = linen.quantize(Named(), {".*": "w8a8"})
+    frozen = linen.freeze(quantized, variables, x)
+    assert isinstance(frozen["params"]["a/b"], jq.QArray)
+    np.testing.assert_array_equal(quantized.apply(frozen, x), quantized.apply(variables, x))
+    with pytest.raises(ValueError, match="hold no weight"):
+        linen.coverage(Named(), {".*": "w8a8"}, x, variables={})

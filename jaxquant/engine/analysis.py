@@ -153,7 +153,7 @@ def _of_equation(
     equation: core.JaxprEqn, operands: list[Origin], where: Where
 ) -> tuple[Found, list[Origin]]:
     name = equation.primitive.name
-    where = dataclasses.replace(where, scope=_scope(where.scope, equation))
+    where = dataclasses.replace(where, scope=_scope(where, equation))
     if name in KINDS:
         return _of_product(equation, operands, where)
     if is_lookup(equation, operands):
@@ -261,14 +261,15 @@ def _types(equation: core.JaxprEqn) -> list[Any]:
     return [v.aval for v in (*equation.invars, *equation.outvars)]
 
 
-def _scope(outer: str, equation: core.JaxprEqn) -> str:
+def _scope(where: Where, equation: core.JaxprEqn) -> str:
     own = str(equation.source_info.name_stack)
-    if "transpose(" in own and holds_products(equation):
+    # What is not entered may hold its own derivatives, as a solution of linear equations does.
+    if "transpose(" in own and holds_products(equation) and not where.unreached:
         raise TakesGradients(
             "the function takes gradients, whose products are not the model's: give the function that is "
             "differentiated, and take the gradient of what comes back"
         )
-    return "/".join(part for part in (outer, own) if part)
+    return "/".join(part for part in (where.scope, own) if part)
 
 
 def _source(equation: core.JaxprEqn) -> str:

@@ -81,7 +81,7 @@ class Product:
 
     @property
     def is_quantizable(self) -> bool:
-        """Whether it sums products of floating-point numbers.
+        """Whether it sums products of floating-point numbers; those with a weight may be integers.
 
         Positions and masks are integers; rotary angles, positions times frequencies, sum nothing.
         """
@@ -89,7 +89,7 @@ class Product:
             return bool(jax.numpy.issubdtype(self.operands[0].dtype, jax.numpy.floating))
         is_sum = self.kind != "dot" or len(self.settings["dimension_numbers"][0][0]) > 0
         floats = (jax.numpy.issubdtype(x.dtype, jax.numpy.floating) for x in self.operands[:2])
-        return is_sum and all(floats)
+        return is_sum and (all(floats) if self.weight is None else list(floats)[self.weight])
 
     @property
     def macs(self) -> int:

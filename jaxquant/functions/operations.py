@@ -136,8 +136,17 @@ def operation(
         makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
         found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
     if found is not None and is_tried:
-        jax.eval_shape(lambda s, *xs: found.checked(s)(*xs), state, *product.operands)
+        one = lambda s, *xs: found.checked(s)(*as_floats(product, xs))  # noqa: E731
+        jax.eval_shape(one, state, *product.operands)
     return found
+
+
+def as_floats(product: Product, operands: Sequence[Any]) -> tuple[Any, ...]:
+    """A product's operands, integers that are multiplied by floating-point numbers as such."""
+    types = [x.dtype for x in operands[:2] if jnp.issubdtype(x.dtype, jnp.floating)]
+    if product.kind == "lookup" or len(types) != 1:
+        return tuple(operands)
+    return (*(x.astype(types[0]) for x in operands[:2]), *operands[2:])
 
 
 def _of_activations(product: Product, recipe: Attention) -> Operation | None:

@@ -14,7 +14,7 @@ from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
 from jaxquant.engine.walking import Call, Trace, called
-from jaxquant.functions.operations import Operation, operation
+from jaxquant.functions.operations import Operation, as_floats, operation
 from jaxquant.functions.states import State, is_learned
 from jaxquant.qarray import QArray
 from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
@@ -268,7 +268,7 @@ def _tried(decision: Decision) -> Decision:
     operation = decision.operation
     assert operation is not None
     try:
-        one = lambda s, *xs: operation.checked(s)(*xs)  # noqa: E731
+        one = lambda s, *xs: operation.checked(s)(*as_floats(decision.product, xs))  # noqa: E731
         jax.eval_shape(one, decision.state, *decision.product.operands)
     except ValueError as error:
         return dataclasses.replace(decision, reason=str(error))
@@ -284,7 +284,7 @@ def _use(index: int, decision: Decision, record: Record, refused: list[Decision]
         weight, state = (None, None) if given is None else given
         if tap is not None:
             state = dataclasses.replace(State() if state is None else state, tap=tap)
-        operation = plain.by(state)
+        operation, operands = plain.by(state), as_floats(decision.product, operands)
         try:
             noted = record(decision, operation, *operands)
             if weight is None:

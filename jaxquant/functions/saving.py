@@ -48,6 +48,10 @@ def save(
             if name in held:
                 raise ValueError(f"two parameters are called {name!r}")
             held[name] = leaf
+    if not held:
+        raise ValueError(
+            f"parameters are a tree of arrays; got none in {type(parameters).__name__}"
+        )
     arrays, note = noted(held)
     card = artifacts.Card.empty() if card is None else card
     artifacts.save(folder, {"parameters": nested(arrays), "stored": note}, card, format=format)

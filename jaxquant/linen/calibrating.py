@@ -22,7 +22,7 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     An activation's range is its quantizer's own calibration, the largest over all batches.  Products of one
     weight share a range, and layers under one `nn.scan` or `nn.vmap` have one each.  Quantizers whose scales
     belong to single rows or blocks of activations stay as they are, since a fixed range would not fit other
-    rows.
+    rows; so do products of weights that are made of several parameters, as `nn.OptimizedLSTMCell` joins its.
 
     Args:
         quantized: as `jaxquant.linen.quantize` made it.

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from flax import core
 from flax import linen as nn
 
 from jaxquant.engine import walking
@@ -96,12 +95,20 @@ def check_variables(variables: Any) -> None:
 
 def _places(variables: Any) -> Iterator[tuple[str | None, Any]]:
     """The leaves of variables, each with its path where it is a parameter; boxes have no part in it."""
-    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata | Stored | QArray)  # noqa: E731
-    for keys, held in jax.tree.leaves_with_path(variables, is_leaf=is_box):
-        collection, *names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+    for keys, held in jax.tree.leaves_with_path(variables, is_leaf=_is_box):
         inner = [held] if isinstance(held, Stored | QArray) else jax.tree.leaves(held)
         for leaf in inner:
-            yield "/".join(names) if collection == "params" else None, leaf
+            yield _path(keys), leaf
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.meta.AxisMetadata | Stored | QArray)
+
+
+def _path(keys: Any) -> str | None:
+    """The path of a parameter among variables; None of what is none."""
+    collection, *names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
+    return "/".join(names) if collection == "params" else None
 
 
 def replaced(variables: Any, stored: Mapping[str, Any]) -> Any:
@@ -111,14 +118,12 @@ def replaced(variables: Any, stored: Mapping[str, Any]) -> Any:
         variables: of a module.
         stored: what takes the parameters' places, by path.
     """
-    frozen = core.unfreeze(variables)
-    for path, held in stored.items():
-        *above, name = path.split("/")
-        node = frozen["params"]
-        for key in above:
-            node = node[key]
-        node[name] = held
-    return core.freeze(frozen) if isinstance(variables, core.FrozenDict) else frozen
+
+    def own(keys: Any, held: Any) -> Any:
+        path = _path(keys)
+        return held if path is None else stored.get(path, held)
+
+    return jax.tree.map_with_path(own, variables, is_leaf=_is_box)
 
 
 def states(ranges: Any) -> dict[str, State]:

@@ -23,8 +23,9 @@ class Quantized:
     """A Linen module whose matrix products are quantized by rules; made by `quantize`.
 
     Frozen and hashable as the module is.  Its parameters are the module's own, name by name, so either serves
-    with the variables of the other; its methods are those of `flax.linen.Module`, with all their arguments.
-    Each is traced, once for each combination of shapes and of arguments that are no arrays.
+    with the variables of the other; its methods take the arguments of those of `flax.linen.Module`, hashable
+    where they are no arrays.  Each is traced, once for each combination of shapes and of other arguments: a
+    module's settings count as they were then.
 
     Attributes:
         module: the module, unchanged.
@@ -210,6 +211,8 @@ def coverage(
     if variables is None:
         variables = abstractly(module.init, rngs, *inputs, **options)
     options |= {"rngs": rngs if isinstance(rngs, Mapping) else {"params": rngs}, "mutable": True}
+    if not called(variables, inputs, options)[0].weights:
+        raise ValueError("the variables hold no weight under 'params', as those that init gives do")
     decisions, call, arrays = traced(quantized, variables, inputs, options)[1:]
     return table(decisions, call.parameters, call.values(arrays))
 

@@ -4,12 +4,17 @@ from typing import Any
 
 from flax import nnx
 
+from jaxquant.opaque import Opaque
+
 
 class Stored(nnx.Variable):
     """A weight that is stored as a `QArray`, which no optimizer touches."""
 
     def __jax_array__(self) -> Any:
-        return read(self).__jax_array__()  # which says why it cannot be one
+        held = read(self)  # where a call is traced, an array of the parameter's shape
+        return (
+            held.__jax_array__() if isinstance(held, Opaque) else held
+        )  # the first says why it is none
 
 
 class StepSize(nnx.Param):
