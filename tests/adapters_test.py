@@ -226,3 +226,38 @@ def test_what_is_not_frozen_or_has_no_adapters_is_named():
     ):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+class Raw(nnx.Module):
+    def __init__(self):
+        self.layer = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+        self.w = nnx.Param(jnp.eye(8))
+
+    def __call__(self, x):
+        return self.layer(x) @ self.w[...]
+
+
+def test_no_adapter_is_lost_when_some_cannot_be_merged():
+    x = jnp.ones((2, 8))
+    adapted = jq.nnx.add_lora(Raw(), ".*", x, rank=2, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"w have adapters, .* give them"):
+        jq.nnx.merge_lora(adapted)
+    merged = jq.nnx.merge_lora(adapted, x)
+    assert jnp.allclose(merged(x), adapted(x), atol=1e-5)
+    with pytest.raises(ValueError, match="Raw has no adapters"):
+        jq.nnx.merge_lora(Raw())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"alpha": float("nan")}, "alpha is a finite number; got nan"),
+        ({"alpha": "8"}, "alpha is a finite number; got '8'"),
+        ({"rngs": 0}, "rngs are nnx.Rngs with a stream for params; got 0"),
+        ({"rngs": nnx.Rngs(dropout=0)}, "rngs are nnx.Rngs with a stream for params"),
+        ({"modules": jnp.ones((2, 8))}, "modules is a regular expression, before any inputs"),
+    ],
+)
+def test_what_no_adapter_can_be_made_of_is_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        jq.nnx.add_lora(Raw(), **{"rank": 2, "rngs": nnx.Rngs(1), **change})

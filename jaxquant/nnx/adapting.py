@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxquant.adapters import Adapted
@@ -16,7 +17,15 @@ from jaxquant.functions.operations import Operation, operation
 from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import held
 from jaxquant.nnx.calls import at, plainly, value
-from jaxquant.nnx.doors import check_model, copied, install, on_unsupported_of, rules_within
+from jaxquant.nnx.doors import (
+    check_model,
+    copied,
+    door_of,
+    install,
+    on_unsupported_of,
+    rules_within,
+)
+from jaxquant.nnx.doors import modules as modules_of
 from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import planned
@@ -73,6 +82,15 @@ def add_lora(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank is a whole number of at least 1; got {rank!r}")
     alpha = rank if alpha is None else alpha
+    is_number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
+    if not is_number or not math.isfinite(alpha):
+        raise ValueError(f"alpha is a finite number; got {alpha!r}")
+    if not isinstance(rngs, nnx.Rngs) or not ({"params", "default"} & set(vars(rngs))):
+        raise ValueError(f"rngs are nnx.Rngs with a stream for params; got {rngs!r}")
+    if not isinstance(modules, str):
+        raise ValueError(
+            f"modules is a regular expression, before any inputs; got {type(modules).__name__}"
+        )
     model = copied(model)
     rules = rules_within(model)
     unsupported = on_unsupported_of(model)
@@ -139,8 +157,11 @@ def merge_lora(
         ValueError: no adapters; a weight that is stored in another form than the model's own, such as
             transposed or masked.
     """
+    check_model(model)
+    if door_of(model) is None:
+        raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
     products = _products(model, inputs, options, call)
-    leaves, is_merged = _decoded_weights(model), False
+    leaves, merged = _decoded_weights(model), set[str]()
     for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         path = "/".join(map(str, place))
         if path not in products or not hasattr(*_adapter(model, path)):
@@ -151,9 +172,22 @@ def merge_lora(
         weight = value(leaves.get(place, leaf))
         if weight.shape != delta.shape:
             raise ValueError(f"{path} is multiplied in another form than the model's own")
-        merged = (weight.astype(jnp.float32) + delta.astype(jnp.float32)).astype(weight.dtype)
-        leaves[place], is_merged = nnx.Param(merged), True
-    if not is_merged:
+        whole = weight.astype(jnp.float32) + delta.astype(jnp.float32)
+        leaves[place] = nnx.Param(whole.astype(weight.dtype))
+        merged.add(path)
+    left = [
+        f"{path}/{name}".strip("/").removesuffix("_lora_a")
+        for path, module in modules_of(model)
+        for name in vars(module)
+        if isinstance(name, str) and name.endswith("_lora_a")
+    ]
+    left = [path for path in left if path not in merged]
+    if left:
+        raise ValueError(
+            f"{', '.join(left)} have adapters, and what multiplies them is not known without example inputs; "
+            "give them, as to add_lora"
+        )
+    if not merged:
         raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
     model = replaced(model, leaves)
     plainly(model)
