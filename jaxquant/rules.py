@@ -84,6 +84,13 @@ def parse_rules(rules: Rules) -> list[Rule]:
     return [_parse(pattern, value) for pattern, value in pairs]
 
 
+def as_parsed(rules: Rules | Sequence[Rule], may_be_empty: bool = False) -> list[Rule]:
+    """Rules as `parse_rules` gives them, which may be parsed already."""
+    given: Any = rules
+    is_parsed = isinstance(given, list) and all(isinstance(rule, Rule) for rule in given)
+    return given if is_parsed and (given or may_be_empty) else parse_rules(given)
+
+
 def _parse(pattern: Any, value: Any) -> Rule:
     try:
         compiled = pattern if isinstance(pattern, Expression) else re.compile(pattern)
@@ -130,8 +137,7 @@ def choose(
     Raises:
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
-    is_parsed = isinstance(rules, list) and all(isinstance(rule, Rule) for rule in rules)
-    parsed: Any = rules if is_parsed and (rules or is_part) else parse_rules(rules)  # pyright: ignore
+    parsed = as_parsed(rules, may_be_empty=is_part)
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
     for rule in () if is_part else parsed:
         if not rule.is_earlier and not any(rule is other for other in chosen):
@@ -157,6 +163,28 @@ def _reason(rule: Rule, subjects: Sequence[Subject]) -> str:
         f"it matches {_listed(paths)}, whose products are of two activations, and {rule.label} is for "
         "weights; recipes such as 'a8' and 'kv8' are for attention"
     )
+
+
+_NUMBER = re.compile(r"(?:(?<=[/_])|^)\d+(?=/|$)")
+
+
+def starred(path: str) -> str:
+    """A path with ``*`` in the place of its layers' numbers.
+
+    >>> starred("layers/12/up/kernel"), starred("blocks_3/Dense_0"), starred("conv2d/w1")
+    ('layers/*/up/kernel', 'blocks_*/Dense_*', 'conv2d/w1')
+    """
+    return _NUMBER.sub("*", path)
+
+
+def expression_for(paths: Iterable[str]) -> str:
+    """A regular expression for paths that differ in nothing but their layers' numbers.
+
+    >>> print(expression_for(["layers/0/up", "layers/1/up"]), expression_for(["layers/0/up"]))
+    layers/[0-9]+/up layers/0/up
+    """
+    first, *others = dict.fromkeys(paths)
+    return _NUMBER.sub("[0-9]+", first) if others else first
 
 
 def _nearest(pattern: str, paths: Iterable[str]) -> str:

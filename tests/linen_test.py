@@ -367,7 +367,7 @@ def test_misuse_is_named():
         init(nn.Embed(4, 8), "w16a8", TOKENS)
     with pytest.raises(ValueError, match=r"w4a4-lsq.*parameters of an NNX model"):
         linen.quantize(MLP(), {".*": "w4a4-lsq"})
-    with pytest.raises(ValueError, match="module is a flax"):
+    with pytest.raises(ValueError, match="module must be a flax"):
         linen.quantize(MLP, {".*": "w8a8"})  # pyright: ignore
 
 

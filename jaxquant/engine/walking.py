@@ -6,6 +6,7 @@ comes out is an ordinary function, and jit, gradients, scan, remat and vmap are 
 """
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxquant.engine.analysis import Found, Where, flat, found_in
 from jaxquant.engine.origins import INPUT, Origin
@@ -25,6 +27,7 @@ ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
 Replacement = Callable[..., jax.Array]
 
 
+@jax.tree_util.register_static
 class Constant:
     """What is no array: equal to another of the same type alone, so that True is not 1, nor 0.0 −0.0."""
 
@@ -82,7 +85,9 @@ class Trace:
     def reads(self) -> dict[str, str]:
         """The parameters that something else than a product reads, each with the line."""
         where = Where(dict(self._reads))
-        where.notes([o for i, o in enumerate(self.results) if i not in self.passed], "")
+        where.notes(
+            [o for i, o in enumerate(self.results) if i not in self.passed], "in the result"
+        )
         return where.reads
 
     def structured(self, leaves: Sequence[Any]) -> Any:
@@ -99,16 +104,24 @@ class Trace:
         """The trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
 
         Raises:
-            ValueError: a function that takes gradients.
+            ValueError: a function that takes gradients, or one with products whose result holds objects
+                that are neither pytrees nor text.
         """
         arrays = [x.abstract if isinstance(x, Stored) else x for x in arrays]
-        closed, shape = jax.make_jaxpr(lambda *xs: function(xs), return_shape=True)(*arrays)
+        opaque: list[str] = []
+        whole = lambda *xs: _with_constants(function(xs), opaque)  # noqa: E731
+        closed, shape = jax.make_jaxpr(whole, return_shape=True)(*arrays)
         where = Where({})
         found, results = found_in(closed, origins, where)
         structure = jax.tree.structure(shape)
         found_products = [
             dataclasses.replace(p, keys=where.keys.get(p.number)) for p in flat(found)
         ]
+        if found_products and opaque:
+            raise ValueError(
+                f"what is traced returns arrays, numbers and text alone; got {', '.join(opaque)}: register "
+                "its class as a pytree, as flax.struct.dataclass does, or leave it out of the result"
+            )
         return cls(tuple(found_products), tuple(results), where.reads, closed, found, structure)
 
     def computed(
@@ -130,6 +143,27 @@ class Trace:
         arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
         results, records = computed(self._closed, arrays, given, Within(data, taps=taps))
         return self.structured(results), records
+
+
+def _with_constants(result: Any, opaque: list[str]) -> Any:
+    """A result whose text and other objects take no part in what is traced; of objects, where they are."""
+
+    def own(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, (*ARRAYS, Tracer, bool, int, float, complex)):
+            return leaf
+        if not isinstance(
+            leaf, str | bytes | enum.Enum | type
+        ):  # which may hold arrays of the trace
+            opaque.append(f"a {type(leaf).__name__} at result{jax.tree_util.keystr(path)}")
+        return Constant(leaf)
+
+    return jax.tree.map_with_path(own, result)
+
+
+def as_returned(result: Any) -> Any:
+    """A traced function's result with its constants as the function returned them."""
+    is_constant = lambda x: isinstance(x, Constant)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if is_constant(x) else x, result, is_leaf=is_constant)
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
@@ -215,7 +249,7 @@ def walk(
 
     @functools.wraps(function)
     def walked(*args: Any, **kwargs: Any) -> Any:
-        return run(*called(args, kwargs))
+        return as_returned(run(*called(args, kwargs)))
 
     return walked
 

@@ -10,7 +10,7 @@ from jaxquant.engine.products import Product
 from jaxquant.engine.walking import called
 from jaxquant.functions.freezing import stored_operand
 from jaxquant.functions.quantizing import Decision, decided
-from jaxquant.rules import Rules
+from jaxquant.rules import Rules, starred
 from jaxquant.stored import Stored
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -170,18 +170,23 @@ def _starred(paths: Sequence[str]) -> list[str]:
     """Paths with ``*`` in the place of numbers, each with how many there are."""
     counts: dict[str, list[str]] = {}
     for path in paths:
-        counts.setdefault(_star(path), []).append(path)
+        counts.setdefault(starred(path), []).append(path)
     return [p[0] if len(p) == 1 else f"{name} ×{len(p)}" for name, p in counts.items()]
-
-
-def _star(path: str) -> str:
-    return "/".join("*" if part.isdecimal() else part for part in path.split("/"))
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
     """What products of one group have in common."""
     own = row.bytes_before, row.bytes_after, row.macs
-    return _star(row.path), row.kind, row.shapes, row.rule, row.recipe, row.reason, row.source, own
+    return (
+        starred(row.path),
+        row.kind,
+        row.shapes,
+        row.rule,
+        row.recipe,
+        row.reason,
+        row.source,
+        own,
+    )
 
 
 def _together(rows: Sequence[Row]) -> Row:
@@ -189,7 +194,7 @@ def _together(rows: Sequence[Row]) -> Row:
     paths = {row.path for row in rows}
     return dataclasses.replace(
         first,
-        path=first.path if len(paths) == 1 else _star(first.path),
+        path=first.path if len(paths) == 1 else starred(first.path),
         bytes_before=count * first.bytes_before,
         bytes_after=count * first.bytes_after,
         macs=None if first.macs is None else count * first.macs,

@@ -15,7 +15,7 @@ from jaxquant.dot import DotGeneral
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
-from jaxquant.functions.quantizing import Decision, check, decided, is_read
+from jaxquant.functions.quantizing import Decision, check, decided, is_read, together
 from jaxquant.functions.states import State
 from jaxquant.opaque import Owner
 from jaxquant.qarray import QArray, quantize
@@ -206,7 +206,7 @@ def to_store(
         if is_float and any(path in plans for path in decision.product.parameters):
             refused.append(_two_ways(decision))
     if refused:
-        raise ValueError("\n".join(dict.fromkeys(refused)))
+        raise ValueError("\n".join(together(refused)))
     if not plans:
         raise ValueError(
             "there is nothing to freeze: no product's weight is quantized by the rules"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -13,11 +13,21 @@ from jaxquant.dot import DotGeneral
 from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
-from jaxquant.engine.walking import Call, Trace, called
+from jaxquant.engine.walking import Call, Trace, as_returned, called
 from jaxquant.functions.operations import Operation, as_floats, operation
 from jaxquant.functions.states import State, is_learned
 from jaxquant.qarray import QArray
-from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
+from jaxquant.rules import (
+    ATTENTION,
+    Rule,
+    Rules,
+    Subject,
+    as_parsed,
+    choose,
+    expression_for,
+    parse_rules,
+    starred,
+)
 from jaxquant.stored import Stored
 
 __all__ = ["Decision", "decided", "quantize"]
@@ -73,7 +83,7 @@ def quantize(
 
     @functools.wraps(function)
     def quantized(*args: P.args, **kwargs: P.kwargs) -> T:
-        return run(*called(args, kwargs))
+        return as_returned(run(*called(args, kwargs)))
 
     return quantized
 
@@ -95,19 +105,6 @@ class Decision:
     operation: Operation | None = None
     reason: str = ""
     state: State | None = None
-
-    @property
-    def refusal(self) -> str:
-        """The reason in a sentence, with the rule that leaves the product in float."""
-        product = self.product
-        if not self.reason:
-            return ""
-        where = f" ({product.source})" if product.source else ""
-        label = "" if self.rule is None else self.rule.label
-        return (
-            f"{product.path or 'a product of no name'}{where} cannot take {label}: {self.reason}; a rule "
-            f"({product.path!r}, None) before the others leaves it in float"
-        )
 
 
 def decided(
@@ -136,10 +133,11 @@ def decided(
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    for product, rule in zip(found, _assigned(found, rules, is_part, aliases), strict=True):
-        given, reason = None, ""
-        state = _state(product, states)
-        if rule is not None and rule.value is not None:
+    parsed = as_parsed(rules, may_be_empty=is_part)
+    assigned = _assigned(found, parsed, is_part, aliases)
+    for product, (rule, reason) in zip(found, assigned, strict=True):
+        given, state = None, _state(product, states)
+        if not reason and rule is not None and rule.value is not None:
             try:
                 recipe = rule.value
                 if isinstance(recipe, DotGeneral):
@@ -182,9 +180,39 @@ def _state(product: Product, states: Mapping[str, State]) -> State | None:
 
 
 def check(decisions: Sequence[Decision]) -> None:
-    """Raises a ValueError that names all products that cannot take their recipes."""
-    if refused := [d.refusal for d in decisions if d.refusal]:
-        raise ValueError("\n".join(dict.fromkeys(refused)))
+    """Raises a ValueError that names all products that cannot take their recipes, alike layers together."""
+    groups: dict[Any, list[Decision]] = {}
+    for d in (d for d in decisions if d.reason):
+        key = starred(d.product.path), d.product.source, id(d.rule), starred(d.reason)
+        groups.setdefault(key, []).append(d)
+    if groups:
+        raise ValueError("\n".join(map(_refusal, groups.values())))
+
+
+def together(lines: Iterable[str]) -> list[str]:
+    """Lines of an error, of which one stands for all that differ in nothing but layers' numbers."""
+    groups: dict[str, list[str]] = {}
+    for line in dict.fromkeys(lines):
+        groups.setdefault(starred(line), []).append(line)
+    return [
+        alike[0]
+        if len(alike) == 1
+        else f"{alike[0]} ({len(alike) - 1} more such lines are left out)"
+        for alike in groups.values()
+    ]
+
+
+def _refusal(alike: Sequence[Decision]) -> str:
+    """Why products of one line cannot take their recipe, with the rule that leaves them in float."""
+    first, paths = alike[0], list(dict.fromkeys(d.product.path for d in alike))
+    name = paths[0] if len(paths) == 1 else f"{starred(paths[0])} ×{len(paths)}"
+    where = f" ({first.product.source})" if first.product.source else ""
+    label = "" if first.rule is None else first.rule.label
+    return (
+        f"{name or 'a product of no name'}{where} cannot take {label}: {first.reason}; a rule "
+        f"({expression_for(paths)!r}, None) before the others leaves {'it' if len(paths) == 1 else 'them'} "
+        "in float"
+    )
 
 
 def computed(
@@ -328,9 +356,12 @@ def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray |
 
 
 def _assigned(
-    found: Sequence[Product], rules: Any, is_part: bool, aliases: Mapping[str, tuple[str, ...]]
-) -> list[Rule | None]:
-    """The rule that each product takes; None where none does."""
+    found: Sequence[Product],
+    rules: list[Rule],
+    is_part: bool,
+    aliases: Mapping[str, tuple[str, ...]],
+) -> list[tuple[Rule | None, str]]:
+    """The rule that each product takes, None where none does, and why the product cannot take it."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
@@ -340,8 +371,14 @@ def _assigned(
         else Subject((*p.names, *aliases.get(p.path, ())), p.kind)
         for p in floats
     ]
+    parts = {
+        (part, p.kind): Subject((part, part.rpartition("/")[0], *aliases.get(part, ())), p.kind)
+        for p in floats
+        if p.weight is not None and len(p.parameters) > 1
+        for part in p.parameters
+    }
     try:
-        chosen = iter(choose(subjects, rules, is_part=is_part))
+        chosen = choose([*subjects, *parts.values()], rules, is_part=is_part)
     except ValueError as error:
         own = next((p for p in floats if p.has_constant), None)
         if own is None:
@@ -350,4 +387,29 @@ def _assigned(
             f"{error}; at {own.source or 'a product'} the function multiplies by an array of its own: "
             "weights that rules are to reach come with the first argument"
         ) from None
-    return [next(chosen) if p.is_quantizable else None for p in found]
+    of_parts = dict(zip(parts, chosen[len(subjects) :], strict=True))
+    taken = iter(chosen)
+    return [
+        _with_parts(p, next(taken), of_parts, rules) if p.is_quantizable else (None, "")
+        for p in found
+    ]
+
+
+def _with_parts(
+    product: Product,
+    rule: Rule | None,
+    of_parts: Mapping[tuple[str, str], Rule | None],
+    rules: list[Rule],
+) -> tuple[Rule | None, str]:
+    """A product's rule; one before it that names a part of the weight alone, and that the product cannot."""
+    before = next((i for i, other in enumerate(rules) if other is rule), len(rules))
+    for part in product.parameters:
+        other = of_parts.get((part, product.kind))
+        if other is None or other.value is None or not any(other is r for r in rules[:before]):
+            continue
+        return other, (
+            f"its weight is made of {' and '.join(product.parameters)}, and rule "
+            f"{other.pattern.pattern!r} names {part} alone; a rule ({product.path!r}, {other.label!r}) "
+            "quantizes it"
+        )
+    return rule, ""

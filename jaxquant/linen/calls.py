@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+from flax import core
 from flax import linen as nn
 
 from jaxquant.engine import walking
@@ -78,11 +79,23 @@ def called(
     ]
     is_leaf = lambda x: isinstance(x, Stored | QArray)  # noqa: E731
     kept = jax.tree.unflatten(jax.tree.structure(kept, is_leaf=is_leaf), leaves)
-    plain, arrays = walking.called((kept, *args), dict(options))
+    plain, arrays = walking.called((kept, *args), hashable(options))
     own = [INPUT if path is None else Origin.parameter(path) for path, _ in places]
     plain = dataclasses.replace(plain, origins=(*own, *plain.origins[len(own) :]))
     weights = tuple(p for (p, _), x in zip(places, arrays, strict=False) if p and len(x.shape) > 1)
     return Call(plain, weights, is_initial), states(variables.get(RANGES, {})), arrays
+
+
+def hashable(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A call's options with filters of collections that can be hashed, as sets and lists cannot."""
+
+    def own(given: Any) -> Any:
+        if isinstance(given, core.DenyList):
+            return core.DenyList(own(given.deny))
+        return tuple(sorted(given)) if isinstance(given, list | set) else given
+
+    filters = ("mutable", "capture_intermediates")
+    return {name: own(x) if name in filters else x for name, x in options.items()}
 
 
 def check_variables(variables: Any) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from flax import core
+
 from jaxquant.functions import freezing, quantizing
 from jaxquant.linen.calls import replaced
 from jaxquant.linen.quantizing import Quantized, traced
@@ -39,6 +41,8 @@ def freeze(
     4.5
     """
     check_quantized("freeze", quantized)
+    if options.get("mutable") is True:  # which would return the parameters: a use of each
+        options["mutable"] = core.DenyList("params")
     trace, decisions, call, arrays = traced(quantized, variables, inputs, options)
     if quantized.on_unsupported == "error":
         quantizing.check(decisions)

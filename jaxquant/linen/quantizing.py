@@ -9,7 +9,7 @@ import jax
 from flax import linen as nn
 from flax.errors import FlaxError
 
-from jaxquant.engine.walking import Trace
+from jaxquant.engine.walking import Trace, as_returned
 from jaxquant.functions import quantizing
 from jaxquant.functions.coverage import Coverage, table
 from jaxquant.functions.quantizing import Decision
@@ -50,11 +50,11 @@ class Quantized:
     def init_with_output(self, rngs: Any, *args: Any, **options: Any) -> Any:
         """(output, variables), as `flax.linen.Module.init_with_output`."""
         variables = self.module.init(rngs, *args, **options)
-        return self._initial(variables, rngs, args, options), variables
+        return as_returned(self._initial(variables, rngs, args, options)), variables
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
         """The module's output, as `flax.linen.Module.apply`; variables may be those of `freeze`."""
-        return self._run(*called(variables, args, options))
+        return as_returned(self._run(*called(variables, args, options)))
 
     def tabulate(self, rngs: Any, *args: Any, **options: Any) -> str:
         """The module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
@@ -133,10 +133,14 @@ def quantize(
     >>> quantized.apply(variables, jax.numpy.ones((2, 64))).shape
     (2, 8)
     """
+    if isinstance(module, Quantized):
+        raise ValueError(
+            "module is quantized already; give its own, quantized.module, with all the rules"
+        )
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module is a flax.linen.Module; got {type(module).__name__}")
+        raise ValueError(f"module must be a flax.linen.Module; got {type(module).__name__}")
     if module.scope is not None:
-        raise ValueError(f"module is not bound to variables; got a bound {type(module).__name__}")
+        raise ValueError(f"module must not be bound; got a bound {type(module).__name__}")
     if on_unsupported not in ("error", "float"):
         raise ValueError(f"on_unsupported is 'error' or 'float'; got {on_unsupported!r}")
     for rule in parse_rules(rules):

@@ -121,7 +121,7 @@ def load(
             parameters, their shapes or the types to compute in are not those of the saved one.
     """
     if not isinstance(module, nn.Module):
-        raise ValueError(f"module is a flax.linen.Module; got {module!r}")
+        raise ValueError(f"module must be a flax.linen.Module; got {module!r}")
     tree, _ = artifacts.load(folder)
     is_saved = isinstance(tree, Mapping) and set(tree) - _NOTES == _SAVED
     if not is_saved or not isinstance(tree["variables"], Mapping):

@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from jaxquant.engine.analysis import TakesGradients
+from jaxquant.engine.walking import as_returned
 from jaxquant.functions import quantizing
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, at, called, state_part
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -315,7 +316,7 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
     result, changed = compute(door, call, getattr(module, DOOR[1], ()), given)
     if changed:
         nnx.update(nodes, changed)
-    return result
+    return as_returned(result)
 
 
 def _computed(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
