@@ -19,7 +19,7 @@ from typing import Any
 from absl import flags
 
 from experiments.harness import cli, files, packages
-from jaxquant.files import read_bytes, writing
+from jaxquant.artifacts.files import read_bytes, writing
 
 FLAGS = flags.FLAGS
 MIRROR = "https://deb.debian.org/debian"

@@ -10,27 +10,16 @@ one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGenera
 
 from jaxquant import (
     artifacts,
-    calibration,
-    estimators,
     formats,
     functions,
     laws,
     linen,
-    monitoring,
     nnx,
     optim,
     ptq,
     quality,
-    rounding,
-    serving,
-    specification,
-    storage,
-    versions,
 )
-from jaxquant.attention import Attention, KVCache
-from jaxquant.conv import ConvGeneralDilated
-from jaxquant.dot import DotGeneral, Operands
-from jaxquant.einsum import einsum
+from jaxquant.artifacts import serving, specification, storage
 from jaxquant.formats import (
     BF16,
     BINARY,
@@ -60,11 +49,18 @@ from jaxquant.formats import (
     Int,
     parse,
 )
-from jaxquant.hadamard import hadamard
-from jaxquant.qarray import QArray, calibrate, dequantize, fake_quant, quantize
-from jaxquant.quantizer import Quantizer
-from jaxquant.ragged import RaggedDot
-from jaxquant.recipes import recipe
+from jaxquant.numerics import calibration, estimators, rounding
+from jaxquant.numerics.hadamard import hadamard
+from jaxquant.numerics.qarray import QArray, calibrate, dequantize, fake_quant, quantize
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations import monitoring
+from jaxquant.operations.attention import Attention, KVCache
+from jaxquant.operations.conv import ConvGeneralDilated
+from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.einsum import einsum
+from jaxquant.operations.ragged import RaggedDot
+from jaxquant.operations.recipes import recipe
+from jaxquant.quality import versions
 
 __version__ = "0.1.0"
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant import artifacts, calibration
-from jaxquant.artifacts import Card
+from jaxquant.artifacts import Card, folders, seals
 from jaxquant.nnx.modules import read
 from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
@@ -110,7 +110,7 @@ def resealed(path: Path, **changes) -> None:
     content = json.loads(path.read_text()) | changes
     kind, version = content.pop("kind"), content.pop("version")
     del content["sha256"]
-    path.write_text(artifacts.sealed(kind, version, content))
+    path.write_text(seals.sealed(kind, version, content))
 
 
 ARRAYS, CARD, TREE = "arrays.safetensors", "card.json", "tree.json"
@@ -186,7 +186,7 @@ def test_links_lead_nowhere_else(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} is a link that leads out of .*model"):
             artifacts.load(folder)
         with pytest.raises(ValueError, match="is a link that leads out"):
-            artifacts.digests(folder)
+            seals.digests(folder)
         (folder / name).unlink()
     (folder / "above").symlink_to("..")  # a folder above, by a link
     resealed(folder / CARD, files={**listed, "above/outside": NOWHERE})
@@ -201,8 +201,8 @@ def test_links_lead_nowhere_else(tmp_path):
 def rewritten(folder: Path, arrays: dict) -> None:
     """Other arrays in a folder whose digests are right."""
     (folder / ARRAYS).unlink()
-    artifacts.write_safetensors(folder / ARRAYS, arrays)
-    listed = artifacts.digests(folder)
+    folders.write_safetensors(folder / ARRAYS, arrays)
+    listed = seals.digests(folder)
     resealed(folder / CARD, files={name: listed[name] for name in (ARRAYS, TREE)})
 
 
@@ -239,7 +239,7 @@ def test_arrays_are_held_to_what_was_written(tmp_path, change, message):
     artifacts.save(tmp_path / "model", TYPED, Card(**NOTHING))
     folder = tmp_path / "model"
     assert bits(artifacts.load(folder)[0]) == bits(TYPED)
-    stored = artifacts.read_safetensors(folder / ARRAYS)
+    stored = folders.read_safetensors(folder / ARRAYS)
     with np.errstate(all="ignore"):
         changed = change(stored)
     if message is None:  # the transpose has another shape
@@ -255,7 +255,7 @@ def test_folders_of_before_nans_were_noted_are_read(tmp_path):
     index = json.loads((folder / TREE).read_text())
     assert index.pop("not_finite") == ["n"]
     (folder / TREE).write_text(json.dumps(index))
-    rewritten(folder, artifacts.read_safetensors(folder / ARRAYS))
+    rewritten(folder, folders.read_safetensors(folder / ARRAYS))
     assert bits(artifacts.load(folder)[0]) == bits(TYPED)
 
 
@@ -271,7 +271,7 @@ def test_orbax_does_not_cast_what_is_not_described(tmp_path):
         artifacts.save(tmp_path / name / "other", arrays, Card(**NOTHING), format="orbax")
         (folder / "arrays").rename(tmp_path / name / "gone")
         (tmp_path / name / "other" / "arrays").rename(folder / "arrays")
-        listed = artifacts.digests(folder)
+        listed = seals.digests(folder)
         kept = {k: v for k, v in listed.items() if k.startswith("arrays/") or k == TREE}
         resealed(folder / CARD, files=kept)
         with pytest.raises(ValueError, match=message):
@@ -284,7 +284,7 @@ def test_a_description_nested_without_end_is_an_error(tmp_path, text):
     index = json.loads((folder / TREE).read_text())
     index["descriptions"]["w"] = text
     (folder / TREE).write_text(json.dumps(index))
-    rewritten(folder, artifacts.read_safetensors(folder / ARRAYS))
+    rewritten(folder, folders.read_safetensors(folder / ARRAYS))
     with pytest.raises(ValueError, match="nests deeper than 100 levels"):
         artifacts.load(folder)
 
@@ -299,7 +299,7 @@ def test_a_damaged_orbax_checkpoint_is_an_error(tmp_path):
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     small(tmp_path)
-    before = artifacts.digests(tmp_path)
+    before = seals.digests(tmp_path)
     with pytest.raises(ValueError, match="exists already"):
         small(tmp_path)
     broken = dataclasses.replace(jq.quantize(X, jq.Quantizer(jq.INT8)), scale=jnp.ones((3, 1)))
@@ -312,7 +312,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(artifacts, "sealed", fails)
     with pytest.raises(OSError, match="no space"):
         artifacts.save(tmp_path / "other", {"w": X}, Card(**NOTHING))
-    assert artifacts.digests(tmp_path) == before
+    assert seals.digests(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, formats, rounding
-from jaxquant.groups import scale_shape
+from jaxquant.numerics.groups import scale_shape
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
 

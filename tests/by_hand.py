@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant.product import materialized
+from jaxquant.operations.product import materialized
 
 
 @dataclasses.dataclass(frozen=True)

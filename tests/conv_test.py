@@ -11,7 +11,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import rounding
-from jaxquant.conv import ConvGeneralDilated
+from jaxquant.operations.conv import ConvGeneralDilated
 
 RNG = np.random.default_rng(0)
 NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant.packing import nibble_words, nibbles, pack_bits
-from jaxquant.product import product
+from jaxquant.numerics.packing import nibble_words, nibbles, pack_bits
+from jaxquant.operations.product import product
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

@@ -15,8 +15,8 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, estimators, rounding
-from jaxquant.integers import integer_dot
-from jaxquant.product import product as multiply
+from jaxquant.operations.integers import integer_dot
+from jaxquant.operations.product import product as multiply
 
 MATMUL = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)
@@ -403,7 +403,7 @@ _PARTS = """
 import re, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec as P
 import jaxquant as jq
-from jaxquant import integers
+from jaxquant.operations import integers
 
 integers._most_terms = lambda lhs, rhs: 300  # as if int32 held no more: 8 parts of the 2048 terms
 mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "fsdp"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.einsum import einsum
+from jaxquant.operations.einsum import einsum
 
 SIZES = {"a": 2, "b": 3, "c": 4, "d": 5, "e": 2, "f": 3}
 RNG = np.random.default_rng(0)

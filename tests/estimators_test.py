@@ -8,7 +8,7 @@ import scipy.linalg
 
 import jaxquant as jq
 from jaxquant import calibration, estimators
-from jaxquant.calibration import Range, Step
+from jaxquant.numerics.calibration import Range, Step
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

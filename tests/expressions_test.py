@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from jaxquant.expressions import Expression
-from jaxquant.rules import assign
+from jaxquant.engine.expressions import Expression
+from jaxquant.engine.rules import assign
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

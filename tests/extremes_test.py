@@ -9,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, estimators
-from jaxquant.ragged import RaggedDot
+from jaxquant.operations.ragged import RaggedDot
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
 

@@ -13,7 +13,7 @@ from experiments.harness import data, files, ledgers
 from experiments.harness.data import paths, tokenizers
 from experiments.harness.pretrained import files as weights
 from experiments.harness.pretrained import minilm, references
-from jaxquant import files as regular
+from jaxquant.artifacts import files as regular
 
 
 def test_json_round_trips_every_float(tmp_path):

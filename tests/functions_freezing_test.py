@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.stored import Stored
+from jaxquant.numerics.stored import Stored
 
 pytestmark = pytest.mark.usefixtures("as_users_compute")
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.stored import Stored
+from jaxquant.numerics.stored import Stored
 
 pytestmark = pytest.mark.usefixtures("as_users_compute")
 

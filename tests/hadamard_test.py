@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 import jaxquant as jq
-from jaxquant.hadamard import hadamard
+from jaxquant.numerics.hadamard import hadamard
 
 
 def normals(*shape):

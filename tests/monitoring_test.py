@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import models
-from jaxquant.measuring import Quantized, measured
+from jaxquant.numerics.measuring import Quantized, measured
 
 BLOCK = {"mxfp8_train": 32, "mxfp4": 32, "nvfp4": 16}
 

@@ -11,8 +11,16 @@ import numpy as np
 import optax
 import pytest
 
-from jaxquant import pages
-from jaxquant.optim import Felt, Statistics, adaptive, fixed, quantize_state, report, state_bytes
+from jaxquant.optim import (
+    Felt,
+    Statistics,
+    adaptive,
+    fixed,
+    pages,
+    quantize_state,
+    report,
+    state_bytes,
+)
 from jaxquant.optim.budget import allocate
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others

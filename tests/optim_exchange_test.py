@@ -14,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxquant import artifacts
+from jaxquant.artifacts import folders
+from jaxquant.artifacts.seals import digests, sealed
 from jaxquant.optim import (
     adaptive,
     diagnose,
@@ -25,7 +26,6 @@ from jaxquant.optim import (
     save,
     to_optax,
 )
-from jaxquant.seals import digests, sealed
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 ADAM = optax.adam(1e-2)
@@ -125,9 +125,9 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
 def rewritten(folder, change):
     """The state's arrays changed, and digests that are right for them."""
     path, head = folder / "arrays.safetensors", folder / "state.json"
-    stored = change(artifacts.read_safetensors(path))
+    stored = change(folders.read_safetensors(path))
     path.unlink()
-    artifacts.write_safetensors(path, stored)
+    folders.write_safetensors(path, stored)
     content = json.loads(head.read_text())
     kind, version = content.pop("kind"), content.pop("version")
     del content["sha256"]

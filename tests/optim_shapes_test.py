@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxquant.optim import fixed, from_optax, quantize_state, to_optax
 from jaxquant.optim.codecs import BLOCK
+from jaxquant.optim.pages import PAGE
 from jaxquant.optim.state import exact_leaves
-from jaxquant.pages import PAGE
 
 pytestmark = [
     pytest.mark.exhaustive,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxquant import pages
+from jaxquant.optim import pages
 
 BITS = st.lists(st.integers(1, 8), min_size=4, max_size=4)
 ROWS = 20

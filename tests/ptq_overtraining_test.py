@@ -47,7 +47,7 @@ def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeyp
             else jq.fake_quant(x, quantizer, axis, key)
         )
 
-    monkeypatch.setattr("jaxquant.dot.fake_quant", counting)
+    monkeypatch.setattr("jaxquant.operations.dot.fake_quant", counting)
     study.make_evaluate.cache_clear()
     evaluate = study.make_evaluate(graphdef, "channel")
     losses = [float(evaluate(params, jnp.float32(bits), WINDOWS).mean()) for bits in range(2, 10)]

@@ -8,8 +8,8 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read
+from jaxquant.numerics.stored import Stored
 from jaxquant.ptq import smooth, solvers
-from jaxquant.stored import Stored
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_compute"),

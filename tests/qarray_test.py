@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 import jaxquant as jq
 from jaxquant import rounding
-from jaxquant.groups import scale_shape
+from jaxquant.numerics.groups import scale_shape
 
 FORMATS = [jq.Int(2), jq.Int(3), jq.INT4, jq.INT8, jq.Int(12), jq.E4M3, jq.E5M2, jq.BF16, jq.FP16]
 SIMULATED_ONLY = [jq.E2M1, jq.Float(3, 2, "finite")]

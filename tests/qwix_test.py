@@ -9,7 +9,7 @@ import pytest
 from qwix._src.core import qarray as qwix  # the public quantize takes no blocks
 
 import jaxquant as jq
-from jaxquant.calibration import Step
+from jaxquant.numerics.calibration import Step
 
 pytestmark = pytest.mark.exhaustive
 

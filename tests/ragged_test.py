@@ -7,7 +7,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import rounding
-from jaxquant.ragged import RaggedDot
+from jaxquant.operations.ragged import RaggedDot
 
 MATMUL = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)

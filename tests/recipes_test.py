@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
-from jaxquant.recipes import RECIPES
+from jaxquant.operations.recipes import RECIPES
 
 
 def test_recipes_are_what_their_names_say():

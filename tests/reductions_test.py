@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from jaxquant import calibration, reductions
+from jaxquant import calibration
 from jaxquant.formats import Block, Float
 from jaxquant.laws.law import x64
+from jaxquant.numerics import reductions
 from jaxquant.optim import codecs
 from jaxquant.ptq import smooth, solvers
 

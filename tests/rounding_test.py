@@ -9,7 +9,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import formats, rounding
-from jaxquant.calibration import Range
+from jaxquant.numerics.calibration import Range
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

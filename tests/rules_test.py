@@ -1,7 +1,7 @@
 import pytest
 
 import jaxquant as jq
-from jaxquant.rules import assign
+from jaxquant.engine.rules import assign
 
 PATHS = dict.fromkeys(("embed", "blocks/0/up", "blocks/0/down", "head"), "linear")
 

@@ -6,7 +6,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 
-from jaxquant import settings
+from jaxquant.artifacts import settings
 
 
 class Own:

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxquant.sharding import computed_as_auto, unrepeated
+from jaxquant.numerics.sharding import computed_as_auto, unrepeated
 
 CASES = Path(__file__).parent / "sharded_cases.py"
 COUNTS = {"recipes": 21, "verbs": 19, "operations": 8, "optimizer": 2}

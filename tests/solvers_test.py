@@ -11,7 +11,8 @@ import pytest
 import scipy.linalg
 
 import jaxquant as jq
-from jaxquant import calibration, smoothed
+from jaxquant import calibration
+from jaxquant.operations import smoothed
 from jaxquant.ptq import smooth, solvers
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others

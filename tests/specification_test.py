@@ -8,9 +8,9 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, estimators, rounding
-from jaxquant.recipes import RECIPES
-from jaxquant.smoothed import Smoothed
-from jaxquant.specification import describe_operation, operation_from
+from jaxquant.artifacts.specification import describe_operation, operation_from
+from jaxquant.operations.recipes import RECIPES
+from jaxquant.operations.smoothed import Smoothed
 
 NAMES = [*RECIPES, "w8a8", "w4a16g128", "w3a16", "w4a4-lsq", "w4a4-quest", "a8kv8", "a4", "kv4"]
 INT8 = jq.Quantizer(jq.INT8, "channel")

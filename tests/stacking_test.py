@@ -10,8 +10,8 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read
-from jaxquant.stacking import places
-from jaxquant.stored import Stored
+from jaxquant.numerics.stacking import places
+from jaxquant.numerics.stored import Stored
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
 

@@ -12,7 +12,8 @@ import pytest
 import safetensors.flax
 
 import jaxquant as jq
-from jaxquant import calibration, packing, storage
+from jaxquant import calibration, storage
+from jaxquant.numerics import packing
 
 X = jnp.array(np.random.default_rng(0).normal(size=(8, 64)), jnp.float32)
 QUANTIZERS = {

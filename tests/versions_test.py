@@ -14,10 +14,10 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.artifacts import Card
+from jaxquant.artifacts.seals import sealed
 from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
-from jaxquant.seals import sealed
-from jaxquant.versions import Versions
+from jaxquant.quality.versions import Versions
 
 CARD = Card.empty()
 
@@ -126,7 +126,7 @@ def test_a_publication_that_fails_leaves_nothing(versions):
 _PUBLISH = """
 import sys
 from jaxquant.artifacts import Card
-from jaxquant.versions import Versions
+from jaxquant.quality.versions import Versions
 card, versions = Card.empty(), Versions(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()

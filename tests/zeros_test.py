@@ -10,10 +10,10 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant import calibration, estimators
-from jaxquant.conv import ConvGeneralDilated
 from jaxquant.nnx.modules import read
+from jaxquant.operations.conv import ConvGeneralDilated
+from jaxquant.operations.ragged import RaggedDot
 from jaxquant.ptq.solvers import gptq
-from jaxquant.ragged import RaggedDot
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
 

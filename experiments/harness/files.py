@@ -12,8 +12,8 @@ from typing import IO, Any
 
 from etils import epath
 
-from jaxquant import files as regular
-from jaxquant.files import is_remote
+from jaxquant.artifacts import files as regular
+from jaxquant.artifacts.files import is_remote
 
 
 def at(path: str | os.PathLike) -> Any:

@@ -15,7 +15,7 @@ import grain.python as grain
 import numpy as np
 
 from experiments.harness import files, packages
-from jaxquant.files import Missing, opened
+from jaxquant.artifacts.files import Missing, opened
 
 SOURCES = ("fashion_mnist", "digits")
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files

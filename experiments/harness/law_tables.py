@@ -1,9 +1,7 @@
 """Fitted laws as JSON values and as tables of a report."""
 
 import math
-from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from jaxquant import laws
@@ -85,14 +83,3 @@ def interval(row: dict, form: str = ".3g") -> str:
     if row.get("low") is None or math.isnan(row["low"]):
         return number(row["value"], form)
     return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
-
-
-def plain(value: Any) -> Any:
-    """JSON values: NaN and infinities become null, NumPy's numbers Python's."""
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from experiments.harness import files
-from jaxquant.files import read_bytes
+from jaxquant.artifacts.files import read_bytes
 
 WRITERS = ("tensorboard", "wandb")
 Counts = Sequence[Sequence[int]]  # pairs (floor(log2 |x|), how many)

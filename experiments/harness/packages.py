@@ -10,7 +10,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 
-from jaxquant.files import Missing, read_bytes
+from jaxquant.artifacts.files import Missing, read_bytes
 
 _WAITS = (1.0, 4.0)  # seconds before another attempt
 _LARGEST = 2**30  # bytes of a package, at most

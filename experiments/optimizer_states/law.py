@@ -6,9 +6,10 @@
 
 import pandas as pd
 
-from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary, plain
+from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary
 from experiments.optimizer_states.arms import EXACT, fixed_bits
 from jaxquant import laws
+from jaxquant.artifacts.plain import plain
 
 BOOTSTRAPS = 200
 STARTS = 16

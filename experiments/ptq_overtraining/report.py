@@ -10,7 +10,6 @@ from pathlib import Path
 import pandas as pd
 
 from experiments.harness import report
-from experiments.harness.law_tables import plain
 from experiments.ptq_overtraining import added_laws, figures
 from experiments.ptq_overtraining.analysis import (
     KUMAR_EXPONENT,
@@ -23,6 +22,7 @@ from experiments.ptq_overtraining.analysis import (
     select,
     summarize,
 )
+from jaxquant.artifacts.plain import plain
 
 
 def verdict(summary: dict) -> str:

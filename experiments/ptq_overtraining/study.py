@@ -14,7 +14,7 @@ from flax import nnx
 import jaxquant as jq
 from experiments.harness import cli, data, ledgers, models, sharding, train, trials, wsd
 from experiments.ptq_overtraining import report
-from jaxquant.groups import Granularity
+from jaxquant.numerics.groups import Granularity
 
 STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")

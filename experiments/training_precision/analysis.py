@@ -10,8 +10,9 @@ from scipy import stats
 from tqdm.auto import tqdm
 
 from experiments.harness import models
-from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary, plain
+from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary
 from jaxquant import laws
+from jaxquant.artifacts.plain import plain
 
 BOOTSTRAPS = 200
 STARTS = 64  # of every fit here: with one number, each law is compiled once

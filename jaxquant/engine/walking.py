@@ -21,7 +21,7 @@ from jaxquant.engine.analysis import Found, Where, flat, found_in
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use, Within, computed
-from jaxquant.stored import Stored
+from jaxquant.numerics.stored import Stored
 
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
 Replacement = Callable[..., jax.Array]

@@ -6,15 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import calibration as calibrations
 from jaxquant.engine.walking import Trace
 from jaxquant.functions import quantizing
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.quantizing import Decision
 from jaxquant.functions.states import first_step, is_learned
-from jaxquant.qarray import calibrate as range_of
-from jaxquant.quantizer import Quantizer
-from jaxquant.reductions import largest
+from jaxquant.numerics import calibration as calibrations
+from jaxquant.numerics.qarray import calibrate as range_of
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.reductions import largest
 
 # Of a weight's activations: what was found, and how often.
 Seen = tuple[Any, jax.Array]

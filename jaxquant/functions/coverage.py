@@ -7,11 +7,11 @@ from typing import Any
 import jax
 
 from jaxquant.engine.products import Product
+from jaxquant.engine.rules import Rules, starred
 from jaxquant.engine.walking import called
 from jaxquant.functions.freezing import stored_operand
 from jaxquant.functions.quantizing import Decision, decided
-from jaxquant.rules import Rules, starred
-from jaxquant.stored import Stored
+from jaxquant.numerics.stored import Stored
 
 __all__ = ["Coverage", "Row", "coverage"]
 
@@ -209,7 +209,7 @@ def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: A
 
     Args:
         function: of a pytree of parameters, its first positional argument, and of anything else.
-        rules: from regular expressions on paths to recipes, as in `jaxquant.rules`.
+        rules: from regular expressions on paths to recipes, as in `jaxquant.engine.rules`.
         args, kwargs: what the function is called with; arrays may be `jax.ShapeDtypeStruct`s.
 
     Raises:

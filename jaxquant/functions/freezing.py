@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxquant.dot import DotGeneral
 from jaxquant.engine.derivations import Derivation
+from jaxquant.engine.rules import Rules
 from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.quantizing import Decision, check, decided, is_read, together
 from jaxquant.functions.states import State
-from jaxquant.opaque import Owner
-from jaxquant.qarray import QArray, quantize
-from jaxquant.rules import Rules
-from jaxquant.stacking import Stacking
-from jaxquant.stored import Stored
+from jaxquant.numerics.opaque import Owner
+from jaxquant.numerics.qarray import QArray, quantize
+from jaxquant.numerics.stacking import Stacking
+from jaxquant.numerics.stored import Stored
+from jaxquant.operations.dot import DotGeneral
 
 __all__ = ["freeze", "frozen"]
 
@@ -41,7 +41,7 @@ def freeze(
         args, kwargs: the others, arrays or `jax.ShapeDtypeStruct`s: the function is traced, not run.
 
     Returns:
-        The same tree with a `jaxquant.stored.Stored` in the place of each parameter that is stored.
+        The same tree with a `jaxquant.numerics.stored.Stored` in the place of each parameter that is stored.
 
     Raises:
         ValueError: nothing that rules quantize; parameters that are stored already, or hold a NaN or an Inf;

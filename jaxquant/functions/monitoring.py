@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.engine.rules import Rules, parse_rules
 from jaxquant.engine.walking import Call, called
 from jaxquant.functions.quantizing import Decision, decided, recorded, stored_among
-from jaxquant.monitoring import Monitored, of_sums
-from jaxquant.rules import Rules, parse_rules
-from jaxquant.tapped import Four, blank
+from jaxquant.operations.monitoring import Monitored, of_sums
+from jaxquant.operations.tapped import Four, blank
 
 __all__ = ["Place", "check_loss", "differentiated", "monitor", "places"]
 

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import tapped
-from jaxquant.attention import Attention
-from jaxquant.conv import ConvGeneralDilated
-from jaxquant.dot import DotGeneral, Operands
 from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.products import Product
 from jaxquant.functions.states import State
-from jaxquant.measuring import Quantized
-from jaxquant.product import is_float8, materialized
-from jaxquant.qarray import QArray, dequantize, fake_quant
-from jaxquant.quantizer import Quantizer
-from jaxquant.ragged import RaggedDot
-from jaxquant.stacking import Stacking
-from jaxquant.tapped import Tapped
+from jaxquant.numerics.measuring import Quantized
+from jaxquant.numerics.qarray import QArray, dequantize, fake_quant
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.stacking import Stacking
+from jaxquant.operations import tapped
+from jaxquant.operations.attention import Attention
+from jaxquant.operations.conv import ConvGeneralDilated
+from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.product import is_float8, materialized
+from jaxquant.operations.ragged import RaggedDot
+from jaxquant.operations.tapped import Tapped
 
 _CONV = (
     "window_strides",

@@ -8,16 +8,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 import jax
 
-from jaxquant.calibration import absmax
-from jaxquant.dot import DotGeneral
 from jaxquant.engine.origins import Origin
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
-from jaxquant.engine.walking import Call, Trace, as_returned, called
-from jaxquant.functions.operations import Operation, as_floats, operation
-from jaxquant.functions.states import State, is_learned
-from jaxquant.qarray import QArray
-from jaxquant.rules import (
+from jaxquant.engine.rules import (
     ATTENTION,
     Rule,
     Rules,
@@ -28,7 +22,13 @@ from jaxquant.rules import (
     parse_rules,
     starred,
 )
-from jaxquant.stored import Stored
+from jaxquant.engine.walking import Call, Trace, as_returned, called
+from jaxquant.functions.operations import Operation, as_floats, operation
+from jaxquant.functions.states import State, is_learned
+from jaxquant.numerics.calibration import absmax
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
+from jaxquant.operations.dot import DotGeneral
 
 __all__ = ["Decision", "decided", "quantize"]
 
@@ -54,7 +54,7 @@ def quantize(
         function: of a pytree of parameters, its first positional argument, and of anything else: plain JAX,
             Haiku's ``apply``, or
             ``lambda model, x: model(x)`` for an Equinox model.
-        rules: from regular expressions on paths to recipes, as in `jaxquant.rules`.
+        rules: from regular expressions on paths to recipes, as in `jaxquant.engine.rules`.
         on_unsupported: what becomes of a product that cannot take its recipe: ``"error"`` names all of them,
             ``"float"`` leaves them.
 

@@ -8,12 +8,13 @@ from typing import Any, Literal, TypeVar
 import jax
 import numpy as np
 
-from jaxquant import artifacts, files
+from jaxquant import artifacts
+from jaxquant.artifacts import files
+from jaxquant.artifacts.settings import text_of
 from jaxquant.engine.walking import ARRAYS
-from jaxquant.opaque import Owner
-from jaxquant.qarray import QArray
-from jaxquant.settings import text_of
-from jaxquant.stored import Stored
+from jaxquant.numerics.opaque import Owner
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
 
 __all__ = ["load", "save"]
 
@@ -34,8 +35,8 @@ def save(
 
     Args:
         folder: where; nothing is there yet.
-        parameters: a pytree of arrays and `jaxquant.stored.Stored`s; other leaves, such as an Equinox model's
-            functions, are not saved.
+        parameters: a pytree of arrays and `jaxquant.numerics.stored.Stored`s; other leaves, such as an
+            Equinox model's functions, are not saved.
         card: what it is.
         format: of the arrays: a safetensors file, or an Orbax checkpoint.
 

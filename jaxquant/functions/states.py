@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant.adapters import Adapted
-from jaxquant.calibration import Range, Step, learned
-from jaxquant.dot import DotGeneral
-from jaxquant.quantizer import Quantizer
-from jaxquant.smoothed import Smoothed
-from jaxquant.tapped import Tapped
+from jaxquant.numerics.calibration import Range, Step, learned
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations.adapters import Adapted
+from jaxquant.operations.dot import DotGeneral
+from jaxquant.operations.smoothed import Smoothed
+from jaxquant.operations.tapped import Tapped
 
 
 @jax.tree_util.register_dataclass
@@ -26,9 +26,9 @@ class State:
         input_step: a learned step of the activations, or None.
         step: learned steps of the weight, or None.
         scale: of the channels that are summed over, by which activations are divided and the weight is
-            multiplied (`jaxquant.smoothed.Smoothed`); a stored weight is multiplied already.
-        lora_a, lora_b, lora_gain: of a low-rank product beside it (`jaxquant.adapters.Adapted`).
-        tap: of what its quantizers do (`jaxquant.tapped.Tapped`).
+            multiplied (`jaxquant.operations.smoothed.Smoothed`); a stored weight is multiplied already.
+        lora_a, lora_b, lora_gain: of a low-rank product beside it (`jaxquant.operations.adapters.Adapted`).
+        tap: of what its quantizers do (`jaxquant.operations.tapped.Tapped`).
     """
 
     input_range: Any = None

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import core
 
-from jaxquant.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_range, checked, fitting
 from jaxquant.functions import quantizing
 from jaxquant.functions.calibrating import added, seen
 from jaxquant.linen.calls import RANGES, Call, called, check_variables, collection

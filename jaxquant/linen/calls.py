@@ -13,8 +13,8 @@ from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import Trace
 from jaxquant.functions.freezing import as_stored
 from jaxquant.functions.states import State
-from jaxquant.qarray import QArray
-from jaxquant.stored import Stored
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
 
 RANGES = "quantization"  # the collection of calibrated ranges
 _RANGE = "_input_range"

@@ -16,8 +16,8 @@ def freeze(
 
     `quantized.apply` with them gives the same outputs bit for bit.  Weights that the call does not reach stay
     as they are, and so do calibrated ranges.  In the place of an array is a `QArray`, or, of a weight that is
-    multiplied in another way than it is held, a `jaxquant.stored.Stored`; boxes with names of its axes, as of
-    `nn.with_partitioning`, are taken off it.
+    multiplied in another way than it is held, a `jaxquant.numerics.stored.Stored`; boxes with names of its
+    axes, as of `nn.with_partitioning`, are taken off it.
 
     Args:
         quantized: as `jaxquant.linen.quantize` made it.

@@ -9,13 +9,13 @@ import jax
 from flax import linen as nn
 from flax.errors import FlaxError
 
+from jaxquant.engine.rules import ATTENTION, Rules, Subject, choose, parse_rules
 from jaxquant.engine.walking import Trace, as_returned
 from jaxquant.functions import quantizing
 from jaxquant.functions.coverage import Coverage, table
 from jaxquant.functions.quantizing import Decision
 from jaxquant.functions.states import State, is_learned
 from jaxquant.linen.calls import Call, abstractly, called
-from jaxquant.rules import ATTENTION, Rules, Subject, choose, parse_rules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +118,8 @@ def quantize(
 
     Args:
         module: a Linen module, not bound.
-        rules: as in `jaxquant.rules`: from regular expressions on paths to recipes; the first that matches
-            counts, and None leaves a product as it is.
+        rules: as in `jaxquant.engine.rules`: from regular expressions on paths to recipes; the first that
+            matches counts, and None leaves a product as it is.
         on_unsupported: what becomes of a product that cannot take its recipe, when it is called: ``"error"``
             names all of them, ``"float"`` leaves them.
 

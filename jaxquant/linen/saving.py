@@ -11,21 +11,21 @@ from flax import core
 from flax import linen as nn
 
 from jaxquant import artifacts
-from jaxquant.functions.saving import flat, nested, noted, stored_of, unsupported_of
-from jaxquant.linen.calls import RANGES, abstractly, states
-from jaxquant.linen.quantizing import Quantized, coverage
-from jaxquant.opaque import Owner
-from jaxquant.qarray import QArray
-from jaxquant.rule_files import rule_tree, rules_from
-from jaxquant.rules import parse_rules
-from jaxquant.settings import (
+from jaxquant.artifacts.rule_files import rule_tree, rules_from
+from jaxquant.artifacts.settings import (
     Types,
     check_types,
     types_from_array,
     types_of,
     types_to_array,
 )
-from jaxquant.stored import Stored
+from jaxquant.engine.rules import parse_rules
+from jaxquant.functions.saving import flat, nested, noted, stored_of, unsupported_of
+from jaxquant.linen.calls import RANGES, abstractly, states
+from jaxquant.linen.quantizing import Quantized, coverage
+from jaxquant.numerics.opaque import Owner
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
 
 _SAVED = {"variables", "rules"}
 _NOTES = {"types", "stored", "on_unsupported"}  # folders of before they were noted have none
@@ -98,7 +98,7 @@ def load(
     """The quantized model and the variables that were saved, of the same module.
 
     Its outputs equal the saved model's bit for bit.  The rules' expressions, which are the folder's, are
-    matched within a bound on time (`jaxquant.expressions`).
+    matched within a bound on time (`jaxquant.engine.expressions`).
 
     That `module` is the one that was saved is checked by the names and shapes of its variables, and by the
     types that the modules that both calls reach compute in (``dtype`` and ``preferred_element_type``; folders

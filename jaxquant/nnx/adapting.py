@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxquant.adapters import Adapted
-from jaxquant.dot import DotGeneral
+from jaxquant.engine.rules import Rule, Subject, choose, parse_rules
 from jaxquant.functions.freezing import as_stored
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.functions.states import is_learned
@@ -30,9 +29,10 @@ from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import planned
 from jaxquant.nnx.storing import replaced
-from jaxquant.qarray import dequantize
-from jaxquant.rules import Rule, Subject, choose, parse_rules
-from jaxquant.stored import Stored
+from jaxquant.numerics.qarray import dequantize
+from jaxquant.numerics.stored import Stored
+from jaxquant.operations.adapters import Adapted
+from jaxquant.operations.dot import DotGeneral
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -9,21 +9,21 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant import calibration as calibrations
-from jaxquant.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_range, checked, fitting
 from jaxquant.functions import quantizing
 from jaxquant.functions.calibrating import added, seen
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.operations import operation as make_operation
 from jaxquant.functions.quantizing import Decision
 from jaxquant.functions.states import first_step, is_learned
-from jaxquant.groups import scale_shape
 from jaxquant.nnx.calls import DOOR, Call, called
 from jaxquant.nnx.doors import Door, copied, door_of
 from jaxquant.nnx.modules import InputRange, StepSize
 from jaxquant.nnx.planning import planned
 from jaxquant.nnx.storing import holder_of
-from jaxquant.quantizer import Quantizer
+from jaxquant.numerics import calibration as calibrations
+from jaxquant.numerics.groups import scale_shape
+from jaxquant.numerics.quantizer import Quantizer
 
 Model = TypeVar("Model", bound=nnx.Module)
 

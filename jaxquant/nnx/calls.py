@@ -17,8 +17,8 @@ from jaxquant.functions.freezing import as_stored
 from jaxquant.functions.states import State
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
-from jaxquant.qarray import QArray
-from jaxquant.stored import Stored
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
 
 # What belongs to a call or a run, and is no weight.
 OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.BatchStat, nnx.Intermediate, nnx.Perturbation)

@@ -17,12 +17,12 @@ import jax
 from flax import nnx
 
 from jaxquant.engine.analysis import TakesGradients
+from jaxquant.engine.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 from jaxquant.engine.walking import as_returned
 from jaxquant.functions import quantizing
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, Call, at, called, state_part
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
-from jaxquant.rules import ATTENTION, Rule, Rules, Subject, choose, parse_rules
 
 Model = TypeVar("Model", bound=nnx.Module)
 # What code raises that needs the numbers themselves, which a trace has not.

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxquant.engine.walking import Trace
 from jaxquant.nnx.calls import Call, called
 from jaxquant.nnx.modules import read
-from jaxquant.stacking import Stacking, agreeing, places
+from jaxquant.numerics.stacking import Stacking, agreeing, places
 
 # A subclass before its base: the first that fits counts.
 _KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed)

@@ -4,7 +4,7 @@ from typing import Any
 
 from flax import nnx
 
-from jaxquant.opaque import Opaque
+from jaxquant.numerics.opaque import Opaque
 
 
 class Stored(nnx.Variable):

@@ -12,10 +12,10 @@ from flax import nnx
 
 from jaxquant.functions.monitoring import Place, check_loss, differentiated, places
 from jaxquant.functions.quantizing import Decision
-from jaxquant.monitoring import Monitored
 from jaxquant.nnx.calls import DOOR, Call, called
 from jaxquant.nnx.doors import door_of, modules
-from jaxquant.tapped import Four
+from jaxquant.operations.monitoring import Monitored
+from jaxquant.operations.tapped import Four
 
 __all__ = ["monitor"]
 

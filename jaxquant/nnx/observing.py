@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.batches import checked, fitting
-from jaxquant.dot import DotGeneral
+from jaxquant.engine.batches import checked, fitting
 from jaxquant.engine.products import Product
 from jaxquant.functions import quantizing
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.nnx.calls import DOOR, Call, called
 from jaxquant.nnx.doors import Door, copied, door_of, install
+from jaxquant.operations.dot import DotGeneral
 
 
 @dataclasses.dataclass(frozen=True)

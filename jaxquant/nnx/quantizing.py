@@ -5,12 +5,12 @@ from typing import Any, Literal, TypeVar
 
 from flax import nnx
 
+from jaxquant.engine.rules import Rules
 from jaxquant.functions.coverage import Coverage, table
 from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import add_learned
 from jaxquant.nnx.doors import check_model, copied, door_of, install, quantized_copy, rules_of
 from jaxquant.nnx.planning import planned
-from jaxquant.rules import Rules
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -38,8 +38,8 @@ def quantize(
 
     Args:
         model: an NNX model.
-        rules: as in `jaxquant.rules`: from regular expressions on paths to recipes; the first that matches
-            counts, and None leaves a product as it is.
+        rules: as in `jaxquant.engine.rules`: from regular expressions on paths to recipes; the first that
+            matches counts, and None leaves a product as it is.
         inputs, options: what the model is called with, arrays or `jax.ShapeDtypeStruct`s.  They are needed
             for learned steps of weights that other code than Flax's own layers multiplies.
         on_unsupported: what becomes of a product that cannot take its recipe, when it is called: ``"error"``

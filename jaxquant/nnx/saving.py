@@ -12,6 +12,15 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxquant import artifacts
+from jaxquant.artifacts.plain import plain
+from jaxquant.artifacts.rule_files import rule_tree, rules_from
+from jaxquant.artifacts.settings import (
+    Types,
+    check_types,
+    types_from_array,
+    types_of,
+    types_to_array,
+)
 from jaxquant.functions.saving import (
     check_shape,
     few,
@@ -27,18 +36,9 @@ from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange,
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
 from jaxquant.nnx.storing import holder_of, replaced
-from jaxquant.opaque import Owner
-from jaxquant.qarray import QArray
-from jaxquant.quality.intervals import plain
-from jaxquant.rule_files import rule_tree, rules_from
-from jaxquant.settings import (
-    Types,
-    check_types,
-    types_from_array,
-    types_of,
-    types_to_array,
-)
-from jaxquant.stored import Stored
+from jaxquant.numerics.opaque import Owner
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)
 

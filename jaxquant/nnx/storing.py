@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jaxquant.engine.rules import Subject, choose
 from jaxquant.functions import freezing
 from jaxquant.functions.freezing import as_held
 from jaxquant.nnx.calls import at, state_part
@@ -13,7 +14,6 @@ from jaxquant.nnx.doors import copied, door_of, rules_of, weights
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.modules import read
 from jaxquant.nnx.planning import Plan, planned
-from jaxquant.rules import Subject, choose
 
 Model = TypeVar("Model", bound=nnx.Module)
 

@@ -2,9 +2,9 @@
 
     tx = quantize_state(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), adaptive(4.5))
 
-States lie in pages of bit planes (`jaxquant.pages`) whose widths are data.  `Companded` and `Logarithmic` are
-the codecs, `Codec` what others need; `fixed`, `by_role`, `even` and `adaptive` the policies; `whole` says
-which parameters' state a step decodes at once.
+States lie in pages of bit planes (`jaxquant.optim.pages`) whose widths are data.  `Companded` and
+`Logarithmic` are the codecs, `Codec` what others need; `fixed`, `by_role`, `even` and `adaptive` the
+policies; `whole` says which parameters' state a step decodes at once.
 """
 
 from jaxquant.optim.adapting import adaptive

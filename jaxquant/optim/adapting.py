@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import pages
+from jaxquant.optim import pages
 from jaxquant.optim.budget import allocate
 from jaxquant.optim.codecs import Codec
 from jaxquant.optim.inner import Inner

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 from jax.sharding import PartitionSpec as P
 
+from jaxquant.numerics.sharding import names
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.sharding import names
 
 # For each axis of the shards, in order: the array's axis that it cuts, and into how many parts.
 Cut = tuple[tuple[int, int], ...]

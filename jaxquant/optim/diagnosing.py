@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from jaxquant.numerics.sharding import computed_as_auto
 from jaxquant.optim.checks import opened
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
-from jaxquant.sharding import computed_as_auto
 
 
 class Diagnosis(NamedTuple):

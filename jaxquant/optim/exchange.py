@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant import artifacts, files
+from jaxquant.artifacts import files, folders, seals
+from jaxquant.numerics.sharding import computed_as_auto, spec_of
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
@@ -29,7 +30,6 @@ from jaxquant.optim.state import (
     with_exact,
     with_leaf,
 )
-from jaxquant.sharding import computed_as_auto, spec_of
 
 VERSION = 4  # what codes stand for is part of it
 _KIND = "jaxquant optimizer state"
@@ -139,17 +139,17 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
     folder = Path(folder)
     if os.path.lexists(folder):
         raise ValueError(f"{folder} exists already; give a new folder")
-    with artifacts.temporary_folder(folder.parent) as temporary, files.writing(folder):
-        stored = {name: artifacts.as_stored(x) for name, x in _named(state).items()}
-        artifacts.write_safetensors(temporary / _ARRAYS, stored)
+    with folders.temporary_folder(folder.parent) as temporary, files.writing(folder):
+        stored = {name: folders.as_stored(x) for name, x in _named(state).items()}
+        folders.write_safetensors(temporary / _ARRAYS, stored)
         body = {
             "state": identity(state.plan),
             "arrays": _described(state),
-            "not_finite": artifacts.not_finite(_named(state)),
-            "files": artifacts.digests(temporary),
+            "not_finite": folders.not_finite(_named(state)),
+            "files": seals.digests(temporary),
         }
-        artifacts.write(temporary / _HEAD, artifacts.sealed(_KIND, VERSION, body))
-        if not artifacts.placed(temporary, folder):
+        files.write(temporary / _HEAD, seals.sealed(_KIND, VERSION, body))
+        if not folders.placed(temporary, folder):
             raise ValueError(f"{folder} exists already; give a new folder")
 
 
@@ -166,7 +166,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
     """
     folder = Path(folder)
     body = _read_head(folder)
-    artifacts.check_digests(folder, body["files"], (_ARRAYS,))
+    seals.check_digests(folder, body["files"], (_ARRAYS,))
     wanted = _described(like)
     if body["arrays"] != wanted:
         names = sorted(set(wanted) ^ set(body["arrays"])) or [
@@ -180,13 +180,13 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
         raise ValueError(
             f"{folder} was saved of another transformation, policy or set of parameters: {differs}"
         )
-    stored, named = artifacts.read_safetensors(folder / _ARRAYS), _named(like)
+    stored, named = folders.read_safetensors(folder / _ARRAYS), _named(like)
     renamed = {old: new for new, old in body["names"].items()}
     stored = {renamed.get(name, name): x for name, x in stored.items()}
     types = {name: (x.dtype, x.shape) for name, x in named.items()}
     structure = jax.tree.structure(like)
     try:
-        arrays = artifacts.all_from_stored(stored, types, body["not_finite"])
+        arrays = folders.all_from_stored(stored, types, body["not_finite"])
         _check_tables(structure.unflatten(arrays[name] for name in named))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / _ARRAYS} holds no such state: {error}") from None
@@ -212,7 +212,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     Of an older version's arrays, "names" has the names in their file.
     """
     path = folder / _HEAD
-    body = artifacts.unsealed(path, _KIND, 3, VERSION)
+    body = seals.unsealed(path, _KIND, 3, VERSION)
     body.setdefault("not_finite", None)  # nobody noted it at first
     for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
         if part in body and not isinstance(body[part], kind):

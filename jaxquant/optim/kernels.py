@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxquant import pages
+from jaxquant.optim import pages
 from jaxquant.optim.blocks import BlockStep
 from jaxquant.optim.codecs import BLOCK, largest_of_each
 

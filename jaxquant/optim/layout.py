@@ -16,7 +16,7 @@ import numpy as np
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.cutting import Cut, collected, dealt
 from jaxquant.optim.leaves import Leaf
-from jaxquant.pages import PAGE, PAGE_SHAPE
+from jaxquant.optim.pages import PAGE, PAGE_SHAPE
 
 GROUP = 64  # pages that are decoded at once: what a core's cache holds
 BLOCKS = PAGE_SHAPE[:-1]  # of a page: (8, 8)

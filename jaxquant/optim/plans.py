@@ -14,8 +14,8 @@ from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
 from jaxquant.optim.cutting import Spec, cut_of
 from jaxquant.optim.layout import Run, arrange
 from jaxquant.optim.leaves import Exact, Leaf, find
+from jaxquant.optim.pages import PAGE, PLANES, ROW
 from jaxquant.optim.policies import Adaptation, Policy, check_bits
-from jaxquant.pages import PAGE, PLANES, ROW
 
 
 @jax.tree_util.register_static

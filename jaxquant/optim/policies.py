@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxquant.optim.leaves import ROLES, Exact, Leaf
-from jaxquant.pages import PLANES
+from jaxquant.optim.pages import PLANES
 
 
 @dataclasses.dataclass(frozen=True)

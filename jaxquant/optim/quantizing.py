@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxquant.numerics.sharding import computed_as_auto, explicit_axes, spec_of
 from jaxquant.optim.adapting import adapted
 from jaxquant.optim.checks import opened, transformation
 from jaxquant.optim.codecs import Codec
@@ -27,7 +28,6 @@ from jaxquant.optim.spans import bytes_moved, updated_by_kernels
 from jaxquant.optim.state import QuantizedState, empty, first_specs, layout, with_leaf
 from jaxquant.optim.tracing import Program
 from jaxquant.optim.updating import updated
-from jaxquant.sharding import computed_as_auto, explicit_axes, spec_of
 
 KERNELS = {"xla": updated, "pallas": updated_by_kernels}
 

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jaxquant import pages
 from jaxquant.nnx.modules import read
+from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.state import QuantizedState, exact_leaves
 

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxquant import pages
+from jaxquant.numerics.reductions import largest
+from jaxquant.optim import pages
 from jaxquant.optim.blocks import BlockStep, block_step, by_group, draw_words
 from jaxquant.optim.codecs import straight_log2
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
@@ -25,7 +26,6 @@ from jaxquant.optim.state import (
     with_leaf,
 )
 from jaxquant.optim.updating import members
-from jaxquant.reductions import largest
 
 Scores = list[list[jax.Array]]  # for each run and slot, float32[shards, groups, pages]
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant import pages
+from jaxquant.optim import pages
 from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.inner import Inner, Piece, pieces_by_run

@@ -11,14 +11,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxquant import pages
+from jaxquant.numerics.rounding import mixed
+from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK, Codec
 from jaxquant.optim.cutting import dealt
 from jaxquant.optim.layout import BLOCKS
 from jaxquant.optim.leaves import Exact, Leaf, path_of
 from jaxquant.optim.named import Coded, OwnNames, bare, fields_of, in_codes, is_coded
 from jaxquant.optim.plans import Plan
-from jaxquant.rounding import mixed
 
 
 class _Arrays(NamedTuple):
@@ -48,7 +48,7 @@ class QuantizedState(_Arrays):
 
     Attributes:
         step: updates so far, which key the draws.
-        pool: the bits of all pages (`jaxquant.pages`), uint8[shards, rows + 1, 8, 128].
+        pool: the bits of all pages (`jaxquant.optim.pages`), uint8[shards, rows + 1, 8, 128].
         tables: for each run and slot of the plan, the rows of its pages within their shard,
             int32[shards, groups, pages, 8].
         scales: for each run and slot, what its codec keeps of each block,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxquant import pages
+from jaxquant.optim import pages
 from jaxquant.optim.blocks import BlockStep, Step, block_step, by_group, draw_words
 from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
 from jaxquant.optim.leaves import Leaf

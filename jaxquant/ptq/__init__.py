@@ -6,8 +6,8 @@
 `jaxquant.ptq.solvers` and `jaxquant.ptq.smooth`.
 """
 
+from jaxquant.operations.smoothed import Smoothed
 from jaxquant.ptq.quantizing import METHODS, quantize
 from jaxquant.ptq.searching import Search, search
-from jaxquant.smoothed import Smoothed
 
 __all__ = ["METHODS", "Search", "Smoothed", "quantize", "search"]

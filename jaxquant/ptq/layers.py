@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxquant.engine.rules import Subject, choose
 from jaxquant.functions import quantizing
 from jaxquant.functions.freezing import to_store
 from jaxquant.functions.operations import Operation
@@ -19,10 +20,9 @@ from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calls import at
 from jaxquant.nnx.doors import aliases_of, first_places, rules_of, weights
 from jaxquant.nnx.planning import Plan, planned, planned_call
-from jaxquant.quantizer import Quantizer
-from jaxquant.rules import Subject, choose
-from jaxquant.stacking import Stacking
-from jaxquant.stored import Stored
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.stacking import Stacking
+from jaxquant.numerics.stored import Stored
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant.batches import checked, fitting
-from jaxquant.dot import DotGeneral
+from jaxquant.engine.batches import checked, fitting
 from jaxquant.engine.products import Product
+from jaxquant.engine.rules import Rule, Rules
 from jaxquant.functions.freezing import as_held
 from jaxquant.functions.quantizing import Decision
 from jaxquant.nnx.doors import copied, install, quantized_copy, rules_of, rules_within
@@ -22,7 +22,10 @@ from jaxquant.nnx.modules import ChannelScale
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.observing import Statistic, observe
 from jaxquant.nnx.storing import holder_of, replaced
-from jaxquant.opaque import Owner
+from jaxquant.numerics.opaque import Owner
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.stored import Stored
+from jaxquant.operations.dot import DotGeneral
 from jaxquant.ptq.identity import identity
 from jaxquant.ptq.layers import Layer, layers_of, operation_of, quantizer_of
 from jaxquant.ptq.resuming import Store
@@ -36,9 +39,6 @@ from jaxquant.ptq.solving import (
     statistic,
     statistics_bytes,
 )
-from jaxquant.quantizer import Quantizer
-from jaxquant.rules import Rule, Rules
-from jaxquant.stored import Stored
 
 Model = TypeVar("Model", bound=nnx.Module)
 Batches = Sequence[Any] | Callable[[], Iterable[Any]]

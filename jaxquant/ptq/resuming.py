@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from jaxquant import files, storage
+from jaxquant.artifacts import files, storage
 from jaxquant.ptq.identity import difference
 
 

@@ -14,19 +14,19 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant import files
-from jaxquant.batches import checked, fitting
+from jaxquant.artifacts import files
+from jaxquant.engine.batches import checked, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
 from jaxquant.functions.freezing import stored_operand
 from jaxquant.functions.operations import Operation
 from jaxquant.nnx.calls import Call, called
 from jaxquant.nnx.doors import first_places, quantized_copy, weights
+from jaxquant.numerics.qarray import QArray, dequantize
 from jaxquant.ptq.identity import difference, identity
 from jaxquant.ptq.layers import Layer, layers_of, operation_of
 from jaxquant.ptq.quantizing import check_batches, series
 from jaxquant.ptq.search import Allocation, allocate
-from jaxquant.qarray import QArray, dequantize
 
 Loss = Callable[..., jax.Array]
 

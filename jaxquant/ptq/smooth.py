@@ -2,7 +2,7 @@
 
 In floating point the scales s change nothing.  Quantized, they decide which channels get the finer share of
 the grid: `awq_scale` chooses them for a quantized weight alone, `smoothquant_scale` for a quantized weight
-and quantized inputs.  `jaxquant.smoothed.Smoothed` wraps a layer's product with them.
+and quantized inputs.  `jaxquant.operations.smoothed.Smoothed` wraps a layer's product with them.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.numerics.qarray import fake_quant
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.reductions import largest
 from jaxquant.ptq.solvers import Statistics, check_grid, check_layer, least_of, objective
-from jaxquant.qarray import fake_quant
-from jaxquant.quantizer import Quantizer
-from jaxquant.reductions import largest
 
 # Channels below this share of the largest one count as that large, so that no scale is zero or Inf.
 _LEAST_SHARE = 1e-5

@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
-from jaxquant.calibration import Range, Step
 from jaxquant.formats import Block
-from jaxquant.groups import scale_shape
-from jaxquant.hadamard import hadamard
-from jaxquant.qarray import QArray, calibrate, dequantize, fake_quant, quantize
-from jaxquant.quantizer import Quantizer
-from jaxquant.reductions import largest
+from jaxquant.numerics.calibration import Range, Step
+from jaxquant.numerics.groups import scale_shape
+from jaxquant.numerics.hadamard import hadamard
+from jaxquant.numerics.qarray import QArray, calibrate, dequantize, fake_quant, quantize
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.reductions import largest
 
 _matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 

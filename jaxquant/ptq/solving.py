@@ -12,12 +12,12 @@ import numpy as np
 
 from jaxquant.functions.freezing import packed, stored_operand
 from jaxquant.nnx.observing import Statistic
+from jaxquant.numerics.qarray import QArray
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations.smoothed import multiplied
 from jaxquant.ptq.layers import Layer, Matrices, operation_of, quantizer_of
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
 from jaxquant.ptq.solvers import Statistics, gptq, joined, rtn, statistics, update
-from jaxquant.qarray import QArray
-from jaxquant.quantizer import Quantizer
-from jaxquant.smoothed import multiplied
 
 Method = frozenset[str]
 

@@ -13,6 +13,7 @@ import jax
 import jaxtyping as jt
 import numpy as np
 
+from jaxquant.artifacts.plain import plain
 from jaxquant.quality.examples import Examples, per_example
 from jaxquant.quality.intervals import (
     Interval,
@@ -23,7 +24,6 @@ from jaxquant.quality.intervals import (
     mean_interval,
     paired_difference,
     paired_ratio,
-    plain,
     proportion,
     quantile_interval,
     ratio_interval,

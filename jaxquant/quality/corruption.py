@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.quality.intervals import as_array, plain
+from jaxquant.artifacts.plain import plain
+from jaxquant.quality.intervals import as_array
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
+from jaxquant.artifacts.plain import plain
 from jaxquant.quality.intervals import (
     Interval,
     as_array,
     check_level,
     mean_interval,
     pairs_interval,
-    plain,
     quantile_interval,
 )
 

@@ -14,9 +14,10 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+from jaxquant.artifacts.plain import plain
 from jaxquant.quality.comparison import Group, Report
 from jaxquant.quality.embeddings import EmbeddingReport
-from jaxquant.quality.intervals import Interval, critical, plain
+from jaxquant.quality.intervals import Interval, critical
 from jaxquant.quality.weights import WeightReport
 
 Status = Literal["pass", "fail", "inconclusive"]

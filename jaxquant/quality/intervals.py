@@ -37,21 +37,6 @@ class Interval:
         return format(self, "")
 
 
-def plain(value: Any) -> Any:
-    """Dataclasses, tuples and numbers as JSON has them; what is not finite becomes None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def check_level(level: Any) -> None:
     """Raises a ValueError for what is no level of intervals.
 

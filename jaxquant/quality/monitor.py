@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-from jaxquant.quality.intervals import plain
+from jaxquant.artifacts.plain import plain
 
 Level = Literal["ok", "watch", "alarm"]
 _LEVELS: tuple[Level, ...] = ("ok", "watch", "alarm")

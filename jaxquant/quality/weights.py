@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from jaxquant.artifacts.plain import plain
 from jaxquant.functions.freezing import as_stored
 from jaxquant.nnx.calls import value
 from jaxquant.nnx.doors import quantized_copy
 from jaxquant.nnx.planning import planned
-from jaxquant.qarray import QArray, dequantize
-from jaxquant.quality.intervals import plain
-from jaxquant.smoothed import multiplied
-from jaxquant.stored import Stored
+from jaxquant.numerics.qarray import QArray, dequantize
+from jaxquant.numerics.stored import Stored
+from jaxquant.operations.smoothed import multiplied
 
 
 @dataclasses.dataclass(frozen=True)

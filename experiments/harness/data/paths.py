@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxquant.files import Missing, check_regular, read_bytes
+from jaxquant.artifacts.files import Missing, check_regular, read_bytes
 
 
 def files_at(path: str, *suffixes: str) -> list[Path]:

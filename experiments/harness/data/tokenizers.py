@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxquant.files import check_regular
+from jaxquant.artifacts.files import check_regular
 
 LARGEST = 2**30  # bytes of a tokenizer's file, at most
 SEPARATOR = b"\0"  # between documents of bytes; does not occur in text

@@ -16,7 +16,7 @@ from experiments.harness.data.corpus import (
     of_splits,
 )
 from experiments.harness.data.shards import Shards
-from jaxquant.files import read_json
+from jaxquant.artifacts.files import read_json
 
 META = "meta.json"  # beside shards that experiments.tokenize wrote
 UNFINISHED = "unfinished.json"  # while it has not written them all

@@ -13,7 +13,7 @@ import safetensors
 from flax import nnx
 
 from experiments.harness.pretrained import gguf_header
-from jaxquant import files as regular
+from jaxquant.artifacts import files as regular
 
 Model = TypeVar("Model", bound=nnx.Module)
 

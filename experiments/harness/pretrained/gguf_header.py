@@ -10,7 +10,7 @@ from typing import IO
 
 import gguf
 
-from jaxquant.files import opened
+from jaxquant.artifacts.files import opened
 
 MOST_VALUES = 2**22  # of metadata, in all; the largest vocabularies have 2^18 words
 MOST_TENSORS = 2**20

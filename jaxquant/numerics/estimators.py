@@ -1,0 +1,127 @@
+"""Estimators: what stands in for the gradient of rounding, which is zero almost everywhere.
+
+An estimator gets a tensor laid onto its grid and returns x̂ = s · q with the gradient that it stands
+for: to x, and to the scale s where that is learned.  All arrays are float32 and broadcast against x.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.formats import Format, Int
+from jaxquant.numerics.rounding import straight_through as _straight_through
+
+
+@dataclasses.dataclass(frozen=True)
+class Laid:
+    """A tensor x laid onto a grid.
+
+    Attributes:
+        x: values, differentiable.
+        grid: q, the grid's values, less the zero point.
+        scale: s, differentiable where it is learned.
+        low: the grid's smallest value, less the zero point.
+        high: the grid's largest value, less the zero point.
+        format: the grid.
+        group: how many elements share a scale.
+    """
+
+    x: jax.Array
+    grid: jax.Array
+    scale: jax.Array
+    low: Any
+    high: Any
+    format: Format
+    group: int
+
+    @property
+    def value(self) -> jax.Array:
+        return jax.lax.stop_gradient(self.grid * self.scale)
+
+    @property
+    def inside(self) -> jax.Array:
+        """Which elements do not lie beyond the range of the grid; where there is no range, none does.
+
+        So the gradient of a group that holds a NaN is passed on, with the NaNs that it has by then.
+        """
+        scale = jax.lax.stop_gradient(self.scale)
+        return ~((self.x < self.low * scale) | (self.x > self.high * scale))
+
+
+def straight_through(laid: Laid) -> jax.Array:
+    """∂x̂/∂x = 1 everywhere, nothing to the scale.
+
+    Source: Bengio et al. 2013, arXiv 1308.3432.
+    """
+    return _straight_through(laid.x, jnp.broadcast_to(laid.value, laid.x.shape))
+
+
+def clipped(laid: Laid) -> jax.Array:
+    """∂x̂/∂x = 1 within the range and 0 where x is clipped, nothing to the scale.
+
+    Source: Hubara et al. 2016, arXiv 1609.07061, equation 4.
+    """
+    x = jnp.where(laid.inside, laid.x, jax.lax.stop_gradient(laid.x))
+    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+
+
+def pact(laid: Laid) -> jax.Array:
+    """PACT: the clipping level r = s · max learns from what it clips.
+
+    ∂x̂/∂x = 1 within the range, else 0;  ∂x̂/∂r = 0 within, 1 where x ≥ r, and −1 where x ≤ −r on a
+    signed grid (0 where an unsigned grid clips at zero).  Use with `calibration.Range`, which is then r.
+
+    Source: Choi et al. 2018, arXiv 1805.06085, equations 1 to 3 (unsigned activations).
+    """
+    low, high = laid.low * laid.scale, laid.high * laid.scale
+    x = jnp.where(laid.x >= high, high, jnp.where(laid.x <= low, low, laid.x))
+    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+
+
+def lsq(laid: Laid) -> jax.Array:
+    """LSQ: the step s learns from the rounding error.
+
+    ∂x̂/∂x = 1 within the range, else 0;  ∂x̂/∂s = g · (q − x/s) within, g · q where x is clipped, with
+    the gradient scale g = 1/√(N · Q_P), N the elements that share the step and Q_P the grid's largest
+    value.  Use with `calibration.Step`, which is then s.
+
+    Source: Esser et al. 2020, arXiv 1902.08153, equations 3 and 5 and section 2.2.
+    """
+    gradient_scale = 1 / jnp.sqrt(jnp.maximum(1, laid.group) * jnp.asarray(laid.high, jnp.float32))
+    fixed = jax.lax.stop_gradient(laid.scale)
+    # The value of s with g times its gradient.
+    scale = fixed + gradient_scale * (laid.scale - fixed)
+    ratio = laid.x / scale
+    ratio = jnp.where(laid.inside, ratio, jnp.broadcast_to(laid.grid, ratio.shape))
+    grid = _straight_through(ratio, jnp.broadcast_to(laid.grid, ratio.shape))
+    return grid * scale
+
+
+def trust(laid: Laid) -> jax.Array:
+    """QuEST's trust mask: ∂x̂/∂x = 1 where |x̂ − x| ≤ T, else 0, with T half the step between levels.
+
+    What is within the grid's range is always trusted, and so is what lies at most T beyond it.  QuEST is
+    this with `calibration.gaussian`, a midrise `Int` and a Hadamard rotation; with those
+    T = r/(2^b − 1), as in the paper.
+
+    Raises:
+        ValueError: a format other than an Int, whose steps are not all equal.
+
+    Source: Panferov et al. 2025, arXiv 2502.05003, section 3.2.
+    """
+    if not isinstance(laid.format, Int):
+        raise ValueError(f"the trust mask needs an Int, whose steps are equal; got {laid.format!r}")
+    half_step = jax.lax.stop_gradient(laid.scale) * (laid.format.step / 2)
+    # A value in the middle of a cell errs by exactly half a step, give or take its own rounding.
+    slack = 1 + 8 * jnp.finfo(jnp.float32).eps
+    trusted = jnp.abs(laid.value - laid.x) <= half_step * slack
+    x = jnp.where(trusted | laid.inside, laid.x, jax.lax.stop_gradient(laid.x))
+    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+
+
+def group_size(shape: tuple[int, ...], groups: tuple[int, ...]) -> int:
+    """How many elements of an array share one of its scales."""
+    return math.prod(shape) // max(1, math.prod(groups))

@@ -1,0 +1,480 @@
+"""`ConvGeneralDilated`: a quantized convolution with `jax.lax.conv_general_dilated`'s own signature."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxquant.numerics import rounding
+from jaxquant.numerics.qarray import QArray, dequantize, quantize
+from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.operations.dot import (
+    DotGeneral,
+    Operands,
+    as_values,
+    check_stored,
+    differentiable,
+    first_order,
+    kept,
+    laid,
+    likes,
+    result_spec,
+    simulate,
+)
+from jaxquant.operations.native import check_operands, parts, wide
+from jaxquant.operations.product import is_float8, scaled
+
+Axes = tuple[int, ...]
+Padding = str | Sequence[tuple[int, int]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ConvGeneralDilated:
+    """A convolution of quantized operands: out[n, o, p] = Σ_{c, k} Q_l(lhs)[n, c, p + k] · Q_r(rhs)[o, c, k].
+
+    A frozen callable, hashable where its formats are static, that goes wherever
+    `jax.lax.conv_general_dilated` goes, a Flax layer's `conv_general_dilated` included.  Gradients are
+    straight-through, of the quantized operands, in floating point or, by `dlhs` and `drhs`, quantized too.
+    What the backward pass needs is kept as the forward pass quantized it.
+
+    An operand's ``"channel"`` granularity is a scale for all that is summed over together: in the forward
+    product one per element of lhs's batch and one per output feature of rhs; in ∂lhs one per element
+    of the gradient's batch (and one per input feature of rhs); in ∂rhs one per feature of the gradient
+    (and one per input feature of lhs).
+
+    Args:
+        forward: the forward convolution's operands; either may be a `QArray` already.
+        dlhs: the operands of ∂lhs: the incoming gradient (lhs) and rhs (rhs); None for floating point.
+            Where its rhs is None, the forward's stored numbers are multiplied again, with their scales
+            carried over to the gradient.
+        drhs: the same for ∂rhs: the gradient (lhs) and the forward's lhs (rhs).
+
+    Raises:
+        ValueError: whatever `DotGeneral` refuses; a granularity in blocks or tiles; a rotation; in
+            native arithmetic unsigned 8-bit numbers or two float8 types; at the call, zero points there, a
+            sum that could leave int32, or lax's own refusals.
+
+    Source: Jacob et al. 2018, arXiv 1712.05877, section 2.
+
+    >>> from jaxquant.formats import INT8
+    >>> int8 = Quantizer(INT8, "channel")
+    >>> conv = ConvGeneralDilated(Operands(int8, int8, "native"))
+    >>> conv(jnp.array([[[1.0, 2.0, 127.0]]]), jnp.array([[[127.0, 1.0]]]), (1,), "VALID")
+    Array([[[129., 381.]]], dtype=float32)
+    """
+
+    forward: Operands = dataclasses.field(default_factory=Operands)
+    dlhs: Operands | None = None
+    drhs: Operands | None = None
+
+    def __post_init__(self):
+        DotGeneral(self.forward, self.dlhs, self.drhs)  # refuses what no product takes
+        for name in ("forward", "dlhs", "drhs"):
+            check_operands("a convolution", name, getattr(self, name))
+        if not isinstance(self.forward, Operands):  # a placeholder of a tree transformation
+            return
+        _check_types("forward", self.forward, None)
+        _check_types("dlhs", self.dlhs, self.forward.rhs)
+        _check_types("drhs", self.drhs, self.forward.lhs)
+
+    def __call__(
+        self,
+        lhs: jax.Array | QArray,
+        rhs: jax.Array | QArray,
+        window_strides: Sequence[int],
+        padding: Padding,
+        lhs_dilation: Sequence[int] | None = None,
+        rhs_dilation: Sequence[int] | None = None,
+        dimension_numbers: Any = None,
+        feature_group_count: int = 1,
+        batch_group_count: int = 1,
+        precision: jax.lax.PrecisionLike = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """As `jax.lax.conv_general_dilated`, whose arguments these are."""
+        window = window_of(
+            lhs.shape,
+            rhs.shape,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            (feature_group_count, batch_group_count),
+        )
+        options = {"precision": precision, "preferred_element_type": preferred_element_type}
+        for name, x, spec in (("lhs", lhs, window.lhs_spec), ("rhs", rhs, window.rhs_spec)):
+            _check_stored(name, x, getattr(self.forward, name), spec[0])
+        specs = result_spec(window.convolve, lhs, rhs, out_sharding)
+        compute = functools.partial(ConvGeneralDilated._computed, window=window, options=options)
+        return computed_as_auto(compute, (self, lhs, rhs), specs)
+
+    def _computed(self, lhs: Any, rhs: Any, window: "Window", options: dict) -> jax.Array:
+        forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
+        if forward.arithmetic == "simulated":
+            lhs = simulate(lhs, forward.lhs, all_but(window.lhs_spec[0], lhs.ndim))
+            rhs = simulate(rhs, forward.rhs, all_but(window.rhs_spec[0], rhs.ndim))
+            if self.dlhs is None and self.drhs is None:
+                return window.convolve(lhs, rhs, **options)
+            forward, originals = Operands(), as_values(originals)
+        operands = (forward, self.dlhs, self.drhs, originals)
+        return _conv(window, tuple(options.items()), operands, *differentiable(lhs, rhs))
+
+
+def _check_stored(name: str, x: Any, quantizer: Quantizer | None, axis: int) -> None:
+    """Raises a ValueError where a stored operand's scales are not what a convolution applies."""
+    check_stored(name, x, quantizer)
+    if not isinstance(x, QArray):
+        return
+    if any(x.scale.shape[a] != 1 for a in all_but(axis, x.ndim)) or x.hadamard is not None:
+        raise ValueError(
+            f"a stored {name} has scales along axis {axis} alone and no rotation, as granularity "
+            f"'channel' gives; got scales of shape {x.scale.shape} and hadamard {x.hadamard}"
+        )
+
+
+def _check_types(name: str, operands: Operands | None, kept: Quantizer | None) -> None:
+    """Raises a ValueError where a native convolution would multiply two float8 types."""
+    if not isinstance(operands, Operands) or operands.arithmetic != "native":
+        return
+    pair = (operands.lhs, operands.rhs or kept)
+    if not all(isinstance(q, Quantizer) and is_float8(q.element) for q in pair):
+        return
+    first, second = (q.element.dtype for q in pair if q is not None)
+    if first != second:
+        raise ValueError(
+            f"a native convolution multiplies numbers of one float8 type; {name} has {first} and {second}. "
+            "Use arithmetic='simulated'."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """All that is static in a convolution, as `jax.lax.conv_general_dilated` takes it.
+
+    Attributes:
+        strides, padding, lhs_dilation, rhs_dilation: one entry for each axis of space.
+        lhs_spec: axes of lhs in the order (batch, features, *space).
+        rhs_spec: axes of rhs in the order (output features, input features, *space).
+        out_spec: axes of the output in the order (batch, features, *space).
+        feature_groups: into how many groups lhs's features and rhs's output features are divided.
+        batch_groups: into how many groups lhs's batch and rhs's output features are divided.
+    """
+
+    strides: Axes
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: Axes
+    rhs_dilation: Axes
+    lhs_spec: Axes
+    rhs_spec: Axes
+    out_spec: Axes
+    feature_groups: int
+    batch_groups: int
+
+    def convolve(self, lhs: jax.Array, rhs: jax.Array, **options: Any) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            lhs,
+            rhs,
+            self.strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            jax.lax.ConvDimensionNumbers(self.lhs_spec, self.rhs_spec, self.out_spec),
+            self.feature_groups,
+            self.batch_groups,
+            **options,
+        )
+
+    def lhs_scale(self, scale: jax.Array, features: int) -> jax.Array:
+        """Scales of lhs, one or one per element of its batch, as they lie over `features` of the output.
+
+        Output feature o of group o // (features / groups) is made of that group's part of the batch.
+        """
+        groups = self.batch_groups if scale.size > 1 else 1
+        by_feature = scale.reshape(groups, -1).T
+        if groups > 1:
+            by_feature = jnp.repeat(by_feature, features // groups, axis=1)
+        return self._over_output(by_feature)
+
+    def rhs_scale(self, scale: jax.Array) -> jax.Array:
+        """Scales of rhs, one or one per output feature, as they lie over the output."""
+        return self._over_output(scale.reshape(1, -1))
+
+    def _over_output(self, scale: jax.Array) -> jax.Array:
+        """Scales (batch, features) with the output's axes."""
+        ndim = len(self.out_spec)
+        return jnp.moveaxis(
+            scale.reshape(*scale.shape, *[1] * (ndim - 2)), range(ndim), self.out_spec
+        )
+
+
+def window_of(
+    lhs_shape, rhs_shape, strides, padding, lhs_dilation, rhs_dilation, numbers, groups
+) -> Window:
+    """The arguments of `jax.lax.conv_general_dilated` with their defaults filled in."""
+    numbers = jax.lax.conv_dimension_numbers(lhs_shape, rhs_shape, numbers)
+    ndim = len(lhs_shape) - 2
+    lhs_dilation, rhs_dilation = (
+        (1,) * ndim if d is None else tuple(map(int, d)) for d in (lhs_dilation, rhs_dilation)
+    )
+    strides = tuple(map(int, strides))
+    for name, sizes in (
+        ("window_strides", strides),
+        ("lhs_dilation", lhs_dilation),
+        ("rhs_dilation", rhs_dilation),
+    ):
+        if len(sizes) != ndim:
+            raise ValueError(f"{name} has an entry for each of {ndim} axes of space; got {sizes}")
+    if isinstance(padding, str):
+        if set(lhs_dilation) - {1}:
+            raise ValueError(
+                f"padding {padding!r} of an lhs dilated by {lhs_dilation} is not defined; "
+                "give pairs (low, high)"
+            )
+        space = [lhs_shape[a] for a in numbers.lhs_spec[2:]]
+        taps = _dilated([rhs_shape[a] for a in numbers.rhs_spec[2:]], rhs_dilation)
+        padding = jax.lax.padtype_to_pads(space, taps, strides, padding)
+    pairs = tuple((int(low), int(high)) for low, high in padding)
+    lhs_spec, rhs_spec, out_spec = (tuple(map(int, spec)) for spec in numbers)
+    return Window(
+        strides,
+        pairs,
+        lhs_dilation,
+        rhs_dilation,
+        lhs_spec,
+        rhs_spec,
+        out_spec,
+        feature_groups=int(groups[0]),
+        batch_groups=int(groups[1]),
+    )
+
+
+def _dilated(sizes: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    return [max(0, (n - 1) * d + 1) for n, d in zip(sizes, dilation, strict=True)]
+
+
+def all_but(axis: int, ndim: int) -> Axes:
+    return tuple(a for a in range(ndim) if a != axis)
+
+
+def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
+    """The convolution of two operands: stored numbers multiplied as they are, and scales applied after."""
+    options = dict(options)
+    preferred = options.pop("preferred_element_type", None)
+    dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
+    if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
+        return window.convolve(lhs, rhs, preferred_element_type=preferred, **options)
+    if isinstance(lhs, QArray) and isinstance(rhs, QArray):
+        options.pop(
+            "precision", None
+        )  # chooses among floating-point algorithms; these sums are exact
+    features = rhs.shape[window.rhs_spec[0]]
+    terms = math.prod(rhs.shape) // max(1, features)
+    left, right, accumulator = parts(lhs, rhs, terms)
+    out = window.convolve(left.values, right.values, preferred_element_type=accumulator, **options)
+    out = out.astype(wide(dtype))
+    if left.scale is not None:
+        out = scaled(out, window.lhs_scale(left.scale, features).astype(out.dtype))
+    if right.scale is not None:
+        out = scaled(out, window.rhs_scale(right.scale).astype(out.dtype))
+    return out.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv(window: Window, options: Any, operands: Any, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    return _conv_forward(window, options, operands, lhs, rhs)[0]
+
+
+def _conv_forward(window, options, operands, lhs, rhs):
+    forward, dlhs, drhs, originals = operands
+    (batch, lhs_in), (features, rhs_in) = window.lhs_spec[:2], window.rhs_spec[:2]
+    ndim = len(window.lhs_spec)
+    left = laid(lhs, originals[0], forward.lhs, all_but(batch, ndim))
+    right = laid(rhs, originals[1], forward.rhs, all_but(features, ndim))
+    out = _product(window, left, right, dict(options))
+    # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
+    residuals = (
+        kept(originals[0], left, drhs, all_but(lhs_in, ndim)),
+        kept(originals[1], right, dlhs, all_but(rhs_in, ndim)),
+    )
+    return out, (residuals, (dlhs, drhs), likes(lhs, rhs, originals))
+
+
+def _conv_backward(window, options, residuals, gradient):
+    (lhs, rhs), (dlhs, drhs), (lhs_like, rhs_like) = residuals
+    options = {"precision": dict(options)["precision"]}
+    left = right = jnp.zeros(0)
+    if lhs_like is not None:
+        left = jnp.zeros(lhs.shape, lhs_like.dtype)
+        if gradient.size:  # XLA has no convolution with an empty window
+            left = _lhs_gradient(window, options, dlhs, gradient, lhs.shape, rhs)
+        left = left.astype(lhs_like.dtype)
+    if rhs_like is not None:
+        right = jnp.zeros(rhs.shape, rhs_like.dtype)
+        if gradient.size:
+            right = _rhs_gradient(window, options, drhs, gradient, lhs, rhs.shape)
+        right = right.astype(rhs_like.dtype)
+    witnesses = (lhs_like, rhs_like)
+    return None, first_order(left, witnesses), first_order(right, witnesses)
+
+
+_conv.defvjp(_conv_forward, _conv_backward)
+
+
+# The two gradients draw for themselves, were their scales equal.
+DRHS_KEY = functools.partial(rounding.key_of, seed=1)
+
+
+def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Array:
+    """∂lhs: the gradient convolved with rhs turned round, summed over features and space."""
+    summed = all_but(window.out_spec[0], gradient.ndim)
+    if operands is None or operands.arithmetic == "simulated":
+        gradient, values = _in_floats(operands, gradient, rhs, summed)
+        return _transposed(lambda x: window.convolve(x, values, **options), lhs_shape, gradient)
+    if isinstance(rhs, QArray) and operands.rhs is None:
+        # rhs's scales belong to output features, which this product sums over: Σ_o g_o (s_o q_o) is
+        # Σ_o (g_o s_o) q_o, and the stored numbers are multiplied as they are.
+        wider = wide(gradient.dtype)
+        gradient = gradient.astype(wider) * window.rhs_scale(rhs.float_scale()).astype(wider)
+        rhs = _without_scale(rhs)
+    if operands.lhs is not None:
+        gradient = quantize(gradient, operands.lhs, summed, rounding.key_of)
+    transposed = _towards_lhs(window, lhs_shape, rhs.shape, gradient.shape)
+    options = {**options, "preferred_element_type": wide(gradient.dtype)}
+    result = _product(transposed, gradient, _turned_round(window, rhs), options)
+    batch, features = window.lhs_spec[:2]
+    return _regrouped(result, features, batch, window.batch_groups)
+
+
+def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Array:
+    """∂rhs: lhs convolved with the gradient as the window, summed over batch and space."""
+    summed = all_but(window.out_spec[1], gradient.ndim)
+    if operands is None or operands.arithmetic == "simulated":
+        gradient, values = _in_floats(operands, gradient, lhs, summed)
+        return _transposed(lambda x: window.convolve(values, x, **options), rhs_shape, gradient)
+    if isinstance(lhs, QArray) and operands.rhs is None:
+        # As above; lhs's scales belong to elements of the batch.
+        features = gradient.shape[window.out_spec[1]]
+        wider = wide(gradient.dtype)
+        scale = window.lhs_scale(lhs.float_scale(), features).astype(wider)
+        gradient = gradient.astype(wider) * scale
+        lhs = _without_scale(lhs)
+    if operands.lhs is not None:
+        gradient = quantize(gradient, operands.lhs, summed, DRHS_KEY)
+    transposed = _towards_rhs(window, lhs.shape, rhs_shape, gradient.shape)
+    options = {**options, "preferred_element_type": wide(gradient.dtype)}
+    return _product(transposed, lhs, gradient, options)
+
+
+def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
+    """The gradient, quantized and back where so asked, and the values of what was kept, in one type."""
+    quantizer = None if operands is None else operands.lhs
+    gradient = simulate(gradient, quantizer, summed, rounding.key_of)
+    values = dequantize(kept) if isinstance(kept, QArray) else kept
+    return gradient, values.astype(gradient.dtype)
+
+
+def _transposed(linear, shape, gradient) -> jax.Array:
+    """The transpose of a linear function of an array of that shape, in the gradient's type."""
+    (result,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(shape, gradient.dtype))(gradient)
+    return result
+
+
+def _without_scale(kept: QArray) -> QArray:
+    return dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))
+
+
+def _towards_lhs(window: Window, lhs_shape: Axes, rhs_shape: Axes, out_shape: Axes) -> Window:
+    """The convolution gradient * rhs → ∂lhs.
+
+    Each output element is a sum over the taps of the window; what an input element gets back is the sum
+    over the same taps in reverse, of the gradient spread out by the strides.
+    """
+    space, taps, spread = _dilated_space(window, lhs_shape, rhs_shape, out_shape)
+    padding = []
+    for (low, _), n, k, g in zip(window.padding, space, taps, spread, strict=True):
+        before = k - 1 - low
+        padding.append(
+            (before, n + k - 1 - g - before)
+        )  # so that n elements come out before striding
+    return Window(
+        strides=window.lhs_dilation,
+        padding=tuple(padding),
+        lhs_dilation=window.strides,
+        rhs_dilation=window.rhs_dilation,
+        lhs_spec=window.out_spec,
+        rhs_spec=_swapped(window.rhs_spec),
+        out_spec=window.lhs_spec,
+        # Groups of the batch come out as groups of features, and are put back afterwards.
+        feature_groups=max(window.feature_groups, window.batch_groups),
+        batch_groups=1,
+    )
+
+
+def _towards_rhs(window: Window, lhs_shape: Axes, rhs_shape: Axes, out_shape: Axes) -> Window:
+    """The convolution lhs * gradient → ∂rhs: batch and features change places, and so do their groups."""
+    space, taps, spread = _dilated_space(window, lhs_shape, rhs_shape, out_shape)
+    padding = []
+    for (low, _), n, k, g in zip(window.padding, space, taps, spread, strict=True):
+        padding.append((low, k + g - 1 - n - low))  # so that k taps come out before striding
+    return Window(
+        strides=window.rhs_dilation,
+        padding=tuple(padding),
+        lhs_dilation=window.lhs_dilation,
+        rhs_dilation=window.strides,
+        lhs_spec=_swapped(window.lhs_spec),
+        rhs_spec=_swapped(window.out_spec),
+        out_spec=_swapped(window.rhs_spec),
+        feature_groups=window.batch_groups,
+        batch_groups=window.feature_groups,
+    )
+
+
+def _dilated_space(
+    window, lhs_shape, rhs_shape, out_shape
+) -> tuple[list[int], list[int], list[int]]:
+    """Extents in space of lhs, rhs and the output, each with its dilation or stride between the elements."""
+    return (
+        _dilated([lhs_shape[a] for a in window.lhs_spec[2:]], window.lhs_dilation),
+        _dilated([rhs_shape[a] for a in window.rhs_spec[2:]], window.rhs_dilation),
+        _dilated([out_shape[a] for a in window.out_spec[2:]], window.strides),
+    )
+
+
+def _swapped(spec: Axes) -> Axes:
+    return (spec[1], spec[0], *spec[2:])
+
+
+def _turned_round(window: Window, rhs: QArray | jax.Array) -> QArray | jax.Array:
+    """rhs with its window reversed, and with its groups moved from the output features to the input's."""
+    groups = max(window.feature_groups, window.batch_groups)
+    features, inputs, *space = window.rhs_spec
+
+    def turned(x):
+        return _regrouped(jax.lax.rev(x, space), features, inputs, groups)
+
+    if not isinstance(rhs, QArray):
+        return turned(rhs)
+    scale = rhs.float_scale()
+    if scale.size > 1:  # one per input feature of a group, alike in all groups
+        scale = turned(jnp.repeat(scale, groups, axis=features))
+    return dataclasses.replace(rhs, qvalue=turned(rhs.qvalue), scale=scale)
+
+
+def _regrouped(x: jax.Array, source: int, target: int, groups: int) -> jax.Array:
+    """Splits the groups off axis `source`, outermost within it, and puts them outermost within `target`."""
+    if groups == 1:
+        return x
+    shape = list(x.shape)
+    split = x.reshape(*shape[:source], groups, shape[source] // groups, *shape[source + 1 :])
+    moved = jnp.moveaxis(split, source, target)
+    shape[source] //= groups
+    shape[target] *= groups
+    return moved.reshape(shape)

@@ -1,0 +1,343 @@
+"""The product of two operands of which at least one is quantized: which numbers are multiplied, and where
+the scales go.
+
+    Σ_k s_l (l_k − z_l) · s_r (r_k − z_r)  =  s_l s_r Σ_k (l_k − z_l) (r_k − z_r)
+
+Scales that do not vary along k factor out, and what remains is a product of 8-bit numbers.  Scales in
+blocks along k are applied block by block.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxquant.formats import Float, Format, Int, is_static
+from jaxquant.numerics.packing import NIBBLE_BITS, nibble_words, nibbles
+from jaxquant.numerics.qarray import QArray, dequantize
+from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.operations.integers import Dims, full, integers, is_integer, laid_out, split
+
+_FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
+_LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
+_TERMS = 16  # products that one pass adds up
+
+
+def is_float8(format: Format) -> bool:
+    """Whether the format's values are those of an 8-bit float type that can be multiplied."""
+    if not isinstance(format, Float) or not all(
+        map(is_static, (format.exponent_bits, format.mantissa_bits))
+    ):
+        return False
+    return bool(format.bits == 8) and format.convention != "fnu" and format.dtype != np.uint8
+
+
+def product(
+    lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, **options: Any
+) -> jax.Array:
+    """lhs · rhs, in 8-bit numbers where both operands are quantized.
+
+    Args:
+        lhs: left operand.
+        rhs: right operand.
+        dims: dimension numbers, as of `jax.lax.dot_general`.
+        options: preferred_element_type and precision, as of `jax.lax.dot_general`.
+
+    Raises:
+        ValueError: formats that no product takes together; a sum that could leave int32; blocks of two
+            sizes that have no common division of the contracting axis.
+    """
+    preferred = options.pop("preferred_element_type", None)
+    dtype = preferred or result_type(lhs.dtype, rhs.dtype)
+    if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
+        return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
+    lhs, rhs = lhs.unpack(), rhs.unpack()
+    if lhs.hadamard or rhs.hadamard:
+        _check_rotations(lhs, rhs, dims)
+    # No precision, which chooses among floating-point algorithms: these products are exact.
+    if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
+        return _blockwise(lhs, rhs, dims, dtype).astype(dtype)
+    return _scaled(lhs, rhs, dims, dtype).astype(dtype)
+
+
+def result_type(lhs: Any, rhs: Any) -> np.dtype:
+    """The type of `jax.lax.dot_general`'s result for operands of two types.
+
+    >>> result_type(jnp.bfloat16, jnp.float32)
+    dtype('float32')
+    """
+    if lhs == rhs:
+        return np.dtype(lhs)
+    # Asked of lax, whose rule is not quite NumPy's: float16 by bfloat16 is bfloat16.
+    one, other = (jax.ShapeDtypeStruct((1, 1), dtype) for dtype in (lhs, rhs))
+    dims = (((1,), (0,)), ((), ()))
+    return jax.eval_shape(lambda a, b: jax.lax.dot_general(a, b, dims), one, other).dtype
+
+
+def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
+    """Raises a ValueError unless both operands are rotated alike along the axis that is summed over."""
+    wanted = [(lhs.hadamard or rhs.hadamard or (0, 0))[0]] * 2
+    places = [
+        x.hadamard[0] if x.hadamard and x.hadamard[1] % x.ndim == axes[-1] else None
+        for x, axes in ((lhs, dims[0][0]), (rhs, dims[0][1]))
+    ]
+    if places != wanted:
+        raise ValueError(
+            "operands are multiplied in rotated coordinates where both are rotated in the same blocks along "
+            f"their last contracting axis; got {lhs.hadamard} and {rhs.hadamard}"
+        )
+
+
+def _one_sided(
+    lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict
+) -> jax.Array:
+    """A float operand with a quantized one: its values go through in the float operand's type, or a wider."""
+    quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
+    other: Any = rhs if isinstance(lhs, QArray) else lhs
+    assert isinstance(quantized, QArray)
+
+    def multiply(values: jax.Array, other: jax.Array, **options: Any) -> jax.Array:
+        left, right = (values, other) if isinstance(lhs, QArray) else (other, values)
+        return jax.lax.dot_general(left, right, dims, **options)
+
+    factors = (
+        quantized.zero_point is None
+        and quantized.hadamard is None
+        and all(quantized.scale.shape[a] == 1 for a in axes)
+        and all(s in (1, n) for s, n in zip(quantized.scale.shape, quantized.shape, strict=True))
+        # What a 16-bit float may not hold exactly is scaled first, in float32.
+        and isinstance(quantized.format, Int | Float)
+    )
+    common = result_type(quantized.dtype, other.dtype)
+    if not factors:
+        return multiply(dequantize(dataclasses.replace(quantized, dtype=common)), other, **options)
+    dtype = options["preferred_element_type"] or common
+    options = {**options, "preferred_element_type": _at_least_float32(dtype)}
+    scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+
+    def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
+        stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
+        values = stored.element.load(stored.qvalue).astype(other.dtype)
+        return multiply(values, other, **options)
+
+    def few(other: jax.Array, qvalue: jax.Array) -> jax.Array:
+        stored = dataclasses.replace(quantized, qvalue=qvalue)
+        return _few_rows(other, stored, dims, options["preferred_element_type"])
+
+    if isinstance(rhs, QArray) and _has_few_rows(other, rhs, dims):
+        result = jax.lax.platform_dependent(other, rhs.qvalue, cpu=few, default=plain)
+    else:
+        result = plain(other, quantized.qvalue)
+    return scaled(result, scale.astype(result.dtype)).astype(dtype)
+
+
+def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
+    """Whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
+    (lhs_axes, rhs_axes), (lhs_batch, _) = dims
+    rows = math.prod(n for a, n in enumerate(lhs.shape) if a not in lhs_axes)
+    terms = math.prod(rhs.shape[a] for a in rhs_axes)
+    if not all(isinstance(n, int) for n in lhs.shape):
+        return False  # a program for any number of rows
+    return (
+        not lhs_batch
+        and 0 < rows <= _FEW_ROWS
+        and rhs.size > 0
+        and sorted(rhs_axes) == list(range(len(rhs_axes)))  # what is summed over comes first
+        and len(rhs_axes) < rhs.ndim
+        and terms % 4 == 0
+        and is_integer(rhs.element)
+    )
+
+
+def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """A few rows times stored weights without their scales, reading each stored byte once.
+
+    A library's product would have the weights written out in floating point first, which takes several
+    times as long as multiplying them.  Elementwise arithmetic that adds up a few rows of weights at a
+    time reads them as they are stored.
+    """
+    lhs_axes, rhs_axes = dims[0]
+    ordered = [a for _, a in sorted(zip(rhs_axes, lhs_axes, strict=True))]
+    free = [a for a in range(lhs.ndim) if a not in lhs_axes]
+    terms, shape = math.prod(lhs.shape[a] for a in ordered), rhs.shape[len(rhs_axes) :]
+    rows = jnp.transpose(lhs, (*ordered, *free)).reshape(terms, -1).astype(dtype)
+    if _holds_nibbles(rhs.element):
+        # Packed or not, the same words are multiplied, so that the sums are the same to the bit.
+        words = nibble_words(rhs.pack().qvalue, int(rhs.element.bits), rhs.shape[-1])
+        words = words | _zero_after(rows)
+        sums = _sum_products(rows, words.reshape(terms, -1, 1), lambda w: nibbles(w).astype(dtype))
+        sums = sums.reshape(rows.shape[1], *shape[:-1], -1)[..., : shape[-1]]
+    else:
+        stored = rhs.unpack().qvalue
+        stored = stored.astype(jnp.int8) if stored.dtype == jnp.int4 else stored
+        load = rhs.element.load
+        sums = _sum_products(rows, stored.reshape(terms, -1), lambda q: load(q).astype(dtype))
+    return sums.reshape(*(lhs.shape[a] for a in free), *shape)
+
+
+def _zero_after(x: jax.Array) -> jax.Array:
+    """An int32 zero that the compiler knows to need x, and not to be zero.
+
+    What depends on weights alone may be computed as soon as a program starts: the words of all layers, in
+    memory at once and out of the cache again before they are multiplied.
+    """
+    bits = jax.lax.bitcast_convert_type(x[0, 0].astype(jnp.float32), jnp.uint32)
+    return ((bits >> jnp.uint32(31)) >> jnp.uint32(1)).astype(jnp.int32)
+
+
+def _holds_nibbles(format: Format) -> bool:
+    """Whether codes are two's complement of at most four bits."""
+    assert isinstance(format, Int)
+    return bool(format.bits <= NIBBLE_BITS) and format.levels in ("symmetric", "full")
+
+
+def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
+    """Σ_k rows[k, r] · load(stored)[k, …], [r, …].
+
+    Args:
+        rows: [k, r].
+        stored: weights as they lie in memory, [k, …].
+        load: from stored weights to numbers of rows' type.
+    """
+    terms = math.gcd(stored.shape[0], _TERMS)
+    # Kept apart from what made them: else the rows would be computed anew for every column, and a
+    # quantization within the same program could change the order of the sum.
+    rows, stored = jax.lax.optimization_barrier((rows, stored))
+    rows = rows.reshape(-1, terms, rows.shape[1], *[1] * (stored.ndim - 1))
+    stored = stored.reshape(-1, terms, 1, *stored.shape[1:])
+    # Each addition may become one multiply-add with its product.  Of the first two products that could be
+    # either; with one of them rounded by itself, it is the same in every program.
+    total = scaled(rows[:, 0], load(stored[:, 0]))
+    for i in range(1, terms):
+        total = total + rows[:, i] * load(stored[:, i])
+    return _sum_first(jax.lax.optimization_barrier(total))
+
+
+def _sum_first(x: jax.Array) -> jax.Array:
+    """The sum over the first axis, by additions of slices, which are vectorized where a sum is not."""
+    rows = x.shape[0]
+    count = min(rows, _TERMS)
+    step = rows // count
+    parts = (x[i * step : (i + 1) * step] for i in range(count))
+    total = functools.reduce(operator.add, parts)
+    total = total[0] if step == 1 else _sum_first(total)
+    return total if count * step == rows else total + _sum_first(x[count * step :])
+
+
+def _at_least_float32(dtype: Any) -> Any:
+    return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+
+
+def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
+    return math.prod(operand.scale.shape[a] for a in axes)
+
+
+def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """A product whose scales do not vary along the contracting axes, float32 or the wider type asked for."""
+    if is_integer(lhs.element) and is_integer(rhs.element):
+        result = integers(lhs, rhs, dims)
+    elif is_float8(lhs.element) and is_float8(rhs.element):
+        result = jax.lax.dot_general(
+            lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32
+        )
+    else:
+        raise ValueError(
+            f"no product multiplies {lhs.element} by {rhs.element}: native arithmetic takes two Ints of at "
+            "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
+        )
+    result = result.astype(_at_least_float32(dtype))
+    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(result.dtype)
+    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(result.dtype)
+    if not isinstance(result.size, int) or result.size < _LARGE:
+        return scaled(result * left, right)
+    return jax.lax.platform_dependent(
+        result * left,
+        right,
+        # A pass of its own: what follows is often a transposition, which would multiply number by number.
+        cpu=lambda x, scale: _materialized_on_cpu(x * scale),
+        default=scaled,
+    )
+
+
+def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
+    """result · scale, subnormal numbers flushed to zero.
+
+    A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
+    instructions that round twice, as the rest of the program has it.  With a choice between them it is two
+    in every program, so that a frozen model's numbers are the quantized one's.
+    """
+    product = result * scale
+    return jnp.where(jnp.abs(product) < jnp.finfo(product.dtype).tiny, 0, product)
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """x, which the compiler joins with nothing after it: whatever made it, what follows has the same bits.
+
+    Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
+    these up in an order that depends on it.
+    """
+    return computed_as_auto(_materialized, (x,), lambda: spec_of(x))
+
+
+def _materialized(x: jax.Array) -> jax.Array:
+    default = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x, cpu=_materialized_on_cpu, default=default)
+
+
+def _materialized_on_cpu(x: jax.Array) -> jax.Array:
+    if 0 in x.shape:
+        return x
+    # That compiler drops barriers before it joins operations; what it cannot join is a branch.
+    return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
+
+
+def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """Σ over blocks of the block's product times its scales, in `_scaled`'s type."""
+    lhs, rhs, dims = _one_axis(lhs, rhs, dims)
+    lhs_axes, rhs_axes = dims[0]
+    blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
+    if lhs.shape[lhs_axes[0]] % blocks:
+        raise ValueError(
+            f"operands with {_blocks(lhs, lhs_axes)} and {_blocks(rhs, rhs_axes)} blocks along the "
+            f"contracting axis of {lhs.shape[lhs_axes[0]]} do not split it into blocks of one size"
+        )
+    # Each block is a product like any other; the scan's axis comes first and is gone within.
+    parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
+
+    def step(total, pair):
+        return total + _scaled(pair[0], pair[1], dims, dtype), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, dtype), *first)
+    return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
+
+
+def _one_axis(lhs: QArray, rhs: QArray, dims: Dims) -> tuple[QArray, QArray, Dims]:
+    """The same product over one contracting axis, which then comes last in both operands."""
+    if len(dims[0][0]) == 1:
+        return lhs, rhs, dims
+    merged, batches = [], []
+    for x, axes, batch in zip((lhs, rhs), *dims, strict=True):
+        kept = [a for a in range(x.ndim) if a not in axes]
+
+        def merge(array, kept=kept, axes=axes):
+            array = jnp.transpose(array, (*kept, *axes))
+            return array.reshape(*array.shape[: len(kept)], -1)
+
+        merged.append(
+            QArray(
+                merge(x.qvalue),
+                merge(x.float_scale()),
+                None if x.zero_point is None else merge(x.zero_point),
+                format=x.element,
+                dtype=x.dtype,
+            )
+        )
+        batches.append(tuple(kept.index(a) for a in batch))
+    left, right = merged
+    return left, right, (((left.ndim - 1,), (right.ndim - 1,)), tuple(batches))
