@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.harness import cli, files, packages
+from experiments.harness.running import cli, files, packages
 from jaxquant.artifacts.files import read_bytes, writing
 
 FLAGS = flags.FLAGS

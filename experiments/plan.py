@@ -14,7 +14,8 @@ import altair as alt
 import pandas as pd
 from absl import flags
 
-from experiments.harness import cli, ledgers, report
+from experiments.harness.reporting import report
+from experiments.harness.running import cli, ledgers
 from experiments.training_precision import analysis
 from experiments.training_precision.study import STUDY
 from jaxquant import laws

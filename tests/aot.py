@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
-from experiments.harness import models
+from experiments.harness.models import lm
 
 # Sizes that tell the blocks' weights, the head's and the activations' shapes apart.
 VOCABULARY, BATCH, TOKENS = 640, 64, 48
@@ -41,10 +41,10 @@ def train_step(recipe: str | None, layers: int, width: int, mesh: Mesh) -> Progr
         mesh: with the axis fsdp.
     """
     heads = width // 128
-    config = models.LMConfig(
+    config = lm.LMConfig(
         layers, width, heads, heads, 2 * width, vocab_size=VOCABULARY, dtype="bfloat16"
     )
-    graphdef, params = nnx.split(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0))))
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: lm.LM(config, nnx.Rngs(0))))
     optimizer, rows = optax.adamw(1e-3), NamedSharding(mesh, P("fsdp"))
 
     def by_rows(x):

@@ -13,8 +13,9 @@ from conftest import ROOT, study_command
 from flax import nnx
 from scipy import stats
 
-from experiments.benchmark import optimizers, serving, step, study, timing, variants
+from experiments.benchmark import optimizers, serving, step, study, variants
 from experiments.benchmark.lm import LinenLM, NnxLM, Shape
+from experiments.harness.running import timing
 
 pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
 

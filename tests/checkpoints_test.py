@@ -9,8 +9,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from experiments.harness import checkpoints as module
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.running import checkpoints as module
+from experiments.harness.running.checkpoints import Checkpoints
 
 
 class Position:

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from jax.sharding import AbstractMesh
 
-from experiments.harness import sharding
+from experiments.harness.training import sharding
 from experiments.train import PRESETS, claiming
 
 pytestmark = pytest.mark.exhaustive  # looks at our folders, not at versions of others

@@ -5,8 +5,8 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 
-from experiments.harness import corruptions
-from experiments.harness.corruptions import CORRUPTIONS, SEVERITIES, corrupt
+from experiments.harness.data import corruptions
+from experiments.harness.data.corruptions import CORRUPTIONS, SEVERITIES, corrupt
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

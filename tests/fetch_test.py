@@ -12,7 +12,8 @@ import pytest
 from conftest import ROOT, deb
 
 from experiments import fetch
-from experiments.harness import data, packages
+from experiments.harness import data
+from experiments.harness.running import packages
 
 CONTENT = {
     "./usr/share/doc/words/copyright": b"a licence",

@@ -9,10 +9,11 @@ import textwrap
 import pytest
 
 import jaxquant
-from experiments.harness import data, files, ledgers
+from experiments.harness import data
 from experiments.harness.data import paths, tokenizers
 from experiments.harness.pretrained import files as weights
 from experiments.harness.pretrained import minilm, references
+from experiments.harness.running import files, ledgers
 from jaxquant.artifacts import files as regular
 
 
@@ -223,7 +224,7 @@ def test_at_the_command_line_it_is_one_line_and_status_2(tmp_path):
 _WRITERS = """
     import json, os, sys
     os.getpid = lambda: 1  # as in containers, each of which counts from 1
-    from experiments.harness import files
+    from experiments.harness.running import files
     path, mark = sys.argv[1] + "/record.json", sys.argv[2]
     torn = 0
     print("ready", flush=True)
@@ -277,7 +278,7 @@ _FULL = """
     import jax.numpy as jnp, numpy as np, optax
     import jaxquant as jq
     from jaxquant.optim import fixed, quantize_state
-    from experiments.harness import files
+    from experiments.harness.running import files
     from pathlib import Path
 
     folder = Path(sys.argv[1])

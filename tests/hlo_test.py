@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.harness import hlo
+from experiments.harness.training import hlo
 
 TEXT = """
 HloModule step, is_scheduled=true

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import deb
 
-from experiments.harness import images
+from experiments.harness.data import images
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

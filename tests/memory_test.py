@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.harness import memory
+from experiments.harness.running import memory
 
 C = ctypes.CDLL(None)
 pytestmark = [
@@ -65,7 +65,7 @@ def test_arenas_stay_few():
     script = """
 import os, sys, threading
 os.cpu_count = lambda: 2
-from experiments.harness import memory
+from experiments.harness.running import memory
 if sys.argv[1] == "few":
     memory.make_room("a kind")
 hold = threading.Barrier(13)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.harness import models
+from experiments.harness.models import lm
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
@@ -13,10 +13,10 @@ def parameters(model, prefix=""):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-@pytest.mark.parametrize("name", models.SIZES)
+@pytest.mark.parametrize("name", lm.SIZES)
 def test_sizes_are_what_their_names_say(name):
-    config = models.SIZES[name]
-    model = nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))
+    config = lm.SIZES[name]
+    model = nnx.eval_shape(lambda: lm.LM(config, nnx.Rngs(0)))
     norms = (2 * config.layers + 1) * config.width
     embedding_and_head = 2 * config.vocab_size * config.width
     n = parameters(model) - norms - embedding_and_head
@@ -27,8 +27,8 @@ def test_sizes_are_what_their_names_say(name):
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_are_causal(kv_heads):
-    config = models.LMConfig(2, 32, 4, kv_heads, 64)
-    model = models.LM(config, nnx.Rngs(0))
+    config = lm.LMConfig(2, 32, 4, kv_heads, 64)
+    model = lm.LM(config, nnx.Rngs(0))
     embedded = jax.random.normal(jax.random.key(0), (1, 8, 32))
 
     def logits(x):
@@ -44,7 +44,7 @@ def test_logits_are_causal(kv_heads):
 
 def test_rotation_makes_products_depend_on_distance_alone():
     q, k = (jax.random.normal(jax.random.key(i), (1, 1, 1, 16)) for i in range(2))
-    turned_q, turned_k = (models.rotate(jnp.tile(x, (1, 12, 1, 1)))[0, :, 0] for x in (q, k))
+    turned_q, turned_k = (lm.rotate(jnp.tile(x, (1, 12, 1, 1)))[0, :, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
     for distance in range(4):
         diagonal = np.diagonal(scores, -distance)
@@ -52,14 +52,14 @@ def test_rotation_makes_products_depend_on_distance_alone():
 
 
 def test_grouped_queries_share_keys_and_values():
-    full, grouped = (models.LMConfig(1, 32, 4, kv, 64) for kv in (4, 1))
+    full, grouped = (lm.LMConfig(1, 32, 4, kv, 64) for kv in (4, 1))
     assert full.non_embedding_parameters - grouped.non_embedding_parameters == 2 * 32 * 24
-    logits = models.LM(grouped, nnx.Rngs(0))(jnp.zeros((2, 5), jnp.int32))
+    logits = lm.LM(grouped, nnx.Rngs(0))(jnp.zeros((2, 5), jnp.int32))
     assert logits.shape == (2, 5, 256)
 
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
-    model = models.LM(models.sized("3k", dtype="bfloat16"), nnx.Rngs(0))
+    model = lm.LM(lm.sized("3k", dtype="bfloat16"), nnx.Rngs(0))
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote their scale by themselves
         x = model.blocks[0](jnp.ones((1, 2, 12), jnp.bfloat16))
         logits = model(jnp.zeros((1, 2), jnp.int32))
@@ -72,12 +72,12 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: models.sized("9b"), "one of 3k, 14k"),
-        (lambda: models.LMConfig(1, 30, 4, 4, 64), "width 30"),
-        (lambda: models.LMConfig(1, 12, 4, 4, 64), "even size"),
-        (lambda: models.LMConfig(1, 32, 4, 3, 64), "3 kv_heads"),
-        (lambda: models.LMConfig(1, 32, 4, -1, 64), "kv_heads is at least 1"),
-        (lambda: models.sized("3k", dtype="float8"), "float8"),
+        (lambda: lm.sized("9b"), "one of 3k, 14k"),
+        (lambda: lm.LMConfig(1, 30, 4, 4, 64), "width 30"),
+        (lambda: lm.LMConfig(1, 12, 4, 4, 64), "even size"),
+        (lambda: lm.LMConfig(1, 32, 4, 3, 64), "3 kv_heads"),
+        (lambda: lm.LMConfig(1, 32, 4, -1, 64), "kv_heads is at least 1"),
+        (lambda: lm.sized("3k", dtype="float8"), "float8"),
     ],
 )
 def test_misuse_is_named(make, message):

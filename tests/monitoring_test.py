@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import models
+from experiments.harness.models import lm
 from jaxquant.numerics.measuring import Quantized, measured
 
 BLOCK = {"mxfp8_train": 32, "mxfp4": 32, "nvfp4": 16}
@@ -402,11 +402,11 @@ def test_a_product_in_a_while_loop_is_warned_of():
 # ---- NNX
 
 
-def lm(recipe="int8_train", **changes):
-    config = models.LMConfig(
+def language_model(recipe="int8_train", **changes):
+    config = lm.LMConfig(
         layers=2, width=32, heads=2, kv_heads=2, hidden=64, vocab_size=64, **changes
     )
-    return jq.nnx.quantize(models.LM(config, nnx.Rngs(0)), {"blocks/.*": recipe})
+    return jq.nnx.quantize(lm.LM(config, nnx.Rngs(0)), {"blocks/.*": recipe})
 
 
 def tokens(seed=0):
@@ -440,7 +440,7 @@ def test_a_models_gradients_are_those_of_vjp_by_hand():
     "options", [{}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True}]
 )
 def test_every_layer_of_a_model(options):
-    model = lm(**options)
+    model = language_model(**options)
     found = nnx.jit(jq.nnx.monitor(next_token))(model, tokens())
     kinds = (
         "attention/query",
@@ -463,7 +463,10 @@ def test_every_layer_of_a_model(options):
 
 @pytest.mark.usefixtures("library_promotion")
 def test_a_scanned_model_and_a_listed_one_agree():
-    listed, scanned = lm("fp8_train"), lm("fp8_train", scan=True)  # nothing is drawn
+    listed, scanned = (
+        language_model("fp8_train"),
+        language_model("fp8_train", scan=True),
+    )  # nothing is drawn
     state = nnx.to_pure_dict(nnx.state(listed, nnx.Param))
     stacked = dict(state) | {
         "blocks": jax.tree.map(lambda *a: jnp.stack(a), *state["blocks"].values())

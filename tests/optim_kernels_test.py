@@ -12,7 +12,7 @@ import platforms_test
 import pytest
 from platforms_test import needs_tpu_compiler
 
-from experiments.harness import hlo
+from experiments.harness.training import hlo
 from jaxquant.optim import by_role, fixed, quantize_state, traffic
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others

@@ -16,8 +16,8 @@ PROGRAM = """
 import sys
 import jax, jax.numpy as jnp, numpy as np, optax
 import jaxquant as jq
-from experiments.harness import sharding, train
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness.training import sharding, train
+from experiments.harness.running.checkpoints import Checkpoints
 
 class Batches:
     at = 0

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, study_command
 
+from experiments.harness.training.arms import budget_of, moments
 from experiments.optimizer_states import analysis, law, report, study
-from experiments.optimizer_states.arms import budget_of, moments
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.harness import peer_codes
-from experiments.harness.peer_codes import Coded, bitsandbytes, decode, eligible, encode, torchao
+from experiments.harness.peers import codes
+from experiments.harness.peers.codes import Coded, bitsandbytes, decode, eligible, encode, torchao
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
@@ -53,7 +53,7 @@ def test_the_linear_map_of_4_bits_is_as_published():
 
 @pytest.mark.parametrize(("bits", "signed"), CHECKSUMS)
 def test_dynamic_maps_are_the_peers_own_to_the_last_bit(bits, signed):
-    values = peer_codes.dynamic_map(bits, signed)
+    values = codes.dynamic_map(bits, signed)
     assert zlib.crc32(values.astype("<f4").tobytes()) == CHECKSUMS[bits, signed]
 
 
@@ -69,7 +69,7 @@ def test_codebooks_are_full_and_rise_to_one(peer, rounding):
 
 @pytest.mark.parametrize(("bits", "smallest"), [(4, 0.0055), (8, 5.5e-7)])
 def test_signed_maps_are_symmetric_but_for_one(bits, smallest):
-    values = peer_codes.dynamic_map(bits, signed=True)
+    values = codes.dynamic_map(bits, signed=True)
     zero = list(values).index(0)
     assert zero == 2 ** (bits - 1) - 1
     np.testing.assert_array_equal(values[:zero], -values[zero + 1 : -1][::-1])
@@ -77,7 +77,7 @@ def test_signed_maps_are_symmetric_but_for_one(bits, smallest):
 
 
 def test_the_unsigned_map_of_8_bits_starts_at_zero():
-    values = peer_codes.dynamic_map(8, signed=False)
+    values = codes.dynamic_map(8, signed=False)
     assert values[0] == 0
     assert values[1] == pytest.approx(3.25e-7)
     assert values[-2] == pytest.approx(0.9964844)
@@ -184,7 +184,7 @@ def test_eligible_shapes(shape, expected):
 
 
 def test_a_last_block_that_is_not_whole_takes_a_scale_and_no_codes():
-    moment = peer_codes.zeros((63, 67), bitsandbytes())
+    moment = codes.zeros((63, 67), bitsandbytes())
     assert isinstance(moment, Coded)
     assert (moment.codes.nbytes, moment.scale.nbytes) == (63 * 67, 4 * 17)
     x = jnp.linspace(-1, 1, 63 * 67).reshape(63, 67)
@@ -197,7 +197,7 @@ def test_a_last_block_that_is_not_whole_takes_a_scale_and_no_codes():
 @pytest.mark.parametrize("name", PEERS)
 def test_state_begins_at_zero(name):
     for rounding in (PEERS[name].mu, PEERS[name].nu):
-        moment = peer_codes.zeros((64, 64), PEERS[name])
+        moment = codes.zeros((64, 64), PEERS[name])
         assert isinstance(moment, Coded)
         assert not np.asarray(decode(moment, (64, 64), PEERS[name], rounding)).any()
 

@@ -6,16 +6,16 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.harness import peer_optimizers
-from experiments.harness.peer_codes import Coded, bitsandbytes, decode, torchao
+from experiments.harness.peers import optimizers
+from experiments.harness.peers.codes import Coded, bitsandbytes, decode, torchao
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
 PEERS = {"torchao 4": torchao(4), "torchao 8": torchao(8), "bitsandbytes": bitsandbytes()}
 OPTIMIZERS = {
-    "torchao 4": lambda rate, **rest: peer_optimizers.torchao_adamw(rate, 4, **rest),
-    "torchao 8": lambda rate, **rest: peer_optimizers.torchao_adamw(rate, 8, **rest),
-    "bitsandbytes": peer_optimizers.bitsandbytes_adamw,
+    "torchao 4": lambda rate, **rest: optimizers.torchao_adamw(rate, 4, **rest),
+    "torchao 8": lambda rate, **rest: optimizers.torchao_adamw(rate, 8, **rest),
+    "bitsandbytes": optimizers.bitsandbytes_adamw,
 }
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -142,7 +142,7 @@ def test_schedules_and_masks_are_those_of_optax(name):
 
 def test_gradients_of_bfloat16_give_updates_of_bfloat16_and_moments_of_float32():
     params = {"up": jnp.ones((64, 64), jnp.bfloat16), "bias": jnp.ones(8, jnp.bfloat16)}
-    tx = peer_optimizers.torchao_adamw(1e-2)
+    tx = optimizers.torchao_adamw(1e-2)
     updates, state = jax.jit(tx.update)(params, tx.init(params), params)
     assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
     assert state[0].mu["bias"].dtype == jnp.float32
@@ -150,7 +150,7 @@ def test_gradients_of_bfloat16_give_updates_of_bfloat16_and_moments_of_float32()
 
 def test_steps_compile_once():
     traces = []
-    tx, (params, _) = peer_optimizers.torchao_adamw(1e-2), problem()
+    tx, (params, _) = optimizers.torchao_adamw(1e-2), problem()
 
     @jax.jit
     def step(gradients, state):
@@ -166,4 +166,4 @@ def test_steps_compile_once():
 @pytest.mark.parametrize("bits", [2, 5, 16, 4.5, True, "4", None])
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=r"bits=4 or bits=8; got bits="):
-        peer_optimizers.torchao_adamw(1e-3, bits=bits)
+        optimizers.torchao_adamw(1e-3, bits=bits)

@@ -20,7 +20,7 @@ import aot
 import pytest
 from conftest import ROOT
 
-from experiments.harness import hlo
+from experiments.harness.training import hlo
 
 WIDTH = 256
 WEIGHT_SHAPES = {(WIDTH, WIDTH), (WIDTH, 2 * WIDTH), (2 * WIDTH, WIDTH)}

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT
 
-from experiments.harness import files, processes
+from experiments.harness.running import files, processes
 
 pytestmark = pytest.mark.exhaustive
 QUANTIZED = {"recipe": "int8_train", "state": "fixed-5", "state_shards": "(8, 1)", "scan": True}

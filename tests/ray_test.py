@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.harness import files, ledgers, ray_launcher, trials
+from experiments.harness.running import files, ledgers, ray_launcher, trials
 
 pytestmark = pytest.mark.exhaustive
 needs_ray = pytest.mark.skipif(

@@ -6,7 +6,7 @@ import altair as alt
 import pandas as pd
 import pytest
 
-from experiments.harness import report
+from experiments.harness.reporting import report
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 

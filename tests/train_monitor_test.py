@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.harness import models, sharding
+from experiments.harness.models import lm
+from experiments.harness.training import sharding
 from experiments.train import monitoring, program, run
 from experiments.train.program import Config
 from experiments.train.watching import Watching
@@ -120,7 +121,7 @@ def test_weights_by_hand(monitored):
     made = program.make_program(config(), sharding.make_mesh(), 256)
     params = made.init(0)
     found = made.monitor(params, np.zeros((4, 33), np.int32))
-    model = models.LM(made.model, nnx.Rngs(0))
+    model = lm.LM(made.model, nnx.Rngs(0))
     for kind in ("up", "down"):
         kernel = np.asarray(getattr(model.blocks.mlp, kind).kernel[...])
         np.testing.assert_array_equal(

@@ -20,10 +20,13 @@ from conftest import Counter
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, models, sharding, train, trials, wsd
-from experiments.harness.checkpoints import Checkpoints, Spacing
-from experiments.harness.guarding import Guard
-from experiments.harness.stopping import Preempted
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import trials
+from experiments.harness.running.checkpoints import Checkpoints, Spacing
+from experiments.harness.running.stopping import Preempted
+from experiments.harness.training import sharding, train, wsd
+from experiments.harness.training.guarding import Guard
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,9 +294,9 @@ def test_guards_that_there_are_not_are_refused(bad):
 
 
 def test_a_training_step_with_traced_bits_is_traced_once():
-    config = models.sized("3k")
+    config = lm.sized("3k")
     graphdef, mesh = (
-        nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))),
+        nnx.graphdef(nnx.eval_shape(lambda: lm.LM(config, nnx.Rngs(0)))),
         sharding.make_mesh(),
     )
 
@@ -310,7 +313,7 @@ def test_a_training_step_with_traced_bits_is_traced_once():
     corpus, losses = data.load("generated"), []
     for bits in range(2, 10):
         state = train.init_state(
-            lambda: nnx.state(models.LM(config, nnx.Rngs(0)), nnx.Param), train.adamw(), mesh
+            lambda: nnx.state(lm.LM(config, nnx.Rngs(0)), nnx.Param), train.adamw(), mesh
         )
         batches = data.train_batches(corpus, 16, 4, seed=0)
         extra = (jnp.float32(bits),)
@@ -386,8 +389,10 @@ import json, sys
 import jax
 from flax import nnx
 import jaxquant as jq
-from experiments.harness import images, sharding, train, vision
-from experiments.optimizer_states import arms
+from experiments.harness.data import images
+from experiments.harness.training import sharding, train
+from experiments.harness.models import vision
+from experiments.harness.training import arms
 
 mesh = sharding.make_mesh(*map(int, sys.argv[1:]))
 config = vision.sized("tiny", layers=2, heads=4, image=8, patch=2)
@@ -461,9 +466,9 @@ def test_flags_of_what_cannot_be_looked_at_are_named(tmp_path, flag, words):
 
 
 def test_a_model_that_is_scanned_computes_as_one_that_is_not():
-    listed = models.sized("3k")
+    listed = lm.sized("3k")
     stacked = dataclasses.replace(listed, scan=True, remat=True)
-    one, other = (models.LM(config, nnx.Rngs(0)) for config in (listed, stacked))
+    one, other = (lm.LM(config, nnx.Rngs(0)) for config in (listed, stacked))
     blocks = nnx.state(other.blocks)
     for i, block in enumerate(one.blocks):
         nnx.update(block, jax.tree.map(lambda x, i=i: x[i], blocks))

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.harness import memory, models, trials
+from experiments.harness.models import lm
+from experiments.harness.running import memory, trials
 from experiments.training_precision import PRESETS, analysis, report, running, study
 from experiments.training_precision.numerics import METHODS, Numerics, Precision
 from jaxquant import laws
 
-TINY = models.LMConfig(layers=1, width=16, heads=2, kv_heads=2, hidden=32, vocab_size=32)
+TINY = lm.LMConfig(layers=1, width=16, heads=2, kv_heads=2, hidden=32, vocab_size=32)
 TOKENS = jax.random.randint(jax.random.key(0), (2, 9), 0, 32)
 
 
@@ -113,7 +114,7 @@ def records(seeds=2, single=()):
         PRESETS["laptop"], methods=("ste",), seeds=seeds, tied=(2, 3, 4, 6, 8, 16), single=single
     )
     for number, trial in enumerate(study.make_trials(config)):
-        n, points = models.SIZES[trial.size].non_embedding_parameters, []
+        n, points = lm.SIZES[trial.size].non_embedding_parameters, []
         for d in trial.tokens_per_parameter:
             bits = min(trial.weights, trial.activations, trial.cache)
             row = {"N": [n], "D": [d * n], "P_w": [bits]}

@@ -12,7 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness import files, ledgers, memory, trials
+from experiments.harness.running import files, ledgers, memory, trials
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 

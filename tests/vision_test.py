@@ -5,7 +5,9 @@ import optax
 import pytest
 from flax import nnx
 
-from experiments.harness import images, train, vision
+from experiments.harness.data import images
+from experiments.harness.models import vision
+from experiments.harness.training import train
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from conftest import Counter
 
-from experiments.harness import metering, metrics, sharding, train
-from experiments.harness.checkpoints import Checkpoints
-from experiments.harness.guarding import Guard
-from experiments.harness.watchdog import Hung, Watched
+from experiments.harness.running.checkpoints import Checkpoints
+from experiments.harness.running.watchdog import Hung, Watched
+from experiments.harness.training import metering, metrics, sharding, train
+from experiments.harness.training.guarding import Guard
 from experiments.train import Watching
 from experiments.train.watching import Watch
 
@@ -250,7 +250,8 @@ def test_a_process_whose_input_hangs_ends_and_may_be_started_again():
     """Threads of a pool, as Grain has, would be waited for at the end of the process."""
     program = """
 import concurrent.futures, threading
-from experiments.harness import cli, watchdog
+from experiments.harness.running import cli
+from experiments.harness.running import watchdog
 from experiments.train import Config
 
 class Hanging:

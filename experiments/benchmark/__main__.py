@@ -6,7 +6,7 @@ from absl import flags
 
 from experiments.benchmark import PRESETS, Config, run, to_text
 from experiments.benchmark.study import STUDY
-from experiments.harness import cli
+from experiments.harness.running import cli
 
 
 def main(config: Config) -> None:

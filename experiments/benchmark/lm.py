@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from experiments.harness.models import rotate
+from experiments.harness.models.lm import rotate
 
 VOCABULARY = 256  # bytes
 _HIDDEN = 4  # the MLP's hidden units per unit of width

@@ -19,7 +19,7 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.benchmark.lm import NnxLM, Shape
-from experiments.harness import peer_optimizers
+from experiments.harness.peers import optimizers
 
 EXACT = "optax, float32"
 OURS = "jaxquant, 5 + 4 bits"
@@ -45,9 +45,9 @@ def jax_optimizers() -> dict[str, optax.GradientTransformation]:
         OURS: _ours(jq.optim.fixed(5, 4)),
         "jaxquant, 8 bits": _ours(jq.optim.fixed(8)),
         "jaxquant, adaptive 5.0 bits": _ours(jq.optim.adaptive(5.0, interval=100)),
-        "torchao's codec in JAX, 8 bits": peer_optimizers.torchao_adamw(_RATE, 8),
-        "torchao's codec in JAX, 4 bits": peer_optimizers.torchao_adamw(_RATE, 4),
-        "bitsandbytes' codec in JAX, 8 bits": peer_optimizers.bitsandbytes_adamw(_RATE),
+        "torchao's codec in JAX, 8 bits": optimizers.torchao_adamw(_RATE, 8),
+        "torchao's codec in JAX, 4 bits": optimizers.torchao_adamw(_RATE, 4),
+        "bitsandbytes' codec in JAX, 8 bits": optimizers.bitsandbytes_adamw(_RATE),
     }
 
 

@@ -10,9 +10,9 @@ import pandas as pd
 
 from experiments.benchmark.optimizers import CONTESTS, EXACT, MATRIX, OURS, STEP, TREE
 from experiments.benchmark.serving import DECODE, FORWARD
-from experiments.benchmark.timing import LEVEL
 from experiments.benchmark.variants import BASELINE
-from experiments.harness import report
+from experiments.harness.reporting import report
+from experiments.harness.running.timing import LEVEL
 
 API_NAMES = {"linen": "Linen", "nnx": "NNX"}
 _PART_NAMES = {FORWARD: "forward pass", DECODE: "one token"}

@@ -35,7 +35,6 @@ from experiments.benchmark.serving import (
     service_deviation,
 )
 from experiments.benchmark.step import Contestant, deviation, enter
-from experiments.benchmark.timing import paired_ratio, race
 from experiments.benchmark.variants import (
     APIS,
     BASELINE,
@@ -44,7 +43,8 @@ from experiments.benchmark.variants import (
     make_variants,
     versions,
 )
-from experiments.harness import cli, files
+from experiments.harness.running import cli, files
+from experiments.harness.running.timing import paired_ratio, race
 
 STUDY = "benchmark"
 TRAIN, SERVE, OPTIM = PARTS = ("train", "serve", "optim")

@@ -1,6 +1,6 @@
 """The binary: python -m experiments.optimizer_states."""
 
-from experiments.harness import study_cli
+from experiments.harness.running import study_cli
 from experiments.optimizer_states import PRESETS, run, to_text
 from experiments.optimizer_states.study import STUDY
 

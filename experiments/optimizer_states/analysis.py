@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.harness.training.arms import EXACT, budget_of
 from experiments.optimizer_states import law
-from experiments.optimizer_states.arms import EXACT, budget_of
 from experiments.optimizer_states.tasks import LANGUAGE_SIZES
 
 CONFIDENCE = 0.9

@@ -8,7 +8,7 @@
 import altair as alt
 import pandas as pd
 
-from experiments.harness.report import Figure
+from experiments.harness.reporting.report import Figure
 
 _GROUP = ["task", "size", "steps", "schedule"]
 

@@ -6,8 +6,8 @@
 
 import pandas as pd
 
-from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary
-from experiments.optimizer_states.arms import EXACT, fixed_bits
+from experiments.harness.reporting.law_tables import CONFIDENCE, control_summary, fit_summary
+from experiments.harness.training.arms import EXACT, fixed_bits
 from jaxquant import laws
 from jaxquant.artifacts.plain import plain
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.harness import report
-from experiments.harness.law_tables import control_text, fit_table, laws_table
+from experiments.harness.reporting import report
+from experiments.harness.reporting.law_tables import control_text, fit_table, laws_table
+from experiments.harness.training.arms import EXACT
 from experiments.optimizer_states import figures, law
 from experiments.optimizer_states.analysis import (
     CONFIDENCE,
@@ -21,7 +22,6 @@ from experiments.optimizer_states.analysis import (
     tuning,
     widths,
 )
-from experiments.optimizer_states.arms import EXACT
 
 
 def verdict(summary: dict) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import sharding, train, trials
-from experiments.optimizer_states import arms
+from experiments.harness.running import trials
+from experiments.harness.training import arms, sharding, train
 from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 
 

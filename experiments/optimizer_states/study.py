@@ -8,8 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from experiments.harness import cli, data, images, ledgers, models, sharding, trials, vision
-from experiments.optimizer_states import arms, report
+from experiments.harness import data
+from experiments.harness.data import images
+from experiments.harness.models import lm, vision
+from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.training import arms, sharding
+from experiments.optimizer_states import report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
     LANGUAGE_SIZES,
@@ -184,7 +188,7 @@ def _language(
     config: Config, corpus: data.Corpus, size: str, tokens_per_parameter: int
 ) -> dict[str, Any]:
     shape = dataclasses.replace(LANGUAGE_SIZES[size], vocab_size=corpus.vocab_size)
-    _check_budgets(config, lambda: models.LM(shape, nnx.Rngs(0)))
+    _check_budgets(config, lambda: lm.LM(shape, nnx.Rngs(0)))
     tokens = tokens_per_parameter * shape.non_embedding_parameters
     return {
         "size": size,

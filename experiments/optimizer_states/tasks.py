@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from experiments.harness import data, images, models, train, vision
+from experiments.harness import data
+from experiments.harness.data import images
+from experiments.harness.models import lm, vision
+from experiments.harness.training import train
 
 COOLDOWN = 0.2  # the share of a WSD run in which the learning rate falls
 WARMUP = 0.05
 # From 41k on every matrix has at least 4096 elements, below which torchao's codecs leave a leaf exact.
 LANGUAGE_SIZES = {
-    "10k": models.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
-    "20k": models.LMConfig(layers=2, width=32, heads=2, kv_heads=2, hidden=64),
-    "41k": models.LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128),
-    "94k": models.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
-    "803k": models.LMConfig(layers=4, width=128, heads=4, kv_heads=4, hidden=352),
-    "30m": models.sized("30m"),
+    "10k": lm.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
+    "20k": lm.LMConfig(layers=2, width=32, heads=2, kv_heads=2, hidden=64),
+    "41k": lm.LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128),
+    "94k": lm.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
+    "803k": lm.LMConfig(layers=4, width=128, heads=4, kv_heads=4, hidden=352),
+    "30m": lm.sized("30m"),
 }
 VISION_SIZES = {
     "8k": vision.ViTConfig(layers=1, width=32, heads=2, hidden=64),
@@ -120,7 +123,7 @@ def make_task(trial: Trial) -> Task:
             functools.partial(_evaluate_images, graphdef, loaded, trial.evaluation),
         )
     shape = dataclasses.replace(LANGUAGE_SIZES[trial.size], vocab_size=loaded.vocab_size)
-    make = lambda seed: models.LM(shape, nnx.Rngs(seed))  # noqa: E731
+    make = lambda seed: lm.LM(shape, nnx.Rngs(seed))  # noqa: E731
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
     loss = train.next_token_loss(graphdef)
     return Task(

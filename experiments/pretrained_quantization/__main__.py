@@ -1,6 +1,6 @@
 """The binary: python -m experiments.pretrained_quantization."""
 
-from experiments.harness import study_cli
+from experiments.harness.running import study_cli
 from experiments.pretrained_quantization import PRESETS, run, to_text
 from experiments.pretrained_quantization.study import STUDY
 

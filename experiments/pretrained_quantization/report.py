@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 
-from experiments.harness import report
+from experiments.harness.reporting import report
 
 _LEVEL = 0.9
 _NAMES = {"smollm2": "SmolLM2-135M", "minilm": "MiniLM-L6", "vit": "vision transformer"}

@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 
 import jaxquant as jq
-from experiments.harness import cli, images, ledgers, trials
+from experiments.harness.data import images
+from experiments.harness.running import cli, ledgers, trials
 from experiments.pretrained_quantization import report, subjects
 from experiments.pretrained_quantization.arms import ARMS
 

@@ -13,8 +13,11 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data, images, train, vision
+from experiments.harness import data
+from experiments.harness.data import images
+from experiments.harness.models import vision
 from experiments.harness.pretrained import minilm, references, smollm2
+from experiments.harness.training import train
 from experiments.pretrained_quantization.arms import Arm
 from jaxquant import quality
 

@@ -1,6 +1,6 @@
 """The binary: python -m experiments.ptq_overtraining."""
 
-from experiments.harness import study_cli
+from experiments.harness.running import study_cli
 from experiments.ptq_overtraining import PRESETS, run, to_text
 from experiments.ptq_overtraining.study import STUDY
 

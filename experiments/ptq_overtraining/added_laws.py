@@ -5,8 +5,9 @@
 
 import pandas as pd
 
-from experiments.harness import models, report
-from experiments.harness.law_tables import fit_summary, fit_table, laws_table
+from experiments.harness.models import lm
+from experiments.harness.reporting import report
+from experiments.harness.reporting.law_tables import fit_summary, fit_table, laws_table
 from experiments.ptq_overtraining.analysis import SCHEDULE_NAMES, select
 from jaxquant import laws
 
@@ -33,7 +34,7 @@ def runs(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of `analysis.added_loss` with the columns of `jaxquant.laws`; lengths of a run share a trunk."""
     return pd.DataFrame(
         {
-            "N": [models.SIZES[size].non_embedding_parameters for size in table["size"]],
+            "N": [lm.SIZES[size].non_embedding_parameters for size in table["size"]],
             "D": table["tokens"].to_numpy(),
             "P_post": table["bits"].to_numpy(),
             "added": table["mean"].to_numpy(),

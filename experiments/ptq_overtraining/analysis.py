@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.harness import models
+from experiments.harness.models import lm
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
 CONFIDENCE = 0.9
@@ -190,9 +190,7 @@ def summarize(records: list[dict], expected: int) -> dict:
         "base_loss": _records(
             over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])
         ),
-        "parameters": {
-            s: models.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))
-        },
+        "parameters": {s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))},
         "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
     }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.harness import report
+from experiments.harness.reporting import report
 from experiments.ptq_overtraining import added_laws, figures
 from experiments.ptq_overtraining.analysis import (
     KUMAR_EXPONENT,

@@ -12,7 +12,10 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import cli, data, ledgers, models, sharding, train, trials, wsd
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.training import sharding, train, wsd
 from experiments.ptq_overtraining import report
 from jaxquant.numerics.groups import Granularity
 
@@ -114,7 +117,7 @@ class Trial:
 
     def steps(self, tokens_per_parameter: int) -> int:
         """Training steps that come nearest to D = tokens_per_parameter · N tokens."""
-        tokens = tokens_per_parameter * models.SIZES[self.size].non_embedding_parameters
+        tokens = tokens_per_parameter * lm.SIZES[self.size].non_embedding_parameters
         return max(_FEWEST_STEPS, round(tokens / (self.batch * self.sequence)))
 
     def cooldown_start(self, tokens_per_parameter: int) -> int:
@@ -159,7 +162,7 @@ def make_trials(config: Config) -> list[Trial]:
 
 def _check_lengths(trial: Trial) -> None:
     """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
-    n = models.SIZES[trial.size].non_embedding_parameters
+    n = lm.SIZES[trial.size].non_embedding_parameters
     for d in trial.tokens_per_parameter:
         actual = trial.steps(d) * trial.batch * trial.sequence / n
         if abs(actual / d - 1) > _LENGTH_TOLERANCE:
@@ -202,10 +205,10 @@ def _check(config: Config) -> None:
     for bits in config.bits:
         jq.Int(bits)
     for size in config.sizes:
-        _check_blocks(models.sized(size, dtype=config.dtype), config.granularities)
+        _check_blocks(lm.sized(size, dtype=config.dtype), config.granularities)
 
 
-def _check_blocks(model: models.LMConfig, granularities: tuple[str, ...]) -> None:
+def _check_blocks(model: lm.LMConfig, granularities: tuple[str, ...]) -> None:
     for granularity in granularities:
         block = parse_granularity(granularity)
         if isinstance(block, int) and (model.width % block or model.hidden % block):
@@ -245,9 +248,9 @@ def _corpus(source: str, path: str, shift_path: str, fingerprint: str) -> data.C
 
 
 @functools.lru_cache
-def _model(size: str, dtype: str, vocab_size: int) -> tuple[nnx.GraphDef, models.LMConfig]:
-    config = models.sized(size, dtype=dtype, vocab_size=vocab_size)
-    return nnx.graphdef(nnx.eval_shape(lambda: models.LM(config, nnx.Rngs(0)))), config
+def _model(size: str, dtype: str, vocab_size: int) -> tuple[nnx.GraphDef, lm.LMConfig]:
+    config = lm.sized(size, dtype=dtype, vocab_size=vocab_size)
+    return nnx.graphdef(nnx.eval_shape(lambda: lm.LM(config, nnx.Rngs(0)))), config
 
 
 @functools.lru_cache
@@ -357,7 +360,7 @@ class _Run:
         self.graphdef, config = _model(*identity)
         step, mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
         state = train.init_state(
-            lambda: nnx.state(models.LM(config, nnx.Rngs(trial.seed)), nnx.Param),
+            lambda: nnx.state(lm.LM(config, nnx.Rngs(trial.seed)), nnx.Param),
             train.adamw(),
             mesh,
         )
@@ -401,7 +404,7 @@ class _Run:
 
 
 def _step_cost(trial: Trial) -> float:
-    return models.SIZES[trial.size].step_cost * trial.batch * trial.sequence
+    return lm.SIZES[trial.size].step_cost * trial.batch * trial.sequence
 
 
 def cost(trial: Trial) -> float:

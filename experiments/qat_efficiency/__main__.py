@@ -1,6 +1,6 @@
 """The binary: python -m experiments.qat_efficiency."""
 
-from experiments.harness import study_cli
+from experiments.harness.running import study_cli
 from experiments.qat_efficiency import PRESETS, run, to_text
 from experiments.qat_efficiency.study import STUDY
 

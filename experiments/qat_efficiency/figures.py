@@ -8,7 +8,7 @@
 import altair as alt
 import pandas as pd
 
-from experiments.harness.report import Figure
+from experiments.harness.reporting.report import Figure
 from experiments.qat_efficiency.analysis import METRIC_NAMES, PRIMARY, front, interval, select
 from experiments.qat_efficiency.latency import program
 from experiments.qat_efficiency.lineage import AGAIN, Arm

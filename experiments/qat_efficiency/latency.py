@@ -15,8 +15,8 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 import jaxquant as jq
-from experiments.benchmark.timing import paired_ratio, race
-from experiments.harness import files
+from experiments.harness.running import files
+from experiments.harness.running.timing import paired_ratio, race
 from experiments.qat_efficiency import tasks
 from experiments.qat_efficiency.lineage import Arm, Trial
 

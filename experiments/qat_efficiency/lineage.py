@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import sharding, train, trials
+from experiments.harness.running import trials
+from experiments.harness.training import sharding, train
 from experiments.qat_efficiency import tasks
 from experiments.qat_efficiency.measuring import all_logits, bit_operations, measure
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.harness import report
+from experiments.harness.reporting import report
 from experiments.qat_efficiency import figures
 from experiments.qat_efficiency.analysis import (
     CONFIDENCE,

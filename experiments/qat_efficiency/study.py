@@ -4,7 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import cli, corruptions, data, images, ledgers, sharding, trials
+from experiments.harness import data
+from experiments.harness.data import corruptions, images
+from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.training import sharding
 from experiments.qat_efficiency import latency, report, tasks
 from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, kind, run_trial
 

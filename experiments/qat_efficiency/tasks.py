@@ -12,7 +12,10 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
-from experiments.harness import corruptions, data, images, models, ood, train, vision
+from experiments.harness import data
+from experiments.harness.data import corruptions, images, ood
+from experiments.harness.models import lm, vision
+from experiments.harness.training import train
 
 MODELS = ("vision", "language")
 # Named by the weights of their blocks' products; all widths divide by 32, as QuEST's rotations need.
@@ -23,11 +26,11 @@ VISION_SIZES = {
     "1.8m": vision.sized("base"),
 }
 LANGUAGE_SIZES = {
-    "10k": models.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
-    "94k": models.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
-    "332k": models.sized("332k"),
-    "1.3m": models.sized("1.3m"),
-    "30m": models.sized("30m"),
+    "10k": lm.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
+    "94k": lm.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
+    "332k": lm.sized("332k"),
+    "1.3m": lm.sized("1.3m"),
+    "30m": lm.sized("30m"),
 }
 SIZES = {"vision": tuple(VISION_SIZES), "language": tuple(LANGUAGE_SIZES)}
 SUFFIXES = {"ste": "", "lsq": "-lsq", "quest": "-quest"}
@@ -187,7 +190,7 @@ def load(model: str, source: str, path: str) -> images.Dataset | data.Corpus:
             raise
         raise ValueError(
             f"no Fashion-MNIST at '{path or images.FOLDER}': apt-get install dataset-fashion-mnist, or "
-            "experiments.harness.images.fetch_fashion_mnist(FOLDER) and --config.images_path=FOLDER, or "
+            "experiments.harness.data.images.fetch_fashion_mnist(FOLDER) and --config.images_path=FOLDER, or "
             "--config.images=digits"
         ) from None
 
@@ -285,7 +288,7 @@ def _language(settings: Settings, corpus: data.Corpus) -> Task:
     batch = settings.evaluation_batch
     return Task(
         settings,
-        make=lambda seed: models.LM(config, nnx.Rngs(seed)),
+        make=lambda seed: lm.LM(config, nnx.Rngs(seed)),
         loss=train.next_token_loss,
         batches=lambda seed: data.train_batches(corpus, length, settings.batch, seed),
         inputs=lambda batch: batch[:, :-1],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments.harness import cli, files, processes, stopping
+from experiments.harness.running import cli, files, processes, stopping
 from experiments.train import PRESETS, Config, Watching, ahead, run
 from experiments.train.ahead_table import to_text
 

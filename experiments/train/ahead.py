@@ -24,7 +24,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness import chips, hlo, sharding, train
+from experiments.harness.training import chips, hlo, sharding, train
 from experiments.train.program import (
     Config,
     Program,

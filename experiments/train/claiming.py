@@ -6,8 +6,8 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.harness import files, processes
-from experiments.optimizer_states import arms
+from experiments.harness.running import files, processes
+from experiments.harness.training import arms
 from experiments.train.program import Config
 
 # What may differ between a run and the run that goes on from its checkpoint.

@@ -17,7 +17,9 @@ import jax
 import pandas as pd
 
 import jaxquant as jq
-from experiments.harness import files, metrics, processes, report
+from experiments.harness.reporting import report
+from experiments.harness.running import files, processes
+from experiments.harness.training import metrics
 
 ROLES = {
     "lhs": "activations",

@@ -11,9 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxquant as jq
-from experiments.harness import cli, data, models, sharding, train
-from experiments.harness.guarding import Guard
-from experiments.optimizer_states import arms
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import cli
+from experiments.harness.training import arms, sharding, train
+from experiments.harness.training.guarding import Guard
 
 _MOST_TOKENS = 2**31 - 1  # of a step
 
@@ -117,7 +119,7 @@ class Program:
             quantized.
     """
 
-    model: models.LMConfig
+    model: lm.LMConfig
     init: Callable[[int], Any]
     loss: train.Loss
     evaluate: train.Loss
@@ -135,7 +137,7 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         raise ValueError(
             f"config.batch {config.batch} does not divide over {sharding.batch_size(mesh)} devices"
         )
-    shape = models.sized(
+    shape = lm.sized(
         config.size,
         vocab_size=vocab_size,
         dtype=config.dtype,
@@ -150,7 +152,7 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
         )
 
     def make(seed: int) -> nnx.Module:
-        model = models.LM(shape, nnx.Rngs(seed))
+        model = lm.LM(shape, nnx.Rngs(seed))
         return jq.nnx.quantize(model, {"blocks/.*": config.recipe}) if config.recipe else model
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))

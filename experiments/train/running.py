@@ -14,8 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
-from experiments.harness import data, files, metering, processes, sharding, stopping, train
-from experiments.harness.checkpoints import Checkpoints
+from experiments.harness import data
+from experiments.harness.running import files, processes, stopping
+from experiments.harness.running.checkpoints import Checkpoints
+from experiments.harness.training import metering, sharding, train
 from experiments.train import claiming
 from experiments.train.monitoring import Monitor
 from experiments.train.program import (

@@ -15,7 +15,8 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
-from experiments.harness import chips, cli, files
+from experiments.harness.running import cli, files
+from experiments.harness.training import chips
 from experiments.train import ahead_table
 
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from experiments.harness import files, metering, metrics, processes, train
-from experiments.harness.watchdog import Watched
+from experiments.harness.running import files, processes
+from experiments.harness.running.watchdog import Watched
+from experiments.harness.training import metering, metrics, train
 from experiments.train.monitoring import Monitor
 
 _LONGEST = 1e9  # the system's clocks of waiting threads have an end

@@ -1,6 +1,6 @@
 """The binary: python -m experiments.training_precision."""
 
-from experiments.harness import study_cli
+from experiments.harness.running import study_cli
 from experiments.training_precision import PRESETS, run, to_text
 from experiments.training_precision.study import STUDY
 

@@ -9,8 +9,8 @@ import pandas as pd
 from scipy import stats
 from tqdm.auto import tqdm
 
-from experiments.harness import models
-from experiments.harness.law_tables import CONFIDENCE, control_summary, fit_summary
+from experiments.harness.models import lm
+from experiments.harness.reporting.law_tables import CONFIDENCE, control_summary, fit_summary
 from jaxquant import laws
 from jaxquant.artifacts.plain import plain
 
@@ -60,7 +60,7 @@ def _trial(record: dict) -> dict:
     t = record["trial"]
     own = {k: t[k] for k in ("size", "method", "seed")}
     own |= {f"P_{short}": t[name] for short, name in TENSORS.items()}
-    return own | {"N": models.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
+    return own | {"N": lm.SIZES[t["size"]].non_embedding_parameters, "trunk": record["id"]}
 
 
 def tied(table: pd.DataFrame, method: str) -> pd.DataFrame:
@@ -253,7 +253,7 @@ def summarize(records: list[dict], expected: int) -> dict:
             "robustness": robustness(after).to_dict("records"),
             "entropy": entropy_check(table, methods),
             "parameters": {
-                s: models.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))
+                s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))
             },
             "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
         }

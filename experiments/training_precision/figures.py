@@ -8,7 +8,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from experiments.harness.report import Figure
+from experiments.harness.reporting.report import Figure
 from experiments.training_precision.analysis import METHOD_NAMES, tied
 from jaxquant import laws
 

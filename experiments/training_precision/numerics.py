@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import models
+from experiments.harness.models import lm
 from jaxquant import calibration, estimators
 
 # From a method to the smallest bits that it has a grid for.
@@ -69,18 +69,18 @@ class Numerics:
         method: one of `METHODS`.
     """
 
-    config: models.LMConfig
+    config: lm.LMConfig
     method: str
 
     @functools.cached_property
     def graphdef(self) -> nnx.GraphDef:
         """The model in float."""
-        return nnx.graphdef(nnx.eval_shape(lambda: models.LM(self.config, nnx.Rngs(0))))
+        return nnx.graphdef(nnx.eval_shape(lambda: lm.LM(self.config, nnx.Rngs(0))))
 
     @functools.cached_property
     def paths(self) -> tuple[str, ...]:
         """Of the linears that are quantized."""
-        model = nnx.eval_shape(lambda: models.LM(self.config, nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: lm.LM(self.config, nnx.Rngs(0)))
         found = ("/".join(map(str, path)) for path, _ in _linears(model))
         return tuple(path for path in found if path.startswith("blocks/"))
 
@@ -91,7 +91,7 @@ class Numerics:
 
     def init(self, key: jax.Array, precision: Precision, tokens_BxT1: jax.Array) -> Params:
         """Fresh parameters; LSQ's steps start at 2 · mean|x| / √Q_P of a batch in float."""
-        model = models.LM(self.config, nnx.Rngs(key))
+        model = lm.LM(self.config, nnx.Rngs(key))
         params = nnx.state(model, nnx.Param)
         if self.method != "lsq":
             return Params(params, {})

@@ -8,8 +8,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.harness import report
-from experiments.harness.law_tables import control_text, fit_table, interval, laws_table, number
+from experiments.harness.reporting import report
+from experiments.harness.reporting.law_tables import (
+    control_text,
+    fit_table,
+    interval,
+    laws_table,
+    number,
+)
 from experiments.training_precision import figures
 from experiments.training_precision.analysis import METHOD_NAMES, runs, summarize, tied
 from jaxquant import laws

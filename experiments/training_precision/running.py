@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxquant as jq
-from experiments.harness import data, models, sharding, train, trials, wsd
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import trials
+from experiments.harness.training import sharding, train, wsd
 from experiments.training_precision.numerics import Numerics, Precision
 
 COOLDOWN = 0.1  # the share of a run in which the learning rate falls
@@ -51,7 +54,7 @@ class Trial:
 
     def steps(self, tokens_per_parameter: int) -> int:
         """Training steps that come nearest to D = tokens_per_parameter · N tokens."""
-        tokens = tokens_per_parameter * models.SIZES[self.size].non_embedding_parameters
+        tokens = tokens_per_parameter * lm.SIZES[self.size].non_embedding_parameters
         return max(FEWEST_STEPS, round(tokens / (self.batch * self.sequence)))
 
     def cooldown_start(self, tokens_per_parameter: int) -> int:
@@ -66,7 +69,7 @@ class Trial:
 
 def step_cost(trial: Trial) -> float:
     """Weights × tokens of a training step."""
-    return models.SIZES[trial.size].step_cost * trial.batch * trial.sequence
+    return lm.SIZES[trial.size].step_cost * trial.batch * trial.sequence
 
 
 def cost(trial: Trial) -> float:
@@ -111,7 +114,7 @@ class Programs:
 @functools.lru_cache
 def programs(size: str, method: str, dtype: str, vocab_size: int) -> Programs:
     """The programs of a size and a method."""
-    numerics = Numerics(models.sized(size, dtype=dtype, vocab_size=vocab_size), method)
+    numerics = Numerics(lm.sized(size, dtype=dtype, vocab_size=vocab_size), method)
     mesh = sharding.make_mesh()
 
     @jax.jit

@@ -3,7 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.harness import cli, data, ledgers, models, sharding, trials
+from experiments.harness import data
+from experiments.harness.models import lm
+from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.training import sharding
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
 from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, kind, run_trial
@@ -153,7 +156,7 @@ def _precisions(config: Config, method: str, is_thin: bool) -> list[tuple[int, i
 
 def _check_lengths(trial: Trial) -> None:
     """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
-    n = models.SIZES[trial.size].non_embedding_parameters
+    n = lm.SIZES[trial.size].non_embedding_parameters
     for d in trial.tokens_per_parameter:
         actual = trial.steps(d) * trial.batch * trial.sequence / n
         if abs(actual / d - 1) > _LENGTH_TOLERANCE:
@@ -210,7 +213,7 @@ def _check(config: Config) -> None:
     if not set(config.thin) <= set(config.sizes):
         raise ValueError(f"config.thin is of config.sizes {config.sizes}; got {config.thin}")
     for size in config.sizes:
-        models.sized(size, dtype=config.dtype)
+        lm.sized(size, dtype=config.dtype)
 
 
 def run(

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.harness import files
 from experiments.harness.data import paths
 from experiments.harness.data.corpus import (
     HELD_OUT_EVERY,
@@ -16,6 +15,7 @@ from experiments.harness.data.corpus import (
     of_splits,
 )
 from experiments.harness.data.shards import Shards
+from experiments.harness.running import files
 from jaxquant.artifacts.files import read_json
 
 META = "meta.json"  # beside shards that experiments.tokenize wrote

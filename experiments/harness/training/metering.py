@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from experiments.harness import chips
+from experiments.harness.training import chips
 
 
 class Meter:

@@ -5,8 +5,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments.harness import cli, ray_launcher
-from experiments.harness.trials import Launch
+from experiments.harness.running import cli, ray_launcher
+from experiments.harness.running.trials import Launch
 
 FLAGS = flags.FLAGS
 

@@ -22,10 +22,10 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from experiments.harness import files, memory, ray_launcher
-from experiments.harness.checkpoints import Checkpoints, Spacing
-from experiments.harness.ledgers import Ledger, trial_id
-from experiments.harness.ray_launcher import Ray
+from experiments.harness.running import files, memory, ray_launcher
+from experiments.harness.running.checkpoints import Checkpoints, Spacing
+from experiments.harness.running.ledgers import Ledger, trial_id
+from experiments.harness.running.ray_launcher import Ray
 
 
 @dataclasses.dataclass(frozen=True)

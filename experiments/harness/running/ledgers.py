@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.harness import files
+from experiments.harness.running import files
 
 _log = logging.getLogger(__name__)
 

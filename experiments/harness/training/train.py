@@ -17,10 +17,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.harness import sharding
-from experiments.harness.checkpoints import Checkpoints, Restored
-from experiments.harness.guarding import Diverged, Guard
-from experiments.harness.stopping import Preempted
+from experiments.harness.running.checkpoints import Checkpoints, Restored
+from experiments.harness.running.stopping import Preempted
+from experiments.harness.training import sharding
+from experiments.harness.training.guarding import Diverged, Guard
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
 History = list[tuple[int, float]]  # (step, mean loss since the entry before)

@@ -13,7 +13,7 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from experiments.harness import files
+from experiments.harness.running import files
 
 
 @dataclasses.dataclass(frozen=True)

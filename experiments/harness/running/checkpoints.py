@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from experiments.harness import files, processes
+from experiments.harness.running import files, processes
 
 _LAYOUT = 2  # raised when what a checkpoint holds changes
 _SET_ASIDE = "set-aside"

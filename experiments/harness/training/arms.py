@@ -6,7 +6,8 @@ from typing import Any
 
 import optax
 
-from experiments.harness import peer_optimizers, train
+from experiments.harness.peers import optimizers
+from experiments.harness.training import train
 from jaxquant.optim import (
     Felt,
     QuantizedState,
@@ -20,9 +21,9 @@ from jaxquant.optim import (
 EXACT = "fp32"
 B1, B2, EPS = 0.9, 0.95, 1e-8
 _PEERS = {
-    "torchao-4bit": peer_optimizers.torchao(4),
-    "torchao-8bit": peer_optimizers.torchao(8),
-    "bitsandbytes-8bit": peer_optimizers.bitsandbytes(),
+    "torchao-4bit": optimizers.torchao(4),
+    "torchao-8bit": optimizers.torchao(8),
+    "bitsandbytes-8bit": optimizers.bitsandbytes(),
 }
 _BITS = r"(\d+(?:\.\d+)?)"
 _BUDGETS: dict[str, Callable[[float, int], Any]] = {
@@ -73,7 +74,7 @@ def moments(arm: str, interval: int, **layout: Any) -> Any:
     if arm == EXACT:
         return adam
     if arm in _PEERS:
-        return peer_optimizers.scale_by_coded_adam(_PEERS[arm], B1, B2, EPS)
+        return optimizers.scale_by_coded_adam(_PEERS[arm], B1, B2, EPS)
     if match := re.fullmatch(r"fixed-(\d)(?:-(\d))?", arm):
         second = int(match[2]) if match[2] else None
         return quantize_state(adam, fixed(int(match[1]), second), **layout)

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments.harness.peer_codes import (
+from experiments.harness.peers.codes import (
     Coded,
     Peer,
     Rounding,

@@ -14,7 +14,7 @@ from pathlib import Path
 import grain.python as grain
 import numpy as np
 
-from experiments.harness import files, packages
+from experiments.harness.running import files, packages
 from jaxquant.artifacts.files import Missing, opened
 
 SOURCES = ("fashion_mnist", "digits")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.ledgers import Ledger
+from experiments.harness.running.ledgers import Ledger
 
 LOCAL = "local"
 _SECONDS = 10  # for a cluster to answer

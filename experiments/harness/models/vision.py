@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from experiments.harness import sharding
+from experiments.harness.training import sharding
 
 Pooling = Literal["mean", "token"]
 

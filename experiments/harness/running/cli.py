@@ -16,7 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from experiments.harness import stopping, watchdog
+from experiments.harness.running import stopping, watchdog
 
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2

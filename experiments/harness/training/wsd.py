@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from experiments.harness import train
+from experiments.harness.training import train
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from experiments.harness import files
+from experiments.harness.running import files
 from jaxquant.artifacts.files import read_bytes
 
 WRITERS = ("tensorboard", "wandb")

@@ -1,0 +1,1 @@
+"""Others' codes and optimizers, for comparison."""

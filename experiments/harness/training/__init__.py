@@ -1,0 +1,1 @@
+"""The training loop, its checkpoints, schedules, metrics, and what was compiled."""
