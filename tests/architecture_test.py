@@ -57,7 +57,7 @@ LIBRARY = [
 EXPERIMENTS = [
     {
         "harness.running": (
-            "files processes checkpoints stopping watchdog cli ledgers memory packages "
+            "files packed processes checkpoints stopping watchdog cli ledgers memory packages "
             "ray_launcher trials study_cli timing"
         ),
     },
@@ -86,7 +86,7 @@ EXPERIMENTS = [
         "training_precision": "analysis figures numerics report running study __main__",
     },
     {
-        "": "fetch plan tokenize",
+        "": "fetch pack plan tokenize",
     },
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.

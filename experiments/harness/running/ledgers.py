@@ -2,12 +2,14 @@
 
 A trial is a frozen dataclass.  Its id is the hash of its content, so the same trial has the same
 record wherever it comes up.  A record holds only what follows from the trial, the code and the machine
-(no times: those lie in ``timings/``), so that records can be compared byte for byte.
+(no times: those lie in ``timings/``), so that records can be compared byte for byte.  Records that are kept
+may lie in one table (`experiments.harness.running.packed`), and are read from there.
 """
 
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import logging
@@ -16,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.running import files
+from experiments.harness.running import files, packed
 
 _log = logging.getLogger(__name__)
 
@@ -74,25 +76,42 @@ class Ledger:
             record = files.read_json(path)
             if isinstance(record, dict) and "study" in record:
                 return {"study": record["study"]}
+        for row in self._packed.values():
+            return {"study": row.record.get("study")}
         return None
+
+    @functools.cached_property
+    def _packed(self) -> dict[str, packed.Row]:
+        return packed.read(self.workdir)
 
     def path(self, trial: Any) -> Path:
         return self.workdir / "trials" / f"{trial_id(trial)}.json"
 
     def read(self, trial: Any) -> dict | None:
-        """The trial's record, or None; a damaged one is set aside."""
+        """The trial's record, or None; a damaged one is set aside, or left out where it lies in a table."""
         path = self.path(trial)
         record = files.read_json(path)
-        if record is None:
-            return None
+        if record is not None:
+            reason = self._damage(record, trial)
+            if reason:
+                files.set_aside(path, reason)
+                return None
+        elif (row := self._packed.get(trial_id(trial))) is not None:
+            record = dict(row.record)
+            reason = self._damage(record, trial)
+            if reason:
+                _log.warning("the record of trial %s is left out: %s", trial_id(trial), reason)
+                return None
+        return record
+
+    def _damage(self, record: Any, trial: Any) -> str:
+        """What is wrong with a record, whose checksum is taken off; "" where nothing is."""
         expected = {"study": self.study, "trial": _as_json(trial)}
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
-            files.set_aside(path, "it is not this trial's record")
-            return None
+            return "it is not this trial's record"
         if record.pop("checksum", None) != _checksum(record):
-            files.set_aside(path, "its content is not what was recorded")
-            return None
-        return record
+            return "its content is not what was recorded"
+        return ""
 
     def write(self, trial: Any, results: dict, seconds: float) -> None:
         head = {
@@ -136,13 +155,16 @@ def read_records(workdir: str | Path, study: str) -> list[dict]:
     Raises:
         ValueError: no such record lies there.
     """
+    single = sorted(files.at(workdir).glob("trials/*.json"))
+    held = {path.stem: (str(path), files.read_json(path)) for path in single}
+    for name, row in packed.read(workdir).items():
+        held.setdefault(name, (f"the record of trial {name}", dict(row.record)))
     found = []
-    for path in sorted(files.at(workdir).glob("trials/*.json")):
-        record = files.read_json(path)
+    for _, (where, record) in sorted(held.items()):
         if not isinstance(record, dict) or record.get("study") != study:
             continue
         if record.pop("checksum", None) != _checksum(record):
-            _log.warning("%s is left out: its content is not what was recorded", path)
+            _log.warning("%s is left out: its content is not what was recorded", where)
             continue
         found.append(record)
     if not found:
