@@ -215,3 +215,144 @@ def test_a_module_that_is_quantized_is_not_quantized_again():
     quantized = jq.linen.quantize(nn.Dense(8), {".*": "w8a8"})
     with pytest.raises(ValueError, match=r"quantized already; give its own, quantized.module"):
         jq.linen.quantize(quantized, {".*": "w4a16"})
+
+
+class Counting(nnx.Module):
+    """Changes attributes that are no variables, and makes variables when it is first called."""
+
+    def __init__(self):
+        self.up = nnx.Linear(48, 48, rngs=nnx.Rngs(0))
+        self.calls = 0
+        self.names = ()
+        self.cache = nnx.data(None)
+        self.last = nnx.data(None)
+
+    def __call__(self, x):
+        self.calls += 1
+        self.names = (*self.names, f"call {self.calls}")
+        if self.cache is None:
+            self.cache = nnx.Cache(jnp.zeros_like(x))
+        self.cache[...] += x
+        y = self.up(x) * self.calls + self.cache[...]
+        self.last = nnx.data(y)
+        return y
+
+
+class Both(nnx.Module):
+    def __init__(self):
+        self.first, self.last = Counting(), Counting()
+
+    def __call__(self, x):
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, nnx.jit])
+@pytest.mark.parametrize("cls", [Counting, Both])
+def test_attributes_that_a_call_changes_are_written_to_the_quantized_model(cls, transform):
+    plain, quantized = cls(), jq.nnx.quantize(cls(), {".*": "w8a8"})
+    frozen = jq.nnx.freeze(jq.nnx.quantize(cls(), {".*": "w8a8"}), X)
+    call = transform(lambda model, x: model(x))
+    for _ in range(3):
+        expected, found, served = plain(X), call(quantized, X), call(frozen, X)
+        assert jnp.linalg.norm(found - expected) < 0.03 * jnp.linalg.norm(expected)
+        np.testing.assert_array_equal(served, found)
+    one, other = (m if cls is Counting else m.last for m in (plain, quantized))
+    assert (
+        (other.calls, other.names) == (one.calls, one.names) == (3, ("call 1", "call 2", "call 3"))
+    )
+    np.testing.assert_allclose(other.cache[...], one.cache[...], rtol=0.1, atol=0.1)
+    np.testing.assert_array_equal(other.last, found)
+
+
+def test_attributes_that_batches_of_calibration_change_count_from_there():
+    model = jq.nnx.quantize(Counting(), {".*": "w8a8"})
+    jq.nnx.calibrate(model, [X, X])
+    assert model.calls == 0  # calibration works on a copy
+
+
+class Lazy(nnx.Module):
+    def __init__(self):
+        self.up = nnx.Linear(48, 48, rngs=nnx.Rngs(0))
+        self.down = nnx.data(None)
+
+    def __call__(self, x):
+        if self.down is None:
+            self.down = nnx.Linear(48, 8, rngs=nnx.Rngs(1))
+        return self.down(self.up(x))
+
+
+def test_a_module_that_a_call_makes_is_refused_by_name():
+    with pytest.raises(
+        ValueError, match=r"the call makes down/\w+, within a module.*make that module"
+    ):
+        jq.nnx.quantize(Lazy(), {".*": "w8a8"})(X)
+
+
+class WithIntegers(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(jnp.ones((48, 8), jnp.int8))
+        self.up = nnx.Linear(48, 8, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        dims = (((1,), (0,)), ((), ()))
+        return self.up(x) + jax.lax.dot_general(
+            x, self.w[...], dims, preferred_element_type=x.dtype
+        )
+
+
+def test_a_rule_that_takes_no_product_of_the_models_call_says_so():
+    model = nnx.Sequential(*(nnx.Linear(48, 48, rngs=nnx.Rngs(i)) for i in range(2)))
+    quantized = jq.nnx.quantize(model, {"layers/0": "a8", "layers/1": "w8a8"})
+    with pytest.warns(UserWarning, match=r"'layers/0' \(a8\) takes no product.*has a weight"):
+        quantized(X)
+    quantized = jq.nnx.quantize(WithIntegers(), {"w": "w2a8", "up": "w8a8"})
+    with pytest.warns(UserWarning, match="takes no product of this call: w .*float32 and int8"):
+        quantized(X)
+
+
+def test_a_rule_on_what_holds_layers_alone_names_the_rule_that_takes_their_weights():
+    with pytest.raises(ValueError, match=r"'layers' is unused.*no weight itself.*'layers/\.\*'"):
+        jq.nnx.quantize(Deep(2), {"layers": "w8a8"})
+
+
+def test_a_frozen_function_with_a_weakly_typed_scalar_has_the_same_bits():
+    def model(w, x):
+        return x @ (w["a"] * w["t"])
+
+    w = {"a": jax.random.normal(jax.random.key(2), (48, 8)), "t": jnp.asarray(2.0)}
+    assert w["t"].weak_type
+    quantized = jq.functions.quantize(model, {".*": "w8a8"})
+    frozen = jq.functions.freeze(model, {".*": "w8a8"}, w, X)
+    np.testing.assert_array_equal(quantized(frozen, X), quantized(w, X))
+    with pytest.raises(ValueError, match=r"a is frozen.*a quantized model or function alone can"):
+        model(frozen, X)
+
+
+def test_linens_coverage_names_the_place_of_variables():
+    variables = nn.Dense(8).init(jax.random.key(0), X)
+    with pytest.raises(ValueError, match="give variables=variables by name"):
+        jq.linen.coverage(nn.Dense(8), {".*": "w8a8"}, variables, X)
+
+
+class Tied(nnx.Module):
+    def __init__(self):
+        self.embed = nnx.Embed(50, 64, rngs=nnx.Rngs(0))
+        self.up = nnx.Linear(64, 64, rngs=nnx.Rngs(1))
+        self.raw = nnx.Param(jax.random.normal(jax.random.key(3), (64, 64)) / 8)
+
+    def __call__(self, tokens):
+        return (self.up(self.embed(tokens)) @ self.raw[...]) @ self.embed.embedding[...].T
+
+
+def test_adapters_pass_tables_by_and_name_what_they_do_not_reach():
+    tokens = jnp.arange(4)
+    base = jq.nnx.freeze(jq.nnx.quantize(Tied(), {".*": "nf4dq"}), tokens)
+    adapted = jq.nnx.add_lora(base, ".*", tokens, rank=4, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(adapted(tokens), base(tokens))
+    paths = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(adapted, nnx.LoRAParam))}
+    assert {"kernel_lora_a", "raw_lora_a"} <= paths
+    assert not any("embedding" in path for path in paths)
+    with pytest.raises(ValueError, match="rows are taken of embed/embedding too"):
+        jq.nnx.add_lora(base, "embed.*|up", tokens, rank=4, rngs=nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="raw get no adapters"):
+        jq.nnx.add_lora(base, ".*", rank=4, rngs=nnx.Rngs(0))

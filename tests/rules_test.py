@@ -46,7 +46,7 @@ def test_a_rule_takes_modules_of_its_own_kind_alone():
         "attention/query": "w8a8",
     }
     assert "attention" not in assign(kinds, {".*": "w8a8"})
-    with pytest.raises(ValueError, match=r"products are of two activations.*'a8'"):
+    with pytest.raises(ValueError, match=r"holds no weight itself.*'a8' and 'kv8'"):
         assign(kinds, {"attention": "w8a8"})
     with pytest.raises(ValueError, match=r"attention/query, which has weights.*'w8a8'"):
         assign(kinds, {"attention/query": "a8"})

@@ -154,6 +154,13 @@ def _reason(rule: Rule, subjects: Sequence[Subject]) -> str:
     if suited:
         return f"earlier rules took {_listed(suited)}"
     paths = [subject.path for subject in matched]
+    above = [p for p in paths if any(s.path.startswith(f"{p}/") for s in subjects)]
+    if above and not isinstance(rule.value, Attention):
+        return (
+            f"it matches {_listed(above)}, which holds no weight itself; a rule such as "
+            f"{above[0] + '/.*'!r} takes the weights within it, and recipes such as 'a8' and 'kv8' are for "
+            "products of two activations"
+        )
     if isinstance(rule.value, Attention):
         return (
             f"it matches {_listed(paths)}, which has weights, and {rule.label} is for attention; a recipe "

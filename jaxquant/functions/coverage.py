@@ -297,7 +297,11 @@ def _reason(decision: Decision) -> str:
         return decision.reason
     if decision.rule is not None:
         return "by rule"
-    return "no rule takes them" if decision.product.is_quantizable else _no_sum(decision.product)
+    if not decision.product.is_quantizable:
+        return _no_sum(decision.product)
+    if decision.product.weight is None:
+        return "products of two activations, which no rule takes"
+    return "no rule takes them"
 
 
 def _no_sum(product: Product) -> str:

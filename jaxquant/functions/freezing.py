@@ -93,14 +93,19 @@ def frozen(
         stored[path] = Stored(operands, shape, dtype, Owner(path))
         if donate:
             values[path].delete()
-    for path in _parts(reads, decisions, set(plans)):
+    for path in _parts(reads, decisions, set(plans), values):
         stored[path] = Stored({}, values[path].shape, values[path].dtype, Owner(path))
         if donate:
             values[path].delete()
     return stored
 
 
-def _parts(reads: Mapping[str, str], decisions: Sequence[Decision], held: set[str]) -> set[str]:
+def _parts(
+    reads: Mapping[str, str],
+    decisions: Sequence[Decision],
+    held: set[str],
+    values: Mapping[str, Any],
+) -> set[str]:
     """Parameters that take part in what others hold, as gates that a layer joins do, and in nothing else."""
     of_held: set[str] = set()
     others = set(reads)
@@ -108,7 +113,9 @@ def _parts(reads: Mapping[str, str], decisions: Sequence[Decision], held: set[st
         parameters, operation = set(decision.product.parameters), decision.operation
         is_stored = operation is not None and operation.quantizer is not None and parameters & held
         (of_held if is_stored else others).update(parameters)
-    return of_held - others - held
+    # A weakly typed scalar stays: what stands in its place would have a type of its own.
+    weak = {path for path in of_held if getattr(values[path], "weak_type", False)}
+    return of_held - others - held - weak
 
 
 def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
@@ -238,8 +245,9 @@ def _reason(decision: Decision, reads: Mapping[str, str], values: Mapping[str, A
     where = f" ({product.source})" if product.source else ""
     if operation.stored is None:
         return (
-            f"{product.path}{where} cannot be frozen: its weight is the result of another product, or is "
-            f"chosen within a loop; a rule ({product.path!r}, None) before the others leaves it in float"
+            f"{product.path}{where} cannot be frozen: its weight is the result of another product, is chosen "
+            f"within a loop, or lies within a shard_map; a rule ({product.path!r}, None) before the others "
+            "leaves it in float"
         )
     for path in product.parameters:
         if isinstance(values[path], Stored):
@@ -260,7 +268,8 @@ def _two_ways(decision: Decision) -> str:
     label = "float" if decision.rule is None else decision.rule.label
     return (
         f"{product.path}{where} shares its weight with a product that would store it in another way than "
-        f"{label}; give both the same recipe, or None to both"
+        f"{label}, by its recipe or along other axes; a rule ({product.path!r}, None) before the others "
+        "leaves both in float"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -48,7 +49,8 @@ def quantize(
     of integers, and those that sum nothing, always do.
 
     The function is traced once for each combination of shapes, and of arguments that are no arrays.  What
-    comes back is differentiated, jitted, vmapped and scanned as the function is.
+    comes back is differentiated in reverse mode, jitted, vmapped and scanned as the function is; forward mode
+    (`jax.jvp`, `jax.hessian`) has no rule for quantized products, and JAX says so.
 
     Args:
         function: of a pytree of parameters, its first positional argument, and of anything else: plain JAX,
@@ -393,6 +395,32 @@ def _assigned(
         _with_parts(p, next(taken), of_parts, rules) if p.is_quantizable else (None, "")
         for p in found
     ]
+
+
+def warn_of_untaken(decisions: Sequence[Decision], rules: Sequence[Rule]) -> None:
+    """Warns of rules that match products of a model's own call by name, and take none of them."""
+    taken = {id(d.rule) for d in decisions}
+    for rule in rules:
+        if rule.value is None or rule.is_earlier or id(rule) in taken:
+            continue
+        named = [
+            d
+            for d in decisions
+            if d.rule is None and rule.matches(Subject(d.product.names, d.product.kind))
+        ]
+        if named:
+            found = named[0].product
+            if not found.is_quantizable:
+                why = f"multiplies {' and '.join(str(x.dtype) for x in found.operands[:2])}"
+            elif found.weight is None:
+                why = "is of two activations, which take recipes such as 'a8'"
+            else:
+                why = "has a weight, which takes recipes such as 'w8a8'"
+            warnings.warn(
+                f"rule {rule.pattern.pattern!r} ({rule.label}) takes no product of this call: "
+                f"{found.path or 'the product'}{f' ({found.source})' if found.source else ''} {why}",
+                stacklevel=2,
+            )
 
 
 def _with_parts(

@@ -28,11 +28,13 @@ class Call:
         plain: its structure, and where its arrays come from.
         weights: paths of the parameters of 2 axes or more.
         is_initial: whether the module makes its variables, but for the parameters, which are given.
+        is_own: whether it is the module's ``__call__``.
     """
 
     plain: walking.Call
     weights: tuple[str, ...]
     is_initial: bool
+    is_own: bool = True
 
     @property
     def origins(self) -> tuple[Origin, ...]:
@@ -83,7 +85,8 @@ def called(
     own = [INPUT if path is None else Origin.parameter(path) for path, _ in places]
     plain = dataclasses.replace(plain, origins=(*own, *plain.origins[len(own) :]))
     weights = tuple(p for (p, _), x in zip(places, arrays, strict=False) if p and len(x.shape) > 1)
-    return Call(plain, weights, is_initial), states(variables.get(RANGES, {})), arrays
+    is_own = options.get("method") is None
+    return Call(plain, weights, is_initial, is_own), states(variables.get(RANGES, {})), arrays
 
 
 def hashable(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,12 @@ class Quantized:
         check_used(call.weights, trace, rules)
         if not any(product.is_quantizable for product in trace.products):
             return [Decision(product, None) for product in trace.products]
-        return quantizing.decided(trace.products, rules, True, states, stored, is_tried=is_tried)
+        decisions = quantizing.decided(
+            trace.products, rules, True, states, stored, is_tried=is_tried
+        )
+        if call.is_own:
+            quantizing.warn_of_untaken(decisions, rules)
+        return decisions
 
     def _initial(self, variables: Any, rngs: Any, args: tuple, options: dict[str, Any]) -> Any:
         own = {n: x for n, x in options.items() if n not in ("mutable", "capture_intermediates")}
@@ -115,6 +120,9 @@ def quantize(
     activations goes by what the parameters nearest above it have in common, as ``blocks_0/attention``, and
     takes one such as ``"a8"``.  Rows that integers take of a table are quantized as the table is.
     Layers under `nn.scan` and `nn.vmap`, stacked along any axis, are quantized each by itself.
+
+    What comes back has `init` and `apply` and is no `flax.linen.Module` itself: quantize the whole model, with
+    rules for its parts, rather than a part within another module.
 
     Args:
         module: a Linen module, not bound.
@@ -210,6 +218,10 @@ def coverage(
     multiplied with nothing: bias
     """
     quantized = quantize(module, rules, on_unsupported="float")
+    if inputs and isinstance(inputs[0], Mapping) and "params" in inputs[0]:
+        raise ValueError(
+            "inputs are arguments of the module's call; give variables=variables by name"
+        )
     rngs = {"params": jax.random.key(0)} if rngs is None else rngs
     options.pop("mutable", None)
     if variables is None:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -23,11 +24,12 @@ from jaxquant.nnx.doors import (
     install,
     on_unsupported_of,
     rules_within,
+    weights,
 )
 from jaxquant.nnx.doors import modules as modules_of
 from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
-from jaxquant.nnx.planning import planned
+from jaxquant.nnx.planning import Plan, planned
 from jaxquant.nnx.storing import replaced
 from jaxquant.numerics.qarray import dequantize
 from jaxquant.numerics.stored import Stored
@@ -56,7 +58,8 @@ def add_lora(
 
     Args:
         model: an NNX model: float, quantized, or frozen; not changed.
-        modules: a regular expression on the paths of weights, or of what holds them.
+        modules: a regular expression on the paths of weights, or of what holds them.  Tables that rows are
+            taken of have no adapters: ``".*"`` passes them by, also where a head is tied to them.
         inputs, options: what the model is called with, arrays or `jax.ShapeDtypeStruct`s.  They are needed
             for weights that other code than Flax's own layers multiplies.
         rank: of A · B.
@@ -96,13 +99,22 @@ def add_lora(
     unsupported = on_unsupported_of(model)
     install(model, rules, unsupported)
     (wanted,) = parse_rules({modules: DotGeneral()})
+    plan = planned(model, inputs, options, call)
+    tables = {p for d in plan.decisions if d.product.kind == "lookup" for p in d.product.parameters}
     found = {}
-    for path, one in _products(model, inputs, options, call).items():
+    for path, one in _products(plan).items():
         names = (path, path.rpartition("/")[0])
-        if wanted.matches(Subject(names, "dot")):
+        if wanted.matches(Subject(names, "dot")) and not (path in tables and modules == ".*"):
             found[path] = one
     if not found:
         raise ValueError(f"{modules!r} matches no weight of a product of matrices")
+    if both := [path for path in found if path in tables]:
+        raise ValueError(
+            f"rows are taken of {', '.join(both)} too, which would lack the adapters; leave it out of "
+            f"modules={modules!r}"
+        )
+    if not inputs and not options:
+        _warn_of_left(model, plan, wanted)
     floats = []
     for path, (one, shape) in found.items():
         module, name = held(model, path)
@@ -124,12 +136,22 @@ def add_lora(
     return model
 
 
-def _products(
-    model: nnx.Module, inputs: Any, options: Any, call: Any
-) -> dict[str, tuple[Operation, tuple[int, ...]]]:
+def _warn_of_left(model: nnx.Module, plan: Plan, wanted: Rule) -> None:
+    """Names weights that an expression matches and that none of Flax's layers multiplies."""
+    known = set(plan.parameters)
+    names = [(p, p.rpartition("/")[0]) for p, _ in weights(model) if p not in known]
+    if left := [n[0] for n in names if wanted.matches(Subject(n, "dot"))]:
+        warnings.warn(
+            f"{', '.join(left)} get no adapters: none of Flax's layers multiplies them, and without example "
+            "inputs it is not known what does; add_lora(model, modules, *inputs, ...) reaches them",
+            stacklevel=3,
+        )
+
+
+def _products(plan: Plan) -> dict[str, tuple[Operation, tuple[int, ...]]]:
     """By weight, what takes the place of a product of matrices, and the weight's shape as it is stored."""
     found = {}
-    for decision in planned(model, inputs, options, call).decisions:
+    for decision in plan.decisions:
         product = decision.product
         if product.kind != "dot" or len(product.parameters) != 1:
             continue
@@ -160,7 +182,7 @@ def merge_lora(
     check_model(model)
     if door_of(model) is None:
         raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
-    products = _products(model, inputs, options, call)
+    products = _products(planned(model, inputs, options, call))
     leaves, merged = _decoded_weights(model), set[str]()
     for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         path = "/".join(map(str, place))

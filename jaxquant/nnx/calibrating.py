@@ -142,7 +142,7 @@ def calibrate(
             how = call or "__call__"
             made, given, nodes = called(working, door.path, how, arguments, {}, door.first)
             found_here, changed = _seen(door, made, decay, getattr(working, DOOR[1], ()), given)
-            nnx.update(nodes, changed)
+            changed.write(nodes)
         for part, weights in found_here.items():
             for path, use in ((path, use) for path, uses in weights.items() for use in uses):
                 found[path, part] = added(found.get((path, part)), use, part, decay)

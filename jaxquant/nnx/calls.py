@@ -6,10 +6,12 @@ and counts of random streams, comes back as a result and is then written to the 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
@@ -49,22 +51,31 @@ class Call:
     leaves: tuple[int | Constant | None, ...]
     first: tuple[tuple[str, str], ...] = ()
 
-    def result(self, arrays: Sequence[Any]) -> tuple[Any, Any]:
-        """What the method returns for such arrays, and the variables that it changed."""
+    def result(self, arrays: Sequence[Any]) -> tuple[Any, "Changes"]:
+        """What the method returns for such arrays, and what it changed."""
         held, _ = self._split(arrays)
         (module, *others), args, kwargs = self.bound(arrays)
         plainly(module)
+        settings = _settings((module, *others))
         if isinstance(self.method, str):
             result = getattr(module, self.method)(*args, **kwargs)
         else:
             result = self.method(module, *args, **kwargs)
         before = {id(x) for x in held}
+        known = {
+            path for path, _ in nnx.to_flat_state(self.state.unflatten(list(range(len(held)))))
+        }
+        after = list(nnx.to_flat_state(nnx.split((module, *others))[1]))
         changed = [
             (path, leaf)
-            for path, leaf in nnx.to_flat_state(nnx.split((module, *others))[1])
-            if any(id(x) not in before for x in jax.tree.leaves(value(leaf)))
+            for path, leaf in after
+            if path in known and any(id(x) not in before for x in jax.tree.leaves(value(leaf)))
         ]
-        return result, nnx.from_flat_state(changed)
+        added = [(path, leaf) for path, leaf in after if path not in known]
+        other = _other_settings(settings, _settings((module, *others)))
+        return result, Changes(
+            nnx.from_flat_state(changed), nnx.from_flat_state(added), Constant(other)
+        )
 
     def bound(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
         """For such arrays, the module with those among the arguments, and all arguments."""
@@ -125,20 +136,106 @@ class Call:
         passed = frozenset(i for _, places in self._passed(trace) for i in places)
         return dataclasses.replace(trace, passed=passed)
 
-    def changed(self, trace: Trace, state: Any) -> Any:
-        """Of the variables in a trace's result, those that are other than before."""
+    def changed(self, trace: Trace, changes: "Changes") -> "Changes":
+        """Of what a trace's result says is changed, what is other than before."""
         passed = {path for path, _ in self._passed(trace)}
-        flat = [(path, leaf) for path, leaf in nnx.to_flat_state(state) if path not in passed]
-        return nnx.from_flat_state(flat)
+        pairs = nnx.to_flat_state(changes.state)
+        return changes._replace(
+            state=nnx.from_flat_state([(path, leaf) for path, leaf in pairs if path not in passed])
+        )
 
     def _passed(self, trace: Trace) -> Iterator[tuple[Any, list[int]]]:
         """Variables among a trace's results that are what they were, and where they are."""
-        _, state = trace.structured(range(len(trace.results)))
-        for path, leaf in nnx.to_flat_state(state):
+        _, changes = trace.structured(range(len(trace.results)))
+        for path, leaf in nnx.to_flat_state(changes.state):
             places = jax.tree.leaves(value(leaf))
             made = [trace.results[i].derivation for i in places]
             if path[0] == 0 and all(d and d.key == self.named(path[1:]) for d in made):
                 yield path, places
+
+
+class Changes(NamedTuple):
+    """What a call changes of its modules.
+
+    Attributes:
+        state: variables that are other than before.
+        added: variables and arrays that were not there.
+        settings: a `Constant` of attributes that are no arrays: their place, name and value.
+    """
+
+    state: Any
+    added: Any
+    settings: Constant
+
+    def write(self, nodes: Sequence[Any]) -> None:
+        """Writes what is changed to the modules that the call was given.
+
+        Raises:
+            ValueError: something added that is no attribute of a module that is there.
+        """
+        added = [(_node(nodes, path), path[-1], x) for path, x in nnx.to_flat_state(self.added)]
+        settings = [(_node(nodes, (*p, n)), n, x) for p, n, x in self.settings.value]
+        if self.state:
+            nnx.update(nodes, self.state)
+        for node, name, setting in settings:
+            delattr(node, name) if setting is _GONE else setattr(node, name, setting)
+        for node, name, leaf in added:
+            if isinstance(node, nnx.List):
+                node.append(leaf)
+            else:
+                setattr(node, str(name), nnx.data(leaf))
+
+
+def _node(nodes: Sequence[Any], path: Any) -> Any:
+    """The module that has an attribute at a path."""
+    try:
+        node = at(nodes, path[:-1])
+    except (AttributeError, KeyError, IndexError, TypeError):
+        node = None
+    if isinstance(node, nnx.Module):
+        return node
+    raise ValueError(
+        f"the call makes {'/'.join(map(str, path[1:]))}, within a module that is made by the call too; make "
+        "that module before the model is quantized"
+    )
+
+
+_GONE = type("Gone", (), {"__repr__": lambda _: "an attribute that is gone"})()
+
+
+def _settings(nodes: Sequence[Any]) -> dict[tuple[Any, str], Any]:
+    """The attributes of modules that are no variables, arrays or modules, by place and name."""
+    return {
+        (path, name): held
+        for path, node in nnx.iter_graph(tuple(nodes))
+        if isinstance(node, nnx.Module) and not isinstance(node, nnx.List)
+        for name, held in vars(node).items()
+        if not name.startswith(("_pytree__", "_object__")) and name not in DOOR
+        if not isinstance(held, nnx.Variable | nnx.Pytree | jax.Array | np.ndarray)
+    }
+
+
+def _other_settings(before: dict[Any, Any], after: dict[Any, Any]) -> tuple[Any, ...]:
+    """What of some settings is other than before, and what is gone."""
+    found = []
+    for (path, name), held in after.items():
+        if (path, name) in before and _is_same(before[path, name], held):
+            continue
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(held)):
+            raise ValueError(
+                f"a call sets the attribute {name!r} to arrays outside of what Flax knows of; hold them in "
+                "nnx.data or in an nnx.Variable"
+            )
+        found.append((path, name, held))
+    gone = [(path, name, _GONE) for path, name in before if (path, name) not in after]
+    return (*found, *gone)
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    try:
+        return one is other or (type(one) is type(other) and bool(one == other))
+    except (TypeError, ValueError):  # of objects that compare by elements
+        return False
 
 
 def _origin(path: str, leaf: Any) -> Origin:

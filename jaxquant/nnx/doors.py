@@ -314,8 +314,7 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
     # What is monitored is traced anew: taps are of one trace.
     compute = _compiled if door.taps is None else _computed
     result, changed = compute(door, call, getattr(module, DOOR[1], ()), given)
-    if changed:
-        nnx.update(nodes, changed)
+    changed.write(nodes)
     return as_returned(result)
 
 
@@ -328,10 +327,12 @@ def _computed(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
     decisions = quantizing.decided(
         trace.products, rules, True, states, stored, aliases=door.aliases, is_tried=False
     )
+    if not door.path and call.method == "__call__":
+        quantizing.warn_of_untaken(decisions, rules)
     taps = {} if door.taps is None else door.taps.of(decisions)
     how = call.origins, door.on_unsupported, lambda *_: None
-    (result, state), _ = quantizing.recorded(trace, decisions, arrays, *how, taps=taps)
-    return result, call.changed(trace, state)
+    (result, changes), _ = quantizing.recorded(trace, decisions, arrays, *how, taps=taps)
+    return result, call.changed(trace, changes)
 
 
 _compiled = jax.jit(_computed, static_argnums=(0, 1), inline=True)

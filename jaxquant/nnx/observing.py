@@ -84,7 +84,7 @@ def observe(
                     jax.eval_shape(functools.partial(run, *given[:2]), *given[2:], states)[0],
                 )
             states, changed = run(*given, states)
-            nnx.update(nodes, changed)
+            changed.write(nodes)
     if not states:
         raise ValueError("no weight's activations are to be observed")
     return states

@@ -45,11 +45,10 @@ class Opaque:
                 f"a {type(self).__name__} is no array, and was used as one by {use}; "
                 "jaxquant.dequantize gives the array that it stands for"
             )
-        module = self.owner.path.rpartition("/")[0]
         return (
-            f"{self.owner.path} is frozen, stored in few bits, and the model's own code reads it directly, "
-            f"by {use}, which a call of its layer alone can; call the layer (`attend` for a head tied to an "
-            f"Embed), or leave it in float by a rule ({module!r}, None) before the others"
+            f"{self.owner.path} is frozen, stored in few bits, and was used as an array by {use}, which "
+            "code of a quantized model or function alone can: call that, or leave the weight in float by a "
+            f"rule ({self.owner.path!r}, None) before the others"
         )
 
     def __getattr__(self, name: str) -> Any:
