@@ -121,8 +121,8 @@ def quantize(
     takes one such as ``"a8"``.  Rows that integers take of a table are quantized as the table is.
     Layers under `nn.scan` and `nn.vmap`, stacked along any axis, are quantized each by itself.
 
-    What comes back has `init` and `apply` and is no `flax.linen.Module` itself: quantize the whole model, with
-    rules for its parts, rather than a part within another module.
+    What comes back has `init` and `apply` and is no `flax.linen.Module` itself: quantize the whole model,
+    with rules for its parts, rather than a part within another module.
 
     Args:
         module: a Linen module, not bound.

@@ -109,8 +109,9 @@ def save(
 def load(folder: str | os.PathLike, model: Model) -> Model:
     """The model that was saved, made of the plain architecture.
 
-    Its outputs equal the saved model's bit for bit.  Streams of random numbers, caches and intermediates
-    are those of `model`; where it is abstract they start at zero.
+    Its outputs equal the saved model's bit for bit, in the mode that `model` is in: call `.eval()` where
+    dropout must be off.  Streams of random numbers, caches and intermediates are those of `model`; where it
+    is abstract they start at zero.
 
     That `model` is the architecture that was saved is checked by the names and shapes of its variables and
     by the types that its modules compute in (``dtype`` and ``preferred_element_type``).  What no file tells
