@@ -14,6 +14,7 @@ from jaxquant import (
     functions,
     laws,
     linen,
+    moved,
     nnx,
     optim,
     ptq,
@@ -63,6 +64,15 @@ from jaxquant.operations.recipes import recipe
 from jaxquant.quality import versions
 
 __version__ = "0.1.0"
+
+moved.install()
+
+
+def __getattr__(name: str):
+    if name in moved.PLACES:
+        return moved.module(name, stacklevel=3)
+    raise AttributeError(f"module 'jaxquant' has no attribute {name!r}")
+
 
 __all__ = [
     "BF16",

@@ -130,6 +130,7 @@ def adapted(recipe="nf4dq", rank=4):
     return model
 
 
+@pytest.mark.long
 def test_the_product_beside_is_what_it_says():
     model = adapted()
     up, x = model.blocks[0].up, jax.random.normal(jax.random.key(0), (3, D))
@@ -164,6 +165,7 @@ class Tied(nnx.Module):
         return self.again(nnx.relu(self.down(self.up(x))))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16g16", "nf4dq", "fp8_train", "nvfp4", "w4a8-lsq"])
 def test_a_frozen_model_is_trained_on_with_all_its_weights(recipe, tmp_path):
     x = jax.random.normal(jax.random.key(0), (32, D))

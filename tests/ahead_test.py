@@ -75,6 +75,7 @@ def test_advice_goes_by_what_takes_the_memory():
     assert "state=" not in ahead._advice(used=40.0, usable=16.0, state=0.1, config=config)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

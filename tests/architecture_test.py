@@ -119,6 +119,7 @@ FLOORS = {"jaxquant": LIBRARY, "experiments": EXPERIMENTS}
 def order(package: str) -> list[str]:
     """The files of a package, each after those that it may import."""
     rooms = {room: files for floor in FLOORS[package] for room, files in floor.items()}
+    rooms |= {"": "moved"} if package == "jaxquant" else {}
     return [f"{room}.{name}".lstrip(".") for room, files in rooms.items() for name in files.split()]
 
 

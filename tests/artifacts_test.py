@@ -67,6 +67,7 @@ def bits(value) -> list[bytes]:
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(value)]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_tree_comes_back_bit_for_bit(tmp_path, format):
     card = Card(**{**NOTHING, "data": "digits", "seeds": {"data": 3}})
@@ -452,6 +453,7 @@ def run(model, x):
     return model(x)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("case", CASES)
 def test_a_loaded_models_outputs_are_the_saved_ones_bit_for_bit(tmp_path, case):
     frozen, cls, x = made(case)

@@ -79,6 +79,7 @@ def test_the_range_for_normals_is_the_best_and_its_error_is_true(fmt, normals):
     assert all(error(best * by) >= error(best) * slack for by in (0.7, 0.9, 0.97, 1.03, 1.1, 1.4))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("levels", ["symmetric", "full", "midrise"])
 def test_the_range_for_normals_of_traced_bits_is_that_of_static_ones(levels):
     at = jax.jit(lambda b, x: calibration.gaussian(x, (0,), jq.Int(b, levels)))
@@ -184,6 +185,7 @@ def test_running_ranges_are_the_weighted_mean_from_the_first_on():
             np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4, (4, 2)])
 def test_a_found_range_given_back_gives_the_same_scales(granularity):
     x = jnp.array(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)

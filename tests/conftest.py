@@ -4,6 +4,7 @@ Most of the tests' time is the compiler's, so LLVM does not optimize here, which
 sets a level in XLA_FLAGS gets that one, as CI does for the long tests.
 """
 
+import collections
 import dataclasses
 import io
 import json
@@ -15,6 +16,12 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Programs are compiled once and read from there the next time: a second run takes a third of the time.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "compiled")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # In front, so that a level of the caller's own, which comes later, counts.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
@@ -68,17 +75,16 @@ def shared_folder(tmp_path_factory) -> Path:
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _children_share_what_they_compile(tmp_path_factory):
-    """A study's processes, started again and again, read each other's compiled programs.
-
-    This process read its own configuration when it imported jax: it compiles afresh.
-    """
-    folder = shared_folder(tmp_path_factory)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-        yield
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests that are marked `first`, makes all cases but the first ones long."""
+    seen = collections.Counter()
+    for item in items:
+        marker = item.get_closest_marker("first")
+        name = item.nodeid.split("[")[0]
+        seen[name] += 1
+        if marker is not None and seen[name] > marker.args[0]:
+            item.add_marker(pytest.mark.long)
 
 
 def deb(content: dict[str, bytes]) -> bytes:

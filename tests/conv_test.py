@@ -185,6 +185,7 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(np.abs(wanted).max()))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("options", "lhs", "rhs"), GROUPED)
 @pytest.mark.parametrize("anew", [False, True])
 def test_native_gradients_carry_scales(options, lhs, rhs, anew):

@@ -31,6 +31,7 @@ def quantized(weight, dot, axes: int | tuple[int, ...] = 0) -> jq.QArray:
 # ---- numbers
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("rows", "bits"), [(1, 2), (4, 4), (1, 8), (5, 4)])
 def test_sums_and_equal_bits(rows, bits):
     """Against NumPy's sums; stored, packed and quantized within the program are the same to the bit."""
@@ -140,6 +141,7 @@ class Decoder(nnx.Module):
         return self.head(x + self.out(y * jax.nn.sigmoid(y)))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("tokens", "dtype", "recipe"),
     [

@@ -185,6 +185,7 @@ def served(model, frozen, tmp_path):
     return found
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "recipe",
     [r if r in ("w8a8", "nf4") else pytest.param(r, marks=pytest.mark.long) for r in RECIPES],
@@ -211,6 +212,7 @@ def test_models_go_from_rules_to_training_to_frozen_and_served(name, recipe, tmp
         assert weights
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize(
     "recipe",
@@ -271,6 +273,7 @@ def test_settings_that_are_not_hashed_and_products_left_in_float_all_the_way(tmp
         assert (run(jq.nnx.add_lora(loaded, rank=2, rngs=nnx.Rngs(0)), pixels) == expected).all()
 
 
+@pytest.mark.long
 def test_stock_layers_have_the_bits_that_they_have_by_hand():
     class Stock(nnx.Module):
         def __init__(self, rngs):
@@ -390,6 +393,7 @@ class Plainly(nnx.Module):
         return jax.nn.relu(x @ self.first) @ self.second
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "int8_train"])
 def test_integers_by_weights_and_variables_as_arrays_are_quantized_and_frozen(recipe):
     model = Plainly(nnx.Rngs(0))

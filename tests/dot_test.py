@@ -220,6 +220,7 @@ def to_nearest(dot: jq.DotGeneral) -> jq.DotGeneral:
     return jq.DotGeneral(dot.forward, change(dot.dlhs), change(dot.drhs))
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("name", ALL_NATIVE)
 def test_native_and_simulated_are_the_same_product(name):
     native = to_nearest(ALL_NATIVE[name])
@@ -332,6 +333,7 @@ def test_stored_operands_are_multiplied_as_they_are():
         jq.recipe("w8a8")(LHS, weights, MATMUL)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     "name",
     [
@@ -493,6 +495,7 @@ def test_accumulation_cannot_overflow():
         jq.recipe("w8a8")(jnp.ones((1, prime)), jnp.ones((prime, 1)), MATMUL)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("calibrate", [calibration.absmax, calibration.minmax])
 def test_a_sum_of_parts_is_the_sum(calibrate):
     """A weight's gradient over 3 · 60,000 rows: one contracting axis does not divide by 2, the other does."""

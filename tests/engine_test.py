@@ -402,6 +402,7 @@ class Stock(nnx.Module):
         return x + self.down(jax.nn.gelu(self.mix(self.norm(self.up(x)))))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_stock_layers_have_the_bits_that_they_have_by_hand(recipe):
     model, x = Stock(nnx.Rngs(0)), array(0, 2, 32, 64)

@@ -66,6 +66,7 @@ def test_estimators_change_gradients_and_not_values(estimator, fmt, rotation):
     np.testing.assert_array_equal(found, jq.dequantize(jq.quantize(x, other)))
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("fmt", [*GRIDS, jq.MXFP4, jq.NVFP4], ids=str)
 def test_clipped_passes_what_lies_within_the_grids_range(fmt):
     x = X if not isinstance(fmt, jq.Block) else np.tile(X, 2)

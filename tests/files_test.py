@@ -237,6 +237,7 @@ _WRITERS = """
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "apart",
     [[], pytest.param(["unshare", "--pid", "--fork"], marks=pytest.mark.long)],

@@ -115,6 +115,7 @@ def trained(model, x, steps=20):
     return nnx.merge(graphdef, params, rest)
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "rules"),
@@ -152,6 +153,7 @@ def test_train_freeze_serve(name, rules):
     assert table.quantized == 1 or (floats and len(attention) == 2) or rules.get("embed", 1) is None
 
 
+@pytest.mark.long
 def test_calibrated_ranges_are_kept():
     model, x = make("transformer")
     quantized = jq.nnx.calibrate(jq.nnx.quantize(model, {".*": "w8a8"}), [x[:, :4]])
@@ -170,6 +172,7 @@ def test_weights_take_exactly_their_bits():
     assert sum(x.nbytes for x in leaves) == 64 * 32 * 3 // 8 + 4 * 32
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("donate", [False, True])
 def test_freezing_holds_one_layer_at_a_time(donate, monkeypatch):
     """Live buffers at their peak: above the model's own, one layer, where the floats are given up."""
@@ -235,6 +238,7 @@ def test_tokens_beyond_the_table_are_nan_frozen_or_not():
     assert jnp.isnan(found).all(1).tolist() == [False, False, True, False, True]
 
 
+@pytest.mark.long
 def test_rows_of_a_stored_table():
     table = jq.quantize(jax.random.normal(jax.random.key(0), (10, 32)), jq.Quantizer(jq.INT4, 16))
     rows = jnp.array([[3, 0], [9, -1]])

@@ -116,6 +116,7 @@ MODELS = {
 }
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_frozen_equals_quantized_bit_for_bit_and_holds_no_float_weights(name, recipe):

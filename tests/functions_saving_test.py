@@ -123,6 +123,7 @@ def trained(low, parameters, steps=20):
     return joined(arrays), losses
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_any_function_goes_from_rules_to_training_to_frozen_and_served(name, recipe, tmp_path):

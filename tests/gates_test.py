@@ -115,6 +115,7 @@ def trained():
     return weights, *sample(24_000)
 
 
+@pytest.mark.long
 def test_honest_rounding_passes_and_one_wrong_scale_fails(trained):
     weights, x, labels = trained
     reference = forward(weights, x)

@@ -27,6 +27,7 @@ def refused(call, words):
 # ---- plans
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("flops", "serve_bits"), [(1e20, 3), (1e20, 2), (1e22, 3), (1e21, 4)])
 def test_a_plan_that_is_served_in_fewer_bits_has_the_least_loss_as_it_is_served(flops, serve_bits):
     found = laws.plan(KUMAR, flops=flops, serve_bits=serve_bits, ptq=ADDED)
@@ -111,6 +112,7 @@ def test_free_efficiencies_are_of_widths_that_runs_have(runs):
     assert law.predict(params, run | {"P_w": [16.0]}) < law.predict(params, run | {"P_w": [8.0]})
 
 
+@pytest.mark.long
 def test_an_optimums_interval_holds_it_and_keeps_from_the_ends(runs):
     found = laws.fit(laws.KUMAR_ONE, runs, bootstraps=40, starts=8)
     for confidence in (0.05, 0.5, 0.9):
@@ -173,6 +175,7 @@ def test_runs_that_repeat_others_are_counted(runs):
     assert "40 of 80 runs repeat another, number for number" in found.warnings
 
 
+@pytest.mark.long
 def test_profiles_are_of_the_runs_that_were_fitted(runs):
     found = laws.fit(laws.CHINCHILLA, runs, bootstraps=0, starts=8)
     fewer = {name: column[:30] for name, column in runs.items()}

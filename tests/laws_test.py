@@ -88,6 +88,7 @@ def test_beyond_the_critical_tokens_the_quantized_model_gets_worse():
     assert total[1] == total.min()
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("law", "params"),
@@ -108,6 +109,7 @@ def test_a_law_without_noise_is_found_again(law, params):
         assert found.params[name] == pytest.approx(value, rel=0.02), name
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_intervals_hold_what_made_the_runs_and_reach_the_optimum():
     runs = made(laws.KUMAR_ONE, ONE, grid(200))
@@ -147,6 +149,7 @@ def test_what_runs_together_is_resampled_together():
         laws.fit(laws.CHINCHILLA, runs, bootstraps=5, groups="family")
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_laws_are_ranked_and_the_true_one_is_first():
     runs = made(laws.KUMAR_ONE, ONE, grid(150))
@@ -161,6 +164,7 @@ def test_laws_are_ranked_and_the_true_one_is_first():
     assert "delta_aicc" in str(found)
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_on_shuffled_bits_the_term_of_precision_is_rejected():
     runs = made(laws.KUMAR_ONE, ONE, grid(100))

@@ -137,6 +137,7 @@ def trained(quantized, train):
     return variables
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("name", "recipe"),
     [

@@ -50,6 +50,7 @@ def trained(quantized, x, train):
     return variables
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("name", "rules", "format"), CHAIN, ids=["mlp", "cnn", "resnet", "transformer", "scan"]
 )
@@ -141,6 +142,7 @@ class Typed(nn.Module):
         return sum(head(x).astype(jnp.float32) for head in self.heads)
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("saved", "here", "message"),

@@ -45,6 +45,7 @@ def weights(params):
     return {k: v for k, v in leaves(params).items() if k.endswith(("kernel", "embedding"))}
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("recipe", "name"), PAIRS)
 def test_models_train_quantized_and_serve_frozen_with_the_same_bits(recipe, name):
@@ -89,6 +90,7 @@ def test_parameters_are_those_of_the_module(name):
     assert found == expected
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_coverage_lists_every_product(name):
     module, x = MODELS[name]
@@ -143,6 +145,7 @@ def test_coverage_of_frozen_variables_and_of_products_of_ones_own():
     assert isinstance(frozen["params"]["out"], jq.QArray)
 
 
+@pytest.mark.long
 def test_layers_compute_with_the_quantized_weights():
     """Against the float module with weights that were quantized beforehand."""
     quantizer = jq.Quantizer(jq.INT4, "channel")
@@ -223,6 +226,7 @@ def test_ranges_are_held_among_the_variables():
     np.testing.assert_array_equal(apply(restored, x), apply(calibrated, x))
 
 
+@pytest.mark.long
 def test_asymmetric_ranges_and_those_of_stacked_layers():
     low_high = jq.Quantizer(jq.Int(8, "unsigned"), "tensor", jq.calibration.minmax)
     dot = jq.DotGeneral(jq.Operands(low_high, jq.Quantizer(jq.INT8, "channel")))

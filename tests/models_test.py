@@ -25,6 +25,7 @@ def test_sizes_are_what_their_names_say(name):
     assert abs(n / (digits * unit) - 1) < 0.16
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_are_causal(kv_heads):
     config = lm.LMConfig(2, 32, 4, kv_heads, 64)

@@ -181,6 +181,7 @@ def by_hand(w, x, recipe):
     return {"up": (x, w["up"], gradients["up"]), "down": (hidden, w["down"], gradients["down"])}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["int8_train", "fp8_train", "mxfp8_train", "w8a8", "w4a16g32"])
 def test_operands_and_gradients_by_hand(recipe):
     w, x = weights(), normals(64, 64, seed=5)
@@ -240,6 +241,7 @@ def test_a_gradient_with_a_nan_is_seen():
     assert np.isnan(found.dlhs.sqnr)
 
 
+@pytest.mark.long
 def test_the_monitored_function_takes_vmap_scan_and_cond():
     w, xs = weights(), normals(3, 64, 64)
     monitor = jq.functions.monitor(network, {".*": "int8_train"})
@@ -276,6 +278,7 @@ def unrolled(w, x):
     return x.var()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
 def test_layers_under_scan_have_statistics_of_their_own(wrap):
     w = jax.tree.map(lambda *a: np.stack(a), *[weights(seed) for seed in (0, 10, 20)])
@@ -308,6 +311,7 @@ def test_a_branch_that_is_not_taken_has_nothing():
     assert {row["product"] for row in jq.monitoring.rows(found)} == {"up"}
 
 
+@pytest.mark.long
 def test_convolutions_ragged_products_lookups_and_experts():
     w = {
         "table": normals(32, 64),
@@ -435,6 +439,7 @@ def test_a_models_gradients_are_those_of_vjp_by_hand():
     agree(found.drhs, gradient, dot.drhs.lhs, (0,))
 
 
+@pytest.mark.first(1)
 @pytest.mark.usefixtures("library_promotion")
 @pytest.mark.parametrize(
     "options", [{}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True}]
@@ -461,6 +466,7 @@ def test_every_layer_of_a_model(options):
             assert np.all(own.saturated == 0)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("library_promotion")
 def test_a_scanned_model_and_a_listed_one_agree():
     listed, scanned = (

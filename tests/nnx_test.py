@@ -280,6 +280,7 @@ def test_inputs_that_do_not_fit_are_named(x):
         jq.nnx.coverage(nnx.Linear(64, 8, rngs=nnx.Rngs(0)), {".*": "w8a8"}, x)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w4a16g16", "mxfp4", "nvfp4", "nf4dq"])
 @pytest.mark.parametrize("layer", [nnx.Conv, nnx.ConvTranspose])
 def test_blocks_of_convolutions_lie_along_input_channels(layer, recipe):

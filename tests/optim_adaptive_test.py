@@ -89,6 +89,7 @@ def task():
     return params, gradients
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("score", [Felt(), Felt("loss"), Statistics()])
 def test_one_compilation_serves_all_tables_and_the_budget_holds_at_every_step(score):
     params, gradients = task()
@@ -142,6 +143,7 @@ def test_steps_that_update_nothing_put_a_decision_off():
     assert decided == [-4, -4, -4, 3, 3, 3, 3, 7, 7]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("score", [Felt(), Statistics()])
 def test_muon_is_scored_whole(score):
     params, gradients = task()

@@ -273,6 +273,7 @@ def test_one_two_and_eight_devices_give_the_same_bits_and_resume_each_other(tmp_
     assert run(2, load_from=tmp_path) == eight
 
 
+@pytest.mark.long
 def test_diagnoses_tell_a_stall_a_bias_and_an_error():
     params, state = trained(quantize_state(ADAM, fixed(3, 3)))
     # One element of each block is held up, the others decay by a tenth or a thousandth.

@@ -75,6 +75,7 @@ def test_interpreted_they_give_the_bits_of_xla(name, bits):
     chex.assert_trees_all_equal(*by_both(OPTIMIZERS[name], fixed(*bits), SHAPES))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["momentum"])
 def test_interpreted_they_give_the_bits_of_xla_where_widths_differ(name):
     widths = {"embedding": (6, 3), "head": 8, "matrix": (5, 4), "vector": (8, 7)}

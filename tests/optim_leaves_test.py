@@ -196,6 +196,7 @@ FIRST = (
 )
 
 
+@pytest.mark.first(12)
 @pytest.mark.parametrize("name", FIRST.split())
 def test_no_state_that_is_taken_for_not_negative_ever_is(name):
     """Beside optax itself: 30 steps of heavy-tailed gradients, with some that are zero."""
@@ -296,6 +297,7 @@ KEPT = {
 }
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", KEPT)
 def test_optax_own_parameters_and_sums_stay_exact_and_are_reported(name):
     tx, wanted = KEPT[name]

@@ -75,6 +75,7 @@ def trained(tx, steps=120, hidden=96):
     return params, state, float(loss(params)), values
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_it_trains_as_in_full_precision(name):
     *_, exact, values = trained(OPTIMIZERS[name])

@@ -45,6 +45,7 @@ def test_what_was_run_ended_as_in_full_precision(name):
 ONCE = ("adam", "prodigy", "mechanize(adam)", "schedule_free_adamw", "sm3", "MultiSteps")
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "name",
     [

@@ -192,6 +192,7 @@ def test_encoding_undoes_decoding(fmt):
     assert np.isnan(padded(fmt.decode, again)[np.isnan(values)]).all()
 
 
+@pytest.mark.first(9)
 @pytest.mark.parametrize("fmt", [*FLOATS, *ALL_INTS], ids=str)
 def test_storing_undoes_loading(fmt):
     values = decoded(fmt)
@@ -204,6 +205,7 @@ def test_storing_undoes_loading(fmt):
     np.testing.assert_array_equal(np.asarray(fmt.load(stored)), values)
 
 
+@pytest.mark.first(10)
 @pytest.mark.parametrize("fmt", FLOATS, ids=str)
 def test_encoding_is_ml_dtypes_cast_but_for_saturation(fmt):
     x = samples(fmt)
@@ -231,6 +233,7 @@ def test_encoding_is_ml_dtypes_cast_but_for_saturation(fmt):
     assert not differences(x, found, expected)
 
 
+@pytest.mark.first(10)
 @pytest.mark.parametrize("fmt", [*FLOATS, *ALL_INTS, *MAPS], ids=str)
 def test_rounding_is_the_value_of_the_code(fmt):
     x = samples(fmt, 100_000)

@@ -58,6 +58,7 @@ def rounded(model, recipe):
     return model
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
 def test_a_subclass_keeps_its_own_methods(recipe, tmp_path):
     model = Model()
@@ -148,6 +149,7 @@ OWN = {
 }
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", OWN)
 def test_a_method_of_ones_own_is_reached_whatever_it_does(name):
     """Its products are those of the weight quantized beforehand, and frozen they have the same bits."""

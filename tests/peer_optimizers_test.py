@@ -86,6 +86,7 @@ def test_leaves_that_are_not_coded_are_optax_bit_for_bit(name):
         found = optax.apply_updates(found, updates)
 
 
+@pytest.mark.first(1)
 @every_optimizer
 def test_the_first_step_is_taken_with_exact_moments(name):
     """The order of both peers: update first, then store."""

@@ -59,6 +59,7 @@ def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeyp
     assert len(calls) == linears, "each linear's weights are traced once over eight widths"
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "4"])
 @pytest.mark.parametrize("scope", study.SCOPES)
 def test_the_evaluation_is_of_the_rounded_weights(graphdef, params, granularity, scope):

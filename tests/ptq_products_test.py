@@ -183,6 +183,7 @@ HOWS = ["left", "heads", "heads behind", "two orders"]
 HOWS += ["parts", "twice", "recurrent", "stacked", "cond", "ragged"]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("how", "method"),
     [(how, "gptq") for how in HOWS]

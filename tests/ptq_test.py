@@ -100,6 +100,7 @@ def test_a_layer_gets_what_its_solver_gives():
     np.testing.assert_array_equal(found.scale, expected.scale)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     ("recipe", "method", "outlier"),
     [
@@ -329,6 +330,7 @@ def test_a_mask_that_hides_nothing_changes_nothing():
     np.testing.assert_allclose(masked, plain, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_batch_axes_are_matrices_of_their_own(method):
     layer = nnx.LinearGeneral(WIDTH, 8, batch_axis={0: 3}, rngs=nnx.Rngs(0))

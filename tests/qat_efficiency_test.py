@@ -444,6 +444,7 @@ def test_bit_operations_are_macs_times_bits(digits):
     assert everything["macs"] == patches + head + block + attention
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("arm", [Arm("qat", "lsq", "w4a4"), Arm("qat", "quest", "w2a16")])
 def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits, arm):
     model = digits.make(0)

@@ -51,6 +51,7 @@ def equal(found, expected) -> bool:
     return found.shape == expected.shape and bool((found == expected).all())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("fmt", "qtype", "size"),
     [
@@ -83,6 +84,7 @@ def test_codes_and_scales_are_qwixs(fmt, qtype, size):
         assert equal(jq.dequantize(ours), expected)
 
 
+@pytest.mark.long
 def test_qwixs_nvfp4_is_ours_with_one_level():
     """Qwix has no scale above the blocks', so that its E4M3 scales must hold the values' own range."""
     ours_format = jq.Block(jq.E2M1, 16, jq.E4M3, levels=1)
@@ -123,6 +125,7 @@ def test_integers_on_qwixs_scale_have_qwixs_codes(bits, qtype):
         np.testing.assert_array_less(np.abs(found.astype(int) - expected)[near], 2)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("bits", "qtype"), [(8, jnp.int8), (4, jnp.int4)])
 def test_integers_on_a_scale_that_is_a_power_of_two_are_the_same_to_the_last_bit(bits, qtype):
     """With absmax = (2^(b−1) − 1/2) · 2^k nothing is rounded but the codes, and Qwix's whole is ours."""

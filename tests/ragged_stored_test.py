@@ -57,6 +57,7 @@ def inside(x) -> np.ndarray:
     return np.where(np.arange(len(x))[:, None] < SIZES.sum(), x, 0)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", RECIPES)
 def test_stored_experts_are_those_that_the_product_quantizes(name):
     dot, lhs = jq.recipe(name), inside(LHS)
@@ -92,6 +93,7 @@ def test_eight_bits_are_the_integers_product():
     np.testing.assert_allclose(operation("w8a8")(LHS, right, SIZES), expected, rtol=1e-6)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_activations_before_stored_experts_are_trained(name):
     """As over weights that are quantized in the call."""
@@ -180,6 +182,7 @@ TRAINED = ["w8a8", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 SHORT = [("w8a8", False), ("nf4", False), ("w4a16g16", True)]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("name", "transposed"),
     [

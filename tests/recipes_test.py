@@ -17,6 +17,7 @@ def test_recipes_are_what_their_names_say():
     assert jq.recipe("w16a16") == jq.DotGeneral()
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", ["w8a8", "w4a8", "w2a2", "w4a16", "w16a8", "w4a8g8", "w4a16g32"])
 def test_recipes_run(name):
     lhs, rhs = jnp.ones((2, 32)), jnp.ones((32, 4))
@@ -40,6 +41,7 @@ SHARES = {
 }
 
 
+@pytest.mark.first(7)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_recipes_stay_near_the_float_product_forward_and_backward(name, dtype):

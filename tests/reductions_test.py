@@ -16,6 +16,7 @@ from jaxquant import calibration
 from jaxquant.formats import Block, Float
 from jaxquant.laws.law import x64
 from jaxquant.numerics import reductions
+from jaxquant.operations.recipes import RECIPES
 from jaxquant.optim import codecs
 from jaxquant.ptq import smooth, solvers
 
@@ -62,6 +63,7 @@ def check_groups(function, shape, groups, dtype=jnp.float32, bads=BAD) -> None:
                 np.testing.assert_array_equal(np.isnan(found), wanted, f"{name}, {bad} at {place}")
 
 
+@pytest.mark.first(9)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bad_element_makes_its_group_nan_and_no_other_at_any_size(shape, dtype):
@@ -237,7 +239,7 @@ def test_running_ranges_show_it_and_keep_it():
 
 N = 64
 RECIPES = (
-    *jq.recipes.RECIPES,
+    *RECIPES,
     *("w8a8", "w4a16", "w4a16g32", "w4a4g32", "w8a8-token", "w4a4-lsq", "w4a4-quest"),
 )
 
@@ -288,6 +290,7 @@ def in_float() -> dict:
     return spoiled_steps(step(None))
 
 
+@pytest.mark.first(5)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_nan_in_a_step_shows_wherever_it_does_in_float(recipe):
     for case, (is_finite, gradients) in spoiled_steps(step(recipe)).items():

@@ -61,6 +61,7 @@ def grid_of(fmt) -> np.ndarray:
     return grid[np.isfinite(grid) & (grid >= low) & (grid <= high)]
 
 
+@pytest.mark.first(22)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("round_", RANDOM)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

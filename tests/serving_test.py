@@ -80,6 +80,7 @@ def run(model, x):
     return model(x)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("case", CASES)
 def test_an_exported_model_computes_the_same_bits(tmp_path, case):
     model, x = frozen(case)
@@ -102,6 +103,7 @@ def test_weights_stay_packed():
     assert len(data) < read(model.kernel).nbytes + 4 * 256 + program
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("rules", ["w8a8", "w4a16", "mxfp4"])
 def test_one_program_serves_any_batch(rules):
     """The same bits, but where up to four rows meet stored weights: those are summed in another order."""

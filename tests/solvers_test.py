@@ -98,6 +98,7 @@ def reference(weight, hessian, quantizer, damping=0.01, order=True) -> np.ndarra
     return found
 
 
+@pytest.mark.first(1)
 @battery
 @pytest.mark.parametrize("order", [True, False], ids=["ordered", "in place"])
 def test_gptq_is_optimal_brain_surgery(quantizer, order):
@@ -312,6 +313,7 @@ def test_activation_aware_scales_help_where_channels_differ():
     assert objective(weight, values, state.hessian) < 0.9 * nearest
 
 
+@pytest.mark.first(2)
 @among("int4 tiles", "uint3 minmax", "int3 rotated", "nvfp4")
 def test_clipped_ranges_are_never_worse(quantizer):
     weight, hessian = layer()

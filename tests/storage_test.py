@@ -65,6 +65,7 @@ def quantized(name: str) -> jq.QArray:
     return jq.quantize(X, QUANTIZERS[name])
 
 
+@pytest.mark.first(6)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("shape", [(8,), (3, 13), (2, 0), (0, 5), (2, 1, 16)])
@@ -76,6 +77,7 @@ def test_packing_is_exact_and_takes_the_bits_that_it_says(bits, shape):
     np.testing.assert_array_equal(packing.unpack_bits(packed, bits, shape[-1]), codes)
 
 
+@pytest.mark.first(2)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_packed_array_is_the_same_array_in_fewer_bytes(name):
@@ -137,6 +139,7 @@ def test_safetensors_and_back(tmp_path):
     chex.assert_trees_all_equal(back, tree)
 
 
+@pytest.mark.long
 def test_orbax_and_back(tmp_path):
     tree = {name.replace(" ", "_"): quantized(name) for name in QUANTIZERS}
     with ocp.StandardCheckpointer() as checkpointer:

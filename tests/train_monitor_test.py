@@ -61,6 +61,7 @@ def monitored(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_monitored_run_has_the_same_bytes(monitored, tmp_path):
     run(config(), tmp_path)
     for name in ("metrics.json", "result.json"):
@@ -99,6 +100,7 @@ def test_a_figure_and_tensorboards_histograms(monitored):
     assert found[2, name] == sum(count for _, count in row["histogram"]) == 12 * 32
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_has_the_records_of_one_that_did_not_stop(monitored, tmp_path):
     run(config(monitor_every=2, checkpoint_every=4), tmp_path)
     for path in (tmp_path / "monitor").iterdir():
@@ -129,6 +131,7 @@ def test_weights_by_hand(monitored):
         )
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

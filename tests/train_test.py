@@ -195,6 +195,7 @@ def grown(toy, context):
     return [context.remember(str(end), functools.partial(point, end)) for end in stops]
 
 
+@pytest.mark.first(5)
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 @pytest.mark.parametrize("cut_at", [1, 4, 6, 8])  # in the trunk, the first branch, both again
 def test_a_trial_cut_off_between_saves_ends_in_the_same_record(toy, tmp_path, cut_at, seconds):
@@ -429,6 +430,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
     assert one[-5:].mean() < 0.95 * one[:5].mean()
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -449,6 +451,7 @@ def test_what_no_run_could_use_is_named(tmp_path, change, words):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flag", "words"),
