@@ -15,7 +15,7 @@ import pandas as pd
 from absl import flags
 
 from experiments.harness.reporting import report
-from experiments.harness.running import cli, ledgers
+from experiments.harness.running import cli
 from experiments.training_precision import analysis
 from experiments.training_precision.study import STUDY
 from jaxquant import laws
@@ -33,7 +33,9 @@ def define_flags() -> None:
     number("serve_bits", None, "Bits of the weights in serving; as trained where not given.")
     number("memory", None, "Bytes that the weights may take in serving.")
     flags.DEFINE_string(
-        "fit", "kumar2024", f"One of {', '.join(PUBLISHED)}, or the workdir of a {STUDY} study."
+        "fit",
+        "kumar2024",
+        f"One of {', '.join(PUBLISHED)}, or the workdir of a {STUDY.name} study.",
     )
     methods = ", ".join(analysis.METHOD_NAMES)
     flags.DEFINE_string(
@@ -58,7 +60,7 @@ def source(name: str, method: str | None) -> tuple[Any, Any, str]:
     if name == "quest2025":
         return laws.QUEST_2025, laws.KUMAR_2024_PTQ, laws.QUEST_2025.source
     try:
-        own = ledgers.read_records(name, STUDY)
+        own = STUDY.load(name)
     except ValueError as error:
         raise ValueError(f"--fit is one of {', '.join(PUBLISHED)}, or: {error}") from None
     method = method or "ste"

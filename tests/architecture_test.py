@@ -58,7 +58,7 @@ EXPERIMENTS = [
     {
         "harness.running": (
             "files packed processes checkpoints stopping watchdog cli ledgers memory packages "
-            "ray_launcher trials study_cli timing"
+            "ray_launcher trials timing"
         ),
     },
     {
@@ -75,6 +75,7 @@ EXPERIMENTS = [
     },
     {
         "harness.models": "lm vision",
+        "harness": "study",
     },
     {
         "benchmark": "lm optimizers variants step serving report study __main__",

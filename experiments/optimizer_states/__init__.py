@@ -12,6 +12,6 @@ arXiv 2309.01507.
 """
 
 from experiments.optimizer_states.report import to_text
-from experiments.optimizer_states.study import PRESETS, Config, run
+from experiments.optimizer_states.study import PRESETS, STUDY, Config, run
 
-__all__ = ["PRESETS", "Config", "run", "to_text"]
+__all__ = ["PRESETS", "STUDY", "Config", "run", "to_text"]

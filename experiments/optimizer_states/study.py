@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ from flax import nnx
 from experiments.harness import data
 from experiments.harness.data import images
 from experiments.harness.models import lm, vision
-from experiments.harness.running import cli, ledgers, trials
-from experiments.harness.training import arms, sharding
+from experiments.harness.running import cli
+from experiments.harness.study import Study
+from experiments.harness.training import arms
 from experiments.optimizer_states import report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
@@ -24,7 +24,6 @@ from experiments.optimizer_states.tasks import (
     vision_config,
 )
 
-STUDY = "optimizer_states"
 SCHEDULES = ("wsd", "cosine")
 TASKS = ("language", "vision")
 _LAPTOP_ARMS = (
@@ -249,36 +248,28 @@ _POSITIVE = (
 )
 
 
-def run(
-    config: Config,
-    workdir: str | Path,
-    launch: trials.Launch = trials.HERE,
-) -> dict:
-    """Runs what has no record yet, writes the report, and returns the summary.
-
-    Args:
-        config: the grid; one of `PRESETS`, or any.
-        workdir: where records, ``summary.json`` and ``report.html`` go.
-        launch: where trials run.
-
-    Raises:
-        ValueError: bad input.
-        RuntimeError: a trial failed.
-    """
-    grid = make_trials(config)
-    devices = sharding.make_mesh().size
-    for task in config.tasks:
-        batch = getattr(config, f"{task}_batch")
-        if batch % devices:
-            raise ValueError(f"config.{task}_batch {batch} does not divide over {devices} devices")
-    ledger = ledgers.Ledger(workdir, STUDY)
-    records = trials.run(
-        grid,
-        run_trial,
-        ledger,
-        cost=cost,
-        kind=kind,
-        launch=launch,
-        workers=config.workers,
-    )
-    return report.write(ledger.workdir, records, expected=len(grid))
+STUDY = Study(
+    name="optimizer_states",
+    question="How few bits can an optimizer's state have, and does it pay to move them?",
+    papers=(
+        "2604.06836 (STQuant)",
+        "2110.02861 (8-bit optimizers)",
+        "2309.01507 (4-bit optimizers)",
+    ),
+    presets=PRESETS,
+    costs={
+        "smoke": "a minute or two on 2 cores; that it runs",
+        "laptop": "25 minutes for the ViT and about 40 for the language model, on 2 cores",
+        "full": "days on 2 cores, by estimate; not yet run by us",
+        "law": "half an hour on 2 cores; fixed widths at three sizes and lengths",
+        "tpu": "an accelerator; not yet run by us",
+    },
+    make_trials=make_trials,
+    run_trial=run_trial,
+    cost=cost,
+    kind=kind,
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    to_text=report.to_text,
+    batches=lambda config: [f"{task}_batch" for task in config.tasks],
+)
+run = STUDY.run

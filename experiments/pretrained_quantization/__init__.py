@@ -13,6 +13,6 @@ arXiv 2404.00456.
 """
 
 from experiments.pretrained_quantization.report import to_text
-from experiments.pretrained_quantization.study import PRESETS, Config, run
+from experiments.pretrained_quantization.study import PRESETS, STUDY, Config, run
 
-__all__ = ["PRESETS", "Config", "run", "to_text"]
+__all__ = ["PRESETS", "STUDY", "Config", "run", "to_text"]

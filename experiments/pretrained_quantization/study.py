@@ -1,17 +1,15 @@
 """The study: configs, trials, and what a trial runs."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 
 import jaxquant as jq
 from experiments.harness.data import images
-from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.running import cli, trials
+from experiments.harness.study import Study
 from experiments.pretrained_quantization import report, subjects
 from experiments.pretrained_quantization.arms import ARMS
-
-STUDY = "pretrained_quantization"
 
 
 @dataclasses.dataclass
@@ -143,31 +141,27 @@ def kind(trial: Trial) -> tuple:
     return trial.model, trial.arm
 
 
-def run(
-    config: Config,
-    workdir: str | Path,
-    launch: trials.Launch = trials.HERE,
-) -> dict:
-    """Runs what has no record yet, writes the report, and returns the summary.
-
-    Args:
-        config: one of `PRESETS`, or any.
-        workdir: where records, ``summary.json`` and ``report.html`` go.
-        launch: where trials run.
-
-    Raises:
-        ValueError: bad input.
-        RuntimeError: a trial failed.
-    """
-    grid = make_trials(config)
-    ledger = ledgers.Ledger(workdir, STUDY)
-    records = trials.run(
-        grid,
-        run_trial,
-        ledger,
-        cost=cost,
-        kind=kind,
-        launch=launch,
-        workers=config.workers,
-    )
-    return report.write(ledger.workdir, records, expected=len(grid))
+STUDY = Study(
+    name="pretrained_quantization",
+    question="What does quantizing real models cost, and does the gate see when it costs too much?",
+    papers=(
+        "2210.17323 (GPTQ)",
+        "2306.00978 (AWQ)",
+        "2211.10438 (SmoothQuant)",
+        "2404.00456 (QuaRot)",
+    ),
+    presets=PRESETS,
+    costs={
+        "smoke": "a minute on 2 cores; a vision transformer on digits, that it runs",
+        "laptop": "about two hours on 2 cores",
+        "full": "hours; not yet run by us",
+        "tpu": "an accelerator; not yet run by us",
+    },
+    make_trials=make_trials,
+    run_trial=run_trial,
+    cost=cost,
+    kind=kind,
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    to_text=report.to_text,
+)
+run = STUDY.run

@@ -11,6 +11,6 @@ with the schedule is from Catalan-Tatjer et al. 2025, arXiv 2510.06213.
 """
 
 from experiments.ptq_overtraining.report import to_text
-from experiments.ptq_overtraining.study import PRESETS, Config, run
+from experiments.ptq_overtraining.study import PRESETS, STUDY, Config, run
 
-__all__ = ["PRESETS", "Config", "run", "to_text"]
+__all__ = ["PRESETS", "STUDY", "Config", "run", "to_text"]

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ from flax import nnx
 import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.models import lm
-from experiments.harness.running import cli, ledgers, trials
+from experiments.harness.running import cli, trials
+from experiments.harness.study import Study
 from experiments.harness.training import sharding, train, wsd
 from experiments.ptq_overtraining import report
 from jaxquant.numerics.groups import Granularity
 
-STUDY = "ptq_overtraining"
 SCHEDULES = ("wsd", "cosine")
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
 COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
@@ -423,34 +422,26 @@ def kind(trial: Trial) -> tuple:
     return (trial.size,)
 
 
-def run(
-    config: Config,
-    workdir: str | Path,
-    launch: trials.Launch = trials.HERE,
-) -> dict:
-    """Runs what has no record yet, writes the report, and returns the summary.
-
-    Args:
-        config: the grid; one of `PRESETS`, or any.
-        workdir: where records, ``summary.json`` and ``report.html`` go.
-        launch: where trials run.
-
-    Raises:
-        ValueError: bad input.
-        RuntimeError: a trial failed.
-    """
-    grid = make_trials(config)
-    mesh = sharding.make_mesh(config.mesh_data, config.mesh_fsdp)
-    if config.batch % mesh.size:
-        raise ValueError(f"config.batch {config.batch} does not divide over {mesh.size} devices")
-    ledger = ledgers.Ledger(workdir, STUDY)
-    records = trials.run(
-        grid,
-        run_trial,
-        ledger,
-        cost=cost,
-        kind=kind,
-        launch=launch,
-        workers=config.workers,
-    )
-    return report.write(ledger.workdir, records, expected=len(grid))
+STUDY = Study(
+    name="ptq_overtraining",
+    question="Does longer training make a model more fragile to quantization?",
+    papers=(
+        "2411.04330 (Scaling Laws for Precision)",
+        "2510.06213 (quantization and the learning-rate schedule)",
+    ),
+    presets=PRESETS,
+    costs={
+        "smoke": "half a minute on 2 cores; that it runs",
+        "laptop": "six to eight minutes on 2 cores",
+        "full": "about three hours on 2 cores",
+        "tpu": "an accelerator; the published scale, not yet run by us",
+    },
+    make_trials=make_trials,
+    run_trial=run_trial,
+    cost=cost,
+    kind=kind,
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    to_text=report.to_text,
+    batches=lambda config: ("batch",),
+)
+run = STUDY.run

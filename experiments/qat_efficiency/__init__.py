@@ -14,6 +14,6 @@ al. 2022, arXiv 2210.17323 (GPTQ); Lin et al. 2023, arXiv 2306.00978 (AWQ); Xiao
 """
 
 from experiments.qat_efficiency.report import to_text
-from experiments.qat_efficiency.study import PRESETS, Config, run
+from experiments.qat_efficiency.study import PRESETS, STUDY, Config, run
 
-__all__ = ["PRESETS", "Config", "run", "to_text"]
+__all__ = ["PRESETS", "STUDY", "Config", "run", "to_text"]

@@ -1,17 +1,15 @@
 """The grid, and the run of it all."""
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from experiments.harness import data
 from experiments.harness.data import corruptions, images
-from experiments.harness.running import cli, ledgers, trials
-from experiments.harness.training import sharding
+from experiments.harness.running import cli
+from experiments.harness.study import Finished, Study
 from experiments.qat_efficiency import latency, report, tasks
 from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, kind, run_trial
 
-STUDY = "qat_efficiency"
 _MOST_SEEDS = 10_000
 
 
@@ -233,40 +231,35 @@ _POSITIVE = (
 )
 
 
-def run(
-    config: Config,
-    workdir: str | Path,
-    launch: trials.Launch = trials.HERE,
-) -> dict:
-    """Runs what has no record yet, times what runs on integers, writes the report, returns the summary.
+def _report(done: Finished) -> dict:
+    rounds = done.config.latency_rounds
+    rows = latency.measure(done.workdir, done.trials, rounds) if done.is_whole else []
+    return report.write(done.workdir, done.records, rows, expected=len(done.trials))
 
-    Args:
-        config: the grid; one of `PRESETS`, or any.
-        workdir: where records, ``latency.json``, ``summary.json`` and ``report.html`` go.
-        launch: where trials run.
 
-    Raises:
-        ValueError: bad input.
-        RuntimeError: a trial failed.
-    """
-    grid = make_trials(config)
-    devices = sharding.make_mesh().size
-    for name in ("vision_batch", "language_batch"):
-        if getattr(config, name) % devices:
-            raise ValueError(
-                f"config.{name} {getattr(config, name)} does not divide over {devices} devices"
-            )
-    ledger = ledgers.Ledger(workdir, STUDY)
-    records = trials.run(
-        grid,
-        run_trial,
-        ledger,
-        cost=cost,
-        kind=kind,
-        launch=launch,
-        workers=config.workers,
-    )
-    rows = (
-        latency.measure(ledger.workdir, grid, config.latency_rounds) if launch.shard[1] == 1 else []
-    )
-    return report.write(ledger.workdir, records, rows, expected=len(grid))
+STUDY = Study(
+    name="qat_efficiency",
+    question="What does quantization-aware training buy over quantizing after training?",
+    papers=(
+        "1902.08153 (LSQ)",
+        "2502.05003 (QuEST)",
+        "2210.17323 (GPTQ)",
+        "2306.00978 (AWQ)",
+        "2211.10438 (SmoothQuant)",
+    ),
+    presets=PRESETS,
+    costs={
+        "smoke": "some three minutes on 2 cores; that it runs",
+        "laptop": "about 13 minutes on 2 cores",
+        "full": "hours on 2 cores; not yet run by us",
+        "tpu": "an accelerator; not yet run by us",
+    },
+    make_trials=make_trials,
+    run_trial=run_trial,
+    cost=cost,
+    kind=kind,
+    report=_report,
+    to_text=report.to_text,
+    batches=lambda config: ("vision_batch", "language_batch"),
+)
+run = STUDY.run

@@ -13,6 +13,6 @@ arXiv 2502.05003; Esser et al. 2020 (LSQ), arXiv 1902.08153.
 """
 
 from experiments.training_precision.report import to_text
-from experiments.training_precision.study import PRESETS, Config, load, run
+from experiments.training_precision.study import PRESETS, STUDY, Config, load, run
 
-__all__ = ["PRESETS", "Config", "load", "run", "to_text"]
+__all__ = ["PRESETS", "STUDY", "Config", "load", "run", "to_text"]

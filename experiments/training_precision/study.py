@@ -5,14 +5,15 @@ from pathlib import Path
 
 from experiments.harness import data
 from experiments.harness.models import lm
-from experiments.harness.running import cli, ledgers, trials
-from experiments.harness.training import sharding
+from experiments.harness.running import cli
+from experiments.harness.study import Study
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
 from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, kind, run_trial
 
-STUDY = "training_precision"
-PUBLISHED = Path(__file__).parents[1] / "results" / STUDY / "full"  # records of our own run of it
+PUBLISHED = (
+    Path(__file__).parents[1] / "results" / "training_precision" / "full"
+)  # records of our own run of it
 _LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 
 
@@ -107,7 +108,7 @@ def load(workdir: str | Path = PUBLISHED) -> list[dict]:
     Raises:
         ValueError: no such record lies there.
     """
-    return ledgers.read_records(workdir, STUDY)
+    return STUDY.load(workdir)
 
 
 def make_trials(config: Config) -> list[Trial]:
@@ -216,34 +217,28 @@ def _check(config: Config) -> None:
         lm.sized(size, dtype=config.dtype)
 
 
-def run(
-    config: Config,
-    workdir: str | Path,
-    launch: trials.Launch = trials.HERE,
-) -> dict:
-    """Runs what has no record yet, writes the report, and returns the summary.
-
-    Args:
-        config: the grid; one of `PRESETS`, or any.
-        workdir: where records, ``summary.json`` and ``report.html`` go.
-        launch: where trials run.
-
-    Raises:
-        ValueError: bad input.
-        RuntimeError: a trial failed.
-    """
-    grid = make_trials(config)
-    devices = sharding.make_mesh().size
-    if config.batch % devices:
-        raise ValueError(f"config.batch {config.batch} does not divide over {devices} devices")
-    ledger = ledgers.Ledger(workdir, STUDY)
-    records = trials.run(
-        grid,
-        run_trial,
-        ledger,
-        cost=cost,
-        kind=kind,
-        launch=launch,
-        workers=config.workers,
-    )
-    return report.write(ledger.workdir, records, expected=len(grid))
+STUDY = Study(
+    name="training_precision",
+    question="What does training in P bits cost, and which P is best?",
+    papers=(
+        "2411.04330 (Scaling Laws for Precision)",
+        "2502.05003 (QuEST)",
+        "1902.08153 (LSQ)",
+    ),
+    presets=PRESETS,
+    costs={
+        "smoke": "about a minute on one core; that it runs",
+        "laptop": "minutes on 2 cores, by estimate; not yet run by us",
+        "full": "about five hours on 2 cores",
+        "generated": "22 minutes on 2 cores; a source of known entropy",
+        "tpu": "an accelerator; not yet run by us",
+    },
+    make_trials=make_trials,
+    run_trial=run_trial,
+    cost=cost,
+    kind=kind,
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    to_text=report.to_text,
+    batches=lambda config: ("batch",),
+)
+run = STUDY.run

@@ -40,19 +40,22 @@ def check_positive(config: Any, *names: str) -> None:
             raise ValueError(f"config.{name} is a number above 0; got {value}")
 
 
-def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -> None:
+def main(
+    run: Callable[[Any], None], presets: Mapping[str, Any], default: str, about: str | None = None
+) -> None:
     """Parses flags and calls run(config); bad input ends with one line and exit status 2.
 
     Args:
         run: the binary.
         presets: config dataclasses by name.
         default: the preset where none is given.
+        about: what it does, for --help; the binary's docstring where not given.
     """
     flags.DEFINE_string("preset", default, f"One of {', '.join(presets)}.")
 
     def parse(argv: list[str]) -> list[str]:
         try:
-            return _parse(argv, presets)
+            return _parse(argv, presets, about)
         except (flags.Error, ValueError, AttributeError, KeyError, TypeError) as error:
             _fail(_one_line(error), _BAD_INPUT)
             raise
@@ -87,13 +90,12 @@ def main(run: Callable[[Any], None], presets: Mapping[str, Any], default: str) -
     app.run(checked, flags_parser=parse)
 
 
-def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
+def _parse(argv: list[str], presets: Mapping[str, Any], about: str | None) -> list[str]:
     """Two passes: the preset first, for it is what --config.FIELD changes."""
     if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
         named = [a.partition("=")[2] for a in argv[1:] if a.lstrip("-").startswith("preset=")]
-        _print_help(
-            presets, next((name for name in named if name in presets), str(FLAGS["preset"].default))
-        )
+        chosen = next((name for name in named if name in presets), str(FLAGS["preset"].default))
+        _print_help(presets, chosen, about)
         sys.exit(0)
     config_arguments = [a for a in argv[1:] if a.startswith(("--config", "-config"))]
     FLAGS([a for a in argv if a not in config_arguments])
@@ -113,9 +115,9 @@ def _parse(argv: list[str], presets: Mapping[str, Any]) -> list[str]:
     return FLAGS(argv)
 
 
-def _print_help(presets: Mapping[str, Any], chosen: str) -> None:
+def _print_help(presets: Mapping[str, Any], chosen: str, about: str | None) -> None:
     FLAGS.mark_as_parsed()
-    print(sys.modules["__main__"].__doc__ or "", end="\n\n")
+    print(about or sys.modules["__main__"].__doc__ or "", end="\n\n")
     for module in FLAGS.flags_by_module_dict():
         if module.startswith(("experiments", sys.argv[0])) or module == "__main__":
             _, _, own = FLAGS.module_help(module).lstrip().partition("\n")
