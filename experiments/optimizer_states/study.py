@@ -11,6 +11,7 @@ from experiments.harness import data
 from experiments.harness.data import images
 from experiments.harness.models import lm, vision
 from experiments.harness.running import cli
+from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.harness.training import arms
 from experiments.optimizer_states import report
@@ -37,32 +38,40 @@ _LAPTOP_ARMS = (
 class Config:
     """The grid, and what all its runs share."""
 
-    tasks: tuple[str, ...] = TASKS
-    arms: tuple[str, ...] = _LAPTOP_ARMS
-    schedules: tuple[str, ...] = SCHEDULES
-    seeds: int = 3
-    language_sizes: tuple[str, ...] = ("94k",)  # by the weights of the blocks' products
-    tokens_per_parameter: tuple[int, ...] = (20,)  # of each of those sizes
-    vision_size: str = "98k"
-    vision_steps: int = 1000
-    text: str = "sotu"  # sotu, text
-    text_path: str = ""
-    images: str = "fashion_mnist"  # fashion_mnist, digits
-    images_path: str = ""
-    grid: int = 4  # patches along a side of an image
-    sequence: int = 64
-    language_batch: int = 16
-    vision_batch: int = 64
-    language_lr: float = 8e-3  # tuned for full precision: the report shows its neighbours
-    vision_lr: float = 4e-3
-    tuning: tuple[float, ...] = (0.5, 2.0)  # of those rates, in full precision, one seed
-    interval: int = 100  # steps between decisions of adaptive arms
-    snapshots: int = 10
-    evaluation_windows: int = 512
-    evaluation_images: int = 5000
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+    tasks: tuple[str, ...] = option(TASKS, "language, vision")
+    arms: tuple[str, ...] = option(_LAPTOP_ARMS, "how the optimizer's state is held")
+    schedules: tuple[str, ...] = option(SCHEDULES, "of the learning rate: wsd, cosine")
+    seeds: int = option(3, "runs of everything, each from its own initialization and data order")
+    language_sizes: tuple[str, ...] = option(
+        ("94k",), "language models, by the weights of the blocks' products"
+    )
+    tokens_per_parameter: tuple[int, ...] = option(
+        (20,), "lengths of training for each of those sizes"
+    )
+    vision_size: str = option(
+        "98k", "of the vision transformer, by the weights of the blocks' products"
+    )
+    vision_steps: int = option(1000, "training steps of the vision transformer")
+    text: str = option("sotu", "sotu or text")
+    text_path: str = option("", "where text lies")
+    images: str = option("fashion_mnist", "fashion_mnist or digits")
+    images_path: str = option("", "where images lie; the package's own place where empty")
+    grid: int = option(4, "patches along a side of an image")
+    sequence: int = option(64, "tokens of a window")
+    language_batch: int = option(16, "windows of a step")
+    vision_batch: int = option(64, "images of a step")
+    language_lr: float = option(8e-3, "the language model's learning rate")
+    vision_lr: float = option(4e-3, "the vision transformer's learning rate")
+    tuning: tuple[float, ...] = option(
+        (0.5, 2.0), "factors of those rates, tried in full precision with one seed"
+    )
+    interval: int = option(100, "steps between decisions of adaptive arms")
+    snapshots: int = option(10, "records of the widths in a run")
+    evaluation_windows: int = option(512, "windows of text that are evaluated, of each split")
+    evaluation_images: int = option(5000, "images that are evaluated")
+    log_every: int = option(50, "steps between records of the loss")
+    checkpoint_every: int = option(1000, "steps between saves, at most")
+    workers: int = option(0, "processes; 0 is one per core on CPU, one on an accelerator")
 
 
 PRESETS = {

@@ -7,6 +7,7 @@ import jax
 import jaxquant as jq
 from experiments.harness.data import images
 from experiments.harness.running import cli, trials
+from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.pretrained_quantization import report, subjects
 from experiments.pretrained_quantization.arms import ARMS
@@ -14,36 +15,20 @@ from experiments.pretrained_quantization.arms import ARMS
 
 @dataclasses.dataclass
 class Config:
-    """What the study does.
+    """What the study does."""
 
-    Attributes:
-        models: of ``"smollm2"``, ``"minilm"``, ``"vit"``.
-        arms: names of arms to run, where a model has them; all where empty.
-        windows: windows of text that the language model is measured on.
-        calibration_windows: windows of older text that methods look at.
-        length: tokens of a window.
-        memory_mb: of calibration statistics held at once; fewer means that layers see more of what the layers
-            before them became.
-        search_windows: windows that the search measures on.
-        images: the image set that the vision transformer is trained on, ``"fashion_mnist"`` or ``"digits"``.
-        images_path: where it lies; the package's own place where empty.
-        steps: training steps of the vision transformer.
-        seeds: vision transformers.
-        workers: processes; models are large, so one by one.
-    """
-
-    models: tuple[str, ...] = ("smollm2", "minilm", "vit")
-    arms: tuple[str, ...] = ()
-    windows: int = 20
-    calibration_windows: int = 16
-    length: int = 512
-    memory_mb: int = 20
-    search_windows: int = 1
-    images: str = "fashion_mnist"
-    images_path: str = ""
-    steps: int = 1500
-    seeds: int = 3
-    workers: int = 1
+    models: tuple[str, ...] = option(("smollm2", "minilm", "vit"), "smollm2, minilm, vit")
+    arms: tuple[str, ...] = option((), "names of arms to run; all where empty")
+    windows: int = option(20, "windows of text that the language model is measured on")
+    calibration_windows: int = option(16, "windows of older text that methods look at")
+    length: int = option(512, "tokens of a window")
+    memory_mb: int = option(20, "megabytes of calibration statistics held at once")
+    search_windows: int = option(1, "windows that the search measures on")
+    images: str = option("fashion_mnist", "fashion_mnist or digits")
+    images_path: str = option("", "where images lie; the package's own place where empty")
+    steps: int = option(1500, "training steps of the vision transformer")
+    seeds: int = option(3, "vision transformers")
+    workers: int = option(1, "processes; models are large, so one by one")
 
 
 PRESETS = {

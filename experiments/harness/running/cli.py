@@ -4,6 +4,7 @@
 """
 
 import copy
+import dataclasses
 import errno
 import logging
 import math
@@ -26,6 +27,11 @@ _BAD_PATH = (
     *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EACCES, errno.EPERM, errno.EROFS),
 )
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A field of a config, with its meaning and choices for --help."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -125,8 +131,10 @@ def _print_help(presets: Mapping[str, Any], chosen: str, about: str | None) -> N
     if not vars(presets[chosen]):
         return
     print(f"\n  --config.FIELD=VALUE changes a field of the preset; here with {chosen}'s values:")
-    for field, value in vars(presets[chosen]).items():
-        print(f"    --config.{field}={value}")
+    for field in dataclasses.fields(presets[chosen]):
+        print(f"    --config.{field.name}={getattr(presets[chosen], field.name)}")
+        if meaning := field.metadata.get("meaning"):
+            print(f"      {meaning}")
 
 
 def _define_config(preset: Any) -> None:
