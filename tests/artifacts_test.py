@@ -310,7 +310,7 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(artifacts, "sealed", fails)
+    monkeypatch.setattr(folders, "sealed", fails)
     with pytest.raises(OSError, match="no space"):
         artifacts.save(tmp_path / "other", {"w": X}, Card(**NOTHING))
     assert seals.digests(tmp_path) == before
