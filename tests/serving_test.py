@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant import serving
+from jaxquant.artifacts.folders import as_stored
 from jaxquant.nnx.modules import read
 
 
@@ -285,7 +286,7 @@ def test_every_flip_in_a_zip_directory_is_no_other_program(product):
 )
 def test_weights_are_held_to_what_the_program_takes(product, change, message):
     weights = {"0": normal(32, 8), "1": normal(8).astype(jnp.bfloat16), "2": jnp.int4(3)}
-    stored = {name: jq.artifacts.as_stored(x) for name, x in weights.items()}
+    stored = {name: as_stored(x) for name, x in weights.items()}
     parts = parts_of(product) | {"weights.safetensors": safetensors.numpy.save(stored)}
     np.testing.assert_array_equal(serving.load(archive(parts))(X), serving.load(product)(X))
     changed = {"weights.safetensors": safetensors.numpy.save(change(stored))}
