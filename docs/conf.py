@@ -36,8 +36,8 @@ autodoc_typehints = "none"
 autodoc_default_options = {"members": True}
 autosummary_generate = False
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
 napoleon_attr_annotations = False
+napoleon_custom_sections = [("Attributes", "params_style")]
 
 html_theme = "sphinx_book_theme"
 html_title = "jaxquant"
