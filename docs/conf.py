@@ -5,6 +5,7 @@ Nothing is fetched and no notebook runs, so that a build needs no network and ta
 
 import os
 import re
+import types
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -61,17 +62,25 @@ _KEPT = re.compile(
     r"^ *>>>.*\n?(?:[ ]*\S.*\n?)*|^ *\* |``[^`]+``|`[^`]+`|(?<![\w*])\*[A-Za-z][\w -]*\*(?![\w*])",
     re.MULTILINE,
 )
+_RETURNS = re.compile(r"^Returns:\n((?:    .*\n?)+)", re.MULTILINE)
 
 
 def _as_rst(app, what, name, obj, options, lines):
     """Marks that mean something to reStructuredText are escaped, and plurals of code are let stand."""
-    text, found, at = "\n".join(lines), [], 0
+    text, found, at = _RETURNS.sub(_returned, "\n".join(lines)), [], 0
     for kept in _KEPT.finditer(text):
         found += [_escaped(text[at : kept.start()]), kept.group()]
         if kept.group().endswith("`") and re.match(r"\w", text[kept.end() :]):
             found.append("\\ ")
         at = kept.end()
     lines[:] = "".join([*found, _escaped(text[at:])]).split("\n")
+    if what in ("property", "attribute"):
+        lines.insert(0, "\\ ")  # or napoleon takes what is before a colon for a type
+
+
+def _returned(section):
+    """A section of returns as a field; napoleon would take what is before a colon for a type."""
+    return ":returns: " + section.group(1).strip().replace("\n", "\n   ") + "\n"
 
 
 def _escaped(text):
@@ -79,9 +88,10 @@ def _escaped(text):
 
 
 def _skip_plain_fields(app, what, name, obj, skip, options):
-    """Fields of a named tuple, which its own docstring describes."""
+    """A named tuple's fields, and those whose default is a function: the class's docstring has them."""
     is_plain = (getattr(obj, "__doc__", None) or "").startswith("Alias for field number")
-    return True if is_plain else skip
+    is_default = isinstance(obj, types.FunctionType) and "." not in obj.__qualname__
+    return True if is_plain or is_default else skip
 
 
 def setup(app):
