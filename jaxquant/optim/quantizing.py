@@ -59,7 +59,8 @@ def quantize_state(
     `inject_hyperparams`, `MultiSteps`, `apply_if_finite` and other wrappers go inside or around, as in plain
     optax, and their fields are read and set in either order: `state.hyperparams`, `MultiSteps.has_updated`,
     `optax.tree_utils.tree_get` and `tree_set` (see `QuantizedState`).  Inside, what a wrapper holds of a
-    parameter's shape, such as `MultiSteps`' sum of gradients, is in few bits as well; around, it is not.
+    parameter's shape is coded or stays exact as any slot does: `MultiSteps`' sum of gradients stays exact.
+    Around, it is not looked at.
 
     Updates come from the state before it is encoded: rounding is felt from the next step on.  Blocks whose
     state a step leaves alone keep their codes.  Nothing depends on how arrays are sharded.
