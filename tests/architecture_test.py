@@ -17,13 +17,13 @@ LIBRARY = [
     {
         "numerics": (
             "sharding reductions opaque groups rounding packing hadamard calibration estimators "
-            "quantizer qarray measuring stored stacking"
+            "quantizer scales qarray measuring stored stacking"
         ),
     },
     {
         "operations": (
-            "integers product dot native einsum ragged conv smoothed adapters attention recipes "
-            "tapped monitoring"
+            "integers product operands dot native einsum ragged windows conv smoothed adapters "
+            "attention recipes tapped monitoring"
         ),
     },
     {
@@ -44,7 +44,7 @@ LIBRARY = [
         "linen": "calls quantizing freezing calibrating saving",
     },
     {
-        "ptq": "solvers smooth search identity layers solving resuming quantizing searching",
+        "ptq": "statistics solvers smooth search identity layers solving resuming quantizing searching",
         "quality": "intervals examples comparison corruption embeddings weights gates monitor versions",
         "optim": (
             "pages codecs cutting tracing bounds traits leaves layout policies plans named inner "
