@@ -81,7 +81,7 @@ EXPERIMENTS = [
         "benchmark": "lm optimizers variants step serving report study __main__",
         "optimizer_states": "law tasks analysis figures optimizers report running study __main__",
         "pretrained_quantization": "arms report subjects study __main__",
-        "ptq_overtraining": "analysis added_laws figures report study __main__",
+        "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
         "qat_efficiency": "tasks measuring lineage analysis latency figures report study __main__",
         "train": "program ahead ahead_table claiming monitoring watching running scaling __main__",
         "training_precision": "analysis figures numerics report running study __main__",
