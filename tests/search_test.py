@@ -99,6 +99,18 @@ def test_an_allocation_of_many_layers_is_that_of_integer_programming(seed, noise
     assert found.loss == pytest.approx(by_integer_programming(costs, losses, budget), rel=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_losses_that_are_bytes_but_for_little_are_solved_exactly(seed):
+    """All choices lie near one line, so that hardly any can be ruled out before they are looked at."""
+    rng = np.random.default_rng(seed)
+    costs = rng.integers(10**6, 10**7, (6, 5))
+    losses = -costs / 1e7 + 1e-7 * rng.normal(size=costs.shape)
+    budget = int(rng.integers(costs.min(1).sum(), costs.max(1).sum()))
+    found = allocate(costs, losses, budget)
+    assert found.gap == 0
+    assert found.loss == pytest.approx(enumerated(costs, losses, budget), abs=1e-12)
+
+
 def test_hundreds_of_layers_are_solved():
     costs, losses, budget = model(0, 300)
     found = allocate(costs, losses, budget)
