@@ -147,7 +147,11 @@ def test_the_interval_of_a_correlation_covers_where_pairs_share_texts(which):
         ((REFERENCE, QUANTIZED, [[0, 1]] * 4, [1.0] * 4), {}, "not all alike"),
         ((REFERENCE, QUANTIZED, [["a", "b"]]), {}, "pairs are integer rows from 0 to 7; got <U1"),
         ((REFERENCE, QUANTIZED, [[0, 1]], ["good"]), {}, "scores are an array of float; got"),
-        ((REFERENCE, QUANTIZED), {"level": "a"}, "level is between 0 and 1, .*got 'a'"),
+        (
+            (REFERENCE, QUANTIZED),
+            {"confidence_level": "a"},
+            "confidence_level is between 0 and 1, .*got 'a'",
+        ),
         ((REFERENCE, QUANTIZED), {"resamples": 0}, "resamples .* from 100; got 0"),
         ((REFERENCE, QUANTIZED), {"resamples": 200.5}, "resamples .* from 100; got 200.5"),
         ((REFERENCE, QUANTIZED), {"seed": "a"}, "seed of the bootstrap .* from 0; got 'a'"),

@@ -115,8 +115,8 @@ def test_free_efficiencies_are_of_widths_that_runs_have(runs):
 @pytest.mark.long
 def test_an_optimums_interval_holds_it_and_keeps_from_the_ends(runs):
     found = laws.fit(laws.KUMAR_ONE, runs, bootstraps=40, starts=8)
-    for confidence in (0.05, 0.5, 0.9):
-        optimum = laws.optimal_precision(found, confidence=confidence)
+    for level in (0.05, 0.5, 0.9):
+        optimum = laws.optimal_precision(found, confidence_level=level)
         assert optimum.low <= optimum.bits <= optimum.high
     inside = laws.optimal_precision(found)
     edge = laws.optimal_precision(found, high=inside.high - 0.3)
@@ -139,7 +139,7 @@ def test_an_optimums_interval_holds_it_and_keeps_from_the_ends(runs):
         (lambda r: laws.fit(laws.KUMAR_ONE, r | {"entropy_rate": "x"}), "'entropy_rate' holds a number"),
         (lambda r: laws.fit(laws.KUMAR_ONE, r | {"trunk": [1]}, groups="trunk"), "has 1 groups for 40 runs"),
         (lambda r: laws.fit(laws.KUMAR_ONE, r, groups=cast(Any, ["N"])), "groups names a column"),
-        (lambda r: laws.fit(laws.KUMAR_ONE, r, confidence=cast(Any, "a")), "confidence is between 0 and 1"),
+        (lambda r: laws.fit(laws.KUMAR_ONE, r, confidence_level=cast(Any, "a")), "level is between"),
         (lambda r: laws.fit(laws.KUMAR_ONE, r, seed=-1), "seed is a whole number from 0 on; got -1"),
         (lambda r: laws.compare(cast(Any, laws.KUMAR), r), "laws are several"),
         (lambda r: laws.compare([laws.CHINCHILLA], r, held_out=("seed",)), "no column 'seed'"),

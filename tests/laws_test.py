@@ -118,7 +118,7 @@ def test_intervals_hold_what_made_the_runs_and_reach_the_optimum():
         low, high = found.interval(name, 0.99)
         assert low < ONE[name] < high, name
     true = laws.optimal_precision(laws.KUMAR_ONE, ONE).bits
-    optimum = laws.optimal_precision(found, confidence=0.99)
+    optimum = laws.optimal_precision(found, confidence_level=0.99)
     assert optimum.is_determined
     assert optimum.low <= true <= optimum.high
     low, high = laws.profile(found, runs, "gamma")

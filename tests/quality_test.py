@@ -110,16 +110,7 @@ def test_windows_of_different_batches_stay_apart_and_documents_do_not():
         quality.Examples.concatenate([part, named])
 
 
-def test_student_and_binomial_and_mcnemar_against_scipy():
-    for degrees in (1, 2, 3, 10, 57, 200, 201, 5000):
-        for t in (-1.0, 0.0, 0.3, 1.7, 4.0, 9.0):
-            expected = scipy.stats.t.sf(t, degrees)
-            assert intervals.student_tail(t, degrees) == pytest.approx(
-                expected, rel=1e-3, abs=1e-15
-            )
-        for level in (0.5, 0.9, 0.9999):
-            expected = scipy.stats.t.ppf((1 + level) / 2, degrees)
-            assert intervals.critical(level, degrees) == pytest.approx(expected, rel=1e-5)
+def test_binomial_and_mcnemar_against_scipy():
     for k, n in ((0, 0), (0, 5), (5, 5), (30, 40), (1020, 2000)):
         assert intervals.sign_tail(k, n) == pytest.approx(scipy.stats.binom.sf(k - 1, n, 0.5))
     for b, c in ((3, 1), (0, 24), (12, 12), (7, 7), (0, 0)):
@@ -129,6 +120,16 @@ def test_student_and_binomial_and_mcnemar_against_scipy():
         chi2 = (abs(b - c) - 1) ** 2 / (b + c)
         expected = (pytest.approx(chi2), pytest.approx(scipy.stats.chi2.sf(chi2, 1)), False)
         assert intervals.mcnemar(b, c) == expected
+
+
+def test_a_loss_over_clusters_is_tested_with_students_t():
+    for degrees in (2, 3, 10, 57, 200, 201, 5000):
+        clusters = np.arange(degrees - 1)
+        some = np.zeros(len(clusters))
+        for t in (-1.0, 0.0, 0.3, 1.7, 4.0, 9.0):
+            change = intervals.Interval(-2 * t, 2.0, -2 * t - 3, -2 * t + 3)
+            found = comparison._loss_p_value(some, some, clusters, change)
+            assert found == pytest.approx(scipy.stats.t.sf(t, degrees), rel=1e-9)
 
 
 def test_intervals_of_independent_examples_against_scipy():
@@ -344,9 +345,21 @@ def test_tokens_are_no_groups_unless_asked_for():
         ((REFERENCE, QUANTIZED, LABELS), {"mask": np.ones(8)}, "mask is boolean; got float64"),
         ((REFERENCE, QUANTIZED, LABELS), {"groups": ["a"]}, r"groups have .* \(8,\).* got \(1,\)"),
         ((REFERENCE, QUANTIZED, LABELS), {"clusters": LABELS / 2}, "clusters are integers"),
-        ((REFERENCE, QUANTIZED, LABELS), {"level": 90}, "level is between 0 and 1"),
-        ((REFERENCE, QUANTIZED, LABELS), {"level": "a"}, "level is between 0 and 1, .*got 'a'"),
-        ((REFERENCE, QUANTIZED, LABELS), {"level": None}, "level is between 0 and 1, .*got None"),
+        (
+            (REFERENCE, QUANTIZED, LABELS),
+            {"confidence_level": 90},
+            "confidence_level is between 0 and 1",
+        ),
+        (
+            (REFERENCE, QUANTIZED, LABELS),
+            {"confidence_level": "a"},
+            "confidence_level is between 0 and 1, .*got 'a'",
+        ),
+        (
+            (REFERENCE, QUANTIZED, LABELS),
+            {"confidence_level": None},
+            "confidence_level is between 0 and 1, .*got None",
+        ),
         ((REFERENCE, QUANTIZED, LABELS), {"groups": ["a", None] * 4}, "one kind .*NoneType, str"),
         (
             (REFERENCE, QUANTIZED, [[0], [0, 1]]),

@@ -37,7 +37,12 @@ def summarize(table: pd.DataFrame) -> dict | None:
         ranked = _ranked(own)
         fits = [
             laws.fit(
-                law, own, bootstraps=BOOTSTRAPS, starts=STARTS, groups="pair", confidence=CONFIDENCE
+                law,
+                own,
+                bootstraps=BOOTSTRAPS,
+                starts=STARTS,
+                groups="pair",
+                confidence_level=CONFIDENCE,
             )
             for law in _CANDIDATES
         ]

@@ -10,16 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.intervals import central, check_confidence, expanded
+from jaxquant.laws.intervals import expanded
 from jaxquant.laws.law import Columns, Law, Values, check_params, x64
 from jaxquant.laws.runs import check_runs, places, repeated
 from jaxquant.laws.solving import huber, solve
+from jaxquant.stats import check_confidence_level, critical, percentile_interval, renamed
 
 DELTA = 1e-3  # of Huber's loss, as Hoffmann et al. 2022 have it
 _NEAR_BOUND = 1e-3  # of the logarithm of a bound
 _FLAT = 30.0  # a factor between an interval's ends beyond which a parameter counts as unknown
 
 
+@renamed("confidence", "confidence_level")
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """A law fitted to runs.
@@ -28,7 +30,7 @@ class Fit:
         law: the form.
         params: the best number for each parameter.
         samples: of each parameter over bootstraps, float64[bootstraps]; empty where there are none.
-        confidence: of intervals, unless another is asked for.
+        confidence_level: of intervals, unless another is asked for.
         runs: how many.
         units: how many were resampled: the runs, or groups of them.
         objective: the sum of Huber's loss at the optimum.
@@ -42,7 +44,7 @@ class Fit:
     law: Law
     params: Mapping[str, float]
     samples: Mapping[str, np.ndarray]
-    confidence: float
+    confidence_level: float
     runs: int
     units: int
     objective: float
@@ -52,27 +54,31 @@ class Fit:
     warnings: tuple[str, ...]
     within: Mapping[str, tuple[float, float]]
 
-    def interval(self, name: str, confidence: float | None = None) -> tuple[float, float]:
+    @renamed("confidence", "confidence_level")
+    def interval(self, name: str, confidence_level: float | None = None) -> tuple[float, float]:
         """The expanded percentile interval of a parameter over bootstraps; NaN where there are none.
 
         It is drawn out to the estimate itself where all resampled runs lead to one side of that.
 
         Raises:
-            ValueError: a parameter that the law has not; a confidence outside (0, 1).
+            ValueError: a parameter that the law has not; a level outside (0, 1).
         """
         if name not in self.params:
             raise ValueError(f"{self.law.name} has {', '.join(self.law.names)}; got {name!r}")
-        low, high = central(self.samples.get(name, np.empty(0)), self.expanded(confidence))
+        low, high = percentile_interval(
+            self.samples.get(name, np.empty(0)), self.expanded(confidence_level)
+        )
         value = float(self.params[name])
         return float(np.minimum(low, value)), float(np.maximum(high, value))
 
-    def expanded(self, confidence: float | None = None) -> float:
+    @renamed("confidence", "confidence_level")
+    def expanded(self, confidence_level: float | None = None) -> float:
         """The share of bootstraps that an interval takes in to hold what it should; see `intervals.expanded`.
 
         Raises:
-            ValueError: a confidence outside (0, 1).
+            ValueError: a level outside (0, 1).
         """
-        wanted = self.confidence if confidence is None else confidence
+        wanted = self.confidence_level if confidence_level is None else confidence_level
         return expanded(wanted, self.units, self.runs, len(self.params))
 
     def predict(self, runs: Any) -> np.ndarray:
@@ -90,13 +96,14 @@ class Fit:
         return "\n".join([*lines, *(f"  warning: {text}" for text in self.warnings)])
 
 
+@renamed("confidence", "confidence_level")
 def fit(
     law: Law,
     runs: Any,
     *,
     starts: int = 64,
     bootstraps: int = 1000,
-    confidence: float = 0.9,
+    confidence_level: float = 0.9,
     delta: float = DELTA,
     groups: str | None = None,
     seed: int = 0,
@@ -114,7 +121,7 @@ def fit(
             ``"vocab_size"``, it is one.
         starts: of each fit.
         bootstraps: refits; 0 for no intervals.
-        confidence: of intervals.
+        confidence_level: of intervals.
         delta: δ of Huber's loss.
         groups: a column of what is resampled together; each run by itself where not given.
         seed: of starts and of resampling.
@@ -137,7 +144,7 @@ def fit(
     """
     columns, target = check_runs(law, runs)
     check_numbers(starts, bootstraps, delta, seed)
-    check_confidence(confidence)
+    check_confidence_level(confidence_level)
     place = places(runs, groups, len(target))
     units = int(place.max()) + 1
     rng = np.random.default_rng(seed)
@@ -157,12 +164,12 @@ def fit(
         found = space.natural(logs)
     params = {name: float(column[0]) for name, column in found.items()}
     residual = np.log(law.evaluate(params, columns)) - np.log(target)
-    asked = expanded(confidence, units, len(target), len(params))
+    asked = expanded(confidence_level, units, len(target), len(params))
     return Fit(
         law,
         params,
         samples,
-        confidence,
+        confidence_level,
         len(target),
         units,
         float(values[0]),
@@ -300,7 +307,7 @@ def _warnings(
     logs: np.ndarray,
     params: Values,
     samples: Values,
-    confidence: float,
+    confidence_level: float,
     target: np.ndarray,
 ) -> tuple[str, ...]:
     """What the runs do not identify, in words."""
@@ -312,7 +319,7 @@ def _warnings(
         if held:
             said.append(f"{name} = {value:.3g} sits on its {held[0]} bound: not determined")
         elif len(samples):
-            low, high = central(samples[name], confidence)
+            low, high = percentile_interval(samples[name], confidence_level)
             if not parameter.term and high > _FLAT * low:
                 said.append(f"{name} is between {low:.3g} and {high:.3g}: hardly determined")
     if "E" in params and law.target == "loss" and params["E"] < 0.05 * float(target.min()):
@@ -327,12 +334,13 @@ def _warnings(
     return tuple(said)
 
 
+@renamed("confidence", "confidence_level")
 def profile(
     fitted: Fit,
     runs: Any,
     name: str,
     *,
-    confidence: float | None = None,
+    confidence_level: float | None = None,
     points: int = 25,
     starts: int = 16,
 ) -> tuple[float, float]:
@@ -345,12 +353,12 @@ def profile(
         fitted: of `fit`.
         runs: that it was fitted to.
         name: a parameter that is no coefficient of a power, whose interval would be that of its exponent.
-        confidence: the fit's where not given.
+        confidence_level: the fit's where not given.
         points: at which the objective is refitted, on each side.
         starts: of each refit.
 
     Raises:
-        ValueError: another parameter.
+        ValueError: another parameter; a level outside (0, 1).
 
     Source: Ronchetti 1982, on tests by Huber's objective; Venzon and Moolgavkar 1988, on profiles.
     """
@@ -358,6 +366,8 @@ def profile(
     if name not in law.names or law.parameters[law.names.index(name)].term:
         plain = ", ".join(p.name for p in law.parameters if not p.term)
         raise ValueError(f"profiles are of {plain}; got {name!r}")
+    confidence_level = fitted.confidence_level if confidence_level is None else confidence_level
+    check_confidence_level(confidence_level)
     columns, target = check_runs(law, runs)
     _check_own(fitted, columns, target)
     space, place = Space(law, columns, target), law.names.index(name)
@@ -365,7 +375,7 @@ def profile(
     reach = np.concatenate([[0.0], np.geomspace(1e-3, 3.0, points)])
     ends = []
     with x64():
-        allowed = _threshold(fitted, columns, target, confidence or fitted.confidence)
+        allowed = _threshold(fitted, columns, target, confidence_level)
         for side in (-1, 1):
             values = np.clip(best + side * reach, space.low[place], space.high[place])
             rises = [
@@ -406,7 +416,7 @@ def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float, side: int) 
     return math.exp(values[i - 1] + share * (values[i] - values[i - 1]))
 
 
-def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence: float) -> float:
+def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence_level: float) -> float:
     residual = np.log(fitted.law.evaluate(fitted.params, columns)) - np.log(target)
     psi = lambda r: np.clip(r, -fitted.delta, fitted.delta)  # noqa: E731
     # ψ′ is a spike of width δ; its mean is taken over a width that some residuals fall into.
@@ -415,8 +425,7 @@ def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence: fl
     scale = float(np.mean(psi(residual) ** 2)) / max(slope, 1e-12)
     freedom = max(1, len(target) - len(fitted.law.parameters))
     scale *= len(target) / freedom
-    quantile = float(jax.scipy.special.ndtri(0.5 + confidence / 2)) ** 2
-    return 0.5 * scale * quantile
+    return 0.5 * scale * critical(confidence_level) ** 2
 
 
 def given(law: Law, params: Values) -> dict[str, float]:

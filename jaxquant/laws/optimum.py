@@ -15,8 +15,8 @@ import numpy as np
 
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit, given
-from jaxquant.laws.intervals import central
 from jaxquant.laws.law import Law, Values, x64
+from jaxquant.stats import percentile_interval, renamed
 
 FULL_BITS = 16
 MAC_FLOPS = 6  # training, forward and backward, for each parameter and token
@@ -109,6 +109,7 @@ class Optimum:
         return f"{self.bits:.2f}{of}"
 
 
+@renamed("confidence", "confidence_level")
 def optimal_precision(
     law: Law | Fit | Published,
     params: Values | None = None,
@@ -116,7 +117,7 @@ def optimal_precision(
     cost: Callable[[Any], Any] = bits_linear,
     low: float = 1.0,
     high: float = float(FULL_BITS),
-    confidence: float | None = None,
+    confidence_level: float | None = None,
 ) -> Optimum:
     """P* = argmin c(P) / f(P), all tensors alike; with an interval where a fit has bootstraps.
 
@@ -125,7 +126,7 @@ def optimal_precision(
         params: a number for each of the law's parameters.
         cost: c(P), of a product beside a 16-bit one.
         low, high: the bits between which it is sought.
-        confidence: of the interval; the fit's where not given.
+        confidence_level: of the interval; the fit's where not given.
 
     Raises:
         ValueError: a law without an efficiency; parameters missing; an empty range.
@@ -153,7 +154,7 @@ def optimal_precision(
     drawn = np.array([])
     if samples:
         drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
-    return _optimum(float(best), drawn, grid, _asked(law, confidence))
+    return _optimum(float(best), drawn, grid, _asked(law, confidence_level))
 
 
 def check_cost(cost: Any, bits: Any) -> None:
@@ -177,11 +178,11 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a number above 0; got {value!r}")
 
 
-def _asked(law: Any, confidence: float | None) -> float:
+def _asked(law: Any, confidence_level: float | None) -> float:
     """The share of bootstraps that an interval takes in."""
     if isinstance(law, Fit):
-        return law.expanded(confidence)
-    return 0.9 if confidence is None else confidence
+        return law.expanded(confidence_level)
+    return 0.9 if confidence_level is None else confidence_level
 
 
 def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]:
@@ -214,7 +215,7 @@ def _argmin(law: Law, params: Any, grid: np.ndarray, cost: Any) -> np.ndarray:
 
 
 def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> Optimum:
-    low, high = central(drawn, asked)
+    low, high = percentile_interval(drawn, asked)
     # As of a fit's parameters: it holds the estimate.
     low, high = float(np.minimum(low, best)), float(np.maximum(high, best))
     for end, value in (("low", grid[0]), ("high", grid[-1])):

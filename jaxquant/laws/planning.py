@@ -10,7 +10,6 @@ import numpy as np
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit
 from jaxquant.laws.forms import KUMAR_PTQ
-from jaxquant.laws.intervals import central
 from jaxquant.laws.law import Law, Values, x64
 from jaxquant.laws.optimum import (
     FULL_BITS,
@@ -27,6 +26,7 @@ from jaxquant.laws.optimum import (
     optimal_precision,
     qat_share,
 )
+from jaxquant.stats import percentile_interval
 
 _REACH = (
     4.0  # decades of N around the least training loss, in which the least loss as served is sought
@@ -321,7 +321,7 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = central(losses, _asked(law, None))
+    low, high = percentile_interval(losses, _asked(law, None))
     critical = qat = math.nan
     if served < bits:
         critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))

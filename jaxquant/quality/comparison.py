@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jaxtyping as jt
 import numpy as np
+from scipy import special
 
 from jaxquant.artifacts.plain import plain
 from jaxquant.quality.examples import Examples, per_example
 from jaxquant.quality.intervals import (
     Interval,
     as_array,
-    check_level,
     holm,
     mcnemar,
     mean_interval,
@@ -28,8 +28,8 @@ from jaxquant.quality.intervals import (
     quantile_interval,
     ratio_interval,
     sign_tail,
-    student_tail,
 )
+from jaxquant.stats import check_confidence_level, renamed
 
 ECE_BINS = 15
 # With more classes than this the labels are tokens, and are no groups unless asked for.
@@ -119,12 +119,13 @@ class MarginBin:
     gained: int
 
 
+@renamed("level", "confidence_level")
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `summarize` found; print it, or take `to_dict()`.
 
     Attributes:
-        level: of the intervals, two-sided.
+        confidence_level: of the intervals, two-sided.
         n, n_classes: examples and logits.
         n_clusters: how many clusters standard errors rest on, or None where examples are independent.
         reference, quantized: each model's own figures.
@@ -141,7 +142,7 @@ class Report:
         margins: bins of rising margin.
     """
 
-    level: float
+    confidence_level: float
     n: int
     n_classes: int
     n_clusters: int | None
@@ -170,8 +171,8 @@ class Report:
 
     @property
     def regressions(self) -> tuple[Group, ...]:
-        """Groups that lost significantly: adjusted one-sided p below (1 − level)/2."""
-        return tuple(g for g in self.groups if g.p_value < (1 - self.level) / 2)
+        """Groups that lost significantly: adjusted one-sided p below (1 − confidence_level)/2."""
+        return tuple(g for g in self.groups if g.p_value < (1 - self.confidence_level) / 2)
 
     @property
     def silent_regressions(self) -> tuple[Group, ...]:
@@ -189,6 +190,7 @@ class Report:
         return _table(self)
 
 
+@renamed("level", "confidence_level")
 def compare(
     reference_logits: jt.Float[jax.Array | np.ndarray, "*batch classes"],
     logits: jt.Float[jax.Array | np.ndarray, "*batch classes"],
@@ -197,7 +199,7 @@ def compare(
     *,
     mask: jt.Bool[jax.Array | np.ndarray, "*batch"] | None = None,
     clusters: jt.Integer[jax.Array | np.ndarray, "*batch"] | None = None,
-    level: float = 0.9,
+    confidence_level: float = 0.9,
 ) -> Report:
     """Compares a quantized model with its reference on the same labelled examples.
 
@@ -210,7 +212,7 @@ def compare(
         groups: names by example; by default the labels, up to 1000 classes.
         mask: False where an example does not count, such as padding.
         clusters: integers that correlated examples share; by default the first of several leading axes.
-        level: of the intervals, two-sided.
+        confidence_level: of the intervals, two-sided.
 
     Returns:
         A `Report`.
@@ -228,16 +230,17 @@ def compare(
     (0, True)
     """
     examples = per_example(reference_logits, logits, labels, groups, mask=mask, clusters=clusters)
-    return summarize(examples, level=level)
+    return summarize(examples, confidence_level=confidence_level)
 
 
-def summarize(examples: Examples, groups: Any = None, *, level: float = 0.9) -> Report:
+@renamed("level", "confidence_level")
+def summarize(examples: Examples, groups: Any = None, *, confidence_level: float = 0.9) -> Report:
     """The report of examples' figures.
 
     Args:
         examples: from `per_example`, perhaps concatenated.
         groups: [n] names that replace those in `examples`.
-        level: of the intervals, two-sided; between 0 and 1.
+        confidence_level: of the intervals, two-sided; between 0 and 1.
 
     Raises:
         ValueError: no `Examples` or none in them, groups of another length or of several types,
@@ -253,7 +256,7 @@ def summarize(examples: Examples, groups: Any = None, *, level: float = 0.9) -> 
         )
     if not len(examples):
         raise ValueError("there are no examples to summarize")
-    check_level(level)
+    check_confidence_level(confidence_level)
     if groups is not None:
         groups = as_array("groups", groups)
         if groups.shape != (len(examples),):
@@ -262,18 +265,19 @@ def summarize(examples: Examples, groups: Any = None, *, level: float = 0.9) -> 
     clusters = None
     if examples.clusters is not None:
         clusters = np.unique(examples.clusters, return_inverse=True)[1].reshape(-1)
-    return _summarize(examples, clusters, level)
+    return _summarize(examples, clusters, confidence_level)
 
 
-def _summarize(examples: Examples, clusters: np.ndarray | None, level: float) -> Report:
+def _summarize(examples: Examples, clusters: np.ndarray | None, confidence_level: float) -> Report:
     after = (examples.prediction == examples.label).astype(np.float64)
     before = (examples.reference_prediction == examples.label).astype(np.float64)
+    covariance = examples.covariance.astype(np.float64)
     variance = examples.variance.astype(np.float64)
     lost, gained = int(np.sum(before > after)), int(np.sum(after > before))
     same = (examples.prediction == examples.reference_prediction).astype(np.float64)
     nll_change = examples.nll.astype(np.float64) - examples.reference_nll
     return Report(
-        level=level,
+        confidence_level=confidence_level,
         n=len(examples),
         n_classes=examples.n_classes,
         n_clusters=None if clusters is None else int(clusters.max()) + 1,
@@ -281,16 +285,16 @@ def _summarize(examples: Examples, clusters: np.ndarray | None, level: float) ->
             before, examples.reference_nll, examples.reference_brier, examples.reference_confidence
         ),
         quantized=_scores(after, examples.nll, examples.brier, examples.confidence),
-        accuracy_difference=paired_difference(after, before, clusters, level),
-        retained_accuracy=paired_ratio(after, before, clusters, level),
+        accuracy_difference=paired_difference(after, before, clusters, confidence_level),
+        retained_accuracy=paired_ratio(after, before, clusters, confidence_level),
         flips=Flips(lost, gained, (lost + gained) / len(examples), *mcnemar(lost, gained)),
-        agreement=proportion(same, clusters, level),
-        kl=_divergence(examples.kl.astype(np.float64), clusters, level),
-        log_perplexity_ratio=mean_interval(nll_change, clusters, level),
-        logit_gain=ratio_interval(examples.covariance.astype(np.float64), variance, clusters, level)
+        agreement=proportion(same, clusters, confidence_level),
+        kl=_divergence(examples.kl.astype(np.float64), clusters, confidence_level),
+        log_perplexity_ratio=mean_interval(nll_change, clusters, confidence_level),
+        logit_gain=ratio_interval(covariance, variance, clusters, confidence_level)
         if variance.sum() > 0
         else None,
-        groups=_groups(examples, after, before, clusters, level),
+        groups=_groups(examples, after, before, clusters, confidence_level),
         groups_given=examples.groups is not None,
         margins=_margins(examples.margin, same, after, before),
     )
@@ -322,11 +326,11 @@ def calibration_error(
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def _divergence(kl: np.ndarray, clusters: np.ndarray | None, level: float) -> Divergence:
+def _divergence(kl: np.ndarray, clusters: np.ndarray | None, confidence_level: float) -> Divergence:
     return Divergence(
-        mean=mean_interval(kl, clusters, level),
+        mean=mean_interval(kl, clusters, confidence_level),
         median=float(np.median(kl)),
-        p99=quantile_interval(kl, 0.99, clusters, level),
+        p99=quantile_interval(kl, 0.99, clusters, confidence_level),
         p999=float(np.quantile(kl, 0.999)),
         maximum=float(kl.max()),
     )
@@ -337,7 +341,7 @@ def _groups(
     after: np.ndarray,
     before: np.ndarray,
     clusters: np.ndarray | None,
-    level: float,
+    confidence_level: float,
 ) -> tuple[Group, ...]:
     names = examples.groups
     if names is None:
@@ -351,7 +355,7 @@ def _groups(
         raise ValueError(f"groups are strings or integers, one kind for all; got {kinds}") from None
     order = np.argsort(index.reshape(-1), kind="stable")
     members = np.split(order, np.cumsum(np.bincount(index.reshape(-1)))[:-1])
-    simultaneous = 1 - (1 - level) / len(unique)
+    simultaneous = 1 - (1 - confidence_level) / len(unique)
     groups, p_values = [], []
     for name, rows in zip(unique, members, strict=True):
         a, b = after[rows], before[rows]
@@ -376,7 +380,7 @@ def _loss_p_value(
     if math.isinf(change.se):
         return 1.0
     middle = (change.low + change.high) / 2
-    return student_tail(-middle / change.se, int(clusters.max()) + 2)
+    return float(special.stdtr(int(clusters.max()) + 2, middle / change.se))
 
 
 def _margins(
@@ -413,7 +417,7 @@ def _table(report: Report) -> str:
     ]
     lines = [
         f"{report.n:,} examples{clustered}, {report.n_classes:,} classes;"
-        f" intervals at {100 * report.level:g} %",
+        f" intervals at {100 * report.confidence_level:g} %",
         "",
         f"{'':24}{'reference':>12}{'quantized':>12}",
         *(f"{name:24}{a:>12}{b:>12}" for name, a, b in rows),

@@ -12,11 +12,11 @@ from jaxquant.artifacts.plain import plain
 from jaxquant.quality.intervals import (
     Interval,
     as_array,
-    check_level,
     mean_interval,
     pairs_interval,
     quantile_interval,
 )
+from jaxquant.stats import check_confidence_level, percentile_interval, renamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +47,13 @@ class JudgmentReport:
     spearman_difference: Interval
 
 
+@renamed("level", "confidence_level")
 @dataclasses.dataclass(frozen=True)
 class EmbeddingReport:
     """What `compare_embeddings` found; print it, or take `to_dict()`.
 
     Attributes:
-        level: of the intervals, two-sided.
+        confidence_level: of the intervals, two-sided.
         n, dimensions: embeddings and their length.
         distance: mean of 1 − cos between an embedding and its twin.
         distance_median, distance_p99, distance_max: its distribution.
@@ -61,7 +62,7 @@ class EmbeddingReport:
         judgments: None without scores.
     """
 
-    level: float
+    confidence_level: float
     n: int
     dimensions: int
     distance: Interval
@@ -107,18 +108,20 @@ class EmbeddingReport:
                 ("  difference", f"{j.spearman_difference:+.4f}"),
             ]
         header = (
-            f"{self.n:,} embeddings of {self.dimensions:,}; intervals at {100 * self.level:g} %"
+            f"{self.n:,} embeddings of {self.dimensions:,};"
+            f" intervals at {100 * self.confidence_level:g} %"
         )
         return "\n".join([header, "", *(f"{name:26}{value}" for name, value in rows)])
 
 
+@renamed("level", "confidence_level")
 def compare_embeddings(
     reference: jt.Float[jax.Array | np.ndarray, "n dimensions"],
     embeddings: jt.Float[jax.Array | np.ndarray, "n dimensions"],
     pairs: jt.Integer[jax.Array | np.ndarray, "pairs 2"] | None = None,
     scores: jt.Shaped[Any, " pairs"] | None = None,
     *,
-    level: float = 0.9,
+    confidence_level: float = 0.9,
     resamples: int = 1000,
     seed: int = 0,
 ) -> EmbeddingReport:
@@ -135,7 +138,7 @@ def compare_embeddings(
         embeddings: of the quantized model, row by row of the same texts.
         pairs: rows whose similarity counts.
         scores: people's judgments of the pairs' similarity, in any units.
-        level: of the intervals, two-sided.
+        confidence_level: of the intervals, two-sided.
         resamples: of the bootstrap, 100 or more.
         seed: of the bootstrap.
 
@@ -151,7 +154,7 @@ def compare_embeddings(
     >>> round(compare_embeddings(a, a + 0.01).cosine, 4)
     0.9999
     """
-    check_level(level)
+    check_confidence_level(confidence_level)
     _check_whole("resamples", resamples, 100)
     _check_whole("seed", seed, 0)
     _check_embeddings(reference, embeddings)
@@ -176,21 +179,23 @@ def compare_embeddings(
         change = after - before
         pair_report = PairReport(
             len(rows),
-            pairs_interval(change, texts[rows], level),
+            pairs_interval(change, texts[rows], confidence_level),
             float(np.abs(change).mean()),
             float(np.abs(change).max()),
         )
         if scores is not None:
-            judgments = _judgments(before, after, scores, texts[rows], level, resamples, seed)
+            judgments = _judgments(
+                before, after, scores, texts[rows], confidence_level, resamples, seed
+            )
     return EmbeddingReport(
-        level=level,
+        confidence_level=confidence_level,
         n=len(a),
         dimensions=a.shape[1],
-        distance=mean_interval(distance, clusters, level),
+        distance=mean_interval(distance, clusters, confidence_level),
         distance_median=float(np.median(distance)),
-        distance_p99=quantile_interval(distance, 0.99, clusters, level),
+        distance_p99=quantile_interval(distance, 0.99, clusters, confidence_level),
         distance_max=float(distance.max()),
-        norm_ratio=mean_interval(b_norm / a_norm, clusters, level),
+        norm_ratio=mean_interval(b_norm / a_norm, clusters, confidence_level),
         pairs=pair_report,
         judgments=judgments,
     )
@@ -241,7 +246,7 @@ def _judgments(
     after: np.ndarray,
     scores: Any,
     pairs: np.ndarray,
-    level: float,
+    confidence_level: float,
     resamples: int,
     seed: int,
 ) -> JudgmentReport:
@@ -260,10 +265,12 @@ def _judgments(
         rng = np.random.default_rng(seed)
         draws = (rng.integers(0, len(scores), len(scores)) for _ in range(resamples))
         sampled = np.stack([_correlations(columns[:, rows]) for rows in draws])
-        intervals = [_bootstrap_interval(found[:, i], sampled[:, :, i], level) for i in range(2)]
+        intervals = [
+            _bootstrap_interval(found[:, i], sampled[:, :, i], confidence_level) for i in range(2)
+        ]
     else:
         intervals = [
-            _influence_interval(found[:, i], _influences(columns, i == 1), pairs, level)
+            _influence_interval(found[:, i], _influences(columns, i == 1), pairs, confidence_level)
             for i in range(2)
         ]
     pearson, spearman = intervals
@@ -275,25 +282,16 @@ def _judgments(
 
 def _correlations(columns: np.ndarray) -> np.ndarray:
     """[reference, quantized] × [Pearson, Spearman] with the first row; NaN where a row is constant."""
-    ranked = np.stack([ranks(column) for column in columns])
-    return np.stack([_pearson(columns), _pearson(ranked)], axis=-1)
-
-
-def _pearson(columns: np.ndarray) -> np.ndarray:
-    centered = columns - columns.mean(axis=1, keepdims=True)
-    norms = np.sqrt(np.sum(centered**2, axis=1))
+    both = columns, _ranks(columns)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return centered[1:] @ centered[0] / (norms[1:] * norms[0])
+        return np.stack([np.corrcoef(rows)[0, 1:] for rows in both], axis=-1)
 
 
-def ranks(values: jt.Float[np.ndarray, " n"]) -> jt.Float[np.ndarray, " n"]:
-    """Ranks from 1, equal values sharing the mean of theirs.
+def _ranks(columns: np.ndarray) -> np.ndarray:
+    """Ranks within each row from 1, equal values sharing the mean of theirs."""
+    from scipy import stats  # which takes a second to import
 
-    >>> ranks(np.array([10.0, 20.0, 20.0]))
-    array([1. , 2.5, 2.5])
-    """
-    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[index.reshape(-1)]
+    return stats.rankdata(columns, axis=1)
 
 
 def _influences(columns: np.ndarray, ranked: bool) -> np.ndarray:
@@ -302,7 +300,7 @@ def _influences(columns: np.ndarray, ranked: bool) -> np.ndarray:
     Pearson's: z_x·z_y − r/2·(z_x² + z_y²), of standardized columns.  Spearman's is that of the ranks, and
     what a pair adds to the ranks of those above it.
     """
-    values = np.stack([ranks(column) for column in columns]) if ranked else columns
+    values = _ranks(columns) if ranked else columns
     scales = values.std(axis=1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         z = (values - values.mean(axis=1, keepdims=True)) / scales
@@ -325,22 +323,24 @@ def _above(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _influence_interval(
-    found: np.ndarray, influences: np.ndarray, pairs: np.ndarray, level: float
+    found: np.ndarray, influences: np.ndarray, pairs: np.ndarray, confidence_level: float
 ) -> Interval:
     """Of quantized less reference, from what each pair adds to it."""
     estimate, added = float(found[1] - found[0]), influences[1] - influences[0]
     if not np.all(np.isfinite(added)):
         return Interval(estimate, np.inf, -np.inf, np.inf)
-    spread = pairs_interval(added, pairs, level)
+    spread = pairs_interval(added, pairs, confidence_level)
     return Interval(estimate, spread.se, estimate + spread.low, estimate + spread.high)
 
 
-def _bootstrap_interval(found: np.ndarray, sampled: np.ndarray, level: float) -> Interval:
+def _bootstrap_interval(
+    found: np.ndarray, sampled: np.ndarray, confidence_level: float
+) -> Interval:
     """The percentile interval of quantized less reference."""
     differences = sampled[:, 1] - sampled[:, 0]
     differences = differences[np.isfinite(differences)]
     if not len(differences):
         return Interval(float(found[1] - found[0]), np.inf, -np.inf, np.inf)
-    low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
+    low, high = percentile_interval(differences, confidence_level)
     estimate = float(found[1] - found[0])
-    return Interval(estimate, float(np.std(differences, ddof=1)), float(low), float(high))
+    return Interval(estimate, float(np.std(differences, ddof=1)), low, high)

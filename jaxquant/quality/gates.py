@@ -17,8 +17,9 @@ from typing import Any, Literal
 from jaxquant.artifacts.plain import plain
 from jaxquant.quality.comparison import Group, Report
 from jaxquant.quality.embeddings import EmbeddingReport
-from jaxquant.quality.intervals import Interval, critical
+from jaxquant.quality.intervals import Interval
 from jaxquant.quality.weights import WeightReport
+from jaxquant.stats import critical
 
 Status = Literal["pass", "fail", "inconclusive"]
 
@@ -293,7 +294,7 @@ def _worst_group(report: Report, tier: Tier) -> Check:
     A group is large enough to pass if it would do so without any flip.  Smaller ones can fail; that
     they do not is no evidence, which only matters where groups were asked for.
     """
-    level = 1 - (1 - report.level) / len(report.groups)
+    level = 1 - (1 - report.confidence_level) / len(report.groups)
 
     def judged(group: Group) -> bool:
         return critical(level, group.n + 1) * math.sqrt(2) / (group.n + 2) <= tier.group_loss
@@ -354,7 +355,7 @@ def _against_baseline(
     ratio = above.estimate / below.estimate
     error = math.hypot(below.se / below.estimate, above.se / above.estimate if ratio > 0 else 0.0)
     interval = Interval(ratio, math.inf, 0.0, math.inf)
-    if (width := critical(report.level) * error) < 100:  # beyond, the limits say nothing
+    if (width := critical(report.confidence_level) * error) < 100:  # beyond, the limits say nothing
         factor = math.exp(width)
         interval = Interval(ratio, ratio * error, ratio / factor, ratio * factor)
     return _within(

@@ -5,16 +5,14 @@ text, a document, a patient): figures within one may depend on each other in any
 """
 
 import dataclasses
-import functools
 import math
 import reprlib
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from scipy import special
 
-# Up to here Student's distribution is summed exactly; beyond, Wallace's approximation is within 1e-6.
-_EXACT_DEGREES = 200
+from jaxquant.stats import critical
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,17 +35,6 @@ class Interval:
         return format(self, "")
 
 
-def check_level(level: Any) -> None:
-    """Raises a ValueError for what is no level of intervals.
-
-    >>> check_level(90)
-    Traceback (most recent call last):
-    ValueError: level is between 0 and 1, such as 0.9; got 90
-    """
-    if not isinstance(level, float | np.floating) or not 0 < level < 1:
-        raise ValueError(f"level is between 0 and 1, such as 0.9; got {level!r}")
-
-
 def as_array(name: str, values: Any, dtype: Any = None) -> np.ndarray:
     """Values as a NumPy array.
 
@@ -65,69 +52,13 @@ def as_array(name: str, values: Any, dtype: Any = None) -> np.ndarray:
         raise ValueError(f"{name} are an array{kind}; got {reprlib.repr(values)}") from error
 
 
-def normal_quantile(probability: float) -> float:
-    """z with P(Z ≤ z) = probability, for a standard normal Z."""
-    return NormalDist().inv_cdf(probability)
-
-
-def student_tail(t: float, degrees: int) -> float:
-    """P(T ≥ t) of Student's distribution with a whole number of degrees of freedom.
-
-    Source: Abramowitz & Stegun 1964, 26.7.3 and 26.7.4, finite sums; over 200 degrees, Wallace 1959.
-
-    >>> round(student_tail(6.314, 1), 4)
-    0.05
-    """
-    if t < 0:
-        return 1 - student_tail(-t, degrees)
-    if degrees > _EXACT_DEGREES:
-        z = math.sqrt(degrees * math.log1p(t * t / degrees)) * (8 * degrees + 1) / (8 * degrees + 3)
-        return math.erfc(z / math.sqrt(2)) / 2
-    angle = math.atan2(t, math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(1 + odd, degrees, 2):
-        total += term
-        term *= cosine * cosine * k / (k + 1)
-    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return (1 - within) / 2
-
-
-@functools.lru_cache(maxsize=4096)
-def critical(level: float, degrees: float = math.inf) -> float:
-    """Half the width, in standard errors, of a two-sided interval at `level`.
-
-    >>> round(critical(0.9), 4), round(critical(0.9, 4), 4)
-    (1.6449, 2.1318)
-    """
-    tail = (1 - level) / 2
-    if degrees < 1:
-        return math.inf
-    low = normal_quantile(1 - tail)
-    if math.isinf(degrees):
-        return low
-    high = 2 * low
-    while student_tail(high, int(degrees)) > tail:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tail(middle, int(degrees)) > tail else (low, middle)
-    return (low + high) / 2
-
-
 def sign_tail(successes: int, trials: int) -> float:
     """P(X ≥ successes) for X ~ Binomial(trials, ½).
 
     >>> sign_tail(9, 10)  # 11 / 1024
     0.0107...
     """
-    log_total = math.lgamma(trials + 1) - trials * math.log(2)
-    terms = (
-        math.exp(log_total - math.lgamma(k + 1) - math.lgamma(trials - k + 1))
-        for k in range(successes, trials + 1)
-    )
-    return min(1.0, math.fsum(terms))
+    return float(special.bdtrc(successes - 1, trials, 0.5))
 
 
 def mcnemar(lost: int, gained: int) -> tuple[float, float, bool]:
@@ -150,7 +81,7 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float, bool]:
     statistic = max(abs(lost - gained) - 1, 0) ** 2 / changes
     if changes < 25:
         return statistic, min(1.0, 2 * sign_tail(max(lost, gained), changes)), True
-    return statistic, math.erfc(math.sqrt(statistic / 2)), False
+    return statistic, float(special.chdtrc(1, statistic)), False
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -181,20 +112,22 @@ def _spread(residuals: np.ndarray, clusters: np.ndarray | None) -> tuple[float, 
     return math.sqrt(count / (count - 1) * float(np.sum(totals**2))), count
 
 
-def _around(estimate: float, se: float, degrees: int, level: float) -> Interval:
+def _around(estimate: float, se: float, degrees: int, confidence_level: float) -> Interval:
     if math.isinf(se):
         return Interval(estimate, se, -math.inf, math.inf)
-    half = critical(level, degrees) * se
+    half = critical(confidence_level, degrees) * se
     return Interval(estimate, se, estimate - half, estimate + half)
 
 
-def mean_interval(values: np.ndarray, clusters: np.ndarray | None, level: float) -> Interval:
+def mean_interval(
+    values: np.ndarray, clusters: np.ndarray | None, confidence_level: float
+) -> Interval:
     """The mean, with Student's interval on (clusters − 1) degrees of freedom.
 
     Args:
         values: [n].
         clusters: [n] small non-negative integers, or None where examples are independent.
-        level: such as 0.9.
+        confidence_level: such as 0.9.
 
     Source: the cluster-robust variance of Liang & Zeger 1986, for a mean.
 
@@ -203,10 +136,10 @@ def mean_interval(values: np.ndarray, clusters: np.ndarray | None, level: float)
     """
     mean = float(np.mean(values))
     spread, count = _spread(values - mean, clusters)
-    return _around(mean, spread / len(values), count - 1, level)
+    return _around(mean, spread / len(values), count - 1, confidence_level)
 
 
-def pairs_interval(values: np.ndarray, pairs: np.ndarray, level: float) -> Interval:
+def pairs_interval(values: np.ndarray, pairs: np.ndarray, confidence_level: float) -> Interval:
     """The mean over pairs of items that were drawn independently: pairs that share an item are not.
 
     With s_i the sum of the residuals of the n_i pairs that item i is in, and t_d that of the n_d pairs of the
@@ -217,7 +150,7 @@ def pairs_interval(values: np.ndarray, pairs: np.ndarray, level: float) -> Inter
     Args:
         values: [n].
         pairs: [n, 2] items as small non-negative integers.
-        level: such as 0.9.
+        confidence_level: such as 0.9.
 
     Sources: variance of dyadic data, Aronow, Samii & Assenova 2015, with the leverage of Bell & McCaffrey
     2002; effective number of clusters, Carter, Schnepel & Steigerwald 2017.
@@ -238,15 +171,18 @@ def pairs_interval(values: np.ndarray, pairs: np.ndarray, level: float) -> Inter
     effective = np.sum(counts**2.0) ** 2 / np.sum(counts**4.0)
     degrees = int(min(effective, len(dyads)) + 1e-9) - 1
     if degrees < 1 or counts.max() == n:
-        return _around(mean, math.inf, degrees, level)
+        return _around(mean, math.inf, degrees, confidence_level)
     sums = np.bincount(items, np.concatenate([residuals, residuals[of_two]]))
     apart = np.bincount(which, residuals) ** 2 / (1 - np.bincount(which) / n)
     shared = np.sum(sums**2 / (1 - counts / n)) - np.sum(apart[dyads[:, 0] != dyads[:, 1]])
-    return _around(mean, math.sqrt(max(shared, np.sum(apart))) / n, degrees, level)
+    return _around(mean, math.sqrt(max(shared, np.sum(apart))) / n, degrees, confidence_level)
 
 
 def ratio_interval(
-    numerator: np.ndarray, denominator: np.ndarray, clusters: np.ndarray | None, level: float
+    numerator: np.ndarray,
+    denominator: np.ndarray,
+    clusters: np.ndarray | None,
+    confidence_level: float,
 ) -> Interval:
     """Σ numerator / Σ denominator, with the jackknife's interval.
 
@@ -257,7 +193,7 @@ def ratio_interval(
         numerator: u, [n].
         denominator: v, [n], not negative, of a positive sum.
         clusters: as in `mean_interval`.
-        level: such as 0.9.
+        confidence_level: such as 0.9.
 
     Sources: ratio estimators, Cochran 1977, section 6.3; leverage as in the jackknife of Efron 1982;
     effective size, Kish 1965.
@@ -273,9 +209,9 @@ def ratio_interval(
     share = denominator / total
     degrees = int(1 / float(np.sum(share**2)) + 1e-9) - 1
     if degrees < 1:
-        return _around(ratio, math.inf, degrees, level)
+        return _around(ratio, math.inf, degrees, confidence_level)
     spread, _ = _spread(residuals / (1 - share), None)
-    return _around(ratio, spread / total, degrees, level)
+    return _around(ratio, spread / total, degrees, confidence_level)
 
 
 def _with_a_flip_each_way(
@@ -289,7 +225,7 @@ def _with_a_flip_each_way(
 
 
 def paired_difference(
-    after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, level: float
+    after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
     """The difference of two proportions over the same examples.
 
@@ -299,7 +235,7 @@ def paired_difference(
     Args:
         after, before: [n] of zeros and ones.
         clusters: as in `mean_interval`; the two added examples are clusters of their own.
-        level: such as 0.9.
+        confidence_level: such as 0.9.
 
     Source: Bonett & Price 2012, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data", here with Student's quantile and clusters.
@@ -308,12 +244,12 @@ def paired_difference(
     0.000 [-0.046, 0.046]
     """
     wide_after, wide_before, wide_clusters = _with_a_flip_each_way(after, before, clusters)
-    interval = mean_interval(wide_after - wide_before, wide_clusters, level)
+    interval = mean_interval(wide_after - wide_before, wide_clusters, confidence_level)
     return dataclasses.replace(interval, estimate=float(np.mean(after - before)))
 
 
 def paired_ratio(
-    after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, level: float
+    after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval | None:
     """The ratio of two proportions over the same examples; None where `before` is zero throughout.
 
@@ -324,11 +260,13 @@ def paired_ratio(
     """
     if not np.any(before):
         return None
-    interval = ratio_interval(*_with_a_flip_each_way(after, before, clusters), level)
+    interval = ratio_interval(*_with_a_flip_each_way(after, before, clusters), confidence_level)
     return dataclasses.replace(interval, estimate=float(np.sum(after) / np.sum(before)))
 
 
-def proportion(values: np.ndarray, clusters: np.ndarray | None, level: float) -> Interval:
+def proportion(
+    values: np.ndarray, clusters: np.ndarray | None, confidence_level: float
+) -> Interval:
     """A proportion with Wilson's score interval.
 
     With clusters, n becomes the number of independent examples that would have the clustered standard
@@ -350,14 +288,14 @@ def proportion(values: np.ndarray, clusters: np.ndarray | None, level: float) ->
         if se > 0 and spread > 0:
             se = max(se, spread / n)
             n = p * (1 - p) / se**2
-    z = critical(level, degrees)
+    z = critical(confidence_level, degrees)
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return Interval(p, se, min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half)))
 
 
 def quantile_interval(
-    values: np.ndarray, share: float, clusters: np.ndarray | None, level: float
+    values: np.ndarray, share: float, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
     """A quantile, and the interval that inverts the test of the share below it.
 
@@ -376,10 +314,13 @@ def quantile_interval(
         below = (values <= estimate).astype(np.float64)
         spread, count = _spread(below - below.mean(), clusters)
         error, degrees = max(error, spread / n), count - 1
-    half = critical(level, degrees) * error if math.isfinite(error) else math.inf
+    half = critical(confidence_level, degrees) * error if math.isfinite(error) else math.inf
     low = float(np.quantile(values, share - half)) if share - half > 0 else -math.inf
     high = float(np.quantile(values, share + half)) if share + half < 1 else math.inf
     finite = math.isfinite(low) and math.isfinite(high)
     return Interval(
-        estimate, (high - low) / (2 * critical(level, degrees)) if finite else math.inf, low, high
+        estimate,
+        (high - low) / (2 * critical(confidence_level, degrees)) if finite else math.inf,
+        low,
+        high,
     )
