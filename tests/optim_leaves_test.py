@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax import contrib
 
-from jaxquant.optim import adaptive, by_role, even, fixed, quantize_state, report
+from jaxquant.optim import adaptive, by_role, fixed, quantize_state, report, uniform
 from jaxquant.optim.bounds import NON_NEGATIVE, bounds_of
 from jaxquant.optim.leaves import find
 from jaxquant.optim.tracing import Program
@@ -364,7 +364,7 @@ def test_what_an_update_is_given_by_name_is_asked_for():
     tx = quantize_state(needs_loss(), fixed(8), extra={"loss": 0.0})
     state = tx.init(PARAMS)
     _, state = jax.jit(tx.update)(PARAMS, state, PARAMS, loss=2.0)
-    with pytest.raises(ValueError, match="extra is a mapping"):
+    with pytest.raises(ValueError, match="extra must be a mapping"):
         quantize_state(needs_loss(), fixed(8), extra=cast(Any, "loss"))
 
 
@@ -420,7 +420,7 @@ def test_a_budget_that_sums_of_gradients_exceed_says_so():
 POLICIES = {
     "fixed": lambda keep: fixed(5, 4, keep=keep),
     "by_role": lambda keep: by_role(ROLES, keep=keep),
-    "even": lambda keep: even(40.0, keep=keep),
+    "uniform": lambda keep: uniform(40.0, keep=keep),
     "adaptive": lambda keep: adaptive(40.0, keep=keep),
 }
 

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import pytest
 from optim_test import OPTIMIZERS, trained
 
-from jaxquant.optim import Statistics, adaptive, by_role, even, quantize_state, report, state_bytes
+from jaxquant.optim import (
+    LayerStatistics,
+    adaptive,
+    by_role,
+    quantize_state,
+    report,
+    state_bytes,
+    uniform,
+)
 
 pytestmark = pytest.mark.exhaustive
 
@@ -19,9 +27,9 @@ BUDGET = 14.0
 MULTI_STEPS_BUDGET = 20.0
 POLICIES = {
     "by role": lambda budget: by_role(WIDTHS),
-    "even": lambda budget: even(budget),
+    "uniform": lambda budget: uniform(budget),
     "felt": lambda budget: adaptive(budget, interval=20),
-    "statistics": lambda budget: adaptive(budget, interval=20, score=Statistics()),
+    "statistics": lambda budget: adaptive(budget, interval=20, score=LayerStatistics()),
 }
 
 

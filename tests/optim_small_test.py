@@ -14,7 +14,6 @@ from jaxquant.optim import (
     Companded,
     adaptive,
     by_role,
-    even,
     fixed,
     from_optax,
     load,
@@ -23,6 +22,7 @@ from jaxquant.optim import (
     save,
     state_bytes,
     to_optax,
+    uniform,
 )
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -46,11 +46,11 @@ def held(params, policy) -> tuple[Any, list[str]]:
 
 SMALL = [
     (adaptive(5.0), (64, 64)),
-    (even(5.0), (64, 64)),
+    (uniform(5.0), (64, 64)),
     (adaptive(4.0), (64, 64)),
-    (even(4.0), (64, 96)),
+    (uniform(4.0), (64, 96)),
 ]
-SMALL += [(adaptive(5.0), (96, 96)), (even(6.0), (4096,))]
+SMALL += [(adaptive(5.0), (96, 96)), (uniform(6.0), (4096,))]
 
 
 @pytest.mark.parametrize(("policy", "shape"), SMALL)
@@ -87,7 +87,7 @@ def test_a_state_that_stayed_exact_is_updated_as_optax_updates_it(tmp_path):
     assert np.array_equal(to_optax(TX, again, params)[0].mu["w"], exact[0].mu["w"])
 
 
-@pytest.mark.parametrize("policy", [adaptive(5.0), even(4.0), adaptive(6.0)])
+@pytest.mark.parametrize("policy", [adaptive(5.0), uniform(4.0), adaptive(6.0)])
 @pytest.mark.parametrize("size", [10_240, 16_384, 131_072])
 def test_budgets_hold_where_codes_are_wide_enough(policy, size):
     params = {
@@ -117,7 +117,7 @@ def test_budgets_hold_where_codes_are_wide_enough(policy, size):
         (fixed(2), 2),
         (fixed(2, 4), 2),
         (by_role({"embedding": 8, "head": 8, "matrix": (2, 8), "vector": 8}), 2),
-        (even(2.5), 2),
+        (uniform(2.5), 2),
     ],
 )
 def test_codes_with_which_training_diverges_are_said(policy, bits):
@@ -127,14 +127,14 @@ def test_codes_with_which_training_diverges_are_said(policy, bits):
     assert "momentum needs 3 or more" in said[0]
 
 
-@pytest.mark.parametrize("policy", [fixed(3, 2), fixed(5, 4), even(4.0), adaptive(5.0)])
+@pytest.mark.parametrize("policy", [fixed(3, 2), fixed(5, 4), uniform(4.0), adaptive(5.0)])
 def test_codes_that_train_are_not_warned_of(policy):
     assert held({"w": jnp.ones((512, 256))}, policy)[1] == []
 
 
 def test_a_small_budget_is_refused_as_it_was():
-    with pytest.raises(ValueError, match=r"budget_bits is at least \d\.\d\d for this state"):
-        held({"w": jnp.ones((64, 64))}, even(2.0))
+    with pytest.raises(ValueError, match=r"budget_bits must be at least \d\.\d\d for this state"):
+        held({"w": jnp.ones((64, 64))}, uniform(2.0))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxquant.optim import pages
 from jaxquant.optim.budget import allocate
 from jaxquant.optim.codecs import Codec
-from jaxquant.optim.inner import Inner
+from jaxquant.optim.deprecated import accept_old_keywords, warn_renamed
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.policies import Adaptation, Keep, Policy, check_budget, check_keep
-from jaxquant.optim.scoring import Felt
+from jaxquant.optim.scoring import UpdateSensitivity
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
@@ -25,15 +25,17 @@ from jaxquant.optim.state import (
     read_blocks,
     rooted,
 )
+from jaxquant.optim.traced_update import TracedUpdate
 
 _SALT = 0x2545F491  # the draws of changes of width are none of the steps'
 
 
+@accept_old_keywords(stay="hysteresis")
 def adaptive(
     budget_bits: float,
     interval: int = 100,
     score: Any = None,
-    stay: float = 0.25,
+    hysteresis: float = 0.25,
     *,
     keep: Keep = (),
 ) -> Policy:
@@ -61,34 +63,42 @@ def adaptive(
     """
     budget_bits = check_budget(budget_bits)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval is a whole number of steps from 1 on; got {interval!r}")
-    if isinstance(stay, bool) or not isinstance(stay, int | float) or not 0 <= stay < 8:
-        raise ValueError(f"stay is a number of bits from 0 to 8; got {stay!r}")
-    score = Felt() if score is None else score
+        raise ValueError(f"interval must be an integer of at least 1; got {interval!r}")
+    if (
+        isinstance(hysteresis, bool)
+        or not isinstance(hysteresis, int | float)
+        or not 0 <= hysteresis < 8
+    ):
+        raise ValueError(f"hysteresis must be a number of bits from 0 to 8; got {hysteresis!r}")
+    score = UpdateSensitivity() if score is None else score
     if isinstance(score, type) or not (hasattr(score, "init") and callable(score)):
-        raise ValueError(f"score is one such as Felt() or Statistics(); got {score!r}")
-    update = Adaptation(interval, score, float(stay))
+        raise ValueError(
+            f"score must be a score such as UpdateSensitivity() or LayerStatistics(); got {score!r}"
+        )
+    if not hasattr(score, "max_bit_change") and hasattr(score, "reach"):
+        warn_renamed("a score's reach", "max_bit_change", stacklevel=4)
+    update = Adaptation(interval, score, float(hysteresis))
     name = f"adaptive, {budget_bits} bits"
     return Policy(name, lambda leaf: 0, budget_bits, update, check_keep(keep))
 
 
-def adapted(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:
+def reallocate_bits(traced: TracedUpdate, state: QuantizedState, seed: int) -> QuantizedState:
     """The state, its pages' widths chosen anew where a decision is due and the step allows one."""
     adaptation = state.plan.adaptation
     if adaptation is None:
         return state
     is_due = state.step - state.memory[0] >= adaptation.interval
-    return jax.lax.cond(is_due, lambda s: _decide(inner.fork(), s, seed), lambda s: s, state)
+    return jax.lax.cond(is_due, lambda s: _decide(traced.fork(), s, seed), lambda s: s, state)
 
 
-def _decide(inner: Inner, state: QuantizedState, seed: int) -> QuantizedState:
+def _decide(traced: TracedUpdate, state: QuantizedState, seed: int) -> QuantizedState:
     adaptation = state.plan.adaptation
     assert adaptation is not None
-    scores, memory, usable = adaptation.score(inner, state, state.memory[1], seed)
+    scores, memory, usable = adaptation.score(traced, state, state.memory[1], seed)
     bits = _in_line([[pages.widths(t) for t in slots] for slots in state.tables])
     wanted = jax.vmap(
         lambda s, b, least, most: allocate(
-            s, b, least, most, state.pool.shape[1] - 1, adaptation.stay
+            s, b, least, most, state.pool.shape[1] - 1, adaptation.hysteresis
         )
     )(_in_line(scores), bits, *_limits(state.plan, bits, adaptation.score))
     state_after = _moved(state, jnp.where(usable, wanted, bits), seed)
@@ -100,11 +110,12 @@ def _limits(plan: Plan, bits: jax.Array, score: Any) -> tuple[jax.Array, jax.Arr
     """(least, most) bits of each page, none for pages without elements."""
     full = _in_line([[jnp.asarray(w > 0) for w in slots] for slots in plan.widths()])
     codecs = [
-        [jnp.full(run.grid, c.least_bits) for c in own]
-        for run, own in zip(plan.runs, plan.codecs, strict=True)
+        [jnp.full(group.grid, c.least_bits) for c in own]
+        for group, own in zip(plan.groups, plan.codecs, strict=True)
     ]
-    least = jnp.maximum(_in_line(codecs), bits - score.reach)
-    most = jnp.minimum(pages.PLANES, bits + score.reach)
+    change = score.max_bit_change if hasattr(score, "max_bit_change") else score.reach
+    least = jnp.maximum(_in_line(codecs), bits - change)
+    most = jnp.minimum(pages.PLANES, bits + change)
     return jnp.where(full, least, 0), jnp.where(full, most, 0)
 
 
@@ -137,7 +148,7 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
             word = draw_word(seed ^ _SALT, state.step, number, i)
 
             recode = functools.partial(_recoded_in_shards, codec)
-            own = pool, old, new, scale, state.plan.runs[number].firsts()
+            own = pool, old, new, scale, state.plan.groups[number].firsts()
             pool, found = by_shards(state.plan, recode, own, word)
             new_tables.append(new)
             new_scales.append(found)

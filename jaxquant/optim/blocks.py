@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.codecs import Codec, largest_of
-from jaxquant.optim.inner import Inner, Piece
-from jaxquant.optim.layout import Run
+from jaxquant.optim.layout import PagedGroup
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
+from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate
 
 Arrays = Sequence[jax.Array]
 Apart = Callable[..., Any]  # of a function and its operands
@@ -49,7 +49,7 @@ class BlockStep:
 
     codecs: tuple[Codec, ...]
     dtypes: tuple[Any, ...]
-    pieces: Mapping[int, Piece]
+    update_fns: Mapping[int, ElementwiseUpdate]
     largest: Callable[[Sequence[jax.Array]], list[jax.Array]] = largest_of
 
     def compute(
@@ -73,7 +73,7 @@ class BlockStep:
         programs: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """(new values of each slot, results) from the slots' values."""
-        found = {i: piece(before, wide, known) for i, piece in self.pieces.items()}
+        found = {i: update_fn(before, wide, known) for i, update_fn in self.update_fns.items()}
         (_, results), *others = found.items()
         for number, alternatives in others:
             select = functools.partial(jnp.where, programs == number)
@@ -157,38 +157,44 @@ class BlockStep:
         return jnp.where(is_same, codes, new)
 
 
-def block_step(plan: Plan, number: int, pieces: Sequence[Piece]) -> BlockStep:
+def block_step(plan: Plan, number: int, update_fns: Sequence[ElementwiseUpdate]) -> BlockStep:
     """What happens to the blocks of one run."""
-    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    dtypes = tuple(slot[0].dtype for slot in plan.runs[number].leaves)
+    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(update_fns)))}
+    dtypes = tuple(slot[0].dtype for slot in plan.groups[number].leaves)
     return BlockStep(plan.codecs[number], dtypes, dict(distinct.values()))
 
 
-def programs_of(run: Run, pieces: Sequence[Piece]) -> jax.Array:
+def programs_of(group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]) -> jax.Array:
     """For each block, the first of the pieces that is like its own, int32[groups, pages, 8, 8, 1]."""
     firsts: dict[Hashable, int] = {}
-    like = [firsts.setdefault(piece.signature, i) for i, piece in enumerate(pieces)]
-    return merged(jnp.asarray(np.array(like, np.int32)[run.owners()])[..., None])
+    like = [firsts.setdefault(update_fn.signature, i) for i, update_fn in enumerate(update_fns)]
+    return merged(jnp.asarray(np.array(like, np.int32)[group.owners()])[..., None])
 
 
-def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
+def wide_of(
+    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
+) -> dict[Hashable, jax.Array]:
     """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
     found = {}
-    for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
-        dtype = next(inner.program.specs[p.wide[kind]].dtype for p in pieces if kind in p.wide)
+    for kind in dict.fromkeys(kind for update_fn in update_fns for kind in update_fn.wide):
+        dtype = next(traced.program.specs[p.wide[kind]].dtype for p in update_fns if kind in p.wide)
         arrays = [
-            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(leaf.shape, dtype)
-            for piece, leaf in zip(pieces, run.leaves[0], strict=True)
+            traced.known[update_fn.wide[kind]]
+            if kind in update_fn.wide
+            else jnp.zeros(leaf.shape, dtype)
+            for update_fn, leaf in zip(update_fns, group.leaves[0], strict=True)
         ]
-        found[kind] = merged(run.flatten(arrays))
+        found[kind] = merged(group.flatten(arrays))
     return found
 
 
-def by_group(inner: Inner, run: Run, pieces: Sequence[Piece]) -> Any:
+def by_page_group(
+    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
+) -> Any:
     """(first element, pieces, operands) of each group, [shards, groups, ...]."""
-    found = programs_of(run, pieces), wide_of(inner, run, pieces)
-    found = jax.tree.map(lambda x: x.reshape(*run.grid[:2], *x.shape[1:]), found)
-    return run.firsts(), *found
+    found = programs_of(group, update_fns), wide_of(traced, group, update_fns)
+    found = jax.tree.map(lambda x: x.reshape(*group.grid[:2], *x.shape[1:]), found)
+    return group.firsts(), *found
 
 
 def draw_words(state: QuantizedState, number: int, seed: int) -> list[jax.Array]:

@@ -16,7 +16,7 @@ def allocate(
     least: Bits,
     most: Bits,
     rows: int | jax.Array,
-    stay: float = 0.0,
+    hysteresis: float = 0.0,
 ) -> Bits:
     r"""The widths of pages that spend a budget where it is felt most.
 
@@ -39,7 +39,7 @@ def allocate(
 
     def rounded(level: jax.Array) -> Bits:
         wanted = scores - level
-        near = jnp.abs(wanted - bits.astype(jnp.float32)) <= 0.5 + stay
+        near = jnp.abs(wanted - bits.astype(jnp.float32)) <= 0.5 + hysteresis
         found = jnp.where(near, bits, jnp.round(wanted).astype(jnp.int32))
         return jnp.clip(found, least, most)
 
@@ -50,16 +50,16 @@ def allocate(
         return jnp.where(fits, low, middle), jnp.where(fits, middle, high)
 
     # At the low end every page wants more than it may have; at the high end, less.
-    ends = jnp.min(scores) - 10.0 - stay, jnp.max(scores) + 2.0 + stay
+    ends = jnp.min(scores) - 10.0 - hysteresis, jnp.max(scores) + 2.0 + hysteresis
     _, level = jax.lax.fori_loop(0, _HALVINGS, halve, ends)
-    return _filled(rounded(level), scores - level, bits, most, rows, stay)
+    return _filled(rounded(level), scores - level, bits, most, rows, hysteresis)
 
 
 def _filled(
-    found: Bits, wanted: Pages, bits: Bits, most: Bits, rows: int | jax.Array, stay: float
+    found: Bits, wanted: Pages, bits: Bits, most: Bits, rows: int | jax.Array, hysteresis: float
 ) -> Bits:
     """One bit more for the pages nearest to it, while rows are left; what keeps its width has a start."""
-    lack = wanted - found.astype(jnp.float32) + stay * (found < bits).astype(jnp.float32)
+    lack = wanted - found.astype(jnp.float32) + hysteresis * (found < bits).astype(jnp.float32)
     lack = jnp.where(found < most, lack, -jnp.inf)
     place = jnp.argsort(jnp.argsort(-lack))
     gets = (place < rows - jnp.sum(found)) & (found < most)

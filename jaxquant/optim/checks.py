@@ -6,14 +6,16 @@ import jax
 import numpy as np
 import optax
 
-from jaxquant.optim.inner import Inner
 from jaxquant.optim.leaves import path_of
 from jaxquant.optim.named import bare
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.state import QuantizedState, exact_leaves
+from jaxquant.optim.state import QuantizedState, unquantized
+from jaxquant.optim.traced_update import TracedUpdate
 
 
-def opened(tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]) -> Inner:
+def trace_update(
+    tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]
+) -> TracedUpdate:
     """The wrapped transformation's update of a state, taken apart.
 
     Raises:
@@ -25,7 +27,7 @@ def opened(tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]
     if params is not None:
         check_parameters(state.plan, params, "params")
     tx = optax.with_extra_args_support(transformation(tx))
-    return Inner(tx, state.plan, updates, params, exact_leaves(state), extra)
+    return TracedUpdate(tx, state.plan, updates, params, unquantized(state), extra)
 
 
 def transformation(tx: Any) -> Any:
@@ -37,7 +39,7 @@ def check_state(state: Any) -> None:
     """Raises a ValueError unless it is the state of a `quantize_state`."""
     if not isinstance(state, QuantizedState):
         raise ValueError(
-            f"the state is one that a quantize_state made; got {type(state).__name__}"
+            f"the state must be that of a quantize_state; got {type(state).__name__}"
             " (jq.optim.from_optax quantizes a plain one)"
         )
 
@@ -50,12 +52,12 @@ def check_parameters(plan: Plan, tree: Any, name: str) -> None:
         there = path_of(keys) if leaf.parameter < len(flat) else "nothing"
         if bare(there) != bare(leaf.path):
             raise ValueError(
-                f"{name} are not those that the state is of: it has {leaf.path!r} in place "
+                f"{name} must be those of the state, which has {leaf.path!r} in place "
                 f"{leaf.parameter}, where {name} have {there!r}"
             )
         if np.shape(found) != leaf.shape:
             raise ValueError(
-                f"{name} are not those that the state is of: {leaf.path!r} has the shape {leaf.shape} in it; "
+                f"{name} must be those of the state, in which {leaf.path!r} has the shape {leaf.shape}; "
                 f"got {np.shape(found)}"
             )
 
@@ -68,6 +70,6 @@ def check_plain(plan: Plan, plain: Any) -> None:
         found = path_of(flat[leaf.index][0]) if leaf.index < len(flat) else "nothing"
         if bare(found) != bare(wanted):
             raise ValueError(
-                f"the plain state is not of the transformation and parameters that this one is of: "
+                f"the plain state must be of the same transformation and parameters as this one: "
                 f"leaf {leaf.index} is {wanted!r} here; got {found!r}"
             )

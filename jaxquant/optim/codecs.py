@@ -119,7 +119,7 @@ class Companded(Codec):
 
     def __post_init__(self):
         if not 1 / 256 <= self.linear <= 1:
-            raise ValueError(f"linear is from 1/256 to 1; got {self.linear!r}")
+            raise ValueError(f"linear must be from 1/256 to 1; got {self.linear!r}")
 
     @property
     def signed(self) -> bool:
@@ -273,7 +273,9 @@ class Logarithmic(Codec):
     def __post_init__(self):
         is_whole = isinstance(self.range, int) and not isinstance(self.range, bool)
         if not is_whole or not 1 <= self.range <= 64:
-            raise ValueError(f"range is a whole number of binades, 1 to 64; got {self.range!r}")
+            raise ValueError(
+                f"range must be an integer number of binades from 1 to 64; got {self.range!r}"
+            )
 
     @property
     def signed(self) -> bool:

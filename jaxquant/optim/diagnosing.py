@@ -9,7 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxquant.numerics.sharding import computed_as_auto
-from jaxquant.optim.checks import opened
+from jaxquant.optim.checks import trace_update
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
 
@@ -75,20 +75,20 @@ def diagnose(
 def _diagnosed(
     tx: Any, seed: int, state: QuantizedState, updates: Any, params: Any, extra: dict[str, Any]
 ) -> dict[str, Diagnosis]:
-    inner = opened(tx, state, updates, params, extra)
+    traced = trace_update(tx, state, updates, params, extra)
     places = [
-        (run, slot, place, leaf)
-        for run, layout in enumerate(state.plan.runs)
+        (number, slot, place, leaf)
+        for number, layout in enumerate(state.plan.groups)
         for slot, leaves in enumerate(layout.leaves)
         for place, leaf in enumerate(leaves)
     ]
     before = {leaf.index: decoded(state, *where) for *where, leaf in places}
-    known = inner.known | {inner.state(i): x for i, x in before.items()}
-    env = inner.program.evaluate([inner.leaves[i] for i in before], known)
+    known = traced.known | {traced.state(i): x for i, x in before.items()}
+    env = traced.program.evaluate([traced.leaves[i] for i in before], known)
     found = {}
-    for run, slot, place, leaf in places:
-        after = env[inner.leaves[leaf.index]]
-        stored = decoded(with_leaf(state, run, slot, place, after, seed), run, slot, place)
+    for number, slot, place, leaf in places:
+        after = env[traced.leaves[leaf.index]]
+        stored = decoded(with_leaf(state, number, slot, place, after, seed), number, slot, place)
         found[f"{leaf.slot}/{leaf.path}"] = _diagnosis(
             before[leaf.index], after, stored, leaf.is_signed
         )

@@ -25,8 +25,8 @@ from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
     QuantizedState,
     decoded,
-    exact_leaves,
     leaf_specs,
+    unquantized,
     with_exact,
     with_leaf,
 )
@@ -64,9 +64,9 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
 @jax.jit
 def _all_decoded(state: QuantizedState) -> list[jax.Array]:
     """The leaves of the plain state, in its order."""
-    found = {leaf.index: x for leaf, x in zip(state.plan.exact, exact_leaves(state), strict=True)}
-    for number, run in enumerate(state.plan.runs):
-        for i, slot in enumerate(run.leaves):
+    found = {leaf.index: x for leaf, x in zip(state.plan.exact, unquantized(state), strict=True)}
+    for number, group in enumerate(state.plan.groups):
+        for i, slot in enumerate(group.leaves):
             for place, leaf in enumerate(slot):
                 found[leaf.index] = decoded(state, number, i, place)
     return [found[i] for i in range(len(found))]
@@ -98,8 +98,8 @@ def _all_encoded(state: QuantizedState, leaves: list[jax.Array], seed: int) -> Q
     """The state with all leaves of a plain one in it."""
     exact = [jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact]
     state = state._replace(exact=with_exact(state.exact, exact))
-    for number, run in enumerate(state.plan.runs):
-        for i, slot in enumerate(run.leaves):
+    for number, group in enumerate(state.plan.groups):
+        for i, slot in enumerate(group.leaves):
             for place, leaf in enumerate(slot):
                 state = with_leaf(state, number, i, place, leaves[leaf.index], seed)
     return state
@@ -109,11 +109,11 @@ def _check_alike(specs: list[Any], leaves: list[Any], what: str) -> None:
     wanted = [(x.shape, np.dtype(x.dtype)) for x in specs]
     found = [(np.shape(x), np.dtype(jnp.result_type(x))) for x in leaves]
     if len(wanted) != len(found):
-        raise ValueError(f"{what} has {len(wanted)} leaves; got {len(found)}")
+        raise ValueError(f"{what} must have {len(wanted)} leaves; got {len(found)}")
     for place, (one, other) in enumerate(zip(wanted, found, strict=True)):
         if one != other:
             raise ValueError(
-                f"leaf {place} of {what} is {one[1]}{list(one[0])}; got {other[1]}{list(other[0])}"
+                f"leaf {place} of {what} must be {one[1]}{list(one[0])}; got {other[1]}{list(other[0])}"
             )
 
 
@@ -135,10 +135,10 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
     True
     """
     if not isinstance(state, QuantizedState):
-        raise ValueError(f"save takes the state of a quantize_state; got {type(state).__name__}")
+        raise ValueError(f"the state must be that of a quantize_state; got {type(state).__name__}")
     folder = Path(folder)
     if os.path.lexists(folder):
-        raise ValueError(f"{folder} exists already; give a new folder")
+        raise ValueError(f"{folder} exists already; the folder must be new")
     with folders.temporary_folder(folder.parent) as temporary, files.writing(folder):
         stored = {name: folders.as_stored(x) for name, x in _named(state).items()}
         folders.write_safetensors(temporary / _ARRAYS, stored)
@@ -150,7 +150,7 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
         }
         files.write(temporary / _HEAD, seals.sealed(_KIND, VERSION, body))
         if not folders.placed(temporary, folder):
-            raise ValueError(f"{folder} exists already; give a new folder")
+            raise ValueError(f"{folder} exists already; the folder must be new")
 
 
 def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
@@ -237,12 +237,12 @@ def _named(state: QuantizedState) -> dict[str, Any]:
     """
     nested = [("tables", state.tables), ("scales", state.scales)]
     nested = [
-        (f"{part}[{run}][{slot}]", x)
-        for part, runs in nested
-        for run, slots in enumerate(runs)
+        (f"{part}[{number}][{slot}]", x)
+        for part, groups in nested
+        for number, slots in enumerate(groups)
         for slot, x in enumerate(slots)
     ]
-    exact = [(f"exact[{i}]", x) for i, x in enumerate(exact_leaves(state))]
+    exact = [(f"exact[{i}]", x) for i, x in enumerate(unquantized(state))]
     memory = jax.tree.leaves_with_path(state.memory)
     memory = [(f"memory{jax.tree_util.keystr(keys)}", x) for keys, x in memory]
     return dict([("step", state.step), ("pool", state.pool), *nested, *exact, *memory])

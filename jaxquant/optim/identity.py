@@ -13,14 +13,17 @@ import numpy as np
 
 from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.scoring import Felt, Statistics
+from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 
 # Of each class of ours, the file's word for it and for each of its fields.
 _WORDS: dict[type, tuple[str, dict[str, str]]] = {
     Companded: ("companded", {"linear": "linear", "stochastic": "stochastic"}),
     Logarithmic: ("logarithmic", {"range": "range", "stochastic": "stochastic"}),
-    Felt: ("felt", {"weight": "weight", "memory": "memory", "reach": "reach"}),
-    Statistics: ("statistics", {"memory": "memory", "reach": "reach"}),
+    UpdateSensitivity: (
+        "felt",
+        {"weight": "weight", "memory": "ema_decay", "reach": "max_bit_change"},
+    ),
+    LayerStatistics: ("statistics", {"memory": "ema_decay", "reach": "max_bit_change"}),
 }
 
 
@@ -30,19 +33,19 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "runs": [
             {
-                "shards": run.shards,
-                "starts": list(run.starts),
-                "cuts": [[list(part) for part in cut] for cut in run.cuts],
+                "shards": group.shards,
+                "starts": list(group.starts),
+                "cuts": [[list(part) for part in axes] for axes in group.shard_axes],
                 "slots": [
                     {
                         "codec": _described(codec),
                         "bits": list(bits),
                         "leaves": [_leaf(leaf.path, leaf.slot, leaf) for leaf in leaves],
                     }
-                    for codec, bits, leaves in zip(codecs, widths, run.leaves, strict=True)
+                    for codec, bits, leaves in zip(codecs, widths, group.leaves, strict=True)
                 ],
             }
-            for run, codecs, widths in zip(plan.runs, plan.codecs, plan.bits, strict=True)
+            for group, codecs, widths in zip(plan.groups, plan.codecs, plan.bits, strict=True)
         ],
         "exact": [_leaf(leaf.path, leaf.slot, leaf) for leaf in plan.exact],
         "rows": plan.rows,
@@ -51,7 +54,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         if adaptation is None
         else {
             "interval": adaptation.interval,
-            "stay": adaptation.stay,
+            "stay": adaptation.hysteresis,
             "score": _described(adaptation.score),
         },
     }
@@ -116,8 +119,8 @@ def from_version_3(text: Any) -> dict[str, Any]:
         plan = _Text(text).plan()
         return {
             "runs": [
-                _run_3(run, codecs, bits)
-                for run, codecs, bits in zip(
+                _group_3(group, codecs, bits)
+                for group, codecs, bits in zip(
                     plan["runs"], plan["codecs"], plan["bits"], strict=True
                 )
             ],
@@ -135,14 +138,16 @@ def from_version_3(text: Any) -> dict[str, Any]:
         raise ValueError(f"its plan is none that version 3 wrote: {error}") from None
 
 
-def _run_3(run: Mapping[str, Any], codecs: Sequence[Any], bits: Sequence[Any]) -> dict[str, Any]:
+def _group_3(
+    group: Mapping[str, Any], codecs: Sequence[Any], bits: Sequence[Any]
+) -> dict[str, Any]:
     return {
-        "shards": run["shards"],
-        "starts": run["starts"],
-        "cuts": run["cuts"],
+        "shards": group["shards"],
+        "starts": group["starts"],
+        "cuts": group["cuts"],
         "slots": [
             {"codec": codec, "bits": widths, "leaves": [_leaf_3(leaf) for leaf in leaves]}
-            for codec, widths, leaves in zip(codecs, bits, run["leaves"], strict=True)
+            for codec, widths, leaves in zip(codecs, bits, group["leaves"], strict=True)
         ],
     }
 

@@ -85,7 +85,7 @@ class Kernel:
             table(lambda i, *_: (jnp.minimum(i + 1, self.steps - 1), 0, 0)),
         )
         scales = [codec.scale for codec in self.blocks.codecs]
-        program = [(_along((1, 1, 8, LANES)), jnp.int32)] * (len(self.blocks.pieces) > 1)
+        program = [(_along((1, 1, 8, LANES)), jnp.int32)] * (len(self.blocks.update_fns) > 1)
         operand = _along(
             (self.step, *pages.PAGE_SHAPE) if self.width is None else (self.step * _BLOCKS, BLOCK)
         )

@@ -1,7 +1,7 @@
-"""How coded leaves lie in pages: leaves with the same slots side by side, each from a new block on.
+"""Assign coded leaves to pages.  Leaves with the same slots are neighbours, and each starts a new block.
 
-Shards hold parts of each leaf, cut along its own axes (`jaxquant.optim.cutting`); leaves that cannot be cut
-so go through the shards in one line.
+Each shard holds a part of each leaf, split along the leaf's own axes (`jaxquant.optim.sharding_axes`).
+Leaves that cannot be split that way are laid out across all shards in one line.
 """
 
 import dataclasses
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.cutting import Cut, collected, dealt
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.pages import PAGE, PAGE_SHAPE
+from jaxquant.optim.sharding_axes import ShardAxes, from_shards, to_shards
 
 GROUP = 64  # pages that are decoded at once: what a core's cache holds
 BLOCKS = PAGE_SHAPE[:-1]  # of a page: (8, 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class PagedGroup:
     """Parameters whose state has the same slots and types, one after another in lines of pages.
 
     Attributes:
@@ -40,12 +40,12 @@ class Run:
     leaves: tuple[tuple[Leaf, ...], ...]
     starts: tuple[int, ...]
     shards: int
-    cuts: tuple[Cut, ...]
+    shard_axes: tuple[ShardAxes, ...]
 
     @property
     def lines(self) -> int:
         """Lines of pages, through which parts of each parameter go side by side."""
-        return self.shards if any(self.cuts) else 1
+        return self.shards if any(self.shard_axes) else 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -73,9 +73,9 @@ class Run:
         total = math.prod(self.grid) * PAGE // self.lines
         ends = (*self.starts[1:], total)
         parts = [
-            jnp.pad(dealt(x, cut), ((0, 0), (0, end - start - size)))
-            for x, cut, start, end, size in zip(
-                arrays, self.cuts, self.starts, ends, self.sizes, strict=True
+            jnp.pad(to_shards(x, axes), ((0, 0), (0, end - start - size)))
+            for x, axes, start, end, size in zip(
+                arrays, self.shard_axes, self.starts, ends, self.sizes, strict=True
             )
         ]
         whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
@@ -84,12 +84,12 @@ class Run:
     def unflatten(self, flat: jax.Array) -> list[jax.Array]:
         """The parameters' arrays back from `flatten`'s."""
         lines = flat.reshape(self.lines, -1)
-        return [self.collected(lines, place, s) for place, s in enumerate(self.starts)]
+        return [self.from_shards(lines, place, s) for place, s in enumerate(self.starts)]
 
-    def collected(self, lines: jax.Array, place: int, start: int) -> jax.Array:
+    def from_shards(self, lines: jax.Array, place: int, start: int) -> jax.Array:
         """The array of the parameter at `place`, which begins at an element of lines [lines, elements]."""
         own = jax.lax.slice_in_dim(lines, start, start + self.sizes[place], axis=1)
-        return collected(own, self.leaves[0][place].shape, self.cuts[place])
+        return from_shards(own, self.leaves[0][place].shape, self.shard_axes[place])
 
     def firsts(self) -> jax.Array:
         """The element, modulo 2^32, with which each group of pages begins, uint32[shards, groups]."""
@@ -122,8 +122,8 @@ def arrange(
     leaves: Sequence[Leaf],
     dtypes: Sequence[np.dtype],
     shards: int,
-    cut: Callable[[Leaf], Cut | None],
-) -> tuple[Run, ...]:
+    axes_of: Callable[[Leaf], ShardAxes | None],
+) -> tuple[PagedGroup, ...]:
     """The runs of some leaves.
 
     Args:
@@ -135,30 +135,32 @@ def arrange(
     slots: dict[int, list[Leaf]] = {}
     for leaf in leaves:
         slots.setdefault(leaf.parameter, []).append(leaf)
-    cuts = {p: cut(own[0]) if shards > 1 else None for p, own in slots.items()}
+    shard_axes = {p: axes_of(own[0]) if shards > 1 else None for p, own in slots.items()}
     alike: dict[tuple, list[int]] = {}
     for parameter, own in slots.items():
         # Pages of vectors apart from those of matrices: their updates differ more often (decay's mask).
-        kind = (cuts[parameter] is None, len(own[0].shape) > 1, dtypes[parameter])
+        kind = (shard_axes[parameter] is None, len(own[0].shape) > 1, dtypes[parameter])
         alike.setdefault((kind, *((x.slot, x.dtype) for x in own)), []).append(parameter)
-    return tuple(_run(parameters, slots, cuts, shards) for parameters in alike.values())
+    return tuple(
+        _paged_group(parameters, slots, shard_axes, shards) for parameters in alike.values()
+    )
 
 
-def _run(
+def _paged_group(
     parameters: Sequence[int],
     slots: dict[int, list[Leaf]],
-    cuts: dict[int, Cut | None],
+    shard_axes: dict[int, ShardAxes | None],
     shards: int,
-) -> Run:
-    own = tuple(cuts[p] or () for p in parameters)
+) -> PagedGroup:
+    own = tuple(shard_axes[p] or () for p in parameters)
     lines = shards if any(own) else 1
     whole = [-(-slots[p][0].size // lines // BLOCK) * BLOCK for p in parameters]
     starts = np.concatenate([[0], np.cumsum(whole)[:-1]])
-    return Run(
+    return PagedGroup(
         slots=tuple(leaf.slot for leaf in slots[parameters[0]]),
         parameters=tuple(parameters),
         leaves=tuple(zip(*(slots[p] for p in parameters), strict=True)),
         starts=tuple(int(s) for s in starts),
         shards=shards,
-        cuts=own,
+        shard_axes=own,
     )

@@ -87,7 +87,7 @@ def without_codes(plan: Plan, plain: Any) -> Any:
             count += len(leaves)
             exact = [x for i, x in enumerate(leaves, first) if i not in indices]
             return Coded(exact, slot, structure, first)
-        children, structure = _opened(node)
+        children, structure = _children(node)
         if not any(key for key, _ in children):
             count += len(children)
             return node
@@ -96,7 +96,7 @@ def without_codes(plan: Plan, plain: Any) -> Any:
     return walked(plain, ())
 
 
-def _opened(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+def _children(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
     """([(path of one key, child)], structure) of a node; of an array, itself with an empty path."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 

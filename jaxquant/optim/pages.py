@@ -72,9 +72,9 @@ def empty(bits: jt.Int[np.ndarray, " pages"], rows: int | None = None) -> Store:
     """
     bits = np.asarray(bits)
     if bits.ndim != 1 or not np.issubdtype(bits.dtype, np.integer):
-        raise ValueError(f"bits are one integer for each page; got {bits!r}")
+        raise ValueError(f"bits must be one integer for each page; got {bits!r}")
     if bits.size and not 0 <= bits.min() <= bits.max() <= PLANES:
-        raise ValueError(f"a page has 0 to {PLANES} bits; got {bits.min()} to {bits.max()}")
+        raise ValueError(f"bits must be from 0 to {PLANES}; got {bits.min()} to {bits.max()}")
     needed = int(bits.sum())
     rows = needed if rows is None else rows
     if rows < needed:

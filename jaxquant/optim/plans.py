@@ -11,11 +11,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxquant.optim.codecs import BLOCK, Codec, Companded, Logarithmic
-from jaxquant.optim.cutting import Spec, cut_of
-from jaxquant.optim.layout import Run, arrange
+from jaxquant.optim.layout import PagedGroup, arrange
 from jaxquant.optim.leaves import Exact, Leaf, find
 from jaxquant.optim.pages import PAGE, PLANES, ROW
 from jaxquant.optim.policies import Adaptation, Policy, check_bits
+from jaxquant.optim.sharding_axes import Spec, shard_axes_of
 
 
 @jax.tree_util.register_static
@@ -37,7 +37,7 @@ class Plan:
     """
 
     policy: str
-    runs: tuple[Run, ...]
+    groups: tuple[PagedGroup, ...]
     codecs: tuple[tuple[Codec, ...], ...]
     bits: tuple[tuple[tuple[int, ...], ...], ...]
     exact: tuple[Exact, ...]
@@ -51,17 +51,17 @@ class Plan:
     @property
     def shards(self) -> int:
         """Parts of the pool, which devices can share among them."""
-        return self.runs[0].shards if self.runs else 1
+        return self.groups[0].shards if self.groups else 1
 
     @property
     def coded(self) -> frozenset[int]:
         """Indices of the parameters whose state is coded."""
-        return frozenset(p for run in self.runs for p in run.parameters)
+        return frozenset(p for group in self.groups for p in group.parameters)
 
     @property
     def leaves(self) -> tuple[Leaf, ...]:
         """The coded leaves, run by run."""
-        return tuple(leaf for run in self.runs for slot in run.leaves for leaf in slot)
+        return tuple(leaf for group in self.groups for slot in group.leaves for leaf in slot)
 
     def widths(self) -> list[list[np.ndarray]]:
         """Bits of each page to begin with, by run and slot: the most that one of its leaves has."""
@@ -73,8 +73,8 @@ class Plan:
 
     def _asked(self) -> list[list[np.ndarray]]:
         return [
-            [run.by_page(bits) for bits in slots]
-            for run, slots in zip(self.runs, self.bits, strict=True)
+            [group.by_page(bits) for bits in slots]
+            for group, slots in zip(self.groups, self.bits, strict=True)
         ]
 
     def _fill(self, widths: list[list[np.ndarray]]) -> None:
@@ -131,13 +131,13 @@ def make_plan(
     if not chosen:
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {_reasons(exact)}")
     dtypes = [np.dtype(p.dtype) for p in jax.tree.leaves(params)]
-    cut = lambda leaf: cut_of(leaf.shape, spec(leaf.path, leaf.shape), shards)  # noqa: E731
-    runs = arrange(list(chosen), dtypes, math.prod(shards.values()), cut)
+    axes_of = lambda leaf: shard_axes_of(leaf.shape, spec(leaf.path, leaf.shape), shards)  # noqa: E731
+    groups = arrange(list(chosen), dtypes, math.prod(shards.values()), axes_of)
     plan = Plan(
         policy.name,
-        runs,
-        tuple(tuple(_codec(slot, codec) for slot in run.leaves) for run in runs),
-        tuple(tuple(tuple(chosen[x] for x in slot) for slot in run.leaves) for run in runs),
+        groups,
+        tuple(tuple(_codec(slot, codec) for slot in group.leaves) for group in groups),
+        tuple(tuple(tuple(chosen[x] for x in slot) for slot in group.leaves) for group in groups),
         tuple(sorted(exact, key=lambda e: e.index)),
         adaptation=policy.update,
     )
@@ -175,7 +175,7 @@ _FEW = 2**15
 
 def _within(plan: Plan, budget_bits: float) -> Plan:
     """The plan within a budget; runs of which pages and scales leave too little for codes stay exact."""
-    order = sorted(plan.runs, key=_elements)
+    order = sorted(plan.groups, key=_elements)
     found, refusal = [], None
     for count in range(len(order)):
         kept = _without(plan, order[:count], budget_bits)
@@ -196,8 +196,8 @@ def _within(plan: Plan, budget_bits: float) -> Plan:
     return dataclasses.replace(_without(plan, order, budget_bits), adaptation=None)
 
 
-def _elements(run: Run) -> int:
-    return sum(leaf.size for slot in run.leaves for leaf in slot)
+def _elements(group: PagedGroup) -> int:
+    return sum(leaf.size for slot in group.leaves for leaf in slot)
 
 
 def _is_starved(plan: Plan, budget_bits: float) -> bool:
@@ -209,30 +209,30 @@ def _is_starved(plan: Plan, budget_bits: float) -> bool:
 def _narrow(plan: Plan) -> list[tuple[Leaf, int]]:
     """The leaves of which a page has fewer bits to begin with than codes need, and how many."""
     found = []
-    for run, codecs, slots in zip(plan.runs, plan.codecs, plan.widths(), strict=True):
-        for leaves, codec, widths in zip(run.leaves, codecs, slots, strict=True):
+    for group, codecs, slots in zip(plan.groups, plan.codecs, plan.widths(), strict=True):
+        for leaves, codec, widths in zip(group.leaves, codecs, slots, strict=True):
             least = int(widths[widths > 0].min())
             if least < (_LEAST_SIGNED if codec.signed else _LEAST_OTHERS):
                 found += [(leaf, least) for leaf in leaves]
     return found
 
 
-def _without(plan: Plan, runs: Sequence[Run], budget_bits: float) -> Plan:
+def _without(plan: Plan, groups: Sequence[PagedGroup], budget_bits: float) -> Plan:
     """The plan whose leaves of some runs stay exact."""
-    coded = [x for x in zip(plan.runs, plan.codecs, plan.bits, strict=True) if x[0] not in runs]
+    coded = [x for x in zip(plan.groups, plan.codecs, plan.bits, strict=True) if x[0] not in groups]
     kept = [
         _kept(leaf, f"pages of {leaf.size} elements leave {budget_bits} bits too little for codes")
-        for run in runs
-        for slot in run.leaves
+        for group in groups
+        for slot in group.leaves
         for leaf in slot
     ]
     own = tuple(zip(*coded, strict=True)) or ((), (), ())
     exact = tuple(sorted((*plan.exact, *kept), key=lambda e: e.index))
-    return dataclasses.replace(plan, runs=own[0], codecs=own[1], bits=own[2], exact=exact)
+    return dataclasses.replace(plan, groups=own[0], codecs=own[1], bits=own[2], exact=exact)
 
 
-def _warn_of_kept(runs: Sequence[Run], budget_bits: float, more_said: str = "") -> None:
-    leaves = [leaf for run in runs for slot in run.leaves for leaf in slot]
+def _warn_of_kept(groups: Sequence[PagedGroup], budget_bits: float, more_said: str = "") -> None:
+    leaves = [leaf for group in groups for slot in group.leaves for leaf in slot]
     if not leaves:
         return
     names = ", ".join(f"{leaf.slot}/{leaf.path}" for leaf in leaves[:4])
@@ -267,8 +267,8 @@ def _fitted(plan: Plan, budget_bits: float) -> Plan:
         least = 8 * (_rows(alike[0]) * ROW * shards + spent) / elements
         large = [leaf for leaf in plan.exact if math.prod(leaf.shape) >= BLOCK]
         raise ValueError(
-            f"budget_bits is at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
-            f"{8 * spent / elements:.2f} are scales, tables and exact leaves; got {budget_bits}"
+            f"budget_bits must be at least {math.ceil(least * 100) / 100:.2f} for this state, of which "
+            f"{8 * spent / elements:.2f} are scales, tables and unquantized leaves; got {budget_bits}"
             + (f" (exact: {_reasons(large)})" if large else "")
         )
     # More rows than pages of 8 bits take would only lie idle.
@@ -278,8 +278,8 @@ def _fitted(plan: Plan, budget_bits: float) -> Plan:
 def _alike(plan: Plan, width: int) -> Plan:
     """The plan with one width for all, but no less than codecs need."""
     bits = tuple(
-        tuple((max(width, codec.least_bits),) * len(run.parameters) for codec in codecs)
-        for run, codecs in zip(plan.runs, plan.codecs, strict=True)
+        tuple((max(width, codec.least_bits),) * len(group.parameters) for codec in codecs)
+        for group, codecs in zip(plan.groups, plan.codecs, strict=True)
     )
     return dataclasses.replace(plan, bits=bits)
 
@@ -288,8 +288,8 @@ def _overhead(plan: Plan) -> int:
     """Bytes of all but the codes: scales, tables, exact leaves, what the policy remembers, and the like."""
     found = 8 + ROW * plan.shards
     found += sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan.exact)
-    for run, codecs in zip(plan.runs, plan.codecs, strict=True):
-        count = math.prod(run.grid)
+    for group, codecs in zip(plan.groups, plan.codecs, strict=True):
+        count = math.prod(group.grid)
         for codec in codecs:
             scale = math.prod(codec.scale.shape) * codec.scale.dtype.itemsize
             found += count * (PAGE // BLOCK * scale + 4 * PLANES)
@@ -318,7 +318,7 @@ def _codec(slot: Sequence[Leaf], codec: Callable[[Leaf], Codec]) -> Codec:
     """The one codec of a slot."""
     found = {codec(leaf) for leaf in slot}
     if len(found) != 1:
-        raise ValueError(f"the leaves of {slot[0].slot} need one codec; got {found}")
+        raise ValueError(f"the leaves of {slot[0].slot} must have one codec; got {found}")
     (chosen,) = found
     if slot[0].is_signed and not chosen.signed:
         raise ValueError(f"{slot[0].slot} may be negative, which {chosen} cannot hold")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.leaves import ROLES, Exact, Leaf
 from jaxquant.optim.pages import PLANES
 
@@ -59,6 +60,7 @@ class Policy:
         return found
 
 
+@accept_old_fields(stay="hysteresis")
 @dataclasses.dataclass(frozen=True)
 class Adaptation:
     """How widths move under a budget.
@@ -71,7 +73,7 @@ class Adaptation:
 
     interval: int
     score: Any
-    stay: float
+    hysteresis: float
 
 
 Keep = str | Sequence[str]
@@ -85,7 +87,7 @@ def check_keep(keep: Keep) -> tuple[str, ...]:
     """
     patterns = (keep,) if isinstance(keep, str) else keep
     if not isinstance(patterns, Sequence) or not all(isinstance(x, str) for x in patterns):
-        raise ValueError(f"keep is a regular expression or several; got {keep!r}")
+        raise ValueError(f"keep must be a regular expression or several; got {keep!r}")
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -94,7 +96,7 @@ def check_keep(keep: Keep) -> tuple[str, ...]:
     return tuple(patterns)
 
 
-def even(budget_bits: float, *, keep: Keep = ()) -> Policy:
+def uniform(budget_bits: float, *, keep: Keep = ()) -> Policy:
     """As wide as a budget allows, everywhere nearly alike and always: what adaptive widths are to beat.
 
     Rows that are left go to pages of signed states, in their order, then to the others.  Of so few elements
@@ -110,11 +112,11 @@ def even(budget_bits: float, *, keep: Keep = ()) -> Policy:
     Raises:
         ValueError: no positive number; at `init`, less than the least possible, or a `keep` of nothing.
 
-    >>> even(4.5).name
-    'even, 4.5 bits'
+    >>> uniform(4.5).name
+    'uniform, 4.5 bits'
     """
     budget_bits = check_budget(budget_bits)
-    name = f"even, {budget_bits} bits"
+    name = f"uniform, {budget_bits} bits"
     return Policy(name, lambda leaf: 0, budget_bits, keep=check_keep(keep))
 
 
@@ -126,7 +128,7 @@ def check_budget(budget_bits: Any) -> float:
     """
     is_number = isinstance(budget_bits, int | float) and not isinstance(budget_bits, bool)
     if not is_number or not 0 < budget_bits < float("inf"):
-        raise ValueError(f"budget_bits is a number above 0; got {budget_bits!r}")
+        raise ValueError(f"budget_bits must be a finite number above 0; got {budget_bits!r}")
     return float(budget_bits)
 
 
@@ -137,7 +139,7 @@ def check_bits(bits: Any, where: str) -> int:
         ValueError: not a whole number from 2 to 8.
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= PLANES:
-        raise ValueError(f"{where} is a whole number of bits from 2 to {PLANES}; got {bits!r}")
+        raise ValueError(f"{where} must be an integer from 2 to {PLANES}; got {bits!r}")
     return bits
 
 
@@ -176,11 +178,11 @@ def by_role(widths: Mapping[str, int | tuple[int, int] | None], *, keep: Keep = 
     'by role'
     """
     if not isinstance(widths, Mapping):
-        raise ValueError(f"widths are a mapping from roles to bits; got {widths!r}")
+        raise ValueError(f"widths must be a mapping from roles to bits; got {widths!r}")
     unknown, missing = set(widths) - set(ROLES), set(ROLES) - set(widths)
     if unknown or missing:
         what = f"unknown: {sorted(unknown)}" if unknown else f"missing: {sorted(missing)}"
-        raise ValueError(f"roles are {', '.join(ROLES)}, each once; {what}")
+        raise ValueError(f"roles must be {', '.join(ROLES)}, each once; {what}")
     chosen = {role: _pair(role, bits) for role, bits in widths.items()}
 
     def width(leaf: Leaf) -> int | None:
@@ -196,6 +198,8 @@ def _pair(role: str, bits: Any) -> tuple[int, int] | None:
         return None
     pair = bits if isinstance(bits, tuple) else (bits, bits)
     if len(pair) != 2:
-        raise ValueError(f"the width of {role} is bits or a pair of them; got {bits!r}")
+        raise ValueError(
+            f"the width of {role} must be an integer or a pair of integers; got {bits!r}"
+        )
     where = f"the width of {role}"
     return check_bits(pair[0], where), check_bits(pair[1], where)

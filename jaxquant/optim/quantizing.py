@@ -15,21 +15,21 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxquant.numerics.sharding import computed_as_auto, explicit_axes, spec_of
-from jaxquant.optim.adapting import adapted
-from jaxquant.optim.checks import opened, transformation
+from jaxquant.optim.adapting import reallocate_bits
+from jaxquant.optim.checks import trace_update, transformation
 from jaxquant.optim.codecs import Codec
-from jaxquant.optim.cutting import Spec
-from jaxquant.optim.inner import pieces_by_run
+from jaxquant.optim.kernel_layout import apply_update_with_kernels, bytes_per_element
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.named import without_codes
 from jaxquant.optim.plans import default_codec, make_plan
 from jaxquant.optim.policies import Policy
-from jaxquant.optim.spans import bytes_moved, updated_by_kernels
+from jaxquant.optim.sharding_axes import Spec
 from jaxquant.optim.state import QuantizedState, empty, first_specs, layout, with_leaf
+from jaxquant.optim.traced_update import elementwise_by_group
 from jaxquant.optim.tracing import Program
-from jaxquant.optim.updating import updated
+from jaxquant.optim.updating import apply_update
 
-KERNELS = {"xla": updated, "pallas": updated_by_kernels}
+KERNELS = {"xla": apply_update, "pallas": apply_update_with_kernels}
 
 
 def _unsplit(path: str, shape: tuple[int, ...]) -> P:
@@ -104,29 +104,33 @@ def quantize_state(
     """
     tx = transformation(tx)
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx is an optax transformation; got {tx!r}")
+        raise ValueError(f"tx must be an optax transformation; got {tx!r}")
     if not callable(codec):
-        raise ValueError(f"codec is a function from a Leaf to its codec; got {codec!r}")
+        raise ValueError(f"codec must be a function from a Leaf to its codec; got {codec!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed is a whole number; got {seed!r}")
+        raise ValueError(f"seed must be an integer; got {seed!r}")
     if not isinstance(policy, Policy):
-        raise ValueError(f"policy is one such as jaxquant.optim.fixed(4); got {policy!r}")
+        raise ValueError(
+            f"policy must be a Policy, such as jaxquant.optim.fixed(4); got {policy!r}"
+        )
     axis = (axis,) if isinstance(axis, str) else tuple(axis)
     counts = _check_shards(shards, mesh, axis)
     if not callable(spec):
         raise ValueError(
-            f"spec is a function from a path and a shape to its sharding; got {spec!r}"
+            f"spec must be a function from a path and a shape to a PartitionSpec; got {spec!r}"
         )
     if kernel not in KERNELS:
-        raise ValueError(f"kernel is one of {', '.join(KERNELS)}; got {kernel!r}")
+        raise ValueError(f"kernel must be one of {', '.join(KERNELS)}; got {kernel!r}")
     if kernel == "pallas" and mesh is not None:
         raise ValueError(
             "kernel='pallas' takes no mesh; call it within jax.shard_map, or use 'xla'"
         )
     if kernel == "pallas" and max(counts.values()) > 1:
-        raise ValueError(f"kernel='pallas' takes one shard, got shards={shards}; 'xla' takes more")
+        raise ValueError(
+            f"shards must be 1 for kernel='pallas'; got {shards} (kernel='xla' takes more)"
+        )
     if extra is not None and not isinstance(extra, Mapping):
-        raise ValueError(f"extra is a mapping from names to values; got {extra!r}")
+        raise ValueError(f"extra must be a mapping from names to values; got {extra!r}")
     tx = optax.with_extra_args_support(tx)
     # What shares the state runs where all axes are Auto.
     shared = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
@@ -147,9 +151,9 @@ def quantize_state(
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         def step(updates: Any, state: QuantizedState, params: Any, extra: dict[str, Any]) -> Any:
-            inner = opened(tx, state, updates, params, extra)
-            new, state = KERNELS[kernel](inner, adapted(inner, state, seed), seed)
-            return inner.structure.unflatten(new), placed(state)
+            traced = trace_update(tx, state, updates, params, extra)
+            new, state = KERNELS[kernel](traced, reallocate_bits(traced, state, seed), seed)
+            return traced.structure.unflatten(new), placed(state)
 
         operands = (updates, state, params, extra)
         return computed_as_auto(step, operands, lambda: jax.tree.map(spec_of, operands[:2]))
@@ -163,25 +167,25 @@ def quantize_state(
 def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict[str, int]:
     """How many shards there are to be along each axis."""
     if mesh is not None and not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh is a jax.sharding.Mesh; got {mesh!r}")
+        raise ValueError(f"mesh must be a jax.sharding.Mesh; got {mesh!r}")
     if mesh is not None and AxisType.Manual in mesh.axis_types:
         raise ValueError(
-            f"mesh has axes of the types Auto or Explicit, as jax.make_mesh has; got {mesh.axis_types}"
+            f"mesh must have axes of the types Auto or Explicit; got {mesh.axis_types}"
         )
     for name in axis:
         if mesh is not None and name not in mesh.shape:
-            raise ValueError(f"axis is one of the mesh's {tuple(mesh.shape)}; got {name!r}")
+            raise ValueError(f"axis must be one of the mesh's {tuple(mesh.shape)}; got {name!r}")
     if not axis or len(set(axis)) != len(axis):
-        raise ValueError(f"axis is one or several different names; got {axis}")
+        raise ValueError(f"axis must be one name or several different ones; got {axis}")
     sizes = [1 if mesh is None else mesh.shape[name] for name in axis]
     given = sizes if shards is None else [shards] if np.ndim(shards) == 0 else list(shards)
     if len(given) != len(axis):
-        raise ValueError(f"shards has a number for each axis of {axis}; got {shards}")
+        raise ValueError(f"shards must have one number for each axis of {axis}; got {shards}")
     for count, size, name in zip(given, sizes, axis, strict=True):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"shards is a whole number from 1 on; got {count!r}")
+            raise ValueError(f"shards must be an integer of at least 1; got {count!r}")
         if count % size:
-            raise ValueError(f"shards is a multiple of {size}, the mesh's {name}; got {count}")
+            raise ValueError(f"shards must be a multiple of {size}, the mesh's {name}; got {count}")
     return dict(zip(axis, given, strict=True))
 
 
@@ -200,8 +204,8 @@ def encoded(plan: Any, plain: Any, seed: int) -> QuantizedState:
     """A plain state in pages, at the plan's first widths."""
     leaves = jax.tree.leaves(plain)
     state = empty(plan, jax.tree.map(jnp.asarray, without_codes(plan, plain)))
-    for number, run in enumerate(plan.runs):
-        for i, slot in enumerate(run.leaves):
+    for number, group in enumerate(plan.groups):
+        for i, slot in enumerate(group.leaves):
             for place, leaf in enumerate(slot):
                 if not _is_zero(leaves[leaf.index]):
                     state = with_leaf(state, number, i, place, leaves[leaf.index], seed)
@@ -229,7 +233,7 @@ def _is_zero(leaf: Any) -> bool:
     return not bool((np if isinstance(leaf, np.ndarray) else jnp).any(leaf))
 
 
-def whole(
+def explain_full_decode(
     tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
 ) -> dict[str, str]:
     """The parameters whose state a step decodes whole, by path, and why; the others go by groups of pages.
@@ -240,10 +244,10 @@ def whole(
         params: the parameters, or their shapes.
         extra: what its update is given by name.
     """
-    return pieces_by_run(opened(tx, state, params, params, extra), state.plan)[1]
+    return elementwise_by_group(trace_update(tx, state, params, params, extra), state.plan)[1]
 
 
-def traffic(
+def bytes_moved(
     tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
 ) -> dict[str, float]:
     """Bytes an element of coded state that an update by kernels moves between a TPU's memory and its core.
@@ -269,4 +273,4 @@ def traffic(
     >>> found["codes"], found["operands"], found["results"]
     (2.0, 8.0, 4.0)
     """
-    return bytes_moved(opened(tx, state, params, params, extra), state)
+    return bytes_per_element(trace_update(tx, state, params, params, extra), state)

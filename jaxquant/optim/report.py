@@ -11,7 +11,7 @@ from flax import nnx
 from jaxquant.nnx.modules import read
 from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.state import QuantizedState, exact_leaves
+from jaxquant.optim.state import QuantizedState, unquantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +136,9 @@ def report(state: Any) -> Report:
     """
     states = find_states(state)
     if len(states) != 1:
-        raise ValueError(f"report takes a state with one quantized state in it; got {len(states)}")
+        raise ValueError(f"the state must contain exactly one quantized state; got {len(states)}")
     (state,) = states
-    exact = list(zip(state.plan.exact, exact_leaves(state), strict=True))
+    exact = list(zip(state.plan.exact, unquantized(state), strict=True))
     rows = {
         leaf.index: Row(
             leaf.path,
@@ -160,16 +160,18 @@ def report(state: Any) -> Report:
 
 
 def _coded(state: QuantizedState) -> Iterator[tuple[int, Row]]:
-    for number, (run, codecs) in enumerate(zip(state.plan.runs, state.plan.codecs, strict=True)):
-        for i, (slot, codec) in enumerate(zip(run.leaves, codecs, strict=True)):
-            widths = run.lined(np.asarray(pages.widths(state.tables[number][i])))
+    for number, (group, codecs) in enumerate(
+        zip(state.plan.groups, state.plan.codecs, strict=True)
+    ):
+        for i, (slot, codec) in enumerate(zip(group.leaves, codecs, strict=True)):
+            widths = group.lined(np.asarray(pages.widths(state.tables[number][i])))
             scale = state.scales[number][i]
             per_block = scale.nbytes * BLOCK // (widths.size * pages.PAGE)
             for place, leaf in enumerate(slot):
-                own, size = run.pages_of(place), run.sizes[place]
-                held = _elements_by_page(run.starts[place], size)
+                own, size = group.pages_of(place), group.sizes[place]
+                held = _elements_by_page(group.starts[place], size)
                 bits = float((widths[:, own] * held).sum() / leaf.size)
-                blocks = -(-size // BLOCK) * run.lines
+                blocks = -(-size // BLOCK) * group.lines
                 nbytes = bits * leaf.size / 8 + per_block * blocks
                 kind = type(codec).__name__
                 row = Row(leaf.path, leaf.slot, leaf.role, leaf.shape, kind, bits, nbytes, "")

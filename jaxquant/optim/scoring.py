@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from jaxquant.numerics.reductions import largest
 from jaxquant.optim import pages
-from jaxquant.optim.blocks import BlockStep, block_step, by_group, draw_words
+from jaxquant.optim.blocks import BlockStep, block_step, by_page_group, draw_words
 from jaxquant.optim.codecs import straight_log2
-from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
+from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
     QuantizedState,
@@ -25,28 +25,41 @@ from jaxquant.optim.state import (
     rooted,
     with_leaf,
 )
+from jaxquant.optim.traced_update import (
+    Component,
+    ElementwiseUpdate,
+    TracedUpdate,
+    elementwise_by_group,
+)
 from jaxquant.optim.updating import members
 
 Scores = list[list[jax.Array]]  # for each run and slot, float32[shards, groups, pages]
 
 
 def _per_page(plan: Plan, value: float) -> Scores:
-    return [[jnp.full(run.grid, value) for _ in run.slots] for run in plan.runs]
+    return [[jnp.full(group.grid, value) for _ in group.slots] for group in plan.groups]
 
 
-def _check(memory: Any, reach: Any) -> None:
-    if not isinstance(memory, int | float) or not 0 <= memory < 1:
-        raise ValueError(f"memory is in [0, 1); got {memory!r}")
-    if isinstance(reach, bool) or not isinstance(reach, int) or not 1 <= reach <= pages.PLANES:
-        raise ValueError(f"reach is a whole number of bits from 1 to {pages.PLANES}; got {reach!r}")
+def _check(ema_decay: Any, max_bit_change: Any) -> None:
+    if not isinstance(ema_decay, int | float) or not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1); got {ema_decay!r}")
+    if (
+        isinstance(max_bit_change, bool)
+        or not isinstance(max_bit_change, int)
+        or not 1 <= max_bit_change <= pages.PLANES
+    ):
+        raise ValueError(
+            f"max_bit_change must be an integer from 1 to {pages.PLANES}; got {max_bit_change!r}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------
 # What the update feels
 
 
+@accept_old_fields(memory="ema_decay", reach="max_bit_change")
 @dataclasses.dataclass(frozen=True)
-class Felt:
+class UpdateSensitivity:
     r"""Scores by what the update feels of each page's rounding.
 
     With x the state after this step, Q(x) what its codes stand for, and u(x) the update that the same
@@ -69,29 +82,29 @@ class Felt:
     """
 
     weight: Literal["update", "loss"] = "update"
-    memory: float = 0.5
-    reach: int = pages.PLANES
+    ema_decay: float = 0.5
+    max_bit_change: int = pages.PLANES
 
     def __post_init__(self):
         if self.weight not in ("update", "loss"):
-            raise ValueError(f"weight is 'update' or 'loss'; got {self.weight!r}")
-        _check(self.memory, self.reach)
+            raise ValueError(f"weight must be 'update' or 'loss'; got {self.weight!r}")
+        _check(self.ema_decay, self.max_bit_change)
 
     def init(self, plan: Plan) -> Any:
         """The average so far, and how many decisions are in it."""
         return _per_page(plan, 0.0), jnp.int32(0)
 
     def __call__(
-        self, inner: Inner, state: QuantizedState, memory: Any, seed: int
+        self, traced: TracedUpdate, state: QuantizedState, memory: Any, seed: int
     ) -> tuple[Scores, Any, jax.Array]:
-        errors = _felt(inner, state, seed, self.weight == "loss")
+        errors = _page_errors(traced, state, seed, self.weight == "loss")
         most = largest(jnp.stack([largest(x).ravel() for slots in errors for x in slots])).reshape(
             ()
         )
         # A page that is felt 2^-24 times the most has the least bits anyway; zero has no logarithm.
         floor = jnp.maximum(most * 2.0**-48, jnp.finfo(jnp.float32).tiny)
         before, count = memory
-        keep = jnp.where(count == 0, 0.0, self.memory)
+        keep = jnp.where(count == 0, 0.0, self.ema_decay)
         scores = [
             [
                 keep * old
@@ -107,38 +120,45 @@ def _bits(table: jax.Array) -> jax.Array:
     return jnp.sum(table != 0, axis=-1, dtype=jnp.int32).astype(jnp.float32)
 
 
-def _felt(inner: Inner, state: QuantizedState, seed: int, by_loss: bool) -> Scores:
+def _page_errors(traced: TracedUpdate, state: QuantizedState, seed: int, by_loss: bool) -> Scores:
     """d for each page."""
-    inner.evaluate(inner.untouched())
-    by_run, _ = pieces_by_run(inner, state.plan)
+    traced.evaluate(traced.untouched())
+    elementwise, _ = elementwise_by_group(traced, state.plan)
     errors = _per_page(state.plan, 0.0)
-    for number, pieces in by_run.items():
-        errors[number] = _felt_by_groups(inner, state, number, pieces, seed, by_loss)
-    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
-    for component in inner.components():
+    for number, update_fns in elementwise.items():
+        errors[number] = _errors_by_page_groups(traced, state, number, update_fns, seed, by_loss)
+    rest = {
+        p
+        for n, group in enumerate(state.plan.groups)
+        if n not in elementwise
+        for p in group.parameters
+    }
+    for component in traced.components():
         if rest & set(component.parameters):
-            _add_felt_whole(inner, state, component, seed, by_loss, errors)
+            _add_full_decode_errors(traced, state, component, seed, by_loss, errors)
     return errors
 
 
-def _felt_by_groups(
-    inner: Inner,
+def _errors_by_page_groups(
+    traced: TracedUpdate,
     state: QuantizedState,
     number: int,
-    pieces: Sequence[Piece],
+    update_fns: Sequence[ElementwiseUpdate],
     seed: int,
     by_loss: bool,
 ) -> list[jax.Array]:
-    run, own = state.plan.runs[number], block_step(state.plan, number, pieces)
-    kinds = list(pieces[0].results)
+    group, own = state.plan.groups[number], block_step(state.plan, number, update_fns)
+    kinds = list(update_fns[0].results)
     if "update" not in kinds:
-        return [jnp.zeros(run.grid) for _ in own.codecs]
-    inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    gradients = run.flatten([inner.gradient(p) for p in run.parameters])
-    given = *by_group(inner, run, pieces), gradients
+        return [jnp.zeros(group.grid) for _ in own.codecs]
+    traced.evaluate(
+        n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
+    )
+    gradients = group.flatten([traced.gradient(p) for p in group.parameters])
+    given = *by_page_group(traced, group, update_fns), gradients
     stored = state.pool, state.tables[number], state.scales[number]
-    known = {n: inner.known[n] for piece in pieces for n in piece.scalars}
-    scored = functools.partial(_felt_in_shards, own, kinds.index("update"), by_loss)
+    known = {n: traced.known[n] for update_fn in update_fns for n in update_fn.scalars}
+    scored = functools.partial(_errors_in_shards, own, kinds.index("update"), by_loss)
     return by_shards(
         state.plan,
         scored,
@@ -147,7 +167,7 @@ def _felt_by_groups(
     )
 
 
-def _felt_in_shards(
+def _errors_in_shards(
     blocks: BlockStep, update: int, by_loss: bool, own: Any, shared: Any
 ) -> list[jax.Array]:
     """d for the pages of some shards, group after group."""
@@ -155,7 +175,7 @@ def _felt_in_shards(
     known, words = shared
     firsts, programs, wide, gradients = jax.tree.map(merged, given)
 
-    def updated(group: jax.Array, states: list) -> tuple[list[jax.Array], jax.Array]:
+    def next_update(group: jax.Array, states: list) -> tuple[list[jax.Array], jax.Array]:
         """(states after another step, its update)."""
         values = {kind: x[group] for kind, x in wide.items()}
         after, results = blocks.update(states, values, known, programs[group])
@@ -178,12 +198,12 @@ def _felt_in_shards(
         # Each part by itself, so that compilers round it alike wherever it is computed.
         apart = functools.partial(pages.apart, pages.is_real(tables[0]))
         codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
-        states, _ = apart(updated, group, apart(blocks.decode, codes, bits, scales))
-        _, exact = apart(updated, group, states)
+        states, _ = apart(next_update, group, apart(blocks.decode, codes, bits, scales))
+        _, exact = apart(next_update, group, states)
         found = []
         for i in range(len(blocks.codecs)):
             others = apart(functools.partial(stored, i), group, states, bits)
-            _, felt = apart(updated, group, others)
+            _, felt = apart(next_update, group, others)
             found.append(_summed(apart(square, group, felt, exact)))
         return None, found
 
@@ -202,8 +222,8 @@ def _summed(x: jax.Array) -> jax.Array:
     return x[:, 0]
 
 
-def _add_felt_whole(
-    inner: Inner,
+def _add_full_decode_errors(
+    traced: TracedUpdate,
     state: QuantizedState,
     component: Component,
     seed: int,
@@ -212,32 +232,37 @@ def _add_felt_whole(
 ) -> None:
     """Adds to each page its share of what the component's updates feel of its leaf's rounding."""
     own = members(state.plan, component)
-    known = dict(inner.known)
-    for run, slot, place, leaf in own:
-        known[inner.state(leaf.index)] = decoded(state, run, slot, place)
-    updates = [n for n in component.results if n in inner.updates]
-    weights = {n: inner.gradient(inner.updates.index(n)) ** 2 if by_loss else 1.0 for n in updates}
-    inputs = [inner.state(leaf.index) for *_, leaf in own]
-    outputs = [inner.leaves[leaf.index] for *_, leaf in own]
-    env = inner.program.evaluate(outputs, known)
+    known = dict(traced.known)
+    for number, slot, place, leaf in own:
+        known[traced.state(leaf.index)] = decoded(state, number, slot, place)
+    updates = [n for n in component.results if n in traced.updates]
+    weights = {
+        n: traced.gradient(traced.updates.index(n)) ** 2 if by_loss else 1.0 for n in updates
+    }
+    inputs = [traced.state(leaf.index) for *_, leaf in own]
+    outputs = [traced.leaves[leaf.index] for *_, leaf in own]
+    env = traced.program.evaluate(outputs, known)
     after = dict(zip(inputs, (env[n] for n in outputs), strict=True))
-    exact = inner.program.evaluate(updates, {**known, **after})
-    for (run, slot, place, _), number in zip(own, inputs, strict=True):
-        stored = decoded(with_leaf(state, run, slot, place, after[number], seed), run, slot, place)
-        env = inner.program.evaluate(updates, {**known, **after, number: stored})
+    exact = traced.program.evaluate(updates, {**known, **after})
+    for (number, slot, place, _), value in zip(own, inputs, strict=True):
+        stored = decoded(
+            with_leaf(state, number, slot, place, after[value], seed), number, slot, place
+        )
+        env = traced.program.evaluate(updates, {**known, **after, value: stored})
         error = sum(jnp.sum(weights[n] * (env[n] - exact[n]) ** 2) for n in updates)
-        layout, before = state.plan.runs[run], errors[run][slot]
+        layout, before = state.plan.groups[number], errors[number][slot]
         span = layout.pages_of(place)
         share = jnp.float32(error) / ((span.stop - span.start) * layout.lines)
-        errors[run][slot] = layout.lined(before).at[:, span].add(share).reshape(before.shape)
+        errors[number][slot] = layout.lined(before).at[:, span].add(share).reshape(before.shape)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Statistics of layers
 
 
+@accept_old_fields(memory="ema_decay", reach="max_bit_change")
 @dataclasses.dataclass(frozen=True)
-class Statistics:
+class LayerStatistics:
     r"""Scores by statistics of each layer and state, against running averages over all, as in STQuant.
 
     For the leaf x of a layer whose gradient is g, three factors,
@@ -263,42 +288,42 @@ class Statistics:
     Source: STQuant, arXiv 2604.06836, as far as it is known.
     """
 
-    memory: float = 0.9
-    reach: int = 1
+    ema_decay: float = 0.9
+    max_bit_change: int = 1
 
     def __post_init__(self):
-        _check(self.memory, self.reach)
+        _check(self.ema_decay, self.max_bit_change)
 
     def init(self, plan: Plan) -> Any:
         """Three averages, and how many decisions are in them."""
         return jnp.ones(3), jnp.int32(0)
 
     def __call__(
-        self, inner: Inner, state: QuantizedState, memory: Any, seed: int
+        self, traced: TracedUpdate, state: QuantizedState, memory: Any, seed: int
     ) -> tuple[Scores, Any, jax.Array]:
         average, count = memory
         leaves = [
-            (run, slot, place, leaf)
-            for run, layout in enumerate(state.plan.runs)
+            (number, slot, place, leaf)
+            for number, layout in enumerate(state.plan.groups)
             for slot, own in enumerate(layout.leaves)
             for place, leaf in enumerate(own)
         ]
         factors = jnp.stack(
             [
-                _factors(inner.gradient(leaf.parameter), decoded(state, run, slot, place))
-                for run, slot, place, leaf in leaves
+                _factors(traced.gradient(leaf.parameter), decoded(state, number, slot, place))
+                for number, slot, place, leaf in leaves
             ]
         )
         sizes = jnp.array([leaf.size for *_, leaf in leaves], jnp.float32)
         mean = jnp.sum(factors * sizes[:, None], axis=0) / jnp.sum(sizes)
-        keep = jnp.where(count == 0, 0.0, self.memory)
+        keep = jnp.where(count == 0, 0.0, self.ema_decay)
         average = keep * average + (1 - keep) * mean
         score = jnp.mean(jnp.log2(factors / average[None, :]), axis=1)
         found = _per_page(state.plan, -jnp.inf)
-        for (run, slot, place, _), own in zip(leaves, score, strict=True):
-            layout, before = state.plan.runs[run], found[run][slot]
+        for (number, slot, place, _), own in zip(leaves, score, strict=True):
+            layout, before = state.plan.groups[number], found[number][slot]
             span = layout.pages_of(place)
-            found[run][slot] = layout.lined(before).at[:, span].max(own).reshape(before.shape)
+            found[number][slot] = layout.lined(before).at[:, span].max(own).reshape(before.shape)
         found = [[jnp.maximum(x, jnp.min(score)) for x in slots] for slots in found]
         usable = jnp.all(jnp.isfinite(score))
         return found, (average, count + 1), usable

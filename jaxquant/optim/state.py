@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.numerics.rounding import mixed
 from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK, Codec
-from jaxquant.optim.cutting import dealt
 from jaxquant.optim.layout import BLOCKS
 from jaxquant.optim.leaves import Exact, Leaf, path_of
 from jaxquant.optim.named import Coded, OwnNames, bare, fields_of, in_codes, is_coded
 from jaxquant.optim.plans import Plan
+from jaxquant.optim.sharding_axes import to_shards
 
 
 class _Arrays(NamedTuple):
@@ -101,8 +101,8 @@ def _filled(state: QuantizedState, part: Coded) -> Any:
     """A part of the plain state, decoded."""
     places = {
         leaf.index: (number, slot, place)
-        for number, run in enumerate(state.plan.runs)
-        for slot, leaves in enumerate(run.leaves)
+        for number, group in enumerate(state.plan.groups)
+        for slot, leaves in enumerate(group.leaves)
         for place, leaf in enumerate(leaves)
     }
     return part.filled(lambda i: decoded(state, *places[i]), places.keys())
@@ -113,7 +113,7 @@ def with_exact(exact: Any, leaves: Sequence[Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(exact), leaves)
 
 
-def exact_leaves(state: QuantizedState) -> list[jax.Array]:
+def unquantized(state: QuantizedState) -> list[jax.Array]:
     """The exact leaves, in the plan's order and types.
 
     Raises:
@@ -124,7 +124,7 @@ def exact_leaves(state: QuantizedState) -> list[jax.Array]:
     names = [path_of(keys) for keys, _ in found]
     if len(names) != len(wanted) or not all(map(_is_place_of, names, wanted)):
         raise ValueError(
-            f"the state's exact leaves are those of its transformation, "
+            f"the state's unquantized leaves must be those of its transformation, "
             f"{', '.join(leaf.path for leaf in wanted[:8])}; got {', '.join(names[:8])}"
         )
     return [_of_type(x, leaf) for (_, x), leaf in zip(found, wanted, strict=True)]
@@ -142,7 +142,7 @@ def _of_type(x: Any, leaf: Exact) -> jax.Array:
         found = type(x).__name__
     if np.shape(x) != leaf.shape or not _holds(leaf.dtype, found):
         raise ValueError(
-            f"{leaf.path} of the state is {leaf.dtype}{list(leaf.shape)}; got {found}{list(np.shape(x))}"
+            f"{leaf.path} of the state must be {leaf.dtype}{list(leaf.shape)}; got {found}{list(np.shape(x))}"
         )
     return x if getattr(x, "dtype", None) == leaf.dtype else jnp.asarray(x, leaf.dtype)
 
@@ -172,10 +172,10 @@ def empty(plan: Plan, exact: Any) -> QuantizedState:
     ends = np.cumsum([w[0].size for slots in widths for w in slots])[:-1]
     parts = iter(jnp.split(table, ends, axis=1))
     tables, scales = [], []
-    for run, codecs in zip(plan.runs, plan.codecs, strict=True):
-        tables.append(tuple(next(parts).reshape(*run.grid, pages.PLANES) for _ in codecs))
+    for group, codecs in zip(plan.groups, plan.codecs, strict=True):
+        tables.append(tuple(next(parts).reshape(*group.grid, pages.PLANES) for _ in codecs))
         scales.append(
-            tuple(jnp.zeros((*run.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
+            tuple(jnp.zeros((*group.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
         )
     pool = jnp.stack([store.pool for store in stores])
     adaptation, memory = plan.adaptation, ()
@@ -263,50 +263,50 @@ def bits_of(table: jax.Array) -> jax.Array:
     return pages.widths(table)[:, None, None]
 
 
-def decoded(state: QuantizedState, run: int, slot: int, place: int) -> jax.Array:
+def decoded(state: QuantizedState, number: int, slot: int, place: int) -> jax.Array:
     """The leaf of one slot and of the run's parameter at some place, in full precision."""
-    layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
+    layout, codec = state.plan.groups[number], state.plan.codecs[number][slot]
     own = layout.pages_of(place)
     read = jax.vmap(lambda pool, table, scale: read_blocks(pool, table, scale, codec)[1])
-    values = read(*_span(state, run, slot, own)).reshape(layout.lines, -1)
-    found = layout.collected(values, place, layout.starts[place] - own.start * pages.PAGE)
+    values = read(*_span(state, number, slot, own)).reshape(layout.lines, -1)
+    found = layout.from_shards(values, place, layout.starts[place] - own.start * pages.PAGE)
     return found.astype(layout.leaves[slot][place].dtype)
 
 
 def _span(
-    state: QuantizedState, run: int, slot: int, own: slice
+    state: QuantizedState, number: int, slot: int, own: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(pool, table, scale) of some pages of a slot, for each of the run's lines."""
-    layout = state.plan.runs[run]
+    layout = state.plan.groups[number]
     shards, rows = layout.shards // layout.lines, state.pool.shape[1]
-    table = state.tables[run][slot]
+    table = state.tables[number][slot]
     table = table.reshape(layout.lines, shards, *table.shape[1:])
     table = layout.lined(jax.vmap(lambda t: rooted(t, rows))(table).reshape(-1, *table.shape[2:]))
     pool = state.pool.reshape(layout.lines, -1, *pages.LANES)
-    return pool, table[:, own], layout.lined(state.scales[run][slot])[:, own]
+    return pool, table[:, own], layout.lined(state.scales[number][slot])[:, own]
 
 
 def with_leaf(
-    state: QuantizedState, run: int, slot: int, place: int, value: jax.Array, seed: int
+    state: QuantizedState, number: int, slot: int, place: int, value: jax.Array, seed: int
 ) -> QuantizedState:
     """The state with another value in one leaf; blocks of it that are the same keep their codes."""
-    layout, leaf = state.plan.runs[run], state.plan.runs[run].leaves[slot][place]
+    layout, leaf = state.plan.groups[number], state.plan.groups[number].leaves[slot][place]
     own, size = layout.pages_of(place), layout.sizes[place]
-    word = draw_word(seed, state.step, run, slot)
+    word = draw_word(seed, state.step, number, slot)
     start = layout.starts[place] - own.start * pages.PAGE
     set_ = functools.partial(
-        _set, state.plan.codecs[run][slot], leaf, word, slice(start, start + size)
+        _set, state.plan.codecs[number][slot], leaf, word, slice(start, start + size)
     )
-    whole = state.scales[run][slot]
+    whole = state.scales[number][slot]
     length = math.prod(layout.grid) // layout.lines
     elements = (np.arange(layout.lines) * length + own.start) * pages.PAGE % 2**32
     pool, scale = jax.vmap(set_)(
-        *_span(state, run, slot, own),
-        dealt(value.astype(jnp.float32), layout.cuts[place]),
+        *_span(state, number, slot, own),
+        to_shards(value.astype(jnp.float32), layout.shard_axes[place]),
         jnp.asarray(elements, jnp.uint32),
     )
     lined = layout.lined(whole).at[:, own].set(scale).reshape(whole.shape)
-    scales = _replaced(state.scales, run, slot, lined)
+    scales = _replaced(state.scales, number, slot, lined)
     return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
 
@@ -337,10 +337,10 @@ def _round_trip(values: jax.Array, leaf: Leaf) -> jax.Array:
     return values.astype(leaf.dtype).astype(jnp.float32)
 
 
-def _replaced(nested: tuple, run: int, slot: int, value: jax.Array) -> tuple:
+def _replaced(nested: tuple, number: int, slot: int, value: jax.Array) -> tuple:
     """The nested tuples with one entry exchanged."""
-    own = (*nested[run][:slot], value, *nested[run][slot + 1 :])
-    return (*nested[:run], own, *nested[run + 1 :])
+    own = (*nested[number][:slot], value, *nested[number][slot + 1 :])
+    return (*nested[:number], own, *nested[number + 1 :])
 
 
 def kept_where(keeps: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list:
@@ -356,9 +356,9 @@ def encode_blocks(
     return codec.encode(values, bits, draws_of(word, start, values.shape))
 
 
-def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
+def draw_word(seed: int, step: jax.Array, number: int, slot: int) -> jax.Array:
     """A random word for each step, run and slot."""
-    place = jnp.uint32(((run * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
+    place = jnp.uint32(((number * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
     return mixed(mixed(step.astype(jnp.uint32)) ^ place)
 
 

@@ -26,7 +26,7 @@ _RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class ElementwiseUpdate:
     """The update of one parameter's elements, each by itself.
 
     Attributes:
@@ -84,7 +84,7 @@ class Component:
     results: tuple[int, ...]
 
 
-class Inner:
+class TracedUpdate:
     """A transformation's update as a program, with what is known of its values so far.
 
     Attributes:
@@ -130,7 +130,7 @@ class Inner:
         """What was given as the parameter's update."""
         return self.known[self.program.inputs[parameter]]
 
-    def fork(self) -> "Inner":
+    def fork(self) -> "TracedUpdate":
         """Itself, with knowledge of its own: for what a branch evaluates."""
         other = copy.copy(self)
         other.known = dict(self.known)
@@ -160,7 +160,7 @@ class Inner:
             for group in groups
         ]
 
-    def piece(self, component: Component) -> Piece | str:
+    def elementwise(self, component: Component) -> ElementwiseUpdate | str:
         """The update of a component's elements; or why they cannot be updated one by one."""
         if len(component.parameters) != 1:
             return f"a result needs the state of {len(component.parameters)} parameters at once"
@@ -195,7 +195,9 @@ class Inner:
         kinds = [self._kind(n) for n in component.results]
         named = dict(zip(kinds, results, strict=True))
         produced = dict(zip(kinds, component.results, strict=True))
-        found = Piece(tuple(operations), states, wide, tuple(scalars), after, named, produced)
+        found = ElementwiseUpdate(
+            tuple(operations), states, wide, tuple(scalars), after, named, produced
+        )
         return dataclasses.replace(found, signature=self._signature(found))
 
     def _touched(self) -> dict[int, frozenset[int]]:
@@ -228,57 +230,61 @@ class Inner:
             operation = self.program.makers.get(value)
         return value
 
-    def _signature(self, piece: Piece) -> Hashable:
-        names: dict[int, Hashable] = {n: ("scalar", n) for n in piece.scalars}
-        names |= {n: ("wide", kind) for kind, n in piece.wide.items()}
-        names |= {n: ("state", i) for i, n in enumerate(piece.states)}
+    def _signature(self, update_fn: ElementwiseUpdate) -> Hashable:
+        names: dict[int, Hashable] = {n: ("scalar", n) for n in update_fn.scalars}
+        names |= {n: ("wide", kind) for kind, n in update_fn.wide.items()}
+        names |= {n: ("state", i) for i, n in enumerate(update_fn.states)}
 
         def name(value: int) -> Hashable:
             dtype = str(self.program.specs[value].dtype)
             return names.setdefault(value, (len(names), dtype))
 
         steps = []
-        for operation in piece.operations:
+        for operation in update_fn.operations:
             inputs = tuple(map(name, operation.inputs))
             # A shape among the parameters says nothing of what happens to an element.
             params = () if operation.name in _RESHAPES else sorted(operation.params.items())
             params = tuple((k, str(v)) for k, v in params)
             steps.append((operation.name, params, inputs, tuple(map(name, operation.outputs))))
-        results = tuple((kind, name(n)) for kind, n in piece.results.items())
-        return tuple(steps), tuple(map(name, piece.after)), results
+        results = tuple((kind, name(n)) for kind, n in update_fn.results.items())
+        return tuple(steps), tuple(map(name, update_fn.after)), results
 
 
-def pieces_by_run(inner: Inner, plan: Plan) -> tuple[dict[int, list[Piece]], dict[str, str]]:
+def elementwise_by_group(
+    traced: TracedUpdate, plan: Plan
+) -> tuple[dict[int, list[ElementwiseUpdate]], dict[str, str]]:
     """The pieces of every run whose parameters all have one, and the reasons of those that have not.
 
     Returns:
         Pieces by the run's number, in the order of its parameters; and by the parameter's path, why its
         state is decoded whole.
     """
-    found = {c.parameters: inner.piece(c) for c in inner.components()}
-    pieces = {p: piece for own, piece in found.items() for p in own}
-    by_run, reasons = {}, {}
-    for number, run in enumerate(plan.runs):
-        own = [pieces[p] for p in run.parameters]
-        why = [piece for piece in own if isinstance(piece, str)]
-        if not why and not _are_alike(inner, own):
+    found = {c.parameters: traced.elementwise(c) for c in traced.components()}
+    update_fns = {p: update_fn for own, update_fn in found.items() for p in own}
+    elementwise, reasons = {}, {}
+    for number, group in enumerate(plan.groups):
+        own = [update_fns[p] for p in group.parameters]
+        why = [update_fn for update_fn in own if isinstance(update_fn, str)]
+        if not why and not _are_alike(traced, own):
             why = ["its results or operands have other types than its neighbours'"]
         if not why:
-            by_run[number] = own
+            elementwise[number] = own
             continue
-        for leaf, piece in zip(run.leaves[0], own, strict=True):
-            reasons[leaf.path] = piece if isinstance(piece, str) else f"as its neighbours: {why[0]}"
-    return by_run, reasons
+        for leaf, update_fn in zip(group.leaves[0], own, strict=True):
+            reasons[leaf.path] = (
+                update_fn if isinstance(update_fn, str) else f"as its neighbours: {why[0]}"
+            )
+    return elementwise, reasons
 
 
-def _are_alike(inner: Inner, pieces: Sequence[Any]) -> bool:
+def _are_alike(traced: TracedUpdate, update_fns: Sequence[Any]) -> bool:
     """Whether what the pieces take and give can lie side by side."""
     dtypes: dict[Hashable, set[Any]] = {}
-    for piece in pieces:
-        for kind, value in piece.wide.items():
-            dtypes.setdefault(kind, set()).add(inner.program.specs[value].dtype)
+    for update_fn in update_fns:
+        for kind, value in update_fn.wide.items():
+            dtypes.setdefault(kind, set()).add(traced.program.specs[value].dtype)
     results = {
-        tuple((k, inner.program.specs[n].dtype) for k, n in piece.results.items())
-        for piece in pieces
+        tuple((k, traced.program.specs[n].dtype) for k, n in update_fn.results.items())
+        for update_fn in update_fns
     }
     return len(results) == 1 and all(len(found) == 1 for found in dtypes.values())

@@ -20,36 +20,42 @@ import numpy as np
 from jaxquant.optim import pages
 from jaxquant.optim.blocks import block_step, draw_words, programs_of, wide_of
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.inner import Inner, Piece, pieces_by_run
 from jaxquant.optim.kernels import LANES, STEP, Kernel, numbers, unit_of
-from jaxquant.optim.layout import Run
+from jaxquant.optim.layout import PagedGroup
 from jaxquant.optim.state import QuantizedState, joined, merged, rooted
-from jaxquant.optim.updating import updated
+from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate, elementwise_by_group
+from jaxquant.optim.updating import apply_update
 
 # Elementwise operations that Pallas does not lower for TPUs.
 LACKING = {"cbrt", "copy", "copy_p", "cosh", "expm1", "real", "reduce_precision", "sinh"}
 
 
-def updated_by_kernels(
-    inner: Inner, state: QuantizedState, seed: int
+def apply_update_with_kernels(
+    traced: TracedUpdate, state: QuantizedState, seed: int
 ) -> tuple[list[Any], QuantizedState]:
     """The updates, and the state after them.
 
     Raises:
         ValueError: a parameter's state that no kernel can take.
     """
-    _check(inner, state)
-    return updated(inner, state, seed, by_kernels)
+    _check(traced, state)
+    return apply_update(traced, state, seed, update_with_kernels)
 
 
-def by_kernels(
-    inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
+def update_with_kernels(
+    traced: TracedUpdate,
+    state: QuantizedState,
+    number: int,
+    update_fns: Sequence[ElementwiseUpdate],
+    seed: int,
 ) -> QuantizedState:
     """The update of a run of parameters, span after span; its results become known to `inner`."""
-    inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
+    traced.evaluate(
+        n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
+    )
     words = draw_words(state, number, seed)
-    for span in spans(inner, state, number, pieces):
-        state = span.updated(inner, state, number, words)
+    for span in spans(traced, state, number, update_fns):
+        state = span.apply_update(traced, state, number, words)
     return state
 
 
@@ -63,56 +69,58 @@ class Span:
         kernel: of their pages.
     """
 
-    run: Run
-    pieces: tuple[Piece, ...]
+    group: PagedGroup
+    update_fns: tuple[ElementwiseUpdate, ...]
     kernel: Kernel
 
-    def updated(
-        self, inner: Inner, state: QuantizedState, number: int, words: list[jax.Array]
+    def apply_update(
+        self, traced: TracedUpdate, state: QuantizedState, number: int, words: list[jax.Array]
     ) -> QuantizedState:
         """The state with their update in it; its results become known to `inner`."""
         kernel, rows = self.kernel, state.pool.shape[1]
         tables = [self._own(rooted(table, rows)) for table in state.tables[number]]
         scales = [self._own(scale) for scale in state.scales[number]]
-        programs = [merged(programs_of(self.run, self.pieces))] * (len(kernel.blocks.pieces) > 1)
+        programs = [merged(programs_of(self.group, self.update_fns))] * (
+            len(kernel.blocks.update_fns) > 1
+        )
         pool, new, results = kernel(
             joined(state.pool),
             jnp.concatenate([self._stepped(t).reshape(kernel.steps, 1, -1) for t in tables], -1),
             [self._along_lanes(x) for x in scales],
             [self._along_lanes(x) for x in programs],
-            self._operands(inner),
-            numbers(words, [jnp.reshape(inner.known[n], ()) for n in kernel.scalars]),
+            self._operands(traced),
+            numbers(words, [jnp.reshape(traced.known[n], ()) for n in kernel.scalars]),
         )
-        for kind, flat in zip(self.pieces[0].produced, results, strict=True):
-            for piece, value in zip(self.pieces, self._apart(flat), strict=True):
-                inner.known[piece.produced[kind]] = value
+        for kind, flat in zip(self.update_fns[0].produced, results, strict=True):
+            for update_fn, value in zip(self.update_fns, self._apart(flat), strict=True):
+                traced.known[update_fn.produced[kind]] = value
         before = state.scales[number]
         own = tuple(self._with_own(x, self._by_page(y)) for x, y in zip(before, new, strict=True))
         scales = (*state.scales[:number], own, *state.scales[number + 1 :])
         return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
-    def _operands(self, inner: Inner) -> list[jax.Array]:
+    def _operands(self, traced: TracedUpdate) -> list[jax.Array]:
         if self.kernel.width is None:
-            return [merged(x) for x in wide_of(inner, self.run, self.pieces).values()]
-        known = [inner.known[n] for n in self.pieces[0].wide.values()]
+            return [merged(x) for x in wide_of(traced, self.group, self.update_fns).values()]
+        known = [traced.known[n] for n in self.update_fns[0].wide.values()]
         return [_tiles(x, self.kernel.width) for x in known]
 
     def _apart(self, flat: jax.Array) -> list[jax.Array]:
         """The parameters' results."""
         if self.kernel.width is None:
-            return self.run.unflatten(flat)
+            return self.group.unflatten(flat)
         tiles = flat.reshape(-1, self.kernel.width, 8, BLOCK)
-        return [jnp.swapaxes(tiles, 1, 2).reshape(self.run.leaves[0][0].shape)]
+        return [jnp.swapaxes(tiles, 1, 2).reshape(self.group.leaves[0][0].shape)]
 
     def _own(self, x: jax.Array) -> jax.Array:
         """Of an array [shards, groups, pages, ...] the span's pages; zeros where there are no more."""
-        first, count = self.kernel.first, self.run.pages
+        first, count = self.kernel.first, self.group.pages
         own = merged(merged(x))[first : first + count]
         return _padded(own, self.kernel.pages)
 
     def _with_own(self, x: jax.Array, own: jax.Array) -> jax.Array:
         """`_own` set."""
-        first, count = self.kernel.first, self.run.pages
+        first, count = self.kernel.first, self.group.pages
         return merged(merged(x)).at[first : first + count].set(own[:count]).reshape(x.shape)
 
     def _stepped(self, x: jax.Array) -> jax.Array:
@@ -147,26 +155,33 @@ def _padded(x: jax.Array, count: int) -> jax.Array:
 
 
 def spans(
-    inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece]
+    traced: TracedUpdate,
+    state: QuantizedState,
+    number: int,
+    update_fns: Sequence[ElementwiseUpdate],
 ) -> Iterator[Span]:
     """The spans of a run, in order."""
-    run = state.plan.runs[number]
-    widths = [_tiled(inner, run, i, piece) for i, piece in enumerate(pieces)]
+    group = state.plan.groups[number]
+    widths = [_tiled(traced, group, i, update_fn) for i, update_fn in enumerate(update_fns)]
     first = 0
-    while first < len(pieces):
+    while first < len(update_fns):
         last = first + 1
-        while widths[first] is None and last < len(pieces) and widths[last] is None:
+        while widths[first] is None and last < len(update_fns) and widths[last] is None:
             last += 1
-        yield _span(inner, state, number, pieces, slice(first, last), widths[first])
+        yield _span(traced, state, number, update_fns, slice(first, last), widths[first])
         first = last
 
 
-def _tiled(inner: Inner, run: Run, place: int, piece: Piece) -> int | None:
+def _tiled(
+    traced: TracedUpdate, group: PagedGroup, place: int, update_fn: ElementwiseUpdate
+) -> int | None:
     """Tiles in a row of a parameter that can be updated where it lies; None where it cannot."""
-    shape, start, size = run.leaves[0][place].shape, run.starts[place], run.sizes[place]
+    shape, start, size = group.leaves[0][place].shape, group.starts[place], group.sizes[place]
     if len(shape) < 2 or shape[-2] % 8 or shape[-1] % (8 * BLOCK):
         return None
-    specs = [inner.program.specs[n] for n in (*piece.wide.values(), *piece.produced.values())]
+    specs = [
+        traced.program.specs[n] for n in (*update_fn.wide.values(), *update_fn.produced.values())
+    ]
     # Of narrower types a TPU holds several rows in one.
     if start % pages.PAGE or size % pages.PAGE or any(x.dtype != jnp.float32 for x in specs):
         return None
@@ -175,47 +190,49 @@ def _tiled(inner: Inner, run: Run, place: int, piece: Piece) -> int | None:
 
 
 def _span(
-    inner: Inner,
+    traced: TracedUpdate,
     state: QuantizedState,
     number: int,
-    pieces: Sequence[Piece],
+    update_fns: Sequence[ElementwiseUpdate],
     own: slice,
     width: int | None,
 ) -> Span:
-    run, pieces = state.plan.runs[number], tuple(pieces[own])
-    first = run.starts[own.start] // pages.PAGE
-    run = dataclasses.replace(
-        run,
-        parameters=run.parameters[own],
-        leaves=tuple(slot[own] for slot in run.leaves),
-        starts=tuple(start - first * pages.PAGE for start in run.starts[own]),
-        cuts=run.cuts[own],
+    group, update_fns = state.plan.groups[number], tuple(update_fns[own])
+    first = group.starts[own.start] // pages.PAGE
+    group = dataclasses.replace(
+        group,
+        parameters=group.parameters[own],
+        leaves=tuple(slot[own] for slot in group.leaves),
+        starts=tuple(start - first * pages.PAGE for start in group.starts[own]),
+        shard_axes=group.shard_axes[own],
     )
-    known = {n: inner.known.get(n) for piece in pieces for n in piece.scalars}
+    known = {n: traced.known.get(n) for update_fn in update_fns for n in update_fn.scalars}
     constants = {n: x for n, x in known.items() if not isinstance(x, jax.Array | None)}
-    specs = inner.program.specs
+    specs = traced.program.specs
     kernel = Kernel(
-        blocks=block_step(state.plan, number, pieces),
+        blocks=block_step(state.plan, number, update_fns),
         first=first,
-        pages=run.pages if width is not None else math.prod(run.grid),
+        pages=group.pages if width is not None else math.prod(group.grid),
         width=width,
-        wide={kind: specs[n].dtype for piece in pieces for kind, n in piece.wide.items()},
-        results=tuple(specs[n].dtype for n in pieces[0].produced.values()),
+        wide={
+            kind: specs[n].dtype for update_fn in update_fns for kind, n in update_fn.wide.items()
+        },
+        results=tuple(specs[n].dtype for n in update_fns[0].produced.values()),
         scalars={n: specs[n].dtype for n in known if n not in constants},
         constants={n: np.asarray(x).reshape(())[()] for n, x in constants.items()},
     )
-    return Span(run, pieces, kernel)
+    return Span(group, update_fns, kernel)
 
 
-def _check(inner: Inner, state: QuantizedState) -> None:
+def _check(traced: TracedUpdate, state: QuantizedState) -> None:
     """Raises ValueError for the first parameter that no kernel can take."""
-    by_run, reasons = pieces_by_run(inner, state.plan)
+    elementwise, reasons = elementwise_by_group(traced, state.plan)
     where = "kernel='pallas' cannot update"
     for path, reason in reasons.items():
         raise ValueError(f"{where} {path} page by page: {reason}; kernel='xla' can")
-    for number, pieces in by_run.items():
-        for leaf, piece in zip(state.plan.runs[number].leaves[0], pieces, strict=True):
-            lacking = sorted({o.name for o in piece.operations} & LACKING)
+    for number, update_fns in elementwise.items():
+        for leaf, update_fn in zip(state.plan.groups[number].leaves[0], update_fns, strict=True):
+            lacking = sorted({o.name for o in update_fn.operations} & LACKING)
             if lacking:
                 names = ", ".join(lacking)
                 raise ValueError(
@@ -227,15 +244,15 @@ def _check(inner: Inner, state: QuantizedState) -> None:
 # Bytes
 
 
-def bytes_moved(inner: Inner, state: QuantizedState) -> dict[str, float]:
+def bytes_per_element(traced: TracedUpdate, state: QuantizedState) -> dict[str, float]:
     """Bytes an element that an update moves between a TPU's memory and its core, by what they are."""
     found, elements = collections.Counter(), 0
-    by_run, _ = pieces_by_run(inner, state.plan)
-    for number, pieces in by_run.items():
-        elements += sum(state.plan.runs[number].sizes)
+    elementwise, _ = elementwise_by_group(traced, state.plan)
+    for number, update_fns in elementwise.items():
+        elements += sum(state.plan.groups[number].sizes)
         rows = sum(int(np.count_nonzero(table)) for table in state.tables[number])
         found["codes"] += 2 * rows * pages.ROW  # read and written
-        for span in spans(inner, state, number, pieces):
+        for span in spans(traced, state, number, update_fns):
             found.update(_bytes(span.kernel))
     return {name: moved / elements for name, moved in found.items()}
 

@@ -10,11 +10,11 @@ from jaxquant.numerics.sharding import names
 from jaxquant.optim.codecs import BLOCK
 
 # For each axis of the shards, in order: the array's axis that it cuts, and into how many parts.
-Cut = tuple[tuple[int, int], ...]
+ShardAxes = tuple[tuple[int, int], ...]
 Spec = Callable[[str, tuple[int, ...]], P]  # of a parameter's path and shape
 
 
-def cut_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> Cut | None:
+def shard_axes_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> ShardAxes | None:
     """How an array is cut into shards of which each device holds its own elements already.
 
     Each axis of the shards cuts the axis that `spec` gives it, or where `spec` does not name it, the longest
@@ -45,33 +45,33 @@ def cut_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> Cut | No
     return tuple(found) if math.prod(rest) >= BLOCK else None
 
 
-def dealt(x: jax.Array, cut: Cut) -> jax.Array:
+def to_shards(x: jax.Array, axes: ShardAxes) -> jax.Array:
     """The parts of an array, each in row-major order, [shards, elements of each].
 
     >>> dealt(jax.numpy.arange(8).reshape(2, 4), ((1, 2),))
     Array([[0, 1, 4, 5],
            [2, 3, 6, 7]], dtype=int32)
     """
-    split, order = _split(x.shape, cut)
-    shards = math.prod(count for _, count in cut)
+    split, order = _split(x.shape, axes)
+    shards = math.prod(count for _, count in axes)
     return x.reshape(split).transpose(order).reshape(shards, -1)
 
 
-def collected(parts: jax.Array, shape: Sequence[int], cut: Cut) -> jax.Array:
+def from_shards(parts: jax.Array, shape: Sequence[int], axes: ShardAxes) -> jax.Array:
     """The array whose parts `dealt` gave."""
-    split, order = _split(shape, cut)
+    split, order = _split(shape, axes)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return parts.reshape([split[i] for i in order]).transpose(inverse).reshape(tuple(shape))
 
 
-def _split(shape: Sequence[int], cut: Cut) -> tuple[list[int], list[int]]:
+def _split(shape: Sequence[int], axes: ShardAxes) -> tuple[list[int], list[int]]:
     """(the shape with each cut axis as its parts and what is left of it, the order with the parts first)."""
     split, firsts, others = [], dict[int, int](), []
     for axis, size in enumerate(shape):
-        for number, (_, count) in ((i, c) for i, c in enumerate(cut) if c[0] == axis):
+        for number, (_, count) in ((i, c) for i, c in enumerate(axes) if c[0] == axis):
             firsts[number] = len(split)
             split.append(count)
             size //= count
         others.append(len(split))
         split.append(size)
-    return split, [*(firsts[i] for i in range(len(cut))), *others]
+    return split, [*(firsts[i] for i in range(len(axes))), *others]
