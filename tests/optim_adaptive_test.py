@@ -135,7 +135,7 @@ def test_bits_go_to_the_leaf_whose_rounding_is_felt():
 def test_steps_that_update_nothing_put_a_decision_off():
     params, gradients = task()
     inner = optax.MultiSteps(optax.adam(1e-2), 4)
-    # The sums of gradients stay exact, which takes a third of the state 32 bits a number.
+    # The sums of gradients stay unquantized, which takes a third of the state 32 bits a number.
     tx = quantize_state(inner, adaptive(14.0, interval=4))
     state: Any = tx.init(params)
     decided = []

@@ -118,7 +118,7 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
         load(tmp_path / "state", like)
     with pytest.raises(ValueError, match="is missing"):
         load(tmp_path / "nothing", like)
-    with pytest.raises(ValueError, match="state of a quantize_state"):
+    with pytest.raises(ValueError, match="state must be that of a quantize_state"):
         save(tmp_path / "plain", cast(Any, ADAM.init(params)))
 
 

@@ -23,7 +23,7 @@ HIDDEN = 256
 WIDTHS = {"embedding": 8, "head": 8, "matrix": (6, 5), "vector": None}
 # Vectors lie in pages of their own, nearly empty here, and count: 14 bits a number are 5 to 7 of codes.
 BUDGET = 14.0
-# One of its three states, the sum of gradients, stays exact and counts: 20 bits leave the others 14.
+# One of its three states, the sum of gradients, stays unquantized and counts: 20 bits leave the others 14.
 MULTI_STEPS_BUDGET = 20.0
 POLICIES = {
     "by role": lambda budget: by_role(WIDTHS),

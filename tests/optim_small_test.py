@@ -1,4 +1,4 @@
-"""Small states, few bits, slow momentum: what codes cannot hold stays exact, or a warning says so."""
+"""Small states, few bits, slow momentum: what codes cannot hold stays unquantized, or a warning says so."""
 
 import functools
 import warnings
@@ -59,7 +59,7 @@ def test_states_of_few_elements_stay_exact_with_a_warning(policy, shape):
     nbytes = 2 * 4 * int(np.prod(shape))
     assert len(said) == 1
     for words in (
-        "0/mu/w, 0/nu/w stay exact",
+        "0/mu/w, 0/nu/w stay unquantized",
         f"{nbytes:,} bytes",
         f"of {policy.budget_bits} bits",
     ):
@@ -73,7 +73,7 @@ def test_a_state_that_stayed_exact_is_updated_as_optax_updates_it(tmp_path):
     params: Any = {"w": jnp.ones((64, 64))}
     gradients = jax.tree.map(lambda p: jnp.cos(jnp.arange(4096.0)).reshape(p.shape), params)
     tx: Any = quantize_state(TX, adaptive(5.0))
-    with pytest.warns(UserWarning, match="stay exact"):
+    with pytest.warns(UserWarning, match="stay unquantized"):
         state = tx.init(params)
     exact, ours, plain = cast(Any, TX.init(params)), jax.jit(tx.update), jax.jit(TX.update)
     for _ in range(3):
@@ -100,7 +100,7 @@ def test_budgets_hold_where_codes_are_wide_enough(policy, size):
     kept = {row.path for row in report(state).rows if "too little" in row.reason}
     widths = {row.slot: row.bits for row in report(state).rows if row.path == "w"}
     is_narrow = bool(widths) and (widths["0/mu"] < 3 or widths["0/nu"] < 2)
-    assert [("stay exact" in words, "as few as 2 bits" in words) for words in said] == [
+    assert [("stay unquantized" in words, "as few as 2 bits" in words) for words in said] == [
         *[(True, False)] * bool(kept),
         *[(False, True)] * is_narrow,
     ]

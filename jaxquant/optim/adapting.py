@@ -1,4 +1,4 @@
-"""Decisions: every so many steps pages are scored, whole bits allocated, and what changes is coded again."""
+"""Reallocate bits under a budget: score pages, choose widths, and re-encode the pages whose width changes."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ from jaxquant.optim.state import (
 )
 from jaxquant.optim.traced_update import TracedUpdate
 
-_SALT = 0x2545F491  # the draws of changes of width are none of the steps'
+_SALT = 0x2545F491  # separates the draws of width changes from those of steps
 
 
 @accept_old_keywords(stay="hysteresis")
@@ -39,24 +39,26 @@ def adaptive(
     *,
     keep: Keep = (),
 ) -> Policy:
-    """Widths that move to where they are felt, under a budget that holds at every step.
+    """Returns a policy that moves bits to the pages where they matter most, under a budget.
 
-    Every `interval` steps pages are scored, whole bits are allocated by reverse water-filling
-    (`jaxquant.optim.budget`), pages that lose bits are coded again in fewer rows, and those that gain take
-    the rows so freed.  It all happens inside the compiled step: tables are data.  Raising brings nothing back
-    that lower widths lost.  States of few elements stay exact, with a warning, as of `even`.
+    Every `interval` steps, pages are scored and bits are allocated by reverse water-filling
+    (`jaxquant.optim.budget`).  Pages that lose bits are re-encoded first, and their rows go to pages that
+    gain bits.  The budget holds at every step.  All of it happens inside the compiled step, because the
+    tables are data.  Widening a page does not restore what a narrower width lost.  Very small states are
+    left unquantized, with a warning, as under `uniform`.
 
     Args:
-        budget_bits: for each element of the state, with everything counted: codes, scales, tables, empty
-            rows, the leaves that stay exact, and what the policy remembers.
-        interval: steps from one decision to the next; the first comes with the first update.
-        score: what pages are worth, `Felt()` where not given, or `Statistics()`.
-        stay: a page keeps its width while what it wants is within a half and so much more of it, in bits.
-        keep: the slots and leaves that stay in full precision, as regular expressions (`Policy`).
+        budget_bits: bits for each element of the state.  Everything is counted: codes, scales, tables, empty
+            rows, unquantized leaves, and the memory of the policy.
+        interval: steps between decisions.  The first decision comes with the first update.
+        score: the score of a page.  `UpdateSensitivity()` by default, or `LayerStatistics()`.
+        hysteresis: a page keeps its width unless the target differs by more than 0.5 + hysteresis bits.
+        keep: regular expressions of slots and leaves to keep in full precision (`Policy`).
 
     Raises:
-        ValueError: a budget that is no positive number, an interval below 1, a negative stay; at `init`, a
-            budget below the least possible, which it names, or a `keep` of nothing.
+        ValueError: if the budget is not a positive number, the interval is below 1, or hysteresis is
+            negative; at `init`, if the budget is below the minimum, which the message names, or if `keep`
+            matches nothing.
 
     >>> adaptive(5.0, interval=200).name
     'adaptive, 5.0 bits'
@@ -83,7 +85,7 @@ def adaptive(
 
 
 def reallocate_bits(traced: TracedUpdate, state: QuantizedState, seed: int) -> QuantizedState:
-    """The state, its pages' widths chosen anew where a decision is due and the step allows one."""
+    """Returns the state with new page widths, if a decision is due and the step allows one."""
     adaptation = state.plan.adaptation
     if adaptation is None:
         return state
@@ -107,7 +109,7 @@ def _decide(traced: TracedUpdate, state: QuantizedState, seed: int) -> Quantized
 
 
 def _limits(plan: Plan, bits: jax.Array, score: Any) -> tuple[jax.Array, jax.Array]:
-    """(least, most) bits of each page, none for pages without elements."""
+    """Returns (minimum, maximum) bits of each page; both are 0 for pages without elements."""
     full = _in_line([[jnp.asarray(w > 0) for w in slots] for slots in plan.widths()])
     codecs = [
         [jnp.full(group.grid, c.least_bits) for c in own]
@@ -120,12 +122,12 @@ def _limits(plan: Plan, bits: jax.Array, score: Any) -> tuple[jax.Array, jax.Arr
 
 
 def _in_line(nested: Any) -> jax.Array:
-    """Values of pages by run and slot, as [shards, pages]."""
+    """Flattens values by group and slot to [shards, pages]."""
     return jnp.concatenate([x.reshape(x.shape[0], -1) for slots in nested for x in slots], axis=1)
 
 
 def _moved(state: QuantizedState, bits: jax.Array, seed: int) -> QuantizedState:
-    """The state with other widths, at most so many rows in all: first all that shrink, then all that grow."""
+    """Changes the widths of pages within the same number of rows: first all that shrink, then the others."""
     tables = [t.reshape(t.shape[0], -1, pages.PLANES) for slots in state.tables for t in slots]
     table = jax.vmap(pages.lowered)(jnp.concatenate(tables, axis=1), bits)
     state = _recoded(state, table, seed)
@@ -135,7 +137,7 @@ def _moved(state: QuantizedState, bits: jax.Array, seed: int) -> QuantizedState:
 
 
 def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedState:
-    """The state in the rows of another table; pages of the same width keep their codes."""
+    """Moves the state to the rows of another table.  Pages of the same width keep their codes."""
     pool, start = state.pool, 0
     tables, scales = [], []
     for number, codecs in enumerate(state.plan.codecs):
@@ -158,7 +160,7 @@ def _recoded(state: QuantizedState, table: jax.Array, seed: int) -> QuantizedSta
 
 
 def _recoded_in_shards(codec: Codec, own: Any, word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(pool, scales) of some shards once a slot's pages are in the rows of another table."""
+    """Returns (pool, scales) of some shards after the pages of one slot have moved to another table."""
     pool, old, new, scales, firsts = own
 
     def recoded(pool: jax.Array, first: Any, old: Any, new: Any, scale: Any) -> Any:

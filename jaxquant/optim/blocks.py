@@ -1,4 +1,4 @@
-"""What a step does to the blocks of a run of parameters, wherever their codes are read and written."""
+"""Decode, update and encode the blocks of a paged group, wherever their codes are stored."""
 
 import dataclasses
 import functools
@@ -16,17 +16,17 @@ from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
 from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate
 
 Arrays = Sequence[jax.Array]
-Apart = Callable[..., Any]  # of a function and its operands
+Apart = Callable[..., Any]  # evaluates (function, *operands) separately
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step makes of some blocks [..., 128] of a run.
+    """The result of a step on some blocks [..., 128] of a paged group.
 
     Attributes:
-        before: the values of each slot, in the state's types.
-        after: the new ones.
-        results: what else the update gives.
+        before: the values of each slot before the step, in the types of the state.
+        after: the values of each slot after the step.
+        results: the other outputs of the update.
     """
 
     before: list[jax.Array]
@@ -36,15 +36,16 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class BlockStep:
-    """Decoding, inner update and encoding of some blocks [..., 128] of a run.
+    """Decodes, updates and encodes some blocks [..., 128] of a paged group.
 
-    Codes and scales come back in the types in which they are given, which need not be those in memory.
+    Codes and scales are returned in the types in which they are given, which may differ from those in
+    memory.
 
     Attributes:
-        codecs: of the slots.
-        dtypes: of the slots' values.
-        pieces: updates that differ, by the first parameter of the run that has each.
-        largest: of whole numbers in each block.
+        codecs: the codec of each slot.
+        dtypes: the type of each slot's values.
+        update_fns: the distinct updates, by the first parameter of the group that has each.
+        largest: returns the largest integer of each block.
     """
 
     codecs: tuple[Codec, ...]
@@ -61,7 +62,7 @@ class BlockStep:
         known: Mapping[int, Any],
         programs: jax.Array,
     ) -> Step:
-        """Decodes and updates, each block by the piece that `programs` names."""
+        """Decodes and updates.  `programs` selects the update of each block."""
         before = self.decode(codes, bits, scales)
         return Step(before, *self.update(before, wide, known, programs))
 
@@ -72,7 +73,7 @@ class BlockStep:
         known: Mapping[int, Any],
         programs: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(new values of each slot, results) from the slots' values."""
+        """Returns (new values of each slot, results), given the values of the slots."""
         found = {i: update_fn(before, wide, known) for i, update_fn in self.update_fns.items()}
         (_, results), *others = found.items()
         for number, alternatives in others:
@@ -81,7 +82,7 @@ class BlockStep:
         return results
 
     def decode(self, codes: Arrays, bits: Arrays, scales: Arrays) -> list[jax.Array]:
-        """The values of each slot, in the state's types."""
+        """Returns the values of each slot, in the types of the state."""
         found = zip(self.codecs, codes, scales, bits, self.dtypes, strict=True)
         return [
             codec.decode(code, scale, width).astype(dtype)
@@ -99,18 +100,20 @@ class BlockStep:
         words: Arrays,
         start: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """(codes of each slot, scales of each, results); blocks of which no value changed keep theirs.
+        """Returns (codes of each slot, scales of each slot, results).
+
+        Blocks in which no value changed keep their codes and scales.
 
         Args:
-            apart: evaluates a function of arrays by itself.
-            compute: the step, from the operands.  Scales, results and codes each compute what they need of
-                it anew, which takes less time than writing values in full precision and reading them again.
+            apart: evaluates a function of arrays as a separate computation.
+            compute: the step, as a function of the operands.  Scales, results and codes each recompute it,
+                which is faster than writing full-precision values and reading them back.
             operands: arrays.
-            codes: of each slot.
-            bits: of the codes.
-            scales: of each slot.
-            words: what keys the draws of each slot.
-            start: the element of the run with which the blocks begin.
+            codes: the codes of each slot.
+            bits: the width of the codes.
+            scales: the scales of each slot.
+            words: the random word of each slot.
+            start: the element of the group at which the blocks begin.
         """
         slots = range(len(self.codecs))
         found = [
@@ -130,7 +133,7 @@ class BlockStep:
     def _scale(
         self, compute: Callable[..., Step], i: int, operands: Any, bits: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(a slot's scales, whether a block's values are the same), from one pass over them."""
+        """Returns (scales of a slot, whether each block is unchanged), in one pass over the values."""
         step, codec = compute(*operands), self.codecs[i]
         before, after = (x.astype(jnp.float32) for x in (step.before[i], step.after[i]))
         changed = (before != after).astype(jnp.int32)
@@ -150,7 +153,7 @@ class BlockStep:
         word: jax.Array,
         start: jax.Array,
     ) -> jax.Array:
-        """A slot's codes."""
+        """Returns the codes of a slot."""
         values = compute(*operands).after[i].astype(jnp.float32)
         draws = draws_of(word, start, values.shape)
         new = self.codecs[i].codes(values, scale, bits, draws).astype(codes.dtype)
@@ -158,14 +161,14 @@ class BlockStep:
 
 
 def block_step(plan: Plan, number: int, update_fns: Sequence[ElementwiseUpdate]) -> BlockStep:
-    """What happens to the blocks of one run."""
+    """Returns the step for the blocks of one group."""
     distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(update_fns)))}
     dtypes = tuple(slot[0].dtype for slot in plan.groups[number].leaves)
     return BlockStep(plan.codecs[number], dtypes, dict(distinct.values()))
 
 
 def programs_of(group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]) -> jax.Array:
-    """For each block, the first of the pieces that is like its own, int32[groups, pages, 8, 8, 1]."""
+    """Returns the index of the first equal update for each block, int32[groups, pages, 8, 8, 1]."""
     firsts: dict[Hashable, int] = {}
     like = [firsts.setdefault(update_fn.signature, i) for i, update_fn in enumerate(update_fns)]
     return merged(jnp.asarray(np.array(like, np.int32)[group.owners()])[..., None])
@@ -174,7 +177,7 @@ def programs_of(group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]) -> j
 def wide_of(
     traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
 ) -> dict[Hashable, jax.Array]:
-    """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
+    """Returns the uncoded operands of the updates, in groups of pages; zeros where an update takes none."""
     found = {}
     for kind in dict.fromkeys(kind for update_fn in update_fns for kind in update_fn.wide):
         dtype = next(traced.program.specs[p.wide[kind]].dtype for p in update_fns if kind in p.wide)
@@ -191,12 +194,12 @@ def wide_of(
 def by_page_group(
     traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
 ) -> Any:
-    """(first element, pieces, operands) of each group, [shards, groups, ...]."""
+    """Returns (first element, update index, operands) of each group of pages, [shards, groups, ...]."""
     found = programs_of(group, update_fns), wide_of(traced, group, update_fns)
     found = jax.tree.map(lambda x: x.reshape(*group.grid[:2], *x.shape[1:]), found)
     return group.firsts(), *found
 
 
 def draw_words(state: QuantizedState, number: int, seed: int) -> list[jax.Array]:
-    """What keys the draws of this step in each slot of a run."""
+    """Returns the random word of this step for each slot of a group."""
     return [draw_word(seed, state.step, number, i) for i in range(len(state.plan.codecs[number]))]

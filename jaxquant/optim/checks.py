@@ -1,4 +1,4 @@
-"""Whether a state, parameters and updates belong together; what is wrong is said before a trace is made."""
+"""Check that a state, parameters and updates belong together, before anything is traced."""
 
 from typing import Any
 
@@ -16,11 +16,11 @@ from jaxquant.optim.traced_update import TracedUpdate
 def trace_update(
     tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]
 ) -> TracedUpdate:
-    """The wrapped transformation's update of a state, taken apart.
+    """Traces the wrapped transformation's update of a state.
 
     Raises:
-        ValueError: no quantized state; updates or parameters that it is not of; an exact leaf of another
-            shape or kind than it had.
+        ValueError: if the state is not quantized, if updates or parameters do not match it, or if an
+            unquantized leaf has another shape or kind than before.
     """
     check_state(state)
     check_parameters(state.plan, updates, "updates")
@@ -31,12 +31,12 @@ def trace_update(
 
 
 def transformation(tx: Any) -> Any:
-    """The transformation that an `optax.MultiSteps` stands for; all else as it is."""
+    """Returns the transformation of an `optax.MultiSteps`; returns other arguments unchanged."""
     return tx.gradient_transformation() if isinstance(tx, optax.MultiSteps) else tx
 
 
 def check_state(state: Any) -> None:
-    """Raises a ValueError unless it is the state of a `quantize_state`."""
+    """Raises a ValueError unless the argument is the state of a `quantize_state`."""
     if not isinstance(state, QuantizedState):
         raise ValueError(
             f"the state must be that of a quantize_state; got {type(state).__name__}"
@@ -45,7 +45,7 @@ def check_state(state: Any) -> None:
 
 
 def check_parameters(plan: Plan, tree: Any, name: str) -> None:
-    """Raises a ValueError where the parameters that have coded state are not in their place in a tree."""
+    """Raises a ValueError unless a tree has the parameters with coded state in their places."""
     flat = jax.tree.leaves_with_path(tree)
     for leaf in plan.leaves:
         keys, found = flat[leaf.parameter] if leaf.parameter < len(flat) else ((), ())
@@ -63,7 +63,7 @@ def check_parameters(plan: Plan, tree: Any, name: str) -> None:
 
 
 def check_plain(plan: Plan, plain: Any) -> None:
-    """Raises a ValueError where a plain state's leaves are not named as those that the plan codes."""
+    """Raises a ValueError unless the leaves of a plain state have the names of those that the plan codes."""
     flat = jax.tree.leaves_with_path(plain)
     for leaf in plan.leaves:
         wanted = "/".join(part for part in (leaf.slot, leaf.path) if part)

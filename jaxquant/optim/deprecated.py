@@ -1,4 +1,4 @@
-"""Old names of arguments, attributes and functions, accepted for one release with a warning."""
+"""Accept old names of arguments, attributes and functions for one release, with a warning."""
 
 import functools
 import warnings

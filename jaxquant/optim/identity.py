@@ -1,7 +1,7 @@
-"""What a saved state is known by: shapes, codecs and widths, in words of the file's own.
+"""Describe a saved state: shapes, codecs and widths, in the vocabulary of the file format.
 
-No class, field or sentence of the program is in it, so that these can be renamed and files stay readable.
-What a codec or a score of somebody else's is, its own repr says.
+The format has its own words, so classes and fields of this package can be renamed and files stay readable.
+A codec or a score from outside this package is described by its repr.
 """
 
 import ast
@@ -15,7 +15,7 @@ from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 
-# Of each class of ours, the file's word for it and for each of its fields.
+# For each class: its word in files, and the field for each word in files.
 _WORDS: dict[type, tuple[str, dict[str, str]]] = {
     Companded: ("companded", {"linear": "linear", "stochastic": "stochastic"}),
     Logarithmic: ("logarithmic", {"range": "range", "stochastic": "stochastic"}),
@@ -28,7 +28,7 @@ _WORDS: dict[type, tuple[str, dict[str, str]]] = {
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What two plans share whose states can stand for each other, as JSON has it."""
+    """Returns what two plans must share for their states to be interchangeable, as JSON."""
     adaptation = plan.adaptation
     return {
         "runs": [
@@ -72,7 +72,7 @@ def _leaf(path: str, slot: str, leaf: Any) -> dict[str, Any]:
 
 
 def _described(value: Any) -> dict[str, Any]:
-    """A codec or a score."""
+    """Describes a codec or a score."""
     if type(value) not in _WORDS:
         return {"kind": "other", "repr": repr(value)}
     kind, fields = _WORDS[type(value)]
@@ -80,12 +80,12 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Python's number for one of NumPy's, which JSON has not."""
+    """Converts a NumPy number to the Python number that JSON can store."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def difference(found: Any, wanted: Any, where: str = "") -> str:
-    """The first place in which two identities differ, and what each has there; empty where they are equal."""
+    """Returns the first difference of two identities, with both values; empty if they are equal."""
     if isinstance(found, dict) and isinstance(wanted, dict) and set(found) == set(wanted):
         pairs = [(key, found[key], wanted[key]) for key in wanted]
     elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
@@ -107,13 +107,13 @@ def _short(value: Any) -> str:
 
 
 def from_version_3(text: Any) -> dict[str, Any]:
-    """The identity of the plan whose repr a file of version 3 holds.
+    """Returns the identity of the plan whose repr a file of version 3 holds.
 
-    Names and fields are those of that time, whatever they are called now; the policy's name, roles, signs
-    and reasons are read over.
+    Names and fields are those of version 3, whatever they are called now.  The policy's name, roles, signs
+    and reasons are ignored.
 
     Raises:
-        ValueError: what is no such text.
+        ValueError: if the text is not the repr of such a plan.
     """
     try:
         plan = _Text(text).plan()
@@ -161,12 +161,12 @@ _KINDS_3 = frozenset(("Companded", "Logarithmic", "Felt", "Statistics"))
 
 
 class _Text:
-    """A repr of version 3 as dictionaries and lists; of classes that it does not know, as their own text."""
+    """Parses a repr of version 3 into dictionaries and lists.  Unknown classes become their own text."""
 
     def __init__(self, text: Any):
         if not isinstance(text, str):
             raise ValueError(f"it is {_short(text)}")
-        # Classes among a codec's fields, which no expression is.  A text may hold such brackets too.
+        # Classes among a codec's fields are not expressions.  Quoted text may contain such brackets too.
         self._hidden: list[str] = []
         self._text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|<[^<>]*>", self._hide, text)
 

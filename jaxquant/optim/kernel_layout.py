@@ -1,10 +1,10 @@
-"""A run's pages as kernels take them, and the bytes that this moves.
+"""Arrange the pages of a paged group for kernels, and count the bytes that the kernels move.
 
-A parameter that fills whole pages, and whose rows fill whole tiles, is updated where it lies.  Those between
-such parameters are put together in pages first, which copies them.
+A parameter that fills whole pages, and whose rows fill whole tiles, is updated in place.  Other parameters
+are copied into pages first.
 
-Interpreted on a CPU, kernels give the bits that XLA gives there, except that XLA may round a result otherwise
-where it computes the update of the run's other parameters beside it.
+On a CPU, interpreted kernels give the same bits as XLA, except that XLA may round a result otherwise if it
+computes the updates of the group's other parameters together with it.
 """
 
 import collections
@@ -26,17 +26,17 @@ from jaxquant.optim.state import QuantizedState, joined, merged, rooted
 from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate, elementwise_by_group
 from jaxquant.optim.updating import apply_update
 
-# Elementwise operations that Pallas does not lower for TPUs.
+# Element-wise operations that Pallas does not lower for TPUs.
 LACKING = {"cbrt", "copy", "copy_p", "cosh", "expm1", "real", "reduce_precision", "sinh"}
 
 
 def apply_update_with_kernels(
     traced: TracedUpdate, state: QuantizedState, seed: int
 ) -> tuple[list[Any], QuantizedState]:
-    """The updates, and the state after them.
+    """Returns the updates and the state after them.
 
     Raises:
-        ValueError: a parameter's state that no kernel can take.
+        ValueError: if a kernel cannot update the state of some parameter.
     """
     _check(traced, state)
     return apply_update(traced, state, seed, update_with_kernels)
@@ -49,7 +49,7 @@ def update_with_kernels(
     update_fns: Sequence[ElementwiseUpdate],
     seed: int,
 ) -> QuantizedState:
-    """The update of a run of parameters, span after span; its results become known to `inner`."""
+    """Updates a paged group, span after span, and adds its results to the known values."""
     traced.evaluate(
         n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
     )
@@ -61,12 +61,12 @@ def update_with_kernels(
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Parameters of a run that one kernel updates.
+    """Consecutive parameters of a group that one kernel updates.
 
     Attributes:
-        run: they alone.
-        pieces: theirs.
-        kernel: of their pages.
+        group: the group of these parameters alone.
+        update_fns: their updates.
+        kernel: the kernel that updates their pages.
     """
 
     group: PagedGroup
@@ -76,7 +76,7 @@ class Span:
     def apply_update(
         self, traced: TracedUpdate, state: QuantizedState, number: int, words: list[jax.Array]
     ) -> QuantizedState:
-        """The state with their update in it; its results become known to `inner`."""
+        """Returns the state after the update, and adds its results to the known values."""
         kernel, rows = self.kernel, state.pool.shape[1]
         tables = [self._own(rooted(table, rows)) for table in state.tables[number]]
         scales = [self._own(scale) for scale in state.scales[number]]
@@ -106,43 +106,43 @@ class Span:
         return [_tiles(x, self.kernel.width) for x in known]
 
     def _apart(self, flat: jax.Array) -> list[jax.Array]:
-        """The parameters' results."""
+        """Splits a flat result by parameter."""
         if self.kernel.width is None:
             return self.group.unflatten(flat)
         tiles = flat.reshape(-1, self.kernel.width, 8, BLOCK)
         return [jnp.swapaxes(tiles, 1, 2).reshape(self.group.leaves[0][0].shape)]
 
     def _own(self, x: jax.Array) -> jax.Array:
-        """Of an array [shards, groups, pages, ...] the span's pages; zeros where there are no more."""
+        """Returns the span's pages of an array [shards, groups, pages, ...], padded with zeros."""
         first, count = self.kernel.first, self.group.pages
         own = merged(merged(x))[first : first + count]
         return _padded(own, self.kernel.pages)
 
     def _with_own(self, x: jax.Array, own: jax.Array) -> jax.Array:
-        """`_own` set."""
+        """Returns the array with the span's pages replaced."""
         first, count = self.kernel.first, self.group.pages
         return merged(merged(x)).at[first : first + count].set(own[:count]).reshape(x.shape)
 
     def _stepped(self, x: jax.Array) -> jax.Array:
-        """[pages, ...] as [steps, pages of a step, ...]."""
+        """Reshapes [pages, ...] to [steps, pages of a step, ...]."""
         steps, step = self.kernel.steps, self.kernel.step
         return _padded(x, steps * step).reshape(steps, step, *x.shape[1:])
 
     def _along_lanes(self, x: jax.Array) -> jax.Array:
-        """[pages, 8, 8, n] as [steps, n, 8, 128]."""
+        """Transposes [pages, 8, 8, n] to [steps, n, 8, 128]."""
         x = jnp.transpose(self._stepped(x), (0, 4, 3, 1, 2))
         x = x.reshape(*x.shape[:3], -1)
         return jnp.pad(x, [(0, 0)] * 3 + [(0, LANES - x.shape[-1])])
 
     def _by_page(self, x: jax.Array) -> jax.Array:
-        """`_along_lanes` undone, with the last step's pages that there are not."""
+        """Inverts `_along_lanes`; the last step may have additional pages."""
         x = x[..., : 8 * self.kernel.step]
         x = x.reshape(*x.shape[:3], self.kernel.step, 8)
         return merged(jnp.transpose(x, (0, 3, 4, 2, 1)))
 
 
 def _tiles(x: jax.Array, width: int) -> jax.Array:
-    """A matrix in the order in which a TPU holds it, [blocks, 128]: its compiler moves nothing for this."""
+    """Returns a matrix in the TPU's tiled order, [blocks, 128]; the compiler moves nothing for this."""
     return jnp.swapaxes(x.reshape(-1, 8, width, BLOCK), 1, 2).reshape(-1, BLOCK)
 
 
@@ -160,7 +160,7 @@ def spans(
     number: int,
     update_fns: Sequence[ElementwiseUpdate],
 ) -> Iterator[Span]:
-    """The spans of a run, in order."""
+    """Yields the spans of a group, in order."""
     group = state.plan.groups[number]
     widths = [_tiled(traced, group, i, update_fn) for i, update_fn in enumerate(update_fns)]
     first = 0
@@ -175,14 +175,14 @@ def spans(
 def _tiled(
     traced: TracedUpdate, group: PagedGroup, place: int, update_fn: ElementwiseUpdate
 ) -> int | None:
-    """Tiles in a row of a parameter that can be updated where it lies; None where it cannot."""
+    """Returns the number of tiles in a row of a parameter that can be updated in place; None if it cannot."""
     shape, start, size = group.leaves[0][place].shape, group.starts[place], group.sizes[place]
     if len(shape) < 2 or shape[-2] % 8 or shape[-1] % (8 * BLOCK):
         return None
     specs = [
         traced.program.specs[n] for n in (*update_fn.wide.values(), *update_fn.produced.values())
     ]
-    # Of narrower types a TPU holds several rows in one.
+    # A TPU packs several rows of a narrower type into one.
     if start % pages.PAGE or size % pages.PAGE or any(x.dtype != jnp.float32 for x in specs):
         return None
     width = shape[-1] // BLOCK
@@ -225,7 +225,7 @@ def _span(
 
 
 def _check(traced: TracedUpdate, state: QuantizedState) -> None:
-    """Raises ValueError for the first parameter that no kernel can take."""
+    """Raises a ValueError for the first parameter that no kernel can update."""
     elementwise, reasons = elementwise_by_group(traced, state.plan)
     where = "kernel='pallas' cannot update"
     for path, reason in reasons.items():
@@ -245,7 +245,7 @@ def _check(traced: TracedUpdate, state: QuantizedState) -> None:
 
 
 def bytes_per_element(traced: TracedUpdate, state: QuantizedState) -> dict[str, float]:
-    """Bytes an element that an update moves between a TPU's memory and its core, by what they are."""
+    """Returns the bytes that an update moves between a TPU's memory and its core, per element, by purpose."""
     found, elements = collections.Counter(), 0
     elementwise, _ = elementwise_by_group(traced, state.plan)
     for number, update_fns in elementwise.items():
@@ -258,7 +258,7 @@ def bytes_per_element(traced: TracedUpdate, state: QuantizedState) -> dict[str, 
 
 
 def _bytes(kernel: Kernel) -> dict[str, int]:
-    """Bytes that a kernel moves besides rows of the pool."""
+    """Returns the bytes that a kernel moves, except rows of the pool."""
     found = {
         name: sum(kernel.steps * _block_bytes(*block) for block in blocks)
         for name, blocks in kernel.moved().items()

@@ -1,4 +1,4 @@
-"""`quantize_state`: any optax transformation, its state held in pages of few bits."""
+"""Hold the state of any optax transformation in pages of few bits."""
 
 import contextlib
 import dataclasses
@@ -49,51 +49,53 @@ def quantize_state(
     kernel: str = "xla",
     extra: Mapping[str, Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """`tx` with its state in few bits: decoded, updated and encoded again, some pages at a time.
+    """Returns `tx` with its state in few bits.
 
-    Where `tx` treats each element of a parameter's state by itself, as Adam, Lion and momentum do, one group
-    of pages is decoded, updated and encoded before the next, and no more than that is ever held in full
-    precision.  Where it does not (Muon's matrices, a norm over all momenta), a parameter's state, or that of
-    all parameters that a result needs, is decoded whole for the step; `whole` says which, and why.
+    Element-wise optimizers (Adam, Lion, momentum) are updated one group of pages at a time: the group is
+    decoded, updated and encoded, and no more than that is held in full precision.  Other optimizers (Muon's
+    matrices, a norm over all momenta) need the state of a whole parameter, or of several, at once.
+    `explain_full_decode` names these parameters and the reason.
 
     `inject_hyperparams`, `MultiSteps`, `apply_if_finite` and other wrappers go inside or around, as in plain
-    optax, and their fields are read and set in either order: `state.hyperparams`, `MultiSteps.has_updated`,
-    `optax.tree_utils.tree_get` and `tree_set` (see `QuantizedState`).  Inside, what a wrapper holds of a
-    parameter's shape is coded or stays exact as any slot does: `MultiSteps`' sum of gradients stays exact.
-    Around, it is not looked at.
+    optax.  Their fields are read and set in either order: `state.hyperparams`, `MultiSteps.has_updated`,
+    `optax.tree_utils.tree_get` and `tree_set` (see `QuantizedState`).  Inside, arrays of a parameter's shape
+    are treated as any slot: `MultiSteps`' sum of gradients stays unquantized.  Around, they are not part of
+    the state.
 
-    Updates come from the state before it is encoded: rounding is felt from the next step on.  Blocks whose
-    state a step leaves alone keep their codes.  Nothing depends on how arrays are sharded.
+    Updates are computed from the state before it is encoded, so rounding has an effect from the next step
+    on.  Blocks whose state a step does not change keep their codes.  Results do not depend on how arrays are
+    sharded.
 
-    A gradient that is not finite spoils the block of 128 elements that it is in, not its own element alone:
-    wrap `optax.apply_if_finite` around or inside.  Derivatives pass through a step's updates, not through the
-    state from one step to the next.  Scales, tables and half-empty pages weigh on small models: below some
-    100,000 elements a budget buys fewer bits of codes than its number says, and of the smallest the state
-    stays exact, with a warning; `report` shows what they take.
+    A gradient that is not finite spoils its whole block of 128 elements: wrap `optax.apply_if_finite` around
+    or inside.  Derivatives pass through the updates of a step, not through the state from one step to the
+    next.  Scales, tables and partly filled pages matter for small models.  Below about 100,000 elements,
+    codes get fewer bits than the budget, and the smallest states are left unquantized, with a warning;
+    `report` shows the bytes.
 
     Args:
-        tx: any optax transformation: chains, masks, schedules and `MultiSteps` included.  What it keeps of
-            parameters, or adds up without end, stays exact, and `report` says so.
-        policy: how many bits each leaf has, as of `fixed` and `by_role`.
-        codec: which codec serves a leaf.
-        seed: of the draws, which are keyed by it, by the step and by the element's place.
-        shards: the leading axis of every array of codes and scales, for devices to share: a multiple of the
-            mesh's axis, which it is where not given; one number for each of several axes.  The bits depend on
-            it, not on the mesh: what eight devices saved with eight shards, two go on with.
-        mesh: whose devices share the state, each going through its own pages.
-        axis: of the mesh, or several.
-        spec: how a parameter of some path and shape is sharded.  Its state is cut along the same axes, so
-            that no gradient moves to where its state is; what `spec` leaves whole is cut along the longest
-            axis that the shards divide.
+        tx: any optax transformation, including chains, masks, schedules and `MultiSteps`.  Leaves that
+            follow the parameters, or accumulate without bound, stay unquantized; `report` gives the reason.
+        policy: how many bits each leaf has, such as `fixed` and `by_role`.
+        codec: returns the codec of a leaf.
+        seed: the seed of stochastic rounding.  Draws depend on it, on the step, and on the element's place.
+        shards: the leading axis of all arrays of codes and scales, which devices share.  It must be a
+            multiple of the mesh axis, which is the default; one number for each of several axes.  The bits
+            depend on it and not on the mesh: two devices can resume what eight devices saved with eight
+            shards.
+        mesh: the mesh whose devices share the state.  Each device updates its own pages.
+        axis: the mesh axis, or several.
+        spec: returns the sharding of a parameter, given its path and shape.  The state is split along the
+            same axes, so gradients are not moved to the state.  What `spec` does not split is split along
+            the longest axis that the shards divide.
         kernel: "xla", or "pallas": kernels for one TPU (`jaxquant.optim.kernels`) and one shard, which CPUs
-            interpret, slowly.  Several TPUs take them within `shard_map` only.
-        extra: what its update is given by name, or shapes of it, where it needs any that optax's own do not:
-            `init` traces the update, to find what each leaf of the state is.
+            interpret slowly.  Several TPUs can use them within `shard_map` only.
+        extra: further arguments of the update by name, or their shapes, if it needs any that optax's own
+            transformations do not: `init` traces the update to find the role of each leaf.
 
     Raises:
-        ValueError: arguments of another kind than these; at `init`, nothing that can be coded, or a codec
-            that cannot hold its leaf; at `update`, a state, updates or parameters that do not belong
-            together, or what a kernel cannot take.
+        ValueError: if an argument is invalid; at `init`, if nothing can be coded or a codec cannot hold its
+            leaf; at `update`, if state, updates and parameters do not belong together, or a kernel cannot
+            update them.
 
     >>> from jaxquant.optim.policies import fixed
     >>> tx = quantize_state(optax.adam(1e-1), fixed(8))
@@ -132,7 +134,7 @@ def quantize_state(
     if extra is not None and not isinstance(extra, Mapping):
         raise ValueError(f"extra must be a mapping from names to values; got {extra!r}")
     tx = optax.with_extra_args_support(tx)
-    # What shares the state runs where all axes are Auto.
+    # The state is shared on a mesh with axes of the type Auto only.
     shared = None if mesh is None else Mesh(mesh.devices, mesh.axis_names)
 
     def init(params: Any) -> QuantizedState:
@@ -140,7 +142,7 @@ def quantize_state(
         plan = dataclasses.replace(plan, mesh=shared, axis=axis)
 
         def first(plain: Any, params: Any) -> QuantizedState:
-            del params  # whose mesh counts where the plain state is of constants alone
+            del params  # an operand only for its mesh, if the plain state is constant
             return placed(encoded(plan, plain, seed))
 
         with _within(mesh, params):
@@ -165,7 +167,7 @@ def quantize_state(
 
 
 def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict[str, int]:
-    """How many shards there are to be along each axis."""
+    """Returns the number of shards along each axis."""
     if mesh is not None and not isinstance(mesh, Mesh):
         raise ValueError(f"mesh must be a jax.sharding.Mesh; got {mesh!r}")
     if mesh is not None and AxisType.Manual in mesh.axis_types:
@@ -190,7 +192,7 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict
 
 
 def _within(mesh: Mesh | None, params: Any) -> contextlib.AbstractContextManager:
-    """Where a first state is made: on a mesh of Explicit axes its constants need one that is set."""
+    """Sets a mesh for the first state: constants on a mesh of Explicit axes need one."""
     arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
     is_traced = any(isinstance(x, Tracer) for x in arrays)
     if is_traced or not jax.sharding.get_abstract_mesh().empty:
@@ -201,7 +203,7 @@ def _within(mesh: Mesh | None, params: Any) -> contextlib.AbstractContextManager
 
 
 def encoded(plan: Any, plain: Any, seed: int) -> QuantizedState:
-    """A plain state in pages, at the plan's first widths."""
+    """Encodes a plain state, at the plan's initial widths."""
     leaves = jax.tree.leaves(plain)
     state = empty(plan, jax.tree.map(jnp.asarray, without_codes(plan, plain)))
     for number, group in enumerate(plan.groups):
@@ -213,9 +215,9 @@ def encoded(plan: Any, plain: Any, seed: int) -> QuantizedState:
 
 
 def _first(tx: Any, params: Any) -> Any:
-    """The first plain state; while it is traced, with NumPy's zeros for leaves that are zeros always.
+    """Returns the first plain state.  Under a trace, leaves that are always zero are NumPy zeros.
 
-    A compiler would encode those as constants, which takes it seconds.
+    Otherwise the compiler would encode those constants itself, which takes seconds.
     """
     leaves, structure = jax.tree.flatten(tx.init(params))
     if not any(isinstance(leaf, Tracer) for leaf in leaves):
@@ -227,7 +229,7 @@ def _first(tx: Any, params: Any) -> Any:
 
 
 def _is_zero(leaf: Any) -> bool:
-    """Whether a leaf is known to be zeros, as most are at first: `empty` holds those already."""
+    """Returns whether a leaf is known to be zero, as most are initially; `empty` already holds zeros."""
     if isinstance(leaf, Tracer):
         return False
     return not bool((np if isinstance(leaf, np.ndarray) else jnp).any(leaf))
@@ -236,13 +238,15 @@ def _is_zero(leaf: Any) -> bool:
 def explain_full_decode(
     tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
 ) -> dict[str, str]:
-    """The parameters whose state a step decodes whole, by path, and why; the others go by groups of pages.
+    """Returns the parameters whose state a step decodes at once, by path, and the reason.
+
+    The state of all other parameters is decoded one group of pages at a time.
 
     Args:
-        tx: what was wrapped.
-        state: of the wrapped transformation.
+        tx: the wrapped transformation.
+        state: the quantized state.
         params: the parameters, or their shapes.
-        extra: what its update is given by name.
+        extra: further arguments of the update, by name.
     """
     return elementwise_by_group(trace_update(tx, state, params, params, extra), state.plan)[1]
 
@@ -250,26 +254,26 @@ def explain_full_decode(
 def bytes_moved(
     tx: optax.GradientTransformation, state: QuantizedState, params: Any, **extra: Any
 ) -> dict[str, float]:
-    """Bytes an element of coded state that an update by kernels moves between a TPU's memory and its core.
+    """Returns the bytes that an update by kernels moves between a TPU's memory and core, per coded element.
 
-    *Derived*, from the blocks that the kernels ask for and the tables' rows; measured nowhere.  AdamW in full
-    precision moves 28.  What is computed before the kernels, such as a clipped gradient, is not counted, nor
-    is adding the updates to the parameters.
+    The numbers are *derived* from the blocks of the kernels and the rows of the tables, not measured.  AdamW
+    in full precision moves 28.  Computation before the kernels, such as clipping a gradient, is not counted,
+    and neither is adding the updates to the parameters.
 
     Args:
-        tx: what was wrapped.
-        state: of the wrapped transformation.
+        tx: the wrapped transformation.
+        state: the quantized state.
         params: the parameters, or their shapes.
-        extra: what its update is given by name.
+        extra: further arguments of the update, by name.
 
     Returns:
-        Bytes by what they are: "codes", "tables", "scales", "programs" (which update is a block's),
-        "operands" (gradients and parameters), "results", and "copies" of those two where parameters are put
-        together in pages first, as all are whose rows do not fill tiles of 1024 numbers.
+        Bytes by purpose: "codes", "tables", "scales", "programs" (which update a block has), "operands"
+        (gradients and parameters), "results", and "copies" of operands and results if parameters are copied
+        into pages first, as all are whose rows do not fill tiles of 1024 numbers.
 
     >>> from jaxquant.optim.policies import fixed
     >>> tx, params = optax.adamw(1e-3), {"w": jnp.ones((64, 1024))}
-    >>> found = traffic(tx, quantize_state(tx, fixed(5, 3)).init(params), params)
+    >>> found = bytes_moved(tx, quantize_state(tx, fixed(5, 3)).init(params), params)
     >>> found["codes"], found["operands"], found["results"]
     (2.0, 8.0, 4.0)
     """

@@ -1,4 +1,4 @@
-"""What quantized state costs and holds, leaf by leaf: true bytes, and the reason of whatever stays exact."""
+"""Report the bytes and bits of quantized state, leaf by leaf, and why a leaf is unquantized."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ from jaxquant.optim.state import QuantizedState, unquantized
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A leaf of the inner state.
+    """A leaf of the plain state.
 
     Attributes:
-        path: of its parameter; of the leaf itself where it belongs to none.
-        slot: where in the state it lies.
-        role: of the parameter; empty where there is none.
-        shape: of the leaf.
-        held: its codec, or the type of an exact leaf.
-        bits: of a code, over its pages on average; of an element of an exact leaf.
-        nbytes: of its codes and scales; of an exact leaf.
-        reason: why it is not coded; empty where it is.
+        path: the path of its parameter; of the leaf itself if it belongs to none.
+        slot: its place in the state.
+        role: the role of the parameter; empty if there is none.
+        shape: the shape of the leaf.
+        held: its codec, or the type of an unquantized leaf.
+        bits: bits of a code, averaged over its pages; bits of an element of an unquantized leaf.
+        nbytes: bytes of codes and scales; bytes of an unquantized leaf.
+        reason: why it is not coded; empty if it is.
     """
 
     path: str
@@ -41,13 +41,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A state's leaves and bytes; printing shows them as a table.
+    """The leaves and bytes of a state; `print` shows them as a table.
 
     Attributes:
-        policy: its name.
-        rows: a row for each leaf of the inner state.
-        nbytes: of all arrays.
-        exact_nbytes: of the same state without codes, in the leaves' own types.
+        policy: the name of the policy.
+        rows: a row for each leaf of the plain state.
+        nbytes: bytes of all arrays.
+        exact_nbytes: bytes of the same state without codes, in the leaves' own types.
     """
 
     policy: str
@@ -57,11 +57,11 @@ class Report:
 
     @property
     def shared_nbytes(self) -> float:
-        """Bytes of no single leaf: tables, padding, rows that are empty, counters, the policy's memory."""
+        """Bytes that belong to no single leaf: tables, padding, empty rows, counters, the policy's memory."""
         return self.nbytes - sum(row.nbytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "slot", "role", "shape", "held as", "bits", "bytes", "why exact")
+        head = ("parameter", "slot", "role", "shape", "held as", "bits", "bytes", "why unquantized")
         rows = [
             (
                 row.path,
@@ -87,9 +87,9 @@ class Report:
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all arrays of a state, whichever: codes, scales, tables, empty rows and what stays exact.
+    """Returns the bytes of all arrays of any state: codes, scales, tables, empty rows, unquantized leaves.
 
-    Shapes will do, as of `jax.eval_shape(tx.init, params)`.
+    Shapes are sufficient, such as `jax.eval_shape(tx.init, params)`.
 
     >>> import jax.numpy as jnp, optax
     >>> state_bytes(optax.adam(1e-3).init(jnp.zeros(1000)))
@@ -99,14 +99,14 @@ def state_bytes(state: Any) -> int:
 
 
 def find_states(state: Any) -> list[QuantizedState]:
-    """The quantized states within a state, as of a chain or of `TrainState`."""
+    """Returns the quantized states within a state, such as that of a chain or of `TrainState`."""
     is_quantized = lambda x: isinstance(x, QuantizedState)  # noqa: E731
     found = jax.tree.leaves(state, is_leaf=is_quantized)
     return [_unwrapped(x) for x in found if is_quantized(x)]
 
 
 def _unwrapped(state: QuantizedState) -> QuantizedState:
-    """The state with arrays where `nnx.Optimizer` holds variables."""
+    """Returns the state with arrays in place of the variables of `nnx.Optimizer`."""
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     return jax.tree.map(lambda x: read(x) if is_variable(x) else x, state, is_leaf=is_variable)
 
@@ -124,7 +124,7 @@ def report(state: Any) -> Report:
     >>> from jaxquant.optim import fixed, quantize_state
     >>> params = {"up": jnp.zeros((128, 128)), "bias": jnp.zeros(32)}
     >>> print(report(quantize_state(optax.adam(1e-3), fixed(5, 4)).init(params)))
-    parameter  slot     role    shape    held as      bits   bytes   why exact
+    parameter  slot     role    shape    held as      bits   bytes   why unquantized
     0/count    0/count                   int32        32.00  4       it is not of a parameter
     0/mu/bias  0/mu             32       float32      32.00  128     32 elements are fewer than a block of 128
     up         0/mu     matrix  128x128  Companded    5.00   10,496
@@ -179,7 +179,7 @@ def _coded(state: QuantizedState) -> Iterator[tuple[int, Row]]:
 
 
 def _elements_by_page(start: int, size: int) -> np.ndarray:
-    """Elements of a leaf in each of its pages."""
+    """Returns the number of elements of a leaf in each of its pages."""
     first = start // pages.PAGE
     edges = np.arange(first, -(-(start + size) // pages.PAGE) + 1) * pages.PAGE
     return np.diff(np.clip(edges, start, start + size))

@@ -1,4 +1,4 @@
-"""What pages are worth in bits: how much of their rounding the update feels, or their layer's statistics."""
+"""Score pages in bits: by the update's sensitivity to their rounding, or by statistics of their layer."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from jaxquant.optim.traced_update import (
 )
 from jaxquant.optim.updating import members
 
-Scores = list[list[jax.Array]]  # for each run and slot, float32[shards, groups, pages]
+Scores = list[list[jax.Array]]  # for each group and slot, float32[shards, groups, pages]
 
 
 def _per_page(plan: Plan, value: float) -> Scores:
@@ -54,31 +54,31 @@ def _check(ema_decay: Any, max_bit_change: Any) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# What the update feels
+# Sensitivity of the update
 
 
 @accept_old_fields(memory="ema_decay", reach="max_bit_change")
 @dataclasses.dataclass(frozen=True)
 class UpdateSensitivity:
-    r"""Scores by what the update feels of each page's rounding.
+    r"""Scores pages by the sensitivity of the update to their rounding.
 
-    With x the state after this step, Q(x) what its codes stand for, and u(x) the update that the same
-    gradient gives from there, a page of b bits in slot s has the error and the score
+    Let x be the state after this step, Q(x) its decoded codes, and u(x) the update that the same gradient
+    gives from there.  A page of b bits in slot s has the error and the score
 
         d = Σ w (u(x with Q(x) in s) − u(x))²,   score = b + ½ ℓ(d),
 
-    summed over the page's elements, ℓ the logarithm of `Logarithmic`; w is 1, or the gradient's square, which
-    stands for the loss's curvature.  Scores are averaged exponentially over decisions.  Where a parameter's
-    state is decoded whole, its pages share the error of all.  A step that updates nothing (`MultiSteps`
-    between two, a rejected one) decides nothing; the next one does.
+    summed over the page's elements, with ℓ the logarithm of `Logarithmic`.  w is 1, or the squared gradient,
+    which approximates the curvature of the loss.  Scores are exponentially averaged over decisions.  If the
+    state of a parameter is decoded at once, its pages share its error equally.  A step without an update
+    (`MultiSteps` between two updates, a rejected step) makes no decision; the next one does.
 
     Args:
         weight: "update" for w = 1, "loss" for w = g².
-        memory: what the average keeps of what it was, in [0, 1).
-        reach: bits by which a page moves in a decision at most.
+        ema_decay: the weight of the previous average, in [0, 1).
+        max_bit_change: the maximum change of a page's width in one decision.
 
     Raises:
-        ValueError: another weight, or a memory or reach out of range.
+        ValueError: if the weight is unknown, or ema_decay or max_bit_change is out of range.
     """
 
     weight: Literal["update", "loss"] = "update"
@@ -91,7 +91,7 @@ class UpdateSensitivity:
         _check(self.ema_decay, self.max_bit_change)
 
     def init(self, plan: Plan) -> Any:
-        """The average so far, and how many decisions are in it."""
+        """Returns the initial average, and the number of decisions in it."""
         return _per_page(plan, 0.0), jnp.int32(0)
 
     def __call__(
@@ -101,7 +101,7 @@ class UpdateSensitivity:
         most = largest(jnp.stack([largest(x).ravel() for slots in errors for x in slots])).reshape(
             ()
         )
-        # A page that is felt 2^-24 times the most has the least bits anyway; zero has no logarithm.
+        # Errors 2^-48 of the largest get the minimum width anyway; zero has no logarithm.
         floor = jnp.maximum(most * 2.0**-48, jnp.finfo(jnp.float32).tiny)
         before, count = memory
         keep = jnp.where(count == 0, 0.0, self.ema_decay)
@@ -121,7 +121,7 @@ def _bits(table: jax.Array) -> jax.Array:
 
 
 def _page_errors(traced: TracedUpdate, state: QuantizedState, seed: int, by_loss: bool) -> Scores:
-    """d for each page."""
+    """Returns d for each page."""
     traced.evaluate(traced.untouched())
     elementwise, _ = elementwise_by_group(traced, state.plan)
     errors = _per_page(state.plan, 0.0)
@@ -170,7 +170,7 @@ def _errors_by_page_groups(
 def _errors_in_shards(
     blocks: BlockStep, update: int, by_loss: bool, own: Any, shared: Any
 ) -> list[jax.Array]:
-    """d for the pages of some shards, group after group."""
+    """Returns d for the pages of some shards, one group of pages after another."""
     pool, tables, scales, given = own
     known, words = shared
     firsts, programs, wide, gradients = jax.tree.map(merged, given)
@@ -195,7 +195,7 @@ def _errors_in_shards(
 
     def step(_: Any, xs: Any) -> Any:
         group, tables, scales = xs
-        # Each part by itself, so that compilers round it alike wherever it is computed.
+        # Separate computations, so that compilers round alike wherever they are used.
         apart = functools.partial(pages.apart, pages.is_real(tables[0]))
         codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
         states, _ = apart(next_update, group, apart(blocks.decode, codes, bits, scales))
@@ -215,7 +215,7 @@ def _errors_in_shards(
 
 
 def _summed(x: jax.Array) -> jax.Array:
-    """Each page's sum, in an order that no compiler changes: layouts give the same bits."""
+    """Returns the sum of each page, in a fixed order: every layout gives the same bits."""
     x = x.reshape(x.shape[0], pages.PAGE)
     while x.shape[1] > 1:
         x = x[:, : x.shape[1] // 2] + x[:, x.shape[1] // 2 :]
@@ -230,7 +230,7 @@ def _add_full_decode_errors(
     by_loss: bool,
     errors: Scores,
 ) -> None:
-    """Adds to each page its share of what the component's updates feel of its leaf's rounding."""
+    """Adds to each page its share of the update error of its leaf."""
     own = members(state.plan, component)
     known = dict(traced.known)
     for number, slot, place, leaf in own:
@@ -263,27 +263,27 @@ def _add_full_decode_errors(
 @accept_old_fields(memory="ema_decay", reach="max_bit_change")
 @dataclasses.dataclass(frozen=True)
 class LayerStatistics:
-    r"""Scores by statistics of each layer and state, against running averages over all, as in STQuant.
+    r"""Scores pages by statistics of each layer and slot, relative to running averages, as in STQuant.
 
-    For the leaf x of a layer whose gradient is g, three factors,
+    For the leaf x of a layer whose gradient is g, there are three factors,
 
         r = √mean(g²),   c = std(|x|) / mean(|x|),   k = mean(g⁴) / mean(g²)²,
 
-    (gradient RMS, dispersion of the state, second-order statistic of the gradient), each against its
-    exponential average over decisions of its mean over all leaves, weighted by their elements:
+    (gradient RMS, dispersion of the state, second-order statistic of the gradient).  Each is divided by its
+    mean over all leaves, weighted by their elements and exponentially averaged over decisions:
 
         score = b₀ + (log₂ r/r̄ + log₂ c/c̄ + log₂ k/k̄) / 3,
 
-    b₀ the same for all.  A page takes the most of its leaves' scores.  Work is O(N) every `interval` steps,
-    and what is kept three numbers.  Devices that share a leaf may round its sums otherwise.  STQuant's own
-    thresholds are not public; this is our statement of its parts.
+    with b₀ the same for all.  The score of a page is the maximum over its leaves.  The cost is O(N) every
+    `interval` steps, and the memory is three numbers.  Devices that share a leaf may round its sums
+    differently.  This is a reconstruction: STQuant's own thresholds are not public.
 
     Args:
-        memory: what the averages keep of what they were, in [0, 1).
-        reach: bits by which a page moves in a decision at most.
+        ema_decay: the weight of the previous averages, in [0, 1).
+        max_bit_change: the maximum change of a page's width in one decision.
 
     Raises:
-        ValueError: a memory or reach out of range.
+        ValueError: if ema_decay or max_bit_change is out of range.
 
     Source: STQuant, arXiv 2604.06836, as far as it is known.
     """
@@ -295,7 +295,7 @@ class LayerStatistics:
         _check(self.ema_decay, self.max_bit_change)
 
     def init(self, plan: Plan) -> Any:
-        """Three averages, and how many decisions are in them."""
+        """Returns three averages, and the number of decisions in them."""
         return jnp.ones(3), jnp.int32(0)
 
     def __call__(
@@ -330,11 +330,11 @@ class LayerStatistics:
 
 
 def _factors(gradient: jax.Array, state: jax.Array) -> jax.Array:
-    """(gradient's RMS, the state's dispersion, the gradient's kurtosis), none of them zero."""
+    """Returns (gradient RMS, dispersion of the state, kurtosis of the gradient), all positive."""
     g, x = gradient.astype(jnp.float32), jnp.abs(state.astype(jnp.float32))
     tiny = jnp.finfo(jnp.float32).tiny
     square = jnp.maximum(jnp.mean(g**2), tiny)
-    # Over the square's root first: fourth powers of small gradients are below what float32 holds.
+    # Divide by the RMS first: fourth powers of small gradients underflow in float32.
     kurtosis = jnp.maximum(jnp.mean((g / jnp.sqrt(square)) ** 4), 2.0**-20)
     dispersion = jnp.maximum(jnp.std(x) / jnp.maximum(jnp.mean(x), tiny), 2.0**-20)
     return jnp.stack([jnp.sqrt(square), dispersion, kurtosis])

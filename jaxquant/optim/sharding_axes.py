@@ -1,4 +1,4 @@
-"""How a parameter's elements are dealt out to shards: along the axes that its own sharding splits."""
+"""Split the elements of a parameter into shards, along the axes that its own sharding splits."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,28 +9,28 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.numerics.sharding import names
 from jaxquant.optim.codecs import BLOCK
 
-# For each axis of the shards, in order: the array's axis that it cuts, and into how many parts.
+# For each mesh axis in order: the array axis that it splits, and the number of parts.
 ShardAxes = tuple[tuple[int, int], ...]
-Spec = Callable[[str, tuple[int, ...]], P]  # of a parameter's path and shape
+Spec = Callable[[str, tuple[int, ...]], P]  # from the path and shape of a parameter to its sharding
 
 
 def shard_axes_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> ShardAxes | None:
-    """How an array is cut into shards of which each device holds its own elements already.
+    """Returns how to split an array into shards so that each device already holds its own elements.
 
-    Each axis of the shards cuts the axis that `spec` gives it, or where `spec` does not name it, the longest
-    that it divides.
+    Each mesh axis splits the array axis that `spec` assigns to it.  If `spec` does not name it, it splits
+    the longest array axis that it divides.
 
     Args:
-        shape: of the array.
-        spec: of its sharding.
-        shards: how many there are along each axis of a mesh.
+        shape: the shape of the array.
+        spec: the sharding of the array.
+        shards: the number of shards along each mesh axis.
 
     Returns:
-        The cut, or None where one of them divides no axis, or the parts are smaller than a block.
+        The axes, or None if a mesh axis divides no array axis, or if the parts are smaller than a block.
 
-    >>> cut_of((64, 96), P(None, "fsdp"), {"fsdp": 4, "tensor": 2})
+    >>> shard_axes_of((64, 96), P(None, "fsdp"), {"fsdp": 4, "tensor": 2})
     ((1, 4), (0, 2))
-    >>> cut_of((63, 5), P(), {"fsdp": 4}) is None
+    >>> shard_axes_of((63, 5), P(), {"fsdp": 4}) is None
     True
     """
     rest, found = list(shape), []
@@ -46,9 +46,9 @@ def shard_axes_of(shape: Sequence[int], spec: P, shards: Mapping[str, int]) -> S
 
 
 def to_shards(x: jax.Array, axes: ShardAxes) -> jax.Array:
-    """The parts of an array, each in row-major order, [shards, elements of each].
+    """Splits an array into its shards, each in row-major order, [shards, elements of each].
 
-    >>> dealt(jax.numpy.arange(8).reshape(2, 4), ((1, 2),))
+    >>> to_shards(jax.numpy.arange(8).reshape(2, 4), ((1, 2),))
     Array([[0, 1, 4, 5],
            [2, 3, 6, 7]], dtype=int32)
     """
@@ -58,14 +58,14 @@ def to_shards(x: jax.Array, axes: ShardAxes) -> jax.Array:
 
 
 def from_shards(parts: jax.Array, shape: Sequence[int], axes: ShardAxes) -> jax.Array:
-    """The array whose parts `dealt` gave."""
+    """Returns the array whose shards `to_shards` gave."""
     split, order = _split(shape, axes)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return parts.reshape([split[i] for i in order]).transpose(inverse).reshape(tuple(shape))
 
 
 def _split(shape: Sequence[int], axes: ShardAxes) -> tuple[list[int], list[int]]:
-    """(the shape with each cut axis as its parts and what is left of it, the order with the parts first)."""
+    """Returns (shape with each split axis as (parts, rest), permutation that puts the parts first)."""
     split, firsts, others = [], dict[int, int](), []
     for axis, size in enumerate(shape):
         for number, (_, count) in ((i, c) for i, c in enumerate(axes) if c[0] == axis):

@@ -1,4 +1,4 @@
-"""One update of quantized state: decode, inner update, encode, some pages at a time."""
+"""Update quantized state: decode, apply the wrapped update, and encode, one group of pages at a time."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -40,9 +40,9 @@ def by_page_groups(
     update_fns: Sequence[ElementwiseUpdate],
     seed: int,
 ) -> QuantizedState:
-    """The update of a run of parameters, group after group; its results become known to `inner`.
+    """Updates a paged group, one group of pages after another, and adds its results to the known values.
 
-    Each device goes through the groups of its own shards.
+    Each device updates its own shards.
     """
     group = state.plan.groups[number]
     traced.evaluate(
@@ -63,7 +63,7 @@ def by_page_groups(
 
 
 def _in_place(traced: TracedUpdate, update_fn: ElementwiseUpdate) -> tuple[Hashable | None, ...]:
-    """For each result, its kind where it can take the place of an operand of that kind, or None."""
+    """Returns, for each result, its kind if it can overwrite the operand of that kind, or None."""
     specs = traced.program.specs
 
     def takes(kind: Hashable) -> bool:
@@ -79,9 +79,9 @@ def _scanned(
     own: Any,
     shared: Any,
 ) -> tuple[jax.Array, Any, Any]:
-    """(pool, results, scales) of some shards after the update, group after group.
+    """Returns (pool, results, scales) of some shards after the update, one group of pages after another.
 
-    Updates are written where gradients were, which needs no memory of its own.
+    Updates overwrite gradients, so no additional memory is needed.
     """
     pool, tables, scales, given = own
     known, words = shared
@@ -119,13 +119,13 @@ def _scanned(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Whole
+# Decoded at once
 
 
 def _update_fully_decoded(
     traced: TracedUpdate, state: QuantizedState, component: Component, seed: int
 ) -> QuantizedState:
-    """The update of parameters whose state must be at hand together."""
+    """Updates parameters whose state must be decoded together."""
     own = members(state.plan, component)
     known = dict(traced.known)
     for number, slot, place, leaf in own:
@@ -139,7 +139,7 @@ def _update_fully_decoded(
 
 
 def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]]:
-    """(run, slot, place, leaf) of a component's coded leaves."""
+    """Returns (group, slot, place, leaf) of each coded leaf of a component."""
     return [
         (number, slot, place, leaf)
         for number, layout in enumerate(plan.groups)
@@ -150,7 +150,7 @@ def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]
 
 
 # ---------------------------------------------------------------------------------------------------
-# All
+# All groups
 
 
 GroupUpdate = Callable[
@@ -164,7 +164,7 @@ def apply_update(
     seed: int,
     update_group: GroupUpdate = by_page_groups,
 ) -> tuple[list[Any], QuantizedState]:
-    """The updates, and the state after them; `update_run` does it for a run whose parameters have pieces."""
+    """Returns the updates and the state after them.  `update_group` updates a group element by element."""
     traced.evaluate(traced.untouched())
     elementwise, _ = elementwise_by_group(traced, state.plan)
     for number, update_fns in elementwise.items():
