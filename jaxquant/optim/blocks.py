@@ -16,7 +16,7 @@ from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
 from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate
 
 Arrays = Sequence[jax.Array]
-Apart = Callable[..., Any]  # evaluates (function, *operands) separately
+Separately = Callable[..., Any]  # evaluates (function, *operands) separately
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ class BlockStep:
 
     def __call__(
         self,
-        apart: Apart,
+        separately: Separately,
         compute: Callable[..., Step],
         operands: Any,
         codes: Arrays,
@@ -105,7 +105,7 @@ class BlockStep:
         Blocks in which no value changed keep their codes and scales.
 
         Args:
-            apart: evaluates a function of arrays as a separate computation.
+            separately: evaluates a function of arrays as a separate computation.
             compute: the step, as a function of the operands.  Scales, results and codes each recompute it,
                 which is faster than writing full-precision values and reading them back.
             operands: arrays.
@@ -117,12 +117,12 @@ class BlockStep:
         """
         slots = range(len(self.codecs))
         found = [
-            apart(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
+            separately(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
             for i in slots
         ]
-        results = apart(lambda own: compute(*own).results, operands)
+        results = separately(lambda own: compute(*own).results, operands)
         new = [
-            apart(
+            separately(
                 functools.partial(self._codes, compute, i),
                 *(operands, bits[i], codes[i], *found[i], words[i], start),
             )

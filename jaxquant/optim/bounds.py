@@ -314,7 +314,7 @@ _MOVES = names_of(
     "reduce_precision reshape rev squeeze stop_gradient transpose"
 )
 # Reductions and comparisons are not linear element by element.
-_APART = (
+_NOT_LINEAR = (
     _SUMS
     | _PRODUCTS
     | _COMPARISONS
@@ -329,7 +329,7 @@ _SQUARES = frozenset(["mul", "square", "integer_pow", "abs", "pow"])
 def _form(operation: Operation, x: Sequence[Bound], given: frozenset[int]) -> Bound | None:
     """Returns the linear form of an operation's result; None if it has none and contains no given input."""
     name = operation.name
-    if name in _APART or not any(operand.linear for operand in x):
+    if name in _NOT_LINEAR or not any(operand.linear for operand in x):
         return None
     if name in _MOVES:
         return x[0]

@@ -92,7 +92,7 @@ class Span:
             numbers(words, [jnp.reshape(traced.known[n], ()) for n in kernel.scalars]),
         )
         for kind, flat in zip(self.update_fns[0].produced, results, strict=True):
-            for update_fn, value in zip(self.update_fns, self._apart(flat), strict=True):
+            for update_fn, value in zip(self.update_fns, self._by_parameter(flat), strict=True):
                 traced.known[update_fn.produced[kind]] = value
         before = state.scales[number]
         own = tuple(self._with_own(x, self._by_page(y)) for x, y in zip(before, new, strict=True))
@@ -105,7 +105,7 @@ class Span:
         known = [traced.known[n] for n in self.update_fns[0].wide.values()]
         return [_tiles(x, self.kernel.width) for x in known]
 
-    def _apart(self, flat: jax.Array) -> list[jax.Array]:
+    def _by_parameter(self, flat: jax.Array) -> list[jax.Array]:
         """Splits a flat result by parameter."""
         if self.kernel.width is None:
             return self.group.unflatten(flat)

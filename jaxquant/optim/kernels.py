@@ -188,13 +188,15 @@ class Kernel:
         start = place.astype(jnp.uint32) * jnp.uint32(pages.PAGE)
         codes, bits, scales = state
         operands, compute = (codes, bits, scales, values, known, program), self.blocks.compute
-        apart = functools.partial(_apart, always)
+        separately = functools.partial(_separately, always)
         if always is None:
             found = compute(*operands)
             compute = lambda *_: found  # noqa: E731
         # Pallas reduces one array at a time.
         blocks = dataclasses.replace(self.blocks, largest=largest_of_each)
-        codes, scales, found = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        codes, scales, found = blocks(
+            separately, compute, operands, codes, bits, scales, words, start
+        )
         return list(zip(codes, scales, strict=True)), found
 
     def _known(self, whole: Any, real: Any) -> dict[int, Any]:
@@ -227,7 +229,7 @@ class Kernel:
         return pl.ds(band * 8 * self.width + column * 8 + row, 8, stride=8)
 
 
-def _apart(always: jax.Array | None, function: Callable[..., Any], *operands: Any) -> Any:
+def _separately(always: jax.Array | None, function: Callable[..., Any], *operands: Any) -> Any:
     return function(*operands) if always is None else pages.as_branch(always, function, *operands)
 
 

@@ -97,15 +97,15 @@ def role_of(path: str, shape: tuple[int, ...]) -> str:
 def find(
     tx: optax.GradientTransformation, params: Any, extra: Mapping[str, Any] | None = None
 ) -> tuple[list[Leaf], list[Exact]]:
-    """The leaves of `tx`'s state that can be coded, and those that cannot, with the reason.
+    """Returns the leaves of `tx`'s state that can be coded, and those that cannot, with the reason.
 
     Args:
         tx: any optax transformation.
         params: parameters or their shapes.
-        extra: what its update is given by name, or shapes of it; optax's own need not be named.
+        extra: further arguments of the update by name, or their shapes, except those of optax's own.
 
     Raises:
-        ValueError: an update that cannot be traced from shapes.
+        ValueError: if the update cannot be traced from shapes.
 
     >>> params = {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(64)}
     >>> leaves, exact = find(optax.adam(1e-3), params)

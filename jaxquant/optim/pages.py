@@ -103,8 +103,8 @@ def read_all(
 ) -> list[jt.UInt8[jax.Array, "pages 8 8 128"]]:
     """Returns the codes of the pages of each table.  All are read before any write, to avoid a copy."""
     always = is_real(tables[0])
-    planes = apart(always, lambda pool, tables: [pool[t] for t in tables], pool, list(tables))
-    return [apart(always, _transposed, x) for x in planes]
+    planes = separately(always, lambda pool, tables: [pool[t] for t in tables], pool, list(tables))
+    return [separately(always, _transposed, x) for x in planes]
 
 
 def write(
@@ -113,7 +113,7 @@ def write(
     codes: jt.UInt8[jax.Array, "pages 8 8 128"],
 ) -> jt.UInt8[jax.Array, "rows 8 128"]:
     """Returns the pool with the codes of some pages replaced.  Bits for which there is no row are dropped."""
-    planes = apart(is_real(table), _transposed, codes)
+    planes = separately(is_real(table), _transposed, codes)
     rows = jnp.where(table == 0, _NOWHERE, table).ravel()
     return pool.at[rows].set(planes.reshape(-1, *LANES), mode="drop", unique_indices=True)
 
@@ -139,11 +139,11 @@ def transposed(rows: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def is_real(table: jt.Int32[jax.Array, "pages planes"]) -> jax.Array:
-    """Returns True for any table, in a way that the compiler cannot see; for `apart`."""
+    """Returns True for any table, in a way that the compiler cannot see; for `separately`."""
     return table[0, 0] >= 0
 
 
-def apart(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
+def separately(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
     """Returns function(*operands); on CPUs it is a separate computation that is fused with no other.
 
     XLA's CPU compiler recomputes a cheap chain of operations for each of its uses, and packing bits uses

@@ -112,13 +112,13 @@ def _unwrapped(state: QuantizedState) -> QuantizedState:
 
 
 def report(state: Any) -> Report:
-    """Every leaf of the inner state: what it is for, how it is held, its bits, its bytes.
+    """Returns the role, the codec, the bits and the bytes of every leaf of the plain state.
 
     Args:
-        state: of a `quantize_state`, or one that has exactly one such within.
+        state: the state of a `quantize_state`, or one that contains exactly one such state.
 
     Raises:
-        ValueError: no quantized state, or several.
+        ValueError: if there is no quantized state, or several.
 
     >>> import jax.numpy as jnp, optax
     >>> from jaxquant.optim import fixed, quantize_state

@@ -182,7 +182,7 @@ def _errors_in_shards(
         return after, results[update].astype(jnp.float32)
 
     def stored(slot: int, group: jax.Array, states: list, bits: list) -> list[jax.Array]:
-        """The states, one of them after its rounding."""
+        """Returns the states, with one of them rounded."""
         codec, width = blocks.codecs[slot], bits[slot]
         x = states[slot].astype(jnp.float32)
         coded = encode_blocks(x, width, codec, words[slot], firsts[group])
@@ -196,15 +196,15 @@ def _errors_in_shards(
     def step(_: Any, xs: Any) -> Any:
         group, tables, scales = xs
         # Separate computations, so that compilers round alike wherever they are used.
-        apart = functools.partial(pages.apart, pages.is_real(tables[0]))
+        separately = functools.partial(pages.separately, pages.is_real(tables[0]))
         codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
-        states, _ = apart(next_update, group, apart(blocks.decode, codes, bits, scales))
-        _, exact = apart(next_update, group, states)
+        states, _ = separately(next_update, group, separately(blocks.decode, codes, bits, scales))
+        _, exact = separately(next_update, group, states)
         found = []
         for i in range(len(blocks.codecs)):
-            others = apart(functools.partial(stored, i), group, states, bits)
-            _, felt = apart(next_update, group, others)
-            found.append(_summed(apart(square, group, felt, exact)))
+            others = separately(functools.partial(stored, i), group, states, bits)
+            _, perturbed = separately(next_update, group, others)
+            found.append(_summed(separately(square, group, perturbed, exact)))
         return None, found
 
     shape, rows = tables[0].shape[:3], pool.shape[1]

@@ -226,7 +226,7 @@ def by_shards(plan: Plan, function: Callable[..., Any], own: Any, shared: Any) -
     if plan.mesh is None:
         return function(own, shared)
     spread, alike = P(plan.axis), P()
-    # The branches of `pages.apart` contain constants that do not vary over devices, which the check rejects.
+    # The branches of `pages.separately` contain constants, which do not vary over devices: the check is off.
     mapped = jax.shard_map(
         function, mesh=plan.mesh, in_specs=(spread, alike), out_specs=spread, check_vma=False
     )

@@ -100,11 +100,13 @@ def _scanned(
 
     def step(carry: Any, xs: Any) -> Any:
         (pool, held), (group, tables, scales) = carry, xs
-        apart = functools.partial(pages.apart, pages.is_real(tables[0]))
+        separately = functools.partial(pages.separately, pages.is_real(tables[0]))
         codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
         operands = group, {kind: x[group] for kind, x in held.items()}, codes, bits, scales
         start = firsts[group]
-        codes, scales, results = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        codes, scales, results = blocks(
+            separately, compute, operands, codes, bits, scales, words, start
+        )
         for table, new in zip(tables, codes, strict=True):
             pool = pages.write(pool, table, new)
         pairs = list(zip(in_place, results, strict=True))
