@@ -57,8 +57,9 @@ from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations import monitoring
 from jaxquant.operations.attention import Attention, KVCache
 from jaxquant.operations.conv import ConvGeneralDilated
-from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.einsum import einsum
+from jaxquant.operations.operands import Operands
 from jaxquant.operations.ragged import RaggedDot
 from jaxquant.operations.recipes import recipe
 from jaxquant.quality import versions

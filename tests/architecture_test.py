@@ -17,13 +17,13 @@ LIBRARY = [
     {
         "numerics": (
             "sharding reductions opaque groups rounding packing hadamard calibration estimators "
-            "quantizer qarray measuring stored stacking"
+            "quantizer scales qarray measuring stored stacking"
         ),
     },
     {
         "operations": (
-            "integers product dot native einsum ragged conv smoothed adapters attention recipes "
-            "tapped monitoring"
+            "integers product operands dot native einsum ragged windows conv smoothed adapters "
+            "attention recipes tapped monitoring"
         ),
     },
     {
@@ -44,7 +44,7 @@ LIBRARY = [
         "linen": "calls quantizing freezing calibrating saving",
     },
     {
-        "ptq": "solvers smooth search identity layers solving resuming quantizing searching",
+        "ptq": "statistics solvers smooth search identity layers solving resuming quantizing searching",
         "quality": "intervals examples comparison corruption embeddings weights gates monitor versions",
         "optim": (
             "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
@@ -81,7 +81,7 @@ EXPERIMENTS = [
         "benchmark": "lm optimizers variants step serving report study __main__",
         "optimizer_states": "law tasks analysis figures optimizers report running study __main__",
         "pretrained_quantization": "arms report subjects study __main__",
-        "ptq_overtraining": "analysis added_laws figures report study __main__",
+        "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
         "qat_efficiency": "tasks measuring lineage analysis latency figures report study __main__",
         "train": "program ahead ahead_table claiming monitoring watching running scaling __main__",
         "training_precision": "analysis figures numerics report running study __main__",

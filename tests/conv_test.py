@@ -120,11 +120,11 @@ def test_native_is_the_integer_convolution_forward_and_backward(case):
     hypothesis.assume(expected.size > 0)
     g = integers(expected.shape)
 
-    def laid(x, spec, to):
+    def transposed(x, spec, to):
         return np.transpose(x, [spec.index(c) for c in to])
 
     def back(x, spec, to):
-        return laid(np.asarray(x), to, spec)
+        return transposed(np.asarray(x), to, spec)
 
     function = conv(TENSOR, jq.Operands(TENSOR, None, "native"))
     run = call(
@@ -145,7 +145,7 @@ def test_native_is_the_integer_convolution_forward_and_backward(case):
 
     found = step(
         *(
-            jnp.array(laid(x, spec, to), jnp.float32)
+            jnp.array(transposed(x, spec, to), jnp.float32)
             for x, spec, to in zip((lhs, rhs, g), NCHW, numbers, strict=True)
         )
     )

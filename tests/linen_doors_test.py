@@ -154,7 +154,7 @@ def test_models_go_from_rules_to_serving_with_the_same_bits(tmp_path, name, reci
     for row in (row for row in table if not row.is_quantized):
         is_attention = row.path == "" and name in ("raw attention", "experts")  # takes an a8
         is_narrow = recipe in ("w4a16g16", "nf4") and row.path in ("o", "down/kernel")
-        assert row.reason == "no rule takes them" if is_attention else is_narrow, row
+        assert "two activations" in row.reason if is_attention else is_narrow, row
         assert is_attention or "are not a whole number of blocks" in row.reason, row
 
     serve = jax.jit(quantized.apply)

@@ -271,7 +271,7 @@ def test_coverage_lists_every_product_of_the_model(model):
     *_, other = jq.nnx.coverage(Outside(), {".*": "w8a8"}, TOKENS)
     assert (other.kind, other.macs) == ("dot", 10 * 2 * 4 * 4)
     assert other.source.startswith("nnx_test.py:")
-    assert other.reason == "no rule takes them"
+    assert other.reason == "products of two activations, which no rule takes"
 
 
 @pytest.mark.parametrize("x", [jnp.ones((2, 3)), None, "text"])

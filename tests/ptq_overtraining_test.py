@@ -12,7 +12,7 @@ import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import trials
-from experiments.ptq_overtraining import analysis, report, study
+from experiments.ptq_overtraining import analysis, measuring, report, study
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -50,10 +50,10 @@ def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeyp
         )
 
     monkeypatch.setattr("jaxquant.operations.dot.fake_quant", counting)
-    study.make_evaluate.cache_clear()
-    evaluate = study.make_evaluate(graphdef, "channel")
+    measuring.make_evaluate.cache_clear()
+    evaluate = measuring.make_evaluate(graphdef, "channel")
     losses = [float(evaluate(params, jnp.float32(bits), WINDOWS).mean()) for bits in range(2, 10)]
-    study.make_evaluate.cache_clear()
+    measuring.make_evaluate.cache_clear()
     assert len(set(losses)) == 8
     linears = 7 * CONFIG.layers
     assert len(calls) == linears, "each linear's weights are traced once over eight widths"
@@ -63,7 +63,7 @@ def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeyp
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "4"])
 @pytest.mark.parametrize("scope", study.SCOPES)
 def test_the_evaluation_is_of_the_rounded_weights(graphdef, params, granularity, scope):
-    quantizer = jq.Quantizer(jq.Int(3), study.parse_granularity(granularity))
+    quantizer = jq.Quantizer(jq.Int(3), measuring.parse_granularity(granularity))
 
     def rounded(path, x):
         names = [str(getattr(k, "key", getattr(k, "name", k))) for k in path]
@@ -72,11 +72,11 @@ def test_the_evaluation_is_of_the_rounded_weights(graphdef, params, granularity,
         return jq.fake_quant(x, quantizer, axis=1) if "embedding" in names and scope == "all" else x
 
     by_hand = jax.tree_util.tree_map_with_path(rounded, params)
-    expected = study.make_evaluate(graphdef, None)(by_hand, jnp.float32(0), WINDOWS)
-    found = study.make_evaluate(graphdef, granularity, scope)(params, jnp.float32(3), WINDOWS)
+    expected = measuring.make_evaluate(graphdef, None)(by_hand, jnp.float32(0), WINDOWS)
+    found = measuring.make_evaluate(graphdef, granularity, scope)(params, jnp.float32(3), WINDOWS)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert not np.allclose(
-        found, study.make_evaluate(graphdef, None)(params, jnp.float32(0), WINDOWS)
+        found, measuring.make_evaluate(graphdef, None)(params, jnp.float32(0), WINDOWS)
     )
 
 
@@ -265,7 +265,7 @@ def test_a_trial_that_diverges_has_a_record_that_says_so(tmp_path):
 
 
 def test_a_broken_model_gives_no_number_rather_than_a_wrong_one():
-    assert study._mean_and_error(np.array([1.0, np.nan])) == {"mean": None, "se": None}
+    assert measuring._mean_and_error(np.array([1.0, np.nan])) == {"mean": None, "se": None}
     broken = record(0, "wsd", (0.1, 0.2, None))
     summary = analysis.summarize([broken], 1)
     assert summary["headline"]["rows"][0]["gamma"] is None

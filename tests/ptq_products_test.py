@@ -9,7 +9,7 @@ from flax import nnx
 import jaxquant as jq
 from jaxquant.nnx.modules import read
 from jaxquant.numerics.stored import Stored
-from jaxquant.ptq import smooth, solvers
+from jaxquant.ptq import smooth, solvers, statistics
 
 pytestmark = [
     pytest.mark.usefixtures("as_users_compute"),
@@ -36,7 +36,7 @@ def solved(method, weight, seen, recipe="w3a16"):
     rows = np.concatenate([np.asarray(x, np.float64).reshape(-1, x.shape[-1]) for x in seen])
     sums = rows.T @ rows, np.abs(rows).max(0), np.abs(rows).sum(0)
     count = jnp.int32(len(rows)), jnp.int32(0)
-    state = solvers.Statistics(*(jnp.asarray(x, jnp.float32) for x in sums), *count)
+    state = statistics.InputStatistics(*(jnp.asarray(x, jnp.float32) for x in sums), *count)
     if method == "gptq":
         return jq.dequantize(solvers.gptq(weight, state.hessian, quantizer))
     scale = smooth.awq_scale(weight, state, quantizer)[:, None]

@@ -18,7 +18,7 @@ from jaxquant.laws.law import x64
 from jaxquant.numerics import reductions
 from jaxquant.operations.recipes import RECIPES
 from jaxquant.optim import codecs
-from jaxquant.ptq import smooth, solvers
+from jaxquant.ptq import smooth, statistics
 
 # Sizes around 4096, from which on XLA's CPU backend has its reductions computed by a library.
 SHAPES = [
@@ -213,9 +213,9 @@ def test_no_code_of_optimizer_state_stands_for_a_finite_number_in_place_of_a_bad
 
 def test_statistics_of_layers_show_it():
     x = jnp.asarray(spoiled(np.ones((64, 64)), 100, np.nan))
-    state = jax.jit(solvers.update)(solvers.statistics(64), x)
+    state = jax.jit(statistics.update)(statistics.statistics(64), x)
     assert np.isnan(state.absmax).tolist() == [i == 100 % 64 for i in range(64)]
-    fine = jax.jit(solvers.update)(solvers.statistics(64), jnp.ones((64, 64)))
+    fine = jax.jit(statistics.update)(statistics.statistics(64), jnp.ones((64, 64)))
     found = jax.jit(smooth.smoothquant_scale)(x, fine)
     assert np.isnan(found).all()  # each is floored by a share of the largest
 

@@ -13,7 +13,7 @@ import scipy.linalg
 import jaxquant as jq
 from jaxquant import calibration
 from jaxquant.operations import smoothed
-from jaxquant.ptq import smooth, solvers
+from jaxquant.ptq import smooth, solvers, statistics
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
@@ -226,8 +226,8 @@ def test_gptq_takes_ranges_that_are_data():
 
 def test_statistics_are_sums_over_everything_seen():
     x = inputs(0, n=7, count=60)
-    state = solvers.statistics(7)
-    step = jax.jit(solvers.update)
+    state = statistics.statistics(7)
+    step = jax.jit(statistics.update)
     for part in np.split(x.reshape(10, 6, 7), [2, 3], axis=0):
         state = step(state, jnp.array(part))
     exact = x.astype(np.float64)
@@ -239,7 +239,9 @@ def test_statistics_are_sums_over_everything_seen():
 
 def test_statistics_count_what_is_not_finite():
     x = jnp.array(inputs(0, n=4)).at[3, 1].set(jnp.nan).at[5, 2].set(-jnp.inf)
-    state = solvers.update(solvers.update(solvers.statistics(4), x), x.astype(jnp.bfloat16))
+    state = statistics.update(
+        statistics.update(statistics.statistics(4), x), x.astype(jnp.bfloat16)
+    )
     assert int(state.nonfinite) == 4
     assert int(jnp.isfinite(state.hessian).sum()) == 4  # of the other two channels
     weight = jnp.ones((4, 2))
@@ -249,7 +251,7 @@ def test_statistics_count_what_is_not_finite():
 
 
 def test_statistics_of_nothing_solve_to_nan():
-    empty = solvers.update(solvers.statistics(4), jnp.zeros((0, 4)))
+    empty = statistics.update(statistics.statistics(4), jnp.zeros((0, 4)))
     solved = solvers.gptq(jnp.ones((4, 2)), empty.hessian, jq.Quantizer(jq.INT4))
     assert jnp.isnan(jq.dequantize(solved)).all()
 
@@ -257,14 +259,16 @@ def test_statistics_of_nothing_solve_to_nan():
 def test_statistics_of_scaled_inputs():
     x = inputs(0)
     scale = np.exp(np.random.default_rng(1).normal(size=N)).astype(np.float32)
-    seen = functools.partial(solvers.update, solvers.statistics(N))
+    seen = functools.partial(statistics.update, statistics.statistics(N))
     found = smooth.rescaled(seen(jnp.array(x)), jnp.array(scale))
     expected = seen(jnp.array(x / scale))
     sizes = np.sqrt(np.outer(*[np.diag(expected.hessian)] * 2))
     np.testing.assert_allclose(found.hessian / sizes, expected.hessian / sizes, atol=1e-5)
     np.testing.assert_allclose(found.absmax, expected.absmax, rtol=1e-6)
     np.testing.assert_allclose(found.absmean, expected.absmean, rtol=1e-5)
-    assert smooth.rescaled(solvers.statistics(N, hessian=False), jnp.array(scale)).products is None
+    assert (
+        smooth.rescaled(statistics.statistics(N, hessian=False), jnp.array(scale)).products is None
+    )
 
 
 def test_the_objective_is_the_outputs_mean_squared_error():
@@ -276,8 +280,8 @@ def test_the_objective_is_the_outputs_mean_squared_error():
     assert objective(weight, weight, hessian) == 0
 
 
-def state_of(seed: int = 0) -> solvers.Statistics:
-    return solvers.update(solvers.statistics(N), jnp.array(inputs(seed)))
+def state_of(seed: int = 0) -> statistics.InputStatistics:
+    return statistics.update(statistics.statistics(N), jnp.array(inputs(seed)))
 
 
 @among("int3 channel", "uint3 minmax", "int3 rotated", "nvfp4")
@@ -298,7 +302,7 @@ def test_activation_aware_scales_lose_least_of_the_grid(quantizer):
 
 def test_activation_aware_scales_of_even_inputs_are_ones():
     weight = layer()[0]
-    even = solvers.update(solvers.statistics(N), jnp.eye(N))
+    even = statistics.update(statistics.statistics(N), jnp.eye(N))
     np.testing.assert_array_equal(
         smooth.awq_scale(weight, even, QUANTIZERS["int3 channel"]), jnp.ones(N)
     )
@@ -364,8 +368,8 @@ def test_scales_of_channels_that_are_zero_are_positive_and_finite():
     weight = layer()[0].at[2].set(0)
     x = inputs(0)
     x[:, [2, 9]] = 0
-    state = solvers.update(solvers.statistics(N), jnp.array(x))
-    nothing = solvers.update(solvers.statistics(N), jnp.zeros((3, N)))
+    state = statistics.update(statistics.statistics(N), jnp.array(x))
+    nothing = statistics.update(statistics.statistics(N), jnp.zeros((3, N)))
     quantizer = QUANTIZERS["int3 channel"]
     for seen in (state, nothing):
         for scale in (
@@ -472,7 +476,7 @@ def test_a_smoothed_product_has_the_straight_through_gradients():
 def test_smoothing_helps_where_few_inputs_are_large():
     x = jnp.array(inputs(0)).at[:, 5].multiply(50.0)
     weight = layer()[0]
-    state = solvers.update(solvers.statistics(N), x)
+    state = statistics.update(statistics.statistics(N), x)
     exact = x @ weight
     errors = [
         float(jnp.mean((jax.jit(lambda dot: dot(x, weight, MATMUL))(dot) - exact) ** 2))
@@ -514,11 +518,14 @@ def _smoothed(x, w):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: solvers.statistics(0), "n=0"),
-        (lambda: solvers.statistics(2.0), "n=2.0"),
-        (lambda: solvers.update(solvers.statistics(2), jnp.ones((3, 3))), r"shape \(..., 2\)"),
-        (lambda: solvers.update(solvers.statistics(2), jnp.ones(2, int)), "int32"),
-        (lambda: solvers.statistics(2, hessian=False).hessian, "hessian=True"),
+        (lambda: statistics.statistics(0), "n=0"),
+        (lambda: statistics.statistics(2.0), "n=2.0"),
+        (
+            lambda: statistics.update(statistics.statistics(2), jnp.ones((3, 3))),
+            r"shape \(..., 2\)",
+        ),
+        (lambda: statistics.update(statistics.statistics(2), jnp.ones(2, int)), "int32"),
+        (lambda: statistics.statistics(2, hessian=False).hessian, "hessian=True"),
         (lambda: _gptq(weight=jnp.ones((4, 2, 1))), "inputs, outputs"),
         (lambda: _gptq(weight=jnp.ones((4, 2), int)), "floating-point"),
         (lambda: _gptq(hessian=jnp.eye(2)), r"\(4, 4\)"),
@@ -534,13 +541,13 @@ def _smoothed(x, w):
         (lambda: solvers.rtn(jnp.ones(4), jq.Quantizer(jq.INT4)), "inputs, outputs"),
         (
             lambda: smooth.awq_scale(
-                jnp.ones((4, 2)), solvers.statistics(4, hessian=False), jq.Quantizer(jq.INT4)
+                jnp.ones((4, 2)), statistics.statistics(4, hessian=False), jq.Quantizer(jq.INT4)
             ),
             "no Hessian",
         ),
         (
             lambda: smooth.awq_scale(
-                jnp.ones((4, 2)), solvers.statistics(4), jq.Quantizer(jq.INT4), grid=0
+                jnp.ones((4, 2)), statistics.statistics(4), jq.Quantizer(jq.INT4), grid=0
             ),
             "grid",
         ),
@@ -558,8 +565,14 @@ def _smoothed(x, w):
             ),
             "Step",
         ),
-        (lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), solvers.statistics(4), 1.5), "alpha"),
-        (lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), solvers.statistics(3)), "3 channels"),
+        (
+            lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), statistics.statistics(4), 1.5),
+            "alpha",
+        ),
+        (
+            lambda: smooth.smoothquant_scale(jnp.ones((4, 2)), statistics.statistics(3)),
+            "3 channels",
+        ),
         (lambda: smoothed.Smoothed("dot", jnp.ones(4)), "dot_general is a function"),
         (lambda: smoothed.Smoothed(jax.lax.dot_general, 2.0), "scale is a floating"),
         (lambda: _smoothed(jnp.ones((2, 3)), jnp.ones((3, 2))), "3 channels"),

@@ -5,9 +5,6 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import nnx
 
 import jaxquant as jq
@@ -18,15 +15,17 @@ from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.harness.training import sharding, train, wsd
 from experiments.ptq_overtraining import report
-from jaxquant.numerics.groups import Granularity
+from experiments.ptq_overtraining.measuring import (
+    FEWEST_STEPS,
+    SCOPES,
+    Trial,
+    measure,
+    parse_granularity,
+)
 
 SCHEDULES = ("wsd", "cosine")
-SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
-COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
-_FEWEST_STEPS = 10
 _LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 _MOST_SEEDS = 10_000
-_TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
 
 
 @dataclasses.dataclass
@@ -97,42 +96,6 @@ PRESETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One training run and what is measured along it: all branches of a WSD trunk, or one cosine."""
-
-    size: str
-    schedule: str
-    tokens_per_parameter: tuple[int, ...]
-    seed: int
-    bits: tuple[int, ...]
-    granularities: tuple[str, ...]
-    scopes: tuple[str, ...]
-    evaluation_windows: int
-    data: str
-    data_path: str
-    shift_path: str
-    data_fingerprint: str
-    sequence: int
-    batch: int
-    peak_lr: float
-    dtype: str
-    log_every: int
-    mesh_data: int
-    mesh_fsdp: int
-    checkpoint_every: int
-
-    def steps(self, tokens_per_parameter: int) -> int:
-        """Training steps that come nearest to D = tokens_per_parameter · N tokens."""
-        tokens = tokens_per_parameter * lm.SIZES[self.size].non_embedding_parameters
-        return max(_FEWEST_STEPS, round(tokens / (self.batch * self.sequence)))
-
-    def cooldown_start(self, tokens_per_parameter: int) -> int:
-        """Where a WSD branch leaves the trunk."""
-        steps = self.steps(tokens_per_parameter)
-        return steps - max(1, round(COOLDOWN * steps))
-
-
 def make_trials(config: Config) -> list[Trial]:
     """The grid as trials.
 
@@ -175,7 +138,7 @@ def _check_lengths(trial: Trial) -> None:
         if abs(actual / d - 1) > _LENGTH_TOLERANCE:
             raise ValueError(
                 f"config.tokens_per_parameter {d} at N = {trial.size} would come out as {actual:.1f} in "
-                f"batches of {trial.batch} × {trial.sequence} tokens (at least {_FEWEST_STEPS} steps); "
+                f"batches of {trial.batch} × {trial.sequence} tokens (at least {FEWEST_STEPS} steps); "
                 "choose longer runs or smaller batches"
             )
 
@@ -225,22 +188,6 @@ def _check_blocks(model: lm.LMConfig, granularities: tuple[str, ...]) -> None:
             )
 
 
-def parse_granularity(text: str) -> Granularity:
-    """The granularity that a text names: "tensor", "channel", or a block size in digits.
-
-    Raises:
-        ValueError: anything else.
-
-    >>> parse_granularity("128")
-    128
-    """
-    if text in ("tensor", "channel"):
-        return text
-    if isinstance(text, str) and text.isdecimal() and int(text) > 0:
-        return int(text)
-    raise ValueError(f"config.granularities are 'tensor', 'channel' or a block size; got {text!r}")
-
-
 # ---------------------------------------------------------------------------------------------------
 # Measuring
 
@@ -266,69 +213,6 @@ def _step(size: str, dtype: str, vocab_size: int, mesh_data: int, mesh_fsdp: int
     graphdef, _ = _model(size, dtype, vocab_size)
     mesh = sharding.make_mesh(mesh_data, mesh_fsdp)
     return train.make_step(train.next_token_loss(graphdef), train.adamw(), mesh), mesh
-
-
-@functools.lru_cache
-def make_evaluate(graphdef: nnx.GraphDef, granularity: str | None, scope: str = "linears"):
-    """A compiled (params, bits, tokens) -> mean loss of each window, float32[windows].
-
-    Args:
-        graphdef: the model.
-        granularity: of the weights' round-to-nearest quantization; None quantizes nothing.
-        scope: which layers, of `SCOPES`.
-    """
-
-    @jax.jit
-    def evaluate(params, bits: jax.Array, tokens_WxT1: jax.Array) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        if granularity is not None:
-            weights = jq.Quantizer(jq.Int(bits), parse_granularity(granularity))
-            dot_general = jq.DotGeneral(jq.Operands(rhs=weights))
-            paths = "blocks/.*" if scope == "linears" else ".*"
-            model = jq.nnx.quantize(model, {paths: dot_general})
-
-        def losses(tokens_T1):
-            logits = model(tokens_T1[None, :-1])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_T1[None, 1:])
-            return losses.mean()
-
-        together = max(1, _TOKENS_TOGETHER // tokens_WxT1.shape[1])
-        return jax.lax.map(losses, tokens_WxT1, batch_size=together)
-
-    return evaluate
-
-
-def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -> dict:
-    """Base loss, and the loss that each quantization adds, per split: means and standard errors."""
-    base, added, counts = {}, [], {}
-    for split in corpus.evaluation:
-        windows = data.evaluation_windows(corpus, split, trial.sequence, trial.evaluation_windows)
-        counts[split] = len(windows)
-        reference = np.asarray(
-            make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64
-        )
-        base[split] = _mean_and_error(reference)
-        for granularity in trial.granularities:
-            for scope in trial.scopes:
-                evaluate = make_evaluate(graphdef, granularity, scope)
-                for bits in trial.bits:
-                    losses = np.asarray(evaluate(params, jnp.float32(bits), windows), np.float64)
-                    kind = {
-                        "split": split,
-                        "granularity": granularity,
-                        "scope": scope,
-                        "bits": bits,
-                    }
-                    added.append(kind | _mean_and_error(losses - reference))
-    return {"windows": counts, "base": base, "added": added}
-
-
-def _mean_and_error(values: np.ndarray) -> dict:
-    """The mean with its standard error over windows; None where a broken model gives no number."""
-    if not np.isfinite(values).all():
-        return {"mean": None, "se": None}
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "se": error}
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from jaxquant.numerics import calibration, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.attention import Attention
 from jaxquant.operations.conv import ConvGeneralDilated
-from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.dot import DotGeneral
+from jaxquant.operations.operands import Operands
 from jaxquant.operations.ragged import RaggedDot
 from jaxquant.operations.smoothed import Smoothed
 

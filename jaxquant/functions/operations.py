@@ -18,7 +18,8 @@ from jaxquant.numerics.stacking import Stacking
 from jaxquant.operations import tapped
 from jaxquant.operations.attention import Attention
 from jaxquant.operations.conv import ConvGeneralDilated
-from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.dot import DotGeneral
+from jaxquant.operations.operands import Operands
 from jaxquant.operations.product import is_float8, materialized
 from jaxquant.operations.ragged import RaggedDot
 from jaxquant.operations.tapped import Tapped

@@ -25,7 +25,7 @@ import jaxtyping as jt
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxquant.formats import Block, Codebook, Float, Format, Int, divide, in_float32, is_static
+from jaxquant.formats import Block, Codebook, Format, in_float32
 from jaxquant.numerics import calibration as calibrations
 from jaxquant.numerics import estimators
 from jaxquant.numerics import rounding as roundings
@@ -34,12 +34,8 @@ from jaxquant.numerics.hadamard import rotated, rotated_back
 from jaxquant.numerics.opaque import DirectRead, Opaque, Owner
 from jaxquant.numerics.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.scales import TINY, TOP, Scales, divided_by, flushed, found_scales
 from jaxquant.numerics.sharding import computed_as_auto, spec_of, unrepeated
-
-_TINY = jnp.finfo(jnp.float32).tiny
-_TOP = float(jnp.finfo(jnp.float32).max)
-# Beyond this a scale's reciprocal is subnormal, which most hardware flushes.
-_HUGE = 2.0**100
 
 
 @jax.tree_util.register_dataclass
@@ -197,7 +193,7 @@ class QArray(Opaque):
         if not isinstance(self.format, Block):
             return self.scale
         scale = self.format.scale.load(self.scale)
-        return _flushed(scale if self.tensor_scale is None else scale * self.tensor_scale)
+        return flushed(scale if self.tensor_scale is None else scale * self.tensor_scale)
 
 
 def _taken(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
@@ -205,106 +201,6 @@ def _taken(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
     if part.shape[0] == n:
         return part[rows]
     return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Scales:
-    """What stands beside the grid's values, in `grouped`'s view.
-
-    Attributes:
-        scale: float32, a Block's own before storage.
-        tensor: the scale above a two-level Block's.
-        zero: the zero point of an asymmetric range.
-    """
-
-    scale: jax.Array
-    tensor: jax.Array | None = None
-    zero: jax.Array | None = None
-
-    @property
-    def whole(self) -> jax.Array:
-        """What the grid's values are multiplied with."""
-        return _flushed(self.scale if self.tensor is None else self.scale * self.tensor)
-
-
-def _flushed(scale: jax.Array) -> jax.Array:
-    """Scales of which none is subnormal: two levels' product, or E8M0's 2^−127, which stands for zero."""
-    return jnp.where(scale < _TINY, 0, scale)
-
-
-def _scales(found: Any, quantizer: Quantizer) -> _Scales:
-    """From a calibrated range to scales."""
-    if isinstance(found, tuple):
-        low, high = found
-        return _asymmetric(low, high, quantizer)
-    is_scale = isinstance(found, calibrations.Scale)
-    range_ = found.value if is_scale else found
-    scale = range_ if is_scale else divide(range_, quantizer.element.max_value)
-    if calibrations.sees_all(quantizer.calibration):
-        scale = scale + 0 * scale  # Inf becomes NaN; none is negative
-    else:
-        scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
-    empty = (range_ < _TINY) & ~jnp.isnan(scale)
-    if isinstance(quantizer.format, Block):
-        return _Scales(*quantizer.format.scales(scale, empty))
-    return _Scales(_no_smaller(scale, empty, quantizer))
-
-
-def _no_smaller(scale: jax.Array, empty: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Scales of which none is subnormal, which most hardware flushes.  NaN stays.
-
-    A group that is empty, of zeros alone, gets 0: whatever the grid has nearest to zero, it stands for zero,
-    and a gradient that its scale is carried over to is not widened by it.  Floats as wide as float32 hold
-    values as they are, at scale 1.  A range that was given, or leaves values out, clips what lies beyond it,
-    however small.
-    """
-    if not calibrations.sees_all(quantizer.calibration):
-        return jnp.where(scale < _TINY, _TINY, scale)
-    least = 1 if isinstance(quantizer.element, Float) else _TINY
-    return jnp.where(empty, 0, jnp.where(scale < _TINY, least, scale))
-
-
-def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> _Scales:
-    element = quantizer.format
-    if not isinstance(element, Int) or element.levels == "midrise":
-        raise ValueError(
-            "an asymmetric range needs an Int with a zero, whose steps a zero point counts; "
-            f"got format {element}"
-        )
-    levels = jnp.float32(element.max_value) - jnp.float32(element.min_value)
-    # Zero is always within the range, so that it has a value of its own; the difference of the ends
-    # might not be a float32, half of it is.
-    ends_in_order = low <= high
-    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    half = divide(high / 2 - low / 2, levels)
-    half = jnp.where(jnp.isinf(half), jnp.nan, half)
-    scale = 2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2)
-    scale = _no_smaller(scale, high - low < _TINY, quantizer)
-    scale = jnp.where(ends_in_order, scale, jnp.nan)
-    zero = jnp.round(element.min_value - low / jnp.where(scale == 0, 1, scale))
-    return _Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
-
-
-def _divide(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """view / scale without an intermediate that is no float32, whatever the scale."""
-    scale = jnp.where(scale == 0, 1, scale)  # what is multiplied by 0 afterwards
-    # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
-    if _has_plain_reciprocal(quantizer):
-        return view * (1 / scale)
-    shrink = jnp.where(scale > _HUGE, 2.0**-64, 1)
-    return (view * shrink) * (1 / (scale * shrink))
-
-
-def _has_plain_reciprocal(quantizer: Quantizer) -> bool:
-    """Whether it is known beforehand that no scale is so large that its reciprocal would be flushed."""
-    top = quantizer.element.max_value
-    is_one_level = not isinstance(quantizer.format, Block)
-    return (
-        is_one_level
-        and calibrations.sees_all(quantizer.calibration)
-        and is_static(top)
-        and float(top) >= 8  # a range is below 2^129, and 2^-126 is no subnormal
-    )
 
 
 def _check(x: Any, quantizer: Any) -> None:
@@ -333,19 +229,19 @@ def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
 
 def to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
-) -> tuple[jax.Array, _Scales, jax.Array]:
+) -> tuple[jax.Array, Scales, jax.Array]:
     """The waist of the library: float32 (grid values, scales, x), all in `grouped`'s view of x."""
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
     view, axes = grouped(x, groups), within(x.shape, groups)
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
-    scales = _scales(found, quantizer)
+    scales = found_scales(found, quantizer)
     if not calibrations.sees_all(quantizer.calibration):
         # Zeros are zeros, whatever range was given.
-        empty = calibrations.absmax(jax.lax.stop_gradient(view), axes) < _TINY
+        empty = calibrations.absmax(jax.lax.stop_gradient(view), axes) < TINY
         scales = dataclasses.replace(scales, scale=jnp.where(empty, 0, scales.scale))
         finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
         scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
-    ratio = _divide(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
+    ratio = divided_by(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
     if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
         key = key(scales.scale)
 
@@ -359,7 +255,7 @@ def to_grid(
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:
     """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
-    top = min(float(jnp.finfo(dtype).max), _TOP)
+    top = min(float(jnp.finfo(dtype).max), TOP)
     return jnp.clip(x, -top, top).astype(dtype)
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.numerics.qarray import QArray
-from jaxquant.operations.dot import DimensionNumbers, as_tuples
+from jaxquant.operations.operands import DimensionNumbers, as_tuples
 
 
 @functools.partial(

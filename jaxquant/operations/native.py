@@ -14,8 +14,8 @@ import numpy as np
 from jaxquant.formats import Float, Int
 from jaxquant.numerics.qarray import QArray, dequantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.operations.dot import Operands
 from jaxquant.operations.integers import as_int8, check_accumulation, is_integer
+from jaxquant.operations.operands import Operands
 from jaxquant.operations.product import is_float8
 
 

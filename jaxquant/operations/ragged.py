@@ -11,20 +11,16 @@ import jaxtyping as jt
 from jaxquant.numerics import rounding
 from jaxquant.numerics.qarray import QArray, dequantize, quantize
 from jaxquant.numerics.sharding import computed_as_auto
-from jaxquant.operations.dot import (
-    DotGeneral,
+from jaxquant.operations.dot import DotGeneral, as_multiplied, grad_templates, residual, simulate
+from jaxquant.operations.native import check_operands, parts, wide
+from jaxquant.operations.operands import (
     Operands,
     as_values,
     check_stored,
     differentiable,
-    first_order,
-    kept,
-    laid,
-    likes,
+    forbid_second_derivative,
     result_spec,
-    simulate,
 )
-from jaxquant.operations.native import check_operands, parts, wide
 from jaxquant.operations.product import result_type
 
 _BY_GROUP = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
@@ -260,11 +256,14 @@ def _ragged(
 def _ragged_forward(options, operands, lhs, rhs, group_sizes):
     forward, dlhs, drhs, originals = operands
     left = lhs if forward.lhs is None else quantize(lhs, forward.lhs, 1)
-    right = laid(rhs, originals[1], forward.rhs, (1,))
+    right = as_multiplied(rhs, originals[1], forward.rhs, (1,))
     out = _row_product(left, right, group_sizes, dict(options))
     # What the backward pass multiplies stays quantized: a quarter of float32's bytes.
-    residuals = (kept(originals[0], left, drhs, (0,)), kept(originals[1], right, dlhs, (2,)))
-    return out, (residuals, group_sizes, (dlhs, drhs), likes(lhs, rhs, originals))
+    residuals = (
+        residual(originals[0], left, drhs, (0,)),
+        residual(originals[1], right, dlhs, (2,)),
+    )
+    return out, (residuals, group_sizes, (dlhs, drhs), grad_templates(lhs, rhs, originals))
 
 
 def _ragged_backward(options, residuals, gradient):
@@ -279,7 +278,12 @@ def _ragged_backward(options, residuals, gradient):
     if rhs_like is not None:
         right = _rhs_gradient(options, drhs, gradient, lhs, group_sizes).astype(rhs_like.dtype)
     witnesses = (lhs_like, rhs_like)
-    return None, first_order(left, witnesses), first_order(right, witnesses), None
+    return (
+        None,
+        forbid_second_derivative(left, witnesses),
+        forbid_second_derivative(right, witnesses),
+        None,
+    )
 
 
 _ragged.defvjp(_ragged_forward, _ragged_backward)

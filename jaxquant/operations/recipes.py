@@ -10,7 +10,8 @@ from jaxquant.formats import E4M3, E5M2, INT8, MXFP4, MXFP6, MXFP8, NF4, NVFP4, 
 from jaxquant.numerics import calibration, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.attention import Attention
-from jaxquant.operations.dot import DotGeneral, Operands
+from jaxquant.operations.dot import DotGeneral
+from jaxquant.operations.operands import Operands
 
 _NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?(?:-(lsq|quest|token))?")
 _ATTENTION = re.compile(r"(?=.)(?:a([1-9][0-9]*))?(?:kv([1-9][0-9]*))?")

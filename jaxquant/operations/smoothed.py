@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.sharding import computed_as_auto, spec_of
-from jaxquant.operations.dot import DimensionNumbers, as_tuples
+from jaxquant.operations.operands import DimensionNumbers, as_tuples
 
 
 @functools.partial(jax.tree_util.register_pytree_node_class)

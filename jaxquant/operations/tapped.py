@@ -16,17 +16,12 @@ from jaxquant.numerics import rounding
 from jaxquant.numerics.measuring import Quantized, Sums, measured, nothing
 from jaxquant.numerics.qarray import QArray, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.operations.conv import DRHS_KEY, Window, all_but, window_of
-from jaxquant.operations.dot import (
-    DimensionNumbers,
-    DotGeneral,
-    Operands,
-    as_tuples,
-    carry_scale,
-    gradient_numbers,
-)
+from jaxquant.operations.conv import DRHS_KEY
+from jaxquant.operations.dot import DotGeneral, carry_scale, gradient_numbers
 from jaxquant.operations.native import wide
+from jaxquant.operations.operands import DimensionNumbers, Operands, as_tuples
 from jaxquant.operations.ragged import by_row, in_groups
+from jaxquant.operations.windows import Window, all_but, window_of
 
 
 class Four(NamedTuple):

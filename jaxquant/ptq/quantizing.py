@@ -29,7 +29,6 @@ from jaxquant.operations.dot import DotGeneral
 from jaxquant.ptq.identity import identity
 from jaxquant.ptq.layers import Layer, layers_of, operation_of, quantizer_of
 from jaxquant.ptq.resuming import Store
-from jaxquant.ptq.solvers import Statistics
 from jaxquant.ptq.solving import (
     Method,
     check_seen,
@@ -39,6 +38,7 @@ from jaxquant.ptq.solving import (
     statistic,
     statistics_bytes,
 )
+from jaxquant.ptq.statistics import InputStatistics
 
 Model = TypeVar("Model", bound=nnx.Module)
 Batches = Sequence[Any] | Callable[[], Iterable[Any]]
@@ -287,7 +287,7 @@ def _stages(ordered: Sequence[Layer], memory: int, chosen: Method) -> list[list[
 
 def _statistics(
     model: nnx.Module, stage: Sequence[Layer], batches: Any, chosen: Method, call: Any
-) -> dict[str, Statistics]:
+) -> dict[str, InputStatistics]:
     """By how each weight of a stage is made."""
     wanted = {
         key: statistic(matrices.inputs, chosen)

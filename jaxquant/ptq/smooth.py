@@ -15,14 +15,19 @@ import jaxtyping as jt
 from jaxquant.numerics.qarray import fake_quant
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.reductions import largest
-from jaxquant.ptq.solvers import Statistics, check_grid, check_layer, least_of, objective
+from jaxquant.ptq.solvers import check_grid, check_layer, least_of, objective
+from jaxquant.ptq.statistics import InputStatistics
 
 # Channels below this share of the largest one count as that large, so that no scale is zero or Inf.
 _LEAST_SHARE = 1e-5
 
 
 def awq_scale(
-    weight: jt.Float[jax.Array, "n m"], state: Statistics, quantizer: Quantizer, *, grid: int = 20
+    weight: jt.Float[jax.Array, "n m"],
+    state: InputStatistics,
+    quantizer: Quantizer,
+    *,
+    grid: int = 20,
 ) -> jt.Float[jax.Array, " n"]:
     """Activation-aware scales: input channels that are large are given the finer share of the grid.
 
@@ -75,7 +80,7 @@ def _awq_scale(
 
 
 def smoothquant_scale(
-    weight: jt.Float[jax.Array, "n m"], state: Statistics, alpha: float = 0.5
+    weight: jt.Float[jax.Array, "n m"], state: InputStatistics, alpha: float = 0.5
 ) -> jt.Float[jax.Array, " n"]:
     """Scales that move the difficulty of quantizing from the inputs to the weight:
 
@@ -119,7 +124,7 @@ def _floored(magnitudes: jax.Array) -> jax.Array:
     return jnp.where(top == 0, 1, jnp.maximum(magnitudes, _LEAST_SHARE * top))
 
 
-def rescaled(state: Statistics, scale: jt.Float[jax.Array, " n"]) -> Statistics:
+def rescaled(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
     """The statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
 
     Args:

@@ -5,7 +5,7 @@ loses on the inputs seen is
 
     E ‖(W − Ŵ)ᵀ x‖² = tr((W − Ŵ)ᵀ H (W − Ŵ)),    H = E[x xᵀ]
 
-(`objective`), so that a layer's inputs are summed up in n² numbers (`Statistics`).  `rtn` ignores them;
+(`objective`), so that a layer's inputs are summed up in n² numbers (`InputStatistics`).  `rtn` ignores them;
 `gptq` rounds one input channel after the other and lets those that follow make up for the error;
 `awq_clip` finds ranges.
 """
@@ -24,117 +24,7 @@ from jaxquant.numerics.groups import scale_shape
 from jaxquant.numerics.hadamard import hadamard
 from jaxquant.numerics.qarray import QArray, calibrate, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.reductions import largest
-
-_matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What one layer's inputs x tell, in sums, so that batch after batch is added.
-
-    Attributes:
-        products: Σ x xᵀ, or None where it was not asked for.
-        largest: max |x| of each channel.
-        magnitudes: Σ |x| of each channel.
-        count: how many x were seen, below 2³¹.
-        nonfinite: how many of their elements were NaN or Inf.  The others are NaN or Inf then too, and
-            what is solved with them decodes to NaN.
-    """
-
-    products: jt.Float[jax.Array, "n n"] | None
-    largest: jt.Float[jax.Array, " n"]
-    magnitudes: jt.Float[jax.Array, " n"]
-    count: jt.Int[jax.Array, ""]
-    nonfinite: jt.Int[jax.Array, ""]
-
-    @property
-    def hessian(self) -> jt.Float[jax.Array, "n n"]:
-        """H = Σ x xᵀ / count, half of the Hessian of ‖(W − Ŵ)ᵀx‖² by Ŵ; NaN where nothing was seen."""
-        if self.products is None:
-            raise ValueError(
-                "these statistics hold no Hessian; start them with statistics(n, hessian=True)"
-            )
-        return self.products / self.count.astype(jnp.float32)
-
-    @property
-    def absmax(self) -> jt.Float[jax.Array, " n"]:
-        """max |x| of each channel; zero where nothing was seen."""
-        return self.largest
-
-    @property
-    def absmean(self) -> jt.Float[jax.Array, " n"]:
-        """Σ |x| / count of each channel; NaN where nothing was seen."""
-        return self.magnitudes / self.count.astype(jnp.float32)
-
-
-def statistics(n: int, hessian: bool = True) -> Statistics:
-    """Statistics of inputs of n channels that have seen nothing; `update` gives the next.
-
-    Args:
-        n: channels, at least 1.
-        hessian: whether Σ x xᵀ is kept, which takes 4n² bytes.
-
-    Raises:
-        ValueError: n that is no integer of at least 1.
-
-    >>> state = update(statistics(2), jnp.array([[1.0, 0.0], [3.0, -2.0]]))
-    >>> state.hessian, state.absmax, state.absmean
-    (Array([[ 5., -3.],
-           [-3.,  2.]], dtype=float32), Array([3., 2.], dtype=float32), Array([2., 1.], dtype=float32))
-    """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"statistics are of n channels, at least 1; got n={n!r}")
-    zeros = jnp.zeros(n, jnp.float32)
-    products = jnp.zeros((n, n), jnp.float32) if hessian else None
-    return Statistics(products, zeros, zeros, jnp.int32(0), jnp.int32(0))
-
-
-def update(state: Statistics, x: jt.Float[jax.Array, "*batch n"]) -> Statistics:
-    """Statistics that have seen x too; pure, and to be jitted by the caller.
-
-    Args:
-        state: what `statistics` or `update` gave.
-        x: inputs, whose leading axes count alike.
-
-    Raises:
-        ValueError: x is not floating point, or has another number of channels.
-
-    >>> update(statistics(2, hessian=False), jnp.array([[[1.0, jnp.nan]]])).nonfinite
-    Array(1, dtype=int32)
-    """
-    n = state.largest.shape[0]
-    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim == 0 or x.shape[-1] != n:
-        raise ValueError(
-            f"statistics of {n} channels take floating-point inputs of shape (..., {n}); "
-            f"got {x.dtype}{list(x.shape)}"
-        )
-    x = x.reshape(-1, n).astype(jnp.float32)
-    magnitude = jnp.abs(x)
-    return Statistics(
-        None if state.products is None else state.products + _matmul(x.T, x),
-        jnp.maximum(state.largest, largest(magnitude, (0,))[0]),
-        state.magnitudes + jnp.sum(magnitude, axis=0),
-        state.count + x.shape[0],
-        state.nonfinite + jnp.sum(~jnp.isfinite(x), dtype=jnp.int32),
-    )
-
-
-def joined(one: Statistics, other: Statistics) -> Statistics:
-    """The statistics of what either has seen.
-
-    >>> seen = update(statistics(1), jnp.array([[3.0], [-1.0]]))
-    >>> joined(seen, seen).hessian, joined(seen, seen).count
-    (Array([[5.]], dtype=float32), Array(4, dtype=int32))
-    """
-    return Statistics(
-        None if one.products is None or other.products is None else one.products + other.products,
-        jnp.maximum(one.largest, other.largest),
-        one.magnitudes + other.magnitudes,
-        one.count + other.count,
-        one.nonfinite + other.nonfinite,
-    )
+from jaxquant.ptq.statistics import matmul
 
 
 def objective(
@@ -147,7 +37,7 @@ def objective(
     Args:
         weight: W.
         values: Ŵ, or what is stored of it.
-        hessian: H, of `Statistics`.
+        hessian: H, of `InputStatistics`.
 
     >>> objective(jnp.array([[1.0], [2.0]]), jnp.array([[1.0], [1.5]]), 4 * jnp.eye(2))
     Array(1., dtype=float32)
@@ -158,7 +48,7 @@ def objective(
 
 def _energy(error: jax.Array, hessian: jax.Array) -> jax.Array:
     """What each element of the error has in tr(ΔᵀHΔ)."""
-    return error * _matmul(hessian.astype(jnp.float32), error)
+    return error * matmul(hessian.astype(jnp.float32), error)
 
 
 def rtn(weight: jt.Float[jax.Array, "n m"], quantizer: Quantizer) -> QArray:
@@ -324,13 +214,13 @@ def _sweep(
         start = b * block
         original = jax.lax.dynamic_slice_in_dim(weight, start, block)
         passed = jax.lax.dynamic_slice_in_dim(feedback, start, block)
-        target = original + _matmul(passed, carry[1])
+        target = original + matmul(passed, carry[1])
         within = jax.lax.dynamic_slice_in_dim(passed, start, block, axis=1)
         places = jax.lax.dynamic_slice_in_dim(place, start, block)
 
         def over_rows(i, carry):
             grid, error = carry
-            values, stands_for = to_grid(target[i] + _matmul(within[i], error), places[i])
+            values, stands_for = to_grid(target[i] + matmul(within[i], error), places[i])
             left = original[i] - stands_for
             # A group without a scale is lost as a whole, and takes no other with it.
             left = jnp.where(jnp.isfinite(left), left, 0)

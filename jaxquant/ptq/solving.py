@@ -17,7 +17,8 @@ from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.smoothed import multiplied
 from jaxquant.ptq.layers import Layer, Matrices, operation_of, quantizer_of
 from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
-from jaxquant.ptq.solvers import Statistics, gptq, joined, rtn, statistics, update
+from jaxquant.ptq.solvers import gptq, rtn
+from jaxquant.ptq.statistics import InputStatistics, joined, statistics, update
 
 Method = frozenset[str]
 
@@ -43,19 +44,19 @@ def statistic(inputs: int, method: Method) -> Statistic:
             return rows, count  # which are fewer numbers
         return _counted(update(start, rows), count)
 
-    def add(state: Statistics, found: Any) -> Statistics:
-        if isinstance(found, Statistics):
+    def add(state: InputStatistics, found: Any) -> InputStatistics:
+        if isinstance(found, InputStatistics):
             return joined(state, found)
         return _counted(update(state, found[0]), state.count + found[1])
 
     return Statistic(start, measure, add)
 
 
-def _counted(state: Statistics, count: Any) -> Statistics:
+def _counted(state: InputStatistics, count: Any) -> InputStatistics:
     return dataclasses.replace(state, count=jnp.asarray(count, jnp.int32))
 
 
-def check_seen(layer: Layer, states: Sequence[Statistics]) -> None:
+def check_seen(layer: Layer, states: Sequence[InputStatistics]) -> None:
     """Raises a ValueError where a layer's inputs tell nothing, or no number."""
     for state in states:
         if int(jnp.sum(state.nonfinite)):
@@ -78,7 +79,7 @@ def not_called(layer: Layer) -> str:
     )
 
 
-def solve(layer: Layer, states: Mapping[str, Statistics], method: Method) -> dict[str, Any]:
+def solve(layer: Layer, states: Mapping[str, InputStatistics], method: Method) -> dict[str, Any]:
     """What is stored of a layer, and the scales of its channels where it has such.
 
     Args:
@@ -107,7 +108,7 @@ def _solved(
     method: Method,
     is_scaled: bool,
     weight: jax.Array,
-    state: Statistics,
+    state: InputStatistics,
 ) -> dict[str, Any]:
     """What is stored of one turn's weight, and the scales of its channels where it has such."""
 
