@@ -47,9 +47,9 @@ LIBRARY = [
         "ptq": "statistics solvers smooth search identity layers solving resuming quantizing searching",
         "quality": "intervals examples comparison corruption embeddings weights gates monitor versions",
         "optim": (
-            "pages codecs cutting tracing bounds traits leaves layout policies plans named inner "
-            "state checks blocks updating budget scoring adapting report kernels spans quantizing "
-            "identity exchange diagnosing"
+            "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
+            "named traced_update state checks blocks updating budget scoring adapting report kernels "
+            "kernel_layout quantizing identity exchange diagnosing"
         ),
         "laws": "law forms constants intervals solving runs fitting comparison optimum planning",
     },

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from jaxquant.optim import (
-    Felt,
-    Statistics,
+    LayerStatistics,
+    UpdateSensitivity,
     adaptive,
     fixed,
     pages,
@@ -36,9 +36,9 @@ def _as_optax_computes():
         yield
 
 
-def allocated(scores, bits, rows, stay=0.0):
+def allocated(scores, bits, rows, hysteresis=0.0):
     ends = jnp.full(len(scores), 2), jnp.full(len(scores), 8)
-    return jax.jit(allocate)(jnp.array(scores), jnp.array(bits), *ends, rows, stay)
+    return jax.jit(allocate)(jnp.array(scores), jnp.array(bits), *ends, rows, hysteresis)
 
 
 @hypothesis.given(SCORES, st.integers(6, 24))
@@ -58,9 +58,9 @@ def test_no_other_widths_within_the_budget_have_half_the_error(scores, rows):
 
 @hypothesis.given(SCORES, WIDTHS, st.floats(0, 2))
 @hypothesis.settings(max_examples=40, deadline=None)
-def test_the_budget_holds_and_is_used_whatever_pages_have(scores, bits, stay):
+def test_the_budget_holds_and_is_used_whatever_pages_have(scores, bits, hysteresis):
     rows = sum(bits)
-    found = np.asarray(allocated(scores, bits, rows, stay))
+    found = np.asarray(allocated(scores, bits, rows, hysteresis))
     assert (found >= 2).all()
     assert (found <= 8).all()
     assert found.sum() == rows
@@ -90,7 +90,9 @@ def task():
 
 
 @pytest.mark.first(1)
-@pytest.mark.parametrize("score", [Felt(), Felt("loss"), Statistics()])
+@pytest.mark.parametrize(
+    "score", [UpdateSensitivity(), UpdateSensitivity("loss"), LayerStatistics()]
+)
 def test_one_compilation_serves_all_tables_and_the_budget_holds_at_every_step(score):
     params, gradients = task()
     tx = quantize_state(optax.sgd(1e-2, momentum=0.9), adaptive(5.0, interval=3, score=score))
@@ -115,7 +117,7 @@ def test_one_compilation_serves_all_tables_and_the_budget_holds_at_every_step(sc
         used = np.concatenate([np.asarray(t)[np.asarray(t) > 0] for s in state.tables for t in s])
         assert len(set(used)) == len(used)
     assert len(traces) == 1
-    if score == Felt("loss"):
+    if score == UpdateSensitivity("loss"):
         assert len(tables) >= 3
 
 
@@ -133,7 +135,7 @@ def test_bits_go_to_the_leaf_whose_rounding_is_felt():
 def test_steps_that_update_nothing_put_a_decision_off():
     params, gradients = task()
     inner = optax.MultiSteps(optax.adam(1e-2), 4)
-    # The sums of gradients stay exact, which takes a third of the state 32 bits a number.
+    # The sums of gradients stay unquantized, which takes a third of the state 32 bits a number.
     tx = quantize_state(inner, adaptive(14.0, interval=4))
     state: Any = tx.init(params)
     decided = []
@@ -144,7 +146,7 @@ def test_steps_that_update_nothing_put_a_decision_off():
 
 
 @pytest.mark.first(1)
-@pytest.mark.parametrize("score", [Felt(), Statistics()])
+@pytest.mark.parametrize("score", [UpdateSensitivity(), LayerStatistics()])
 def test_muon_is_scored_whole(score):
     params, gradients = task()
     tx = quantize_state(optax.contrib.muon(1e-2), adaptive(5.0, interval=5, score=score))
@@ -158,7 +160,7 @@ def test_muon_is_scored_whole(score):
 def test_a_budget_that_cannot_be_met_is_refused_with_the_least_possible():
     params, _ = task()
     make = lambda bits: quantize_state(optax.adam(1e-3), adaptive(bits)).init(params)  # noqa: E731
-    with pytest.raises(ValueError, match=r"budget_bits is at least \d+\.\d\d") as error:
+    with pytest.raises(ValueError, match=r"budget_bits must be at least \d+\.\d\d") as error:
         make(0.5)
     least = float(str(error.value).split("at least ")[1].split(" ")[0])
     assert state_bytes(make(least)) > 0
@@ -169,15 +171,18 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_least_possible():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: adaptive(0.0), "budget_bits is a number above 0"),
-        (lambda: adaptive(cast(Any, "5")), "budget_bits is a number above 0; got '5'"),
-        (lambda: adaptive(5.0, interval=0), "interval is a whole number"),
-        (lambda: adaptive(5.0, stay=-1.0), "stay is a number of bits"),
-        (lambda: adaptive(5.0, score="felt"), "score is one such as"),
-        (lambda: Felt(cast(Any, "m")), "weight is 'update' or 'loss'"),
-        (lambda: Felt(memory=1.0), "memory is in"),
-        (lambda: Statistics(reach=0), "reach is a whole number"),
-        (lambda: report(optax.adam(1e-3).init(jnp.ones(3))), "one quantized state"),
+        (lambda: adaptive(0.0), "budget_bits must be a finite number above 0"),
+        (lambda: adaptive(cast(Any, "5")), "budget_bits must be a finite number above 0; got '5'"),
+        (lambda: adaptive(5.0, interval=0), "interval must be an integer of at least 1"),
+        (lambda: adaptive(5.0, hysteresis=-1.0), "hysteresis must be a number of bits"),
+        (lambda: adaptive(5.0, score="felt"), "score must be a score such as"),
+        (lambda: UpdateSensitivity(cast(Any, "m")), "weight must be 'update' or 'loss'"),
+        (lambda: UpdateSensitivity(ema_decay=1.0), "ema_decay must be in"),
+        (lambda: LayerStatistics(max_bit_change=0), "max_bit_change must be an integer"),
+        (
+            lambda: report(optax.adam(1e-3).init(jnp.ones(3))),
+            "must contain exactly one quantized state; got 0",
+        ),
     ],
 )
 def test_bad_input_is_named(call, message):

@@ -11,19 +11,19 @@ from flax import nnx
 
 from jaxquant.optim import (
     Companded,
-    Felt,
     Logarithmic,
     Policy,
+    UpdateSensitivity,
     adaptive,
     by_role,
     diagnose,
-    even,
     fixed,
     from_optax,
     quantize_state,
     report,
     state_bytes,
     to_optax,
+    uniform,
 )
 
 ONE = jnp.ones((16, 16))
@@ -47,11 +47,11 @@ STATE: Any = QUANTIZED.init({"a": ONE, "b": ONE})
         (lambda: diagnose(TX, cast(Any, TX.init(ONE)), ONE, ONE), "got TraceState"),
         (lambda: quantize_state(cast(Any, "adam"), fixed(8)), "an optax transformation"),
         (lambda: quantize_state(TX, fixed(8), codec=cast(Any, Companded())), "a function"),
-        (lambda: quantize_state(TX, fixed(8), seed=cast(Any, "0")), "seed is a whole number"),
+        (lambda: quantize_state(TX, fixed(8), seed=cast(Any, "0")), "seed must be an integer"),
         (lambda: quantize_state(TX, fixed(8), mesh=cast(Any, "x")), "a jax.sharding.Mesh"),
-        (lambda: adaptive(5.0, score=Felt), "such as Felt"),
+        (lambda: adaptive(5.0, score=UpdateSensitivity), "such as UpdateSensitivity"),
         (lambda: by_role(cast(Any, None)), "a mapping"),
-        (lambda: Logarithmic(cast(Any, 2.5)), "a whole number of binades"),
+        (lambda: Logarithmic(cast(Any, 2.5)), "must be an integer number of binades"),
         (lambda: quantize_state(TX, Policy("m", lambda leaf: 9)).init(ONE), "from 2 to 8; got 9"),
     ],
 )
@@ -88,7 +88,7 @@ def test_an_nnx_optimizer_trains_and_its_state_is_reported():
     assert found.nbytes == state_bytes(optimizer.opt_state)
 
 
-@pytest.mark.parametrize("policy", [fixed(5, 4), even(6.0), adaptive(6.0)])
+@pytest.mark.parametrize("policy", [fixed(5, 4), uniform(6.0), adaptive(6.0)])
 def test_bytes_are_known_from_shapes(policy):
     tx = quantize_state(optax.adam(1e-3), policy)
     params = {"w": jnp.ones((256, 256))}

@@ -118,7 +118,7 @@ def test_a_flipped_byte_another_version_or_other_shapes_are_refused(tmp_path):
         load(tmp_path / "state", like)
     with pytest.raises(ValueError, match="is missing"):
         load(tmp_path / "nothing", like)
-    with pytest.raises(ValueError, match="state of a quantize_state"):
+    with pytest.raises(ValueError, match="state must be that of a quantize_state"):
         save(tmp_path / "plain", cast(Any, ADAM.init(params)))
 
 
@@ -210,7 +210,7 @@ def test_state_of_another_transformation_is_refused():
         to_optax(optax.sgd(1e-2, momentum=0.9), state, params)
     with pytest.raises(ValueError, match="leaves; got"):
         from_optax(state, optax.sgd(1e-2, momentum=0.9).init(params))
-    with pytest.raises(ValueError, match=r"leaf 1 of .* is float32\[5\]; got float32\[6\]"):
+    with pytest.raises(ValueError, match=r"leaf 1 of .* must be float32\[5\]; got float32\[6\]"):
         from_optax(state, ADAM.init({"w": jnp.ones((128, 100)), "b": jnp.zeros(6)}))
 
 

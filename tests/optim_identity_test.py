@@ -15,17 +15,17 @@ import safetensors.numpy
 from jaxquant.artifacts import folders, seals
 from jaxquant.optim import (
     Companded,
-    Felt,
+    LayerStatistics,
     Leaf,
     Logarithmic,
-    Statistics,
+    UpdateSensitivity,
     adaptive,
     by_role,
-    even,
     fixed,
     load,
     quantize_state,
     save,
+    uniform,
 )
 from jaxquant.optim.identity import from_version_3, identity
 from jaxquant.optim.leaves import Exact
@@ -113,7 +113,7 @@ def renamed(monkeypatch):
     """What `repr` says of a plan's parts is something else each time from now on."""
 
     def rename():
-        for kind in (Plan, Leaf, Exact, Companded, Logarithmic, Felt, Statistics):
+        for kind in (Plan, Leaf, Exact, Companded, Logarithmic, UpdateSensitivity, LayerStatistics):
             monkeypatch.setattr(kind, "__repr__", lambda self: f"Other{id(self)}")
 
     return rename
@@ -195,7 +195,9 @@ LIKE: dict[str, Any] = {
     ),
     "score": (
         "adamw_adaptive",
-        lambda: other(optax.adamw(1e-2), adaptive(6.0, interval=2, score=Felt("loss"))),
+        lambda: other(
+            optax.adamw(1e-2), adaptive(6.0, interval=2, score=UpdateSensitivity("loss"))
+        ),
         "score/weight is 'update' in it and 'loss' here",
     ),
 }
@@ -215,7 +217,7 @@ def test_what_is_another_state_is_refused_and_said(tmp_path, version, name, like
 
 def test_budgets_and_scores_that_hold_other_arrays_are_refused(tmp_path):
     save(tmp_path / "state", fresh("adamw_adaptive"))
-    for policy in (even(6.0), adaptive(6.0, interval=2, score=Statistics()), adaptive(5.0)):
+    for policy in (uniform(6.0), adaptive(6.0, interval=2, score=LayerStatistics()), adaptive(5.0)):
         with pytest.raises(ValueError, match="the state to load into has it"):
             load(tmp_path / "state", other(optax.adamw(1e-2), policy))
 

@@ -13,7 +13,7 @@ import pytest
 from platforms_test import needs_tpu_compiler
 
 from experiments.harness.training import hlo
-from jaxquant.optim import by_role, fixed, quantize_state, traffic
+from jaxquant.optim import by_role, bytes_moved, fixed, quantize_state
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
@@ -115,7 +115,7 @@ def test_what_no_kernel_can_take_is_named(tx, message):
 
 
 def test_an_unknown_kernel_is_named():
-    with pytest.raises(ValueError, match="kernel is one of xla, pallas; got 'triton'"):
+    with pytest.raises(ValueError, match="kernel must be one of xla, pallas; got 'triton'"):
         quantize_state(optax.adam(1e-2), fixed(4), kernel=cast(Any, "triton"))
 
 
@@ -125,7 +125,7 @@ def test_an_unknown_kernel_is_named():
 def moved(name: str, shape: tuple[int, ...]) -> dict[str, float]:
     params, tx = {"w": jnp.zeros(shape)}, OPTIMIZERS[name]
     state: Any = quantize_state(tx, fixed(5, 4), kernel="pallas").init(params)
-    return traffic(tx, state, params)
+    return bytes_moved(tx, state, params)
 
 
 def test_the_derived_bytes_of_adamw_are_half_of_those_in_full_precision():

@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax import contrib
 
-from jaxquant.optim import adaptive, by_role, even, fixed, quantize_state, report
+from jaxquant.optim import adaptive, by_role, fixed, quantize_state, report, uniform
 from jaxquant.optim.bounds import NON_NEGATIVE, bounds_of
 from jaxquant.optim.leaves import find
 from jaxquant.optim.tracing import Program
@@ -283,7 +283,7 @@ def test_what_fades_is_coded(name):
     assert coded == {"sums": True}
 
 
-# Slots of optax's own that are to stay exact, with a word of the reason.
+# Slots of optax's own that are to stay unquantized, with a word of the reason.
 KEPT = {
     "prodigy": (contrib.prodigy(), {"params0": "starts", "grad_sum": "fades"}),
     "mechanize": (contrib.mechanize(optax.sgd(1.0, 0.9)), {"x0": "starts"}),
@@ -320,7 +320,9 @@ def test_where_nothing_can_be_coded_the_slots_are_named_with_the_reason():
 )
 def test_slow_states_of_too_few_bits_are_refused_by_name(tx):
     for policy in (fixed(5, 4), by_role({**ROLES, "matrix": (5, 4)})):
-        with pytest.raises(ValueError, match=r"ema|mu|0/m.*give it 6 or more.* or keep it exact"):
+        with pytest.raises(
+            ValueError, match=r"ema|mu|0/m.*give it 6 or more.* or leave it unquantized"
+        ):
             quantize_state(tx, policy).init(PARAMS)
     assert report(quantize_state(tx, fixed(6, 4)).init(PARAMS))
 
@@ -364,7 +366,7 @@ def test_what_an_update_is_given_by_name_is_asked_for():
     tx = quantize_state(needs_loss(), fixed(8), extra={"loss": 0.0})
     state = tx.init(PARAMS)
     _, state = jax.jit(tx.update)(PARAMS, state, PARAMS, loss=2.0)
-    with pytest.raises(ValueError, match="extra is a mapping"):
+    with pytest.raises(ValueError, match="extra must be a mapping"):
         quantize_state(needs_loss(), fixed(8), extra=cast(Any, "loss"))
 
 
@@ -410,7 +412,9 @@ def test_a_multi_steps_object_is_taken_as_its_transformation():
 
 def test_a_budget_that_sums_of_gradients_exceed_says_so():
     tx = quantize_state(optax.MultiSteps(optax.adam(1e-2), 4), adaptive(5.0))
-    with pytest.raises(ValueError, match=r"at least \d+.*exact: .*fades slowly.*\(acc_grads\)"):
+    with pytest.raises(
+        ValueError, match=r"at least \d+.*unquantized: .*fades slowly.*\(acc_grads\)"
+    ):
         tx.init({"w": jnp.zeros((256, 256))})
 
 
@@ -420,7 +424,7 @@ def test_a_budget_that_sums_of_gradients_exceed_says_so():
 POLICIES = {
     "fixed": lambda keep: fixed(5, 4, keep=keep),
     "by_role": lambda keep: by_role(ROLES, keep=keep),
-    "even": lambda keep: even(40.0, keep=keep),
+    "uniform": lambda keep: uniform(40.0, keep=keep),
     "adaptive": lambda keep: adaptive(40.0, keep=keep),
 }
 

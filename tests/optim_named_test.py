@@ -104,7 +104,10 @@ def test_other_numbers_of_the_same_kind_become_the_leafs(value):
         ),
         (lambda s: tree_set(s, learning_rate="fast"), r"learning_rate .* float32\[\]; got str"),
         (lambda s: tree_set(s, count=jnp.float32(2)), r"count .* int32\[\]; got float32\[\]"),
-        (lambda s: s._replace(hyperparams={}), "exact leaves are .* hyperparams/b, .*; got count,"),
+        (
+            lambda s: s._replace(hyperparams={}),
+            "unquantized leaves must be .* hyperparams/b, .*; got count,",
+        ),
         (lambda s: s._replace(hyperparams={"b": 0.5, "rate": 0.1}), "; got .*hyperparams/rate"),
     ],
 )

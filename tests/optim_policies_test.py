@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import pytest
 from optim_test import OPTIMIZERS, trained
 
-from jaxquant.optim import Statistics, adaptive, by_role, even, quantize_state, report, state_bytes
+from jaxquant.optim import (
+    LayerStatistics,
+    adaptive,
+    by_role,
+    quantize_state,
+    report,
+    state_bytes,
+    uniform,
+)
 
 pytestmark = pytest.mark.exhaustive
 
@@ -15,13 +23,13 @@ HIDDEN = 256
 WIDTHS = {"embedding": 8, "head": 8, "matrix": (6, 5), "vector": None}
 # Vectors lie in pages of their own, nearly empty here, and count: 14 bits a number are 5 to 7 of codes.
 BUDGET = 14.0
-# One of its three states, the sum of gradients, stays exact and counts: 20 bits leave the others 14.
+# One of its three states, the sum of gradients, stays unquantized and counts: 20 bits leave the others 14.
 MULTI_STEPS_BUDGET = 20.0
 POLICIES = {
     "by role": lambda budget: by_role(WIDTHS),
-    "even": lambda budget: even(budget),
+    "uniform": lambda budget: uniform(budget),
     "felt": lambda budget: adaptive(budget, interval=20),
-    "statistics": lambda budget: adaptive(budget, interval=20, score=Statistics()),
+    "statistics": lambda budget: adaptive(budget, interval=20, score=LayerStatistics()),
 }
 
 

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.optim import fixed, from_optax, quantize_state, to_optax
 from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.pages import PAGE
-from jaxquant.optim.state import exact_leaves
+from jaxquant.optim.state import unquantized
 
 pytestmark = [
     pytest.mark.exhaustive,
@@ -137,7 +137,7 @@ def every_leaf_is_accounted_for(tx, state, specs):
         assert (leaf.shape, leaf.dtype) == (plain[leaf.index].shape, plain[leaf.index].dtype)
     assert all(math.prod(leaf.shape) >= BLOCK for leaf in plan.leaves)
     assert all(leaf.reason for leaf in plan.exact)
-    assert len(exact_leaves(state)) == len(plan.exact)
+    assert len(unquantized(state)) == len(plan.exact)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def test_unfinished_steps_leave_codes_as_they_are():
 def codes_of(state, slot):
     """(rows of the pool, scales) of one slot, of every run that has it."""
     found = []
-    for number, run in enumerate(state.plan.runs):
+    for number, run in enumerate(state.plan.groups):
         for i, name in enumerate(run.slots):
             if name == slot:
                 rows = np.asarray(state.tables[number][i]).reshape(state.pool.shape[0], -1)
@@ -310,7 +310,7 @@ def test_each_shard_holds_its_own_part_of_every_parameter():
     layout = {"axis": ("fsdp", "tensor"), "shards": (2, 4)}
     found, state = run(params, gradients, spec=lambda path, _: spec.get(path, P()), **layout)
     assert state.pool.shape[0] == 8
-    cut = [leaf.path for run in state.plan.runs if run.lines == 8 for leaf in run.leaves[0]]
+    cut = [leaf.path for run in state.plan.groups if run.lines == 8 for leaf in run.leaves[0]]
     assert cut == ["u", "w"]
 
     def parts(tree):
@@ -329,12 +329,15 @@ def test_each_shard_holds_its_own_part_of_every_parameter():
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        ({"axis": ("a", "b"), "shards": 4}, r"a number for each axis of \('a', 'b'\); got 4"),
-        ({"axis": ("a", "b"), "shards": (4, 0)}, "whole number from 1 on; got 0"),
-        ({"axis": ("a", "a")}, "several different names"),
-        ({"axis": ()}, "several different names"),
-        ({"spec": P("a")}, "spec is a function"),
-        ({"kernel": "pallas", "shards": 2}, "takes one shard, got shards=2"),
+        (
+            {"axis": ("a", "b"), "shards": 4},
+            r"must have one number for each axis of \('a', 'b'\); got 4",
+        ),
+        ({"axis": ("a", "b"), "shards": (4, 0)}, "must be an integer of at least 1; got 0"),
+        ({"axis": ("a", "a")}, "axis must be one name or several different ones"),
+        ({"axis": ()}, "axis must be one name or several different ones"),
+        ({"spec": P("a")}, "spec must be a function"),
+        ({"kernel": "pallas", "shards": 2}, "shards must be 1 for kernel='pallas'; got 2"),
     ],
 )
 def test_layouts_that_there_are_not_are_refused(layout, words):

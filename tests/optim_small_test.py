@@ -1,4 +1,4 @@
-"""Small states, few bits, slow momentum: what codes cannot hold stays exact, or a warning says so."""
+"""Small states, few bits, slow momentum: what codes cannot hold stays unquantized, or a warning says so."""
 
 import functools
 import warnings
@@ -14,7 +14,6 @@ from jaxquant.optim import (
     Companded,
     adaptive,
     by_role,
-    even,
     fixed,
     from_optax,
     load,
@@ -23,6 +22,7 @@ from jaxquant.optim import (
     save,
     state_bytes,
     to_optax,
+    uniform,
 )
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -46,11 +46,11 @@ def held(params, policy) -> tuple[Any, list[str]]:
 
 SMALL = [
     (adaptive(5.0), (64, 64)),
-    (even(5.0), (64, 64)),
+    (uniform(5.0), (64, 64)),
     (adaptive(4.0), (64, 64)),
-    (even(4.0), (64, 96)),
+    (uniform(4.0), (64, 96)),
 ]
-SMALL += [(adaptive(5.0), (96, 96)), (even(6.0), (4096,))]
+SMALL += [(adaptive(5.0), (96, 96)), (uniform(6.0), (4096,))]
 
 
 @pytest.mark.parametrize(("policy", "shape"), SMALL)
@@ -59,7 +59,7 @@ def test_states_of_few_elements_stay_exact_with_a_warning(policy, shape):
     nbytes = 2 * 4 * int(np.prod(shape))
     assert len(said) == 1
     for words in (
-        "0/mu/w, 0/nu/w stay exact",
+        "0/mu/w, 0/nu/w stay unquantized",
         f"{nbytes:,} bytes",
         f"of {policy.budget_bits} bits",
     ):
@@ -73,7 +73,7 @@ def test_a_state_that_stayed_exact_is_updated_as_optax_updates_it(tmp_path):
     params: Any = {"w": jnp.ones((64, 64))}
     gradients = jax.tree.map(lambda p: jnp.cos(jnp.arange(4096.0)).reshape(p.shape), params)
     tx: Any = quantize_state(TX, adaptive(5.0))
-    with pytest.warns(UserWarning, match="stay exact"):
+    with pytest.warns(UserWarning, match="stay unquantized"):
         state = tx.init(params)
     exact, ours, plain = cast(Any, TX.init(params)), jax.jit(tx.update), jax.jit(TX.update)
     for _ in range(3):
@@ -87,7 +87,7 @@ def test_a_state_that_stayed_exact_is_updated_as_optax_updates_it(tmp_path):
     assert np.array_equal(to_optax(TX, again, params)[0].mu["w"], exact[0].mu["w"])
 
 
-@pytest.mark.parametrize("policy", [adaptive(5.0), even(4.0), adaptive(6.0)])
+@pytest.mark.parametrize("policy", [adaptive(5.0), uniform(4.0), adaptive(6.0)])
 @pytest.mark.parametrize("size", [10_240, 16_384, 131_072])
 def test_budgets_hold_where_codes_are_wide_enough(policy, size):
     params = {
@@ -100,7 +100,7 @@ def test_budgets_hold_where_codes_are_wide_enough(policy, size):
     kept = {row.path for row in report(state).rows if "too little" in row.reason}
     widths = {row.slot: row.bits for row in report(state).rows if row.path == "w"}
     is_narrow = bool(widths) and (widths["0/mu"] < 3 or widths["0/nu"] < 2)
-    assert [("stay exact" in words, "as few as 2 bits" in words) for words in said] == [
+    assert [("stay unquantized" in words, "as few as 2 bits" in words) for words in said] == [
         *[(True, False)] * bool(kept),
         *[(False, True)] * is_narrow,
     ]
@@ -117,7 +117,7 @@ def test_budgets_hold_where_codes_are_wide_enough(policy, size):
         (fixed(2), 2),
         (fixed(2, 4), 2),
         (by_role({"embedding": 8, "head": 8, "matrix": (2, 8), "vector": 8}), 2),
-        (even(2.5), 2),
+        (uniform(2.5), 2),
     ],
 )
 def test_codes_with_which_training_diverges_are_said(policy, bits):
@@ -127,14 +127,14 @@ def test_codes_with_which_training_diverges_are_said(policy, bits):
     assert "momentum needs 3 or more" in said[0]
 
 
-@pytest.mark.parametrize("policy", [fixed(3, 2), fixed(5, 4), even(4.0), adaptive(5.0)])
+@pytest.mark.parametrize("policy", [fixed(3, 2), fixed(5, 4), uniform(4.0), adaptive(5.0)])
 def test_codes_that_train_are_not_warned_of(policy):
     assert held({"w": jnp.ones((512, 256))}, policy)[1] == []
 
 
 def test_a_small_budget_is_refused_as_it_was():
-    with pytest.raises(ValueError, match=r"budget_bits is at least \d\.\d\d for this state"):
-        held({"w": jnp.ones((64, 64))}, even(2.0))
+    with pytest.raises(ValueError, match=r"budget_bits must be at least \d\.\d\d for this state"):
+        held({"w": jnp.ones((64, 64))}, uniform(2.0))
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,14 @@ import optax
 import pytest
 
 import jaxquant as jq
-from jaxquant.optim import Companded, Logarithmic, by_role, fixed, quantize_state, whole
+from jaxquant.optim import (
+    Companded,
+    Logarithmic,
+    by_role,
+    explain_full_decode,
+    fixed,
+    quantize_state,
+)
 from jaxquant.optim.codecs import BLOCK
 
 MASK = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731
@@ -82,13 +89,15 @@ def test_it_trains_as_in_full_precision(name):
     _, state, found, _ = trained(quantize_state(OPTIMIZERS[name], fixed(8)))
     assert exact < 0.7 * values[0]
     assert found < exact + 0.05 * float(values[0])
-    assert bool(whole(OPTIMIZERS[name], state, problem()[0])) == (name in WHOLE)
+    assert bool(explain_full_decode(OPTIMIZERS[name], state, problem()[0])) == (name in WHOLE)
 
 
 def test_pages_and_the_whole_give_the_same_bits(monkeypatch):
     tx = quantize_state(optax.adamw(1e-2, mask=MASK), fixed(5, 4))
     first = trained(tx, 20)
-    monkeypatch.setattr("jaxquant.optim.inner.Inner.piece", lambda *arguments: "a reason")
+    monkeypatch.setattr(
+        "jaxquant.optim.traced_update.TracedUpdate.elementwise", lambda *arguments: "a reason"
+    )
     second = trained(tx, 20)
     for a, b in zip(jax.tree.leaves(first[:2]), jax.tree.leaves(second[:2]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -180,9 +189,12 @@ def test_a_second_moment_of_zero_never_makes_an_update_explode():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: fixed(9), "bits is a whole number of bits from 2 to 8; got 9"),
+        (lambda: fixed(9), "bits must be an integer from 2 to 8; got 9"),
         (lambda: by_role({"matrix": 4}), "missing"),
-        (lambda: quantize_state(optax.adam(1e-3), cast(Any, 4)), "policy is one such as"),
+        (
+            lambda: quantize_state(optax.adam(1e-3), cast(Any, 4)),
+            "policy must be a Policy, such as",
+        ),
         (
             lambda: quantize_state(optax.adam(1e-3), fixed(4)).init({"w": jnp.zeros(3)}),
             "no leaf of the optimizer's state can be quantized: 3 elements are fewer",

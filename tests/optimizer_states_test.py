@@ -124,7 +124,7 @@ def test_the_report_is_written_of_any_records(tmp_path):
     ("change", "message"),
     [
         ({"arms": ("fixed-8",)}, "config.arms has 'fp32'"),
-        ({"arms": ("fp32", "fixed-9")}, "bits is a whole number"),
+        ({"arms": ("fp32", "fixed-9")}, "bits must be an integer from 2 to 8"),
         ({"arms": ("fp32", "nf4")}, "a state is one of fp32, fixed-B"),
         ({"arms": ("fp32", "fp32")}, "each once"),
         ({"schedules": ("linear",)}, "config.schedules are of wsd, cosine"),

@@ -82,9 +82,9 @@ def test_a_change_of_widths_compiles_nothing():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: pages.empty(np.array([9])), "0 to 8 bits; got 9 to 9"),
-        (lambda: pages.empty(np.array([-1, 3])), "0 to 8 bits; got -1 to 3"),
-        (lambda: pages.empty(np.array([2.5])), "one integer for each page"),
+        (lambda: pages.empty(np.array([9])), "bits must be from 0 to 8; got 9 to 9"),
+        (lambda: pages.empty(np.array([-1, 3])), "bits must be from 0 to 8; got -1 to 3"),
+        (lambda: pages.empty(np.array([2.5])), "bits must be one integer for each page"),
         (lambda: pages.empty(np.array([4, 4]), 7), "take 8 rows of 1024 bytes; the budget is 7"),
     ],
 )

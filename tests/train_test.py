@@ -436,7 +436,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
     ("change", "words"),
     [
         ({"recipe": "w9a9"}, "widths are 2 to 8, or 16"),
-        ({"state": "fixed-9"}, "bits is a whole number"),
+        ({"state": "fixed-9"}, "bits must be an integer from 2 to 8"),
         ({"state_shards": "(4,)"}, "for each of fsdp and tensor"),
         ({"mesh_tensor": 2}, "does not cover 1 device(s) exactly"),
         ({"mesh_tensor": 0}, "config.mesh_tensor is a number above 0"),

@@ -2,37 +2,42 @@
 
     tx = quantize_state(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), adaptive(4.5))
 
-States lie in pages of bit planes (`jaxquant.optim.pages`) whose widths are data.  `Companded` and
-`Logarithmic` are the codecs, `Codec` what others need; `fixed`, `by_role`, `even` and `adaptive` the
-policies; `whole` says which parameters' state a step decodes at once.
+The state is stored in pages of bit planes (`jaxquant.optim.pages`), and the width of each page is data.
+`Companded` and `Logarithmic` are the codecs; `Codec` is the base class for others.  The policies are
+`fixed`, `by_role`, `uniform` and `adaptive`.  `explain_full_decode` names the parameters whose state a step
+decodes at once, and gives the reason.
 """
+
+from typing import Any
 
 from jaxquant.optim.adapting import adaptive
 from jaxquant.optim.codecs import Codec, Companded, Logarithmic
+from jaxquant.optim.deprecated import warn_renamed
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.leaves import Leaf
-from jaxquant.optim.policies import Policy, by_role, even, fixed
-from jaxquant.optim.quantizing import quantize_state, traffic, whole
+from jaxquant.optim.policies import Policy, by_role, fixed, uniform
+from jaxquant.optim.quantizing import bytes_moved, explain_full_decode, quantize_state
 from jaxquant.optim.report import Report, report, state_bytes
-from jaxquant.optim.scoring import Felt, Statistics
+from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 from jaxquant.optim.state import QuantizedState
 
 __all__ = [
     "Codec",
     "Companded",
     "Diagnosis",
-    "Felt",
+    "LayerStatistics",
     "Leaf",
     "Logarithmic",
     "Policy",
     "QuantizedState",
     "Report",
-    "Statistics",
+    "UpdateSensitivity",
     "adaptive",
     "by_role",
+    "bytes_moved",
     "diagnose",
-    "even",
+    "explain_full_decode",
     "fixed",
     "from_optax",
     "load",
@@ -41,6 +46,21 @@ __all__ = [
     "save",
     "state_bytes",
     "to_optax",
-    "traffic",
-    "whole",
+    "uniform",
 ]
+
+_RENAMED = {
+    "Felt": "UpdateSensitivity",
+    "Statistics": "LayerStatistics",
+    "even": "uniform",
+    "traffic": "bytes_moved",
+    "whole": "explain_full_decode",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = _RENAMED[name]
+    warn_renamed(f"{__name__}.{name}", new)
+    return globals()[new]

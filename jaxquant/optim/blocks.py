@@ -1,4 +1,4 @@
-"""What a step does to the blocks of a run of parameters, wherever their codes are read and written."""
+"""Decode, update and encode the blocks of a paged group, wherever their codes are stored."""
 
 import dataclasses
 import functools
@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.codecs import Codec, largest_of
-from jaxquant.optim.inner import Inner, Piece
-from jaxquant.optim.layout import Run
+from jaxquant.optim.layout import PagedGroup
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import QuantizedState, draw_word, draws_of, merged
+from jaxquant.optim.traced_update import ElementwiseUpdate, TracedUpdate
 
 Arrays = Sequence[jax.Array]
-Apart = Callable[..., Any]  # of a function and its operands
+Separately = Callable[..., Any]  # evaluates (function, *operands) separately
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What a step makes of some blocks [..., 128] of a run.
+    """The result of a step on some blocks [..., 128] of a paged group.
 
     Attributes:
-        before: the values of each slot, in the state's types.
-        after: the new ones.
-        results: what else the update gives.
+        before: the values of each slot before the step, in the types of the state.
+        after: the values of each slot after the step.
+        results: the other outputs of the update.
     """
 
     before: list[jax.Array]
@@ -36,20 +36,21 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class BlockStep:
-    """Decoding, inner update and encoding of some blocks [..., 128] of a run.
+    """Decodes, updates and encodes some blocks [..., 128] of a paged group.
 
-    Codes and scales come back in the types in which they are given, which need not be those in memory.
+    Codes and scales are returned in the types in which they are given, which may differ from those in
+    memory.
 
     Attributes:
-        codecs: of the slots.
-        dtypes: of the slots' values.
-        pieces: updates that differ, by the first parameter of the run that has each.
-        largest: of whole numbers in each block.
+        codecs: the codec of each slot.
+        dtypes: the type of each slot's values.
+        update_fns: the distinct updates, by the first parameter of the group that has each.
+        largest: returns the largest integer of each block.
     """
 
     codecs: tuple[Codec, ...]
     dtypes: tuple[Any, ...]
-    pieces: Mapping[int, Piece]
+    update_fns: Mapping[int, ElementwiseUpdate]
     largest: Callable[[Sequence[jax.Array]], list[jax.Array]] = largest_of
 
     def compute(
@@ -61,7 +62,7 @@ class BlockStep:
         known: Mapping[int, Any],
         programs: jax.Array,
     ) -> Step:
-        """Decodes and updates, each block by the piece that `programs` names."""
+        """Decodes and updates.  `programs` selects the update of each block."""
         before = self.decode(codes, bits, scales)
         return Step(before, *self.update(before, wide, known, programs))
 
@@ -72,8 +73,8 @@ class BlockStep:
         known: Mapping[int, Any],
         programs: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(new values of each slot, results) from the slots' values."""
-        found = {i: piece(before, wide, known) for i, piece in self.pieces.items()}
+        """Returns (new values of each slot, results), given the values of the slots."""
+        found = {i: update_fn(before, wide, known) for i, update_fn in self.update_fns.items()}
         (_, results), *others = found.items()
         for number, alternatives in others:
             select = functools.partial(jnp.where, programs == number)
@@ -81,7 +82,7 @@ class BlockStep:
         return results
 
     def decode(self, codes: Arrays, bits: Arrays, scales: Arrays) -> list[jax.Array]:
-        """The values of each slot, in the state's types."""
+        """Returns the values of each slot, in the types of the state."""
         found = zip(self.codecs, codes, scales, bits, self.dtypes, strict=True)
         return [
             codec.decode(code, scale, width).astype(dtype)
@@ -90,7 +91,7 @@ class BlockStep:
 
     def __call__(
         self,
-        apart: Apart,
+        separately: Separately,
         compute: Callable[..., Step],
         operands: Any,
         codes: Arrays,
@@ -99,27 +100,29 @@ class BlockStep:
         words: Arrays,
         start: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
-        """(codes of each slot, scales of each, results); blocks of which no value changed keep theirs.
+        """Returns (codes of each slot, scales of each slot, results).
+
+        Blocks in which no value changed keep their codes and scales.
 
         Args:
-            apart: evaluates a function of arrays by itself.
-            compute: the step, from the operands.  Scales, results and codes each compute what they need of
-                it anew, which takes less time than writing values in full precision and reading them again.
+            separately: evaluates a function of arrays as a separate computation.
+            compute: the step, as a function of the operands.  Scales, results and codes each recompute it,
+                which is faster than writing full-precision values and reading them back.
             operands: arrays.
-            codes: of each slot.
-            bits: of the codes.
-            scales: of each slot.
-            words: what keys the draws of each slot.
-            start: the element of the run with which the blocks begin.
+            codes: the codes of each slot.
+            bits: the width of the codes.
+            scales: the scales of each slot.
+            words: the random word of each slot.
+            start: the element of the group at which the blocks begin.
         """
         slots = range(len(self.codecs))
         found = [
-            apart(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
+            separately(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
             for i in slots
         ]
-        results = apart(lambda own: compute(*own).results, operands)
+        results = separately(lambda own: compute(*own).results, operands)
         new = [
-            apart(
+            separately(
                 functools.partial(self._codes, compute, i),
                 *(operands, bits[i], codes[i], *found[i], words[i], start),
             )
@@ -130,7 +133,7 @@ class BlockStep:
     def _scale(
         self, compute: Callable[..., Step], i: int, operands: Any, bits: jax.Array, scale: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """(a slot's scales, whether a block's values are the same), from one pass over them."""
+        """Returns (scales of a slot, whether each block is unchanged), in one pass over the values."""
         step, codec = compute(*operands), self.codecs[i]
         before, after = (x.astype(jnp.float32) for x in (step.before[i], step.after[i]))
         changed = (before != after).astype(jnp.int32)
@@ -150,47 +153,53 @@ class BlockStep:
         word: jax.Array,
         start: jax.Array,
     ) -> jax.Array:
-        """A slot's codes."""
+        """Returns the codes of a slot."""
         values = compute(*operands).after[i].astype(jnp.float32)
         draws = draws_of(word, start, values.shape)
         new = self.codecs[i].codes(values, scale, bits, draws).astype(codes.dtype)
         return jnp.where(is_same, codes, new)
 
 
-def block_step(plan: Plan, number: int, pieces: Sequence[Piece]) -> BlockStep:
-    """What happens to the blocks of one run."""
-    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(pieces)))}
-    dtypes = tuple(slot[0].dtype for slot in plan.runs[number].leaves)
+def block_step(plan: Plan, number: int, update_fns: Sequence[ElementwiseUpdate]) -> BlockStep:
+    """Returns the step for the blocks of one group."""
+    distinct = {p.signature: (i, p) for i, p in reversed(list(enumerate(update_fns)))}
+    dtypes = tuple(slot[0].dtype for slot in plan.groups[number].leaves)
     return BlockStep(plan.codecs[number], dtypes, dict(distinct.values()))
 
 
-def programs_of(run: Run, pieces: Sequence[Piece]) -> jax.Array:
-    """For each block, the first of the pieces that is like its own, int32[groups, pages, 8, 8, 1]."""
+def programs_of(group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]) -> jax.Array:
+    """Returns the index of the first equal update for each block, int32[groups, pages, 8, 8, 1]."""
     firsts: dict[Hashable, int] = {}
-    like = [firsts.setdefault(piece.signature, i) for i, piece in enumerate(pieces)]
-    return merged(jnp.asarray(np.array(like, np.int32)[run.owners()])[..., None])
+    like = [firsts.setdefault(update_fn.signature, i) for i, update_fn in enumerate(update_fns)]
+    return merged(jnp.asarray(np.array(like, np.int32)[group.owners()])[..., None])
 
 
-def wide_of(inner: Inner, run: Run, pieces: Sequence[Piece]) -> dict[Hashable, jax.Array]:
-    """What the pieces take besides coded state, in groups of pages; zeros where one takes none of a kind."""
+def wide_of(
+    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
+) -> dict[Hashable, jax.Array]:
+    """Returns the uncoded operands of the updates, in groups of pages; zeros where an update takes none."""
     found = {}
-    for kind in dict.fromkeys(kind for piece in pieces for kind in piece.wide):
-        dtype = next(inner.program.specs[p.wide[kind]].dtype for p in pieces if kind in p.wide)
+    for kind in dict.fromkeys(kind for update_fn in update_fns for kind in update_fn.wide):
+        dtype = next(traced.program.specs[p.wide[kind]].dtype for p in update_fns if kind in p.wide)
         arrays = [
-            inner.known[piece.wide[kind]] if kind in piece.wide else jnp.zeros(leaf.shape, dtype)
-            for piece, leaf in zip(pieces, run.leaves[0], strict=True)
+            traced.known[update_fn.wide[kind]]
+            if kind in update_fn.wide
+            else jnp.zeros(leaf.shape, dtype)
+            for update_fn, leaf in zip(update_fns, group.leaves[0], strict=True)
         ]
-        found[kind] = merged(run.flatten(arrays))
+        found[kind] = merged(group.flatten(arrays))
     return found
 
 
-def by_group(inner: Inner, run: Run, pieces: Sequence[Piece]) -> Any:
-    """(first element, pieces, operands) of each group, [shards, groups, ...]."""
-    found = programs_of(run, pieces), wide_of(inner, run, pieces)
-    found = jax.tree.map(lambda x: x.reshape(*run.grid[:2], *x.shape[1:]), found)
-    return run.firsts(), *found
+def by_page_group(
+    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
+) -> Any:
+    """Returns (first element, update index, operands) of each group of pages, [shards, groups, ...]."""
+    found = programs_of(group, update_fns), wide_of(traced, group, update_fns)
+    found = jax.tree.map(lambda x: x.reshape(*group.grid[:2], *x.shape[1:]), found)
+    return group.firsts(), *found
 
 
 def draw_words(state: QuantizedState, number: int, seed: int) -> list[jax.Array]:
-    """What keys the draws of this step in each slot of a run."""
+    """Returns the random word of this step for each slot of a group."""
     return [draw_word(seed, state.step, number, i) for i in range(len(state.plan.codecs[number]))]

@@ -1,8 +1,9 @@
-"""What the values of a traced program can be, whatever its arguments are: abstract interpretation.
+"""Bound the values of a traced program for all possible arguments, by abstract interpretation.
 
-Each value has an interval that holds all of its elements, and, where it is linear in some of the arguments
-element by element, their coefficients.  Both are kept side by side: v + 0.1 (g² − v) is seen to be 0.9 v +
-0.1 g², so not negative where v is not, which intervals alone would miss.  What is not known is anything.
+Each value has an interval that contains all of its elements.  If a value is linear in some arguments,
+element by element, its coefficients are tracked too.  Intervals alone are not enough: v + 0.1 (g² − v)
+equals 0.9 v + 0.1 g², so it is non-negative if v is, and only the coefficients show it.  The bound of an
+unknown value is the whole line.
 """
 
 import collections
@@ -21,7 +22,7 @@ Interval = tuple[float, float]
 
 
 def names_of(text: str) -> frozenset[str]:
-    """The words of a text: names of operations."""
+    """Splits a text into the names of operations."""
     return frozenset(text.split())
 
 
@@ -32,13 +33,13 @@ NON_NEGATIVE: Interval = (0.0, math.inf)
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Of one value: within `whole`, and within Σ coefficients · arguments + `rest`.
+    """The bound of a value: it lies within `whole`, and within Σ coefficients · arguments + `rest`.
 
     Attributes:
-        whole: holds every element.
-        linear: coefficients of arguments, by their number; an argument that is not named has no part in
-            this value's element but by way of sums over elements and of comparisons.
-        rest: what is added to them.
+        whole: an interval that contains every element.
+        linear: the coefficients of arguments, by number.  An argument that is not listed affects an element
+            only through sums over elements and through comparisons.
+        rest: the interval of the remainder.
     """
 
     whole: Interval
@@ -49,12 +50,12 @@ class Bound:
 def bounds_of(
     program: Program, given: Mapping[int, Interval], linear: frozenset[int] = frozenset()
 ) -> list[Bound]:
-    """The bounds of every value of a program.
+    """Returns the bounds of every value of a program.
 
     Args:
-        program: whatever was traced.
-        given: intervals of its inputs; of those that are not named nothing is known.
-        linear: the inputs whose coefficients are wanted.
+        program: a traced program.
+        given: the intervals of its inputs.  Inputs that are not listed are unbounded.
+        linear: the inputs whose coefficients are tracked.
 
     >>> program = Program(lambda v, g: v + 0.1 * (g * g - v), 1.0, 1.0)
     >>> v, _ = program.inputs
@@ -83,7 +84,7 @@ def bounds_of(
 
 
 def of_constant(value: Any) -> Interval:
-    """The interval of a value that is known."""
+    """Returns the interval of a known value."""
     dtype = getattr(value, "dtype", np.result_type(type(value)))
     is_number = any(jnp.issubdtype(dtype, t) for t in (np.floating, np.integer, np.bool_))
     if isinstance(value, Tracer) or not is_number:
@@ -95,14 +96,14 @@ def of_constant(value: Any) -> Interval:
 
 
 def _held(dtype: Any, whole: Interval) -> Interval:
-    """What is left of an interval in values of some type."""
+    """Restricts an interval to the values of a type."""
     if jnp.issubdtype(dtype, np.floating):
         return whole
     if jnp.issubdtype(dtype, np.bool_):
         return max(whole[0], 0.0), min(whole[1], 1.0)
     if jnp.issubdtype(dtype, np.unsignedinteger):
         return NON_NEGATIVE
-    if jnp.issubdtype(dtype, np.signedinteger):  # those that were no whole numbers are cut
+    if jnp.issubdtype(dtype, np.signedinteger):  # conversion truncates non-integers
         low, high = whole
         return _finite(math.floor, low), _finite(math.ceil, high)
     return ANYTHING
@@ -117,17 +118,17 @@ def _plain(whole: Interval) -> Bound:
 
 
 def _term(number: int, whole: Interval) -> Bound:
-    """Of a value that stands for itself in what is linear in it."""
+    """Returns the bound of a value that is a variable of linear forms."""
     return Bound(whole, {number: (1.0, 1.0)}, ZERO)
 
 
 def _joined(whole: Interval, form: Bound, inputs: Mapping[int, Interval]) -> Bound:
-    """Both that are known of a value."""
+    """Combines the interval and the linear form of a value."""
     total = form.rest
     for number, coefficient in form.linear.items():
         total = add(total, multiply(coefficient, inputs[number]))
     low, high = max(whole[0], total[0]), min(whole[1], total[1])
-    if low > high:  # the two differ by a rounding
+    if low > high:  # the two differ by a rounding error
         low, high = min(whole[0], total[0]), max(whole[1], total[1])
     rest = form.rest if form.linear else (low, high)
     return Bound((low, high), form.linear, rest)
@@ -138,25 +139,29 @@ def _joined(whole: Interval, form: Bound, inputs: Mapping[int, Interval]) -> Bou
 
 
 def add(x: Interval, y: Interval) -> Interval:
+    """Returns the interval of x + y."""
     found = x[0] + y[0], x[1] + y[1]
     return ANYTHING if any(map(math.isnan, found)) else found
 
 
 def negative(x: Interval) -> Interval:
+    """Returns the interval of −x."""
     return -x[1], -x[0]
 
 
 def multiply(x: Interval, y: Interval) -> Interval:
-    """Products; zero times anything is zero."""
+    """Returns the interval of x · y; zero times anything is zero."""
     found = [a * b if a and b else 0.0 for a in x for b in y]
     return min(found), max(found)
 
 
 def hull(intervals: Sequence[Interval]) -> Interval:
+    """Returns the smallest interval that contains all of the given ones."""
     return min(x[0] for x in intervals), max(x[1] for x in intervals)
 
 
 def reciprocal(x: Interval) -> Interval:
+    """Returns the interval of 1 / x."""
     if x[0] < 0 < x[1] or x == ZERO:
         return ANYTHING
     ends = [1 / end if end else math.inf for end in x]
@@ -166,7 +171,7 @@ def reciprocal(x: Interval) -> Interval:
 
 
 def power(x: Interval, y: Interval) -> Interval:
-    """x^y of an x that is not negative: of all in a rectangle, one of its corners has the most."""
+    """Returns the interval of x^y for non-negative x.  The extremes are at corners of the rectangle."""
     if x[0] < 0:
         return ANYTHING
     with np.errstate(all="ignore"):
@@ -175,6 +180,7 @@ def power(x: Interval, y: Interval) -> Interval:
 
 
 def integer_power(x: Interval, exponent: int) -> Interval:
+    """Returns the interval of x^n."""
     if exponent < 0:
         return reciprocal(integer_power(x, -exponent))
     with np.errstate(all="ignore"):
@@ -199,11 +205,11 @@ def _increasing(function: Callable[[float], float]) -> Callable[[Interval], Inte
 
 
 def _root(x: Interval) -> Interval:
-    """Of what is not negative; of the rest it is no number."""
+    """Returns the interval of √x; negative values give NaN and are ignored."""
     return math.sqrt(max(x[0], 0.0)), math.sqrt(max(x[1], 0.0))
 
 
-# What these give, of the intervals of what they take.
+# The interval of each operation's result, from the intervals of its operands.
 _RULES: dict[str, Callable[..., Interval]] = {
     "add": add,
     "add_any": add,
@@ -241,7 +247,7 @@ _RULES: dict[str, Callable[..., Interval]] = {
     "argmin": lambda x: NON_NEGATIVE,
     "iota": lambda: NON_NEGATIVE,
 }
-# Of these the values are among the operand's.
+# The values of these operations' results are among those of the operand.
 _SAME = names_of(
     "broadcast_in_dim convert_element_type copy copy_p expand_dims optimization_barrier real "
     "reduce_max reduce_min reduce_precision reshape rev slice dynamic_slice sort squeeze "
@@ -275,13 +281,13 @@ def _whole(program: Program, operation: Operation, bounds: Sequence[Bound]) -> I
     if name in _SAME and len(operation.outputs) == 1:
         return x[0]
     if name in _SUMS or name in _PRODUCTS:
-        # As many terms as there are, so that only the sign stays.
+        # The number of terms is unknown here, so only the sign is kept.
         return multiply(x[0] if name in _SUMS else multiply(x[0], x[1]), NON_NEGATIVE)
     return ANYTHING
 
 
 def _product(program: Program, operation: Operation, bounds: Sequence[Bound]) -> Interval:
-    """Of a product; what occurs twice among its factors is squared."""
+    """Returns the interval of a product.  A factor that occurs twice is squared."""
     plain = multiply(*(bounds[n].whole for n in operation.inputs))
     factors = collections.Counter(n for x in operation.inputs for n in _factors(program, x))
     if max(factors.values()) == 1:
@@ -302,13 +308,13 @@ def _factors(program: Program, value: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------------
 # Linear forms
 
-# Elements keep their value, and each comes from one.
+# Each element of the result is one element of the operand, with the same value.
 _MOVES = names_of(
     "broadcast_in_dim convert_element_type copy copy_p expand_dims optimization_barrier real "
     "reduce_precision reshape rev squeeze stop_gradient transpose"
 )
-# What comes of whole arrays, or of comparisons, is not of an element.
-_APART = (
+# Reductions and comparisons are not linear element by element.
+_NOT_LINEAR = (
     _SUMS
     | _PRODUCTS
     | _COMPARISONS
@@ -316,14 +322,14 @@ _APART = (
 )
 
 
-# Where they are of what is not linear, these stand for themselves.
+# Results of these operations without a linear form become variables of linear forms.
 _SQUARES = frozenset(["mul", "square", "integer_pow", "abs", "pow"])
 
 
 def _form(operation: Operation, x: Sequence[Bound], given: frozenset[int]) -> Bound | None:
-    """The linear form of what an operation gives; None where it has none, and no part of the given."""
+    """Returns the linear form of an operation's result; None if it has none and contains no given input."""
     name = operation.name
-    if name in _APART or not any(operand.linear for operand in x):
+    if name in _NOT_LINEAR or not any(operand.linear for operand in x):
         return None
     if name in _MOVES:
         return x[0]

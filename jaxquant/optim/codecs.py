@@ -1,8 +1,8 @@
-"""From blocks of optimizer state to codes of few bits, and back.
+"""Encode blocks of optimizer state as codes of few bits, and decode them.
 
 A codec turns each block of `BLOCK` numbers into codes below 2^bits and a few bytes of scale.  The number of
-bits is data: one program serves them all.  `Companded` is for states of either sign (momentum),
-`Logarithmic` for states that are never negative (second moments).
+bits is data, so one program serves all widths.  `Companded` is for signed states (momentum), `Logarithmic`
+for non-negative states (second moments).
 """
 
 import abc
@@ -25,15 +25,15 @@ Draws = jt.Float32[jax.Array, "*blocks 128"]
 
 
 class Codec(abc.ABC):
-    """How blocks of state become codes; a frozen, hashable value.
+    """A codec for blocks of state; subclasses are frozen and hashable.
 
-    A block's scale comes from the largest of some whole numbers, which compilers find many at a time; of
-    floats, they do not: those are in no order where one of them is no number.
+    The scale of a block is computed from the maxima of some integers.  Compilers vectorize integer maxima,
+    but not float maxima, because NaN has no order.
 
     Attributes:
-        signed: whether it holds negative numbers.
-        least_bits: of a code, at least.
-        scale: shape and type of what is kept beside each block's codes.
+        signed: whether the codec holds negative numbers.
+        least_bits: the minimum width of a code.
+        scale: shape and type of the scale of a block.
     """
 
     @property
@@ -48,28 +48,28 @@ class Codec(abc.ABC):
 
     @abc.abstractmethod
     def measures(self, x: Blocks) -> tuple[Numbers, ...]:
-        """The whole numbers of which the largest in each block say what its scale is."""
+        """Returns the integers whose maxima over each block determine its scale."""
 
     @abc.abstractmethod
     def scaled(self, largest: Sequence[Largest], bits: Bits) -> Scale:
-        """The scale, from the largest of each of `measures`."""
+        """Returns the scale, given the maximum of each of `measures`."""
 
     @abc.abstractmethod
     def codes(self, x: Blocks, scale: Scale, bits: Bits, draws: Draws) -> Codes:
-        """The codes; `draws` are uniform in [0, 1), and unused where rounding is to nearest."""
+        """Returns the codes.  `draws` are uniform in [0, 1), and unused if rounding is to nearest."""
 
     @abc.abstractmethod
     def decode(self, codes: Codes, scale: Scale, bits: Bits) -> Blocks:
-        """What codes and scales stand for; codes and scales of zero are zeros."""
+        """Returns the values of codes.  If codes and scale are zero, the values are zero."""
 
     def encode(self, x: Blocks, bits: Bits, draws: Draws) -> tuple[Codes, Scale]:
-        """Codes and scales."""
+        """Returns (codes, scale)."""
         scale = self.scaled(largest_of(self.measures(x)), bits)
         return self.codes(x, scale, bits, draws), scale
 
 
 def largest_of(numbers: Sequence[Numbers]) -> list[Largest]:
-    """The largest of each in every block, in one pass."""
+    """Returns the maxima of several arrays over each block, in one pass."""
     axis = numbers[0].ndim - 1
     start = [jnp.iinfo(jnp.int32).min] * len(numbers)
     found = jax.lax.reduce(tuple(numbers), tuple(map(jnp.int32, start)), _larger, (axis,))
@@ -77,7 +77,7 @@ def largest_of(numbers: Sequence[Numbers]) -> list[Largest]:
 
 
 def largest_of_each(numbers: Sequence[Numbers]) -> list[Largest]:
-    """The same, one after another."""
+    """Returns the same maxima, one array after another."""
     return [jnp.max(x, axis=-1, keepdims=True) for x in numbers]
 
 
@@ -87,27 +87,27 @@ def _larger(some: Sequence[jax.Array], others: Sequence[jax.Array]) -> tuple[jax
 
 @dataclasses.dataclass(frozen=True)
 class Companded(Codec):
-    r"""Signed levels that lie denser towards zero.
+    r"""Signed levels that are denser near zero.
 
-    With L = 2^(b−1) − 1 and the block's largest |x| as scale s (bfloat16), code L + k stands for
+    Let L = 2^(b−1) − 1 and let the scale s be the block's largest |x| (bfloat16).  Code L + k represents
 
         s · sign(k) (c t + (1 − c) t²),  t = |k| / L,  |k| ≤ L.
 
-    c = 1 gives even steps.  At c = 0.3 and 5 bits the squared error on Gaussian and heavier tails is that of
-    a 5-bit NF codebook, or less, and neither direction looks anything up.
+    c = 1 gives uniform steps.  At c = 0.3 and 5 bits, the squared error on Gaussian and heavier tails is at
+    most that of a 5-bit NF codebook, and neither direction needs a table.
 
-    To nearest, a momentum whose step (1 − β) |g − m| is less than half of the way to the next level stays
-    where it is.  At β = 0.9 and 5 bits that is rare.  At β = 0.99 it is the rule: where gradients change
-    their signs around an optimum, momentum drives on past it, and more bits need not help.  At 3, 4, 5 and 6
-    bits such an error was 1.7, 1.9, 2.0 and 0.8, where float32 has 0.003; rounded stochastically it was 0.2,
-    0.03, 0.008 and 0.004.  Then use `stochastic`.
+    With rounding to nearest, momentum does not change if its step (1 − β) |g − m| is less than half the
+    distance to the next level.  This is rare at β = 0.9 and 5 bits, and common at β = 0.99: if gradients
+    change sign around an optimum, momentum overshoots, and more bits need not help.  At 3, 4, 5 and 6 bits
+    the resulting error was 1.7, 1.9, 2.0 and 0.8, against 0.003 in float32; with stochastic rounding it was
+    0.2, 0.03, 0.008 and 0.004.  Use `stochastic` in that case.
 
     Args:
-        linear: c, from 1/256 to 1; the nearest multiple of 1/256 is taken, whose products are exact.
-        stochastic: round up with the probability that keeps the mean, instead of to nearest.
+        linear: c, from 1/256 to 1, rounded to a multiple of 1/256 so that products are exact.
+        stochastic: round up with the probability that preserves the mean, instead of to nearest.
 
     Raises:
-        ValueError: c out of range.
+        ValueError: if c is out of range.
 
     >>> codes, scale = Companded(1.0).encode(jnp.linspace(-1, 1, 128), jnp.int32(2), jnp.zeros(128))
     >>> [int(code) for code in codes[::31]]
@@ -119,7 +119,7 @@ class Companded(Codec):
 
     def __post_init__(self):
         if not 1 / 256 <= self.linear <= 1:
-            raise ValueError(f"linear is from 1/256 to 1; got {self.linear!r}")
+            raise ValueError(f"linear must be from 1/256 to 1; got {self.linear!r}")
 
     @property
     def signed(self) -> bool:
@@ -148,7 +148,7 @@ class Companded(Codec):
             below, above = self._value(low, levels) * unit, self._value(low + 1, levels) * unit
             k = k + (draws * (above - below) < y - below).astype(jnp.int32)
         else:
-            # Midway between two levels in value, not in place: exactly the nearest level.
+            # The midpoint in value, not in place, gives exactly the nearest level.
             k = _nearest(self._place(y - (1 - c) / (4 * levels * levels), levels))
         return (levels.astype(jnp.int32) + jnp.where(x < 0, -k, k)).astype(jnp.uint8)
 
@@ -162,11 +162,11 @@ class Companded(Codec):
         return round(self.linear * 256) / 256
 
     def _value(self, k: jax.Array, levels: jax.Array) -> jax.Array:
-        """L² times the value of the level k from zero, without any rounding."""
+        """Returns L² times the value of level k, exactly."""
         return k * (self._linear * levels + (1 - self._linear) * jnp.abs(k))
 
     def _place(self, y: jax.Array, levels: jax.Array) -> jax.Array:
-        """Where among the levels y lies."""
+        """Returns the place of y among the levels."""
         c, curve = self._linear, 1 - self._linear
         if curve == 0:
             return _at_most(y * levels, levels)
@@ -176,15 +176,16 @@ class Companded(Codec):
 
 
 def _levels(bits: jax.Array) -> jax.Array:
-    """Levels on each side of zero, with an axis for the elements of a block."""
-    # Shifted: exp2 is not exact on every platform.
+    """Returns the number of levels on each side of zero, with an axis for the elements of a block."""
+    # A shift, because exp2 is not exact on every platform.
     return (jnp.left_shift(jnp.int32(1), bits).astype(jnp.float32) * 0.5 - 1)[..., None]
 
 
 def straight_log2(x: jax.Array) -> jax.Array:
-    """ℓ(x) of `Logarithmic`: log₂ x, straight between powers of two, 0 to 0.086 below it.
+    """Returns ℓ(x) of `Logarithmic`: log₂ x, linear between powers of two, 0 to 0.086 below it.
 
-    It is exact arithmetic, where a logarithm's last bit depends on the shape in which it is computed.
+    The arithmetic is exact.  The last bit of a true logarithm would depend on the shape in which it is
+    computed.
 
     >>> straight_log2(jnp.array([0.5, 1.0, 3.0]))
     Array([-1. ,  0. ,  1.5], dtype=float32)
@@ -197,7 +198,7 @@ def _bits(x: jax.Array) -> jax.Array:
 
 
 def _magnitude(x: jax.Array) -> jax.Array:
-    """The bits of |x|, which is NaN's largest too: processors make NaNs with the sign bit set."""
+    """Returns the bits of |x|.  NaN has the largest; its sign bit, which processors may set, is cleared."""
     return _bits(x) & jnp.int32(0x7FFFFFFF)
 
 
@@ -205,8 +206,8 @@ def _real(bits: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-# A product that a sum takes may be rounded or not, as a compiler likes, and a code be another; one that has
-# been compared is rounded.  And where one operand is no number these give the other, in one operation.
+# A compiler may fuse a product into a sum without rounding it, which would change codes; a comparison forces
+# the rounding.  If x is NaN, these return the other operand, in one operation.
 
 
 def _at_most(x: jax.Array, most: jax.Array | float) -> jax.Array:
@@ -218,9 +219,9 @@ def _at_least(x: jax.Array, least: jax.Array | float) -> jax.Array:
 
 
 def _nearest(x: jax.Array) -> jax.Array:
-    """The nearest whole number of an x from 0 to 2^22, halves to even; something below 1 where x is negative.
+    """Returns the nearest integer of x in [0, 2^22], halves to even; a value below 1 if x is negative.
 
-    Added to 2^23, a float's lowest bit is 1: two operations, where conversions with their special cases are
+    After adding 2^23, the lowest bit of a float is 1.  That takes two operations; a conversion takes
     several.
     """
     return _bits(x + _MANTISSA) - _bits(jnp.float32(_MANTISSA))
@@ -232,34 +233,36 @@ _MANTISSA = 2.0**23  # a float32's bits, read as an integer, count its logarithm
 
 @dataclasses.dataclass(frozen=True)
 class Logarithmic(Codec):
-    r"""Non-negative levels that are even in the logarithm, from a block's smallest to its largest.
+    r"""Non-negative levels that are uniform in the logarithm, from a block's smallest value to its largest.
 
-    Read as an integer, a float32's bits are its logarithm to base 2, straight between powers of two:
-    ℓ(x) = e + f for x = 2^e (1 + f), 0 ≤ f < 1.  A block keeps two bytes: the power of two at or above its
-    largest value, 2^h, and the one at or below its smallest that is not zero, 2^l, with h − l ≤ `range`
-    and ≤ 2^b − 2.  Code k stands for the x with
+    Read as an integer, the bits of a float32 are its base-2 logarithm, linear between powers of two: ℓ(x) =
+    e + f for x = 2^e (1 + f), 0 ≤ f < 1.  A block stores two bytes: the power of two at or above its largest
+    value, 2^h, and the one at or below its smallest non-zero value, 2^l, with h − l ≤ `range` and ≤ 2^b − 2.
+     Code k represents the x with
 
         ℓ(x) = min(l + k (h − l) / (2^b − 1), h),
 
-    the step rounded up to a multiple of 2^−23.  Smaller values, zeros among them, become 2^l, so that what
-    a second moment divides never explodes; a block of zeros alone stays so.  What is no number becomes
-    infinite.
+    where the step is rounded up to a multiple of 2^−23.  Smaller values, including zeros, become 2^l, so
+    that division by a second moment never explodes; a block of zeros stays zero.  NaN becomes infinite.
 
-    The range keeps an update bounded.  A momentum rounded to nearest stops decaying at its smallest level,
-    some hundredth of its block's largest, while v decays on: with 32 binades, updates of a head's unused rows
-    grew to 582 times the learning rate, and 5 + 4 bits cost 0.05 in loss; with 10 to 16, nothing seen.
+    The range bounds an update.  Momentum rounded to nearest stops decaying at its smallest level, about a
+    hundredth of its block's largest value, while v continues to decay.  With 32 binades, updates of a head's
+    unused rows grew to 582 times the learning rate, and 5 + 4 bits cost 0.05 in loss; with 10 to 16 there
+    was no visible effect.
 
-    Levels lie less than a binade apart, since the noise of wider ones feeds itself: it widens the block, and
-    so the levels.  Over β₂ = 0.999 and noise of one variance, 3 bits in 14 binades held most √v at a fifth of
-    what it was, though their mean was right; in 6 binades they hold it within a factor of two.
+    Levels are less than a binade apart, because the noise of wider steps amplifies itself: it widens the
+    block, and therefore the steps.  At β₂ = 0.999 and noise of constant variance, 3 bits in 14 binades held
+    most √v at a fifth of the true value, although the mean was right; in 6 binades they hold it within a
+    factor of two.
 
     Args:
-        range: binades that a block's levels span at most.
-        stochastic: round up with the probability that keeps the mean of x (not of its logarithm), instead
-            of to the nearest ℓ.  Nearest rounding never registers a decay by less than half a step.
+        range: the maximum number of binades that a block's levels span.
+        stochastic: round up with the probability that preserves the mean of x (not of its logarithm),
+            instead of to the nearest ℓ.  Rounding to nearest never registers a decay by less than half a
+            step.
 
     Raises:
-        ValueError: range that is not 1 to 64.
+        ValueError: if range is not from 1 to 64.
 
     >>> x = jnp.exp2(jnp.arange(128) % 6)
     >>> codes, scale = Logarithmic().encode(x, jnp.int32(4), jnp.zeros(128))
@@ -273,7 +276,9 @@ class Logarithmic(Codec):
     def __post_init__(self):
         is_whole = isinstance(self.range, int) and not isinstance(self.range, bool)
         if not is_whole or not 1 <= self.range <= 64:
-            raise ValueError(f"range is a whole number of binades, 1 to 64; got {self.range!r}")
+            raise ValueError(
+                f"range must be an integer number of binades from 1 to 64; got {self.range!r}"
+            )
 
     @property
     def signed(self) -> bool:
@@ -306,10 +311,10 @@ class Logarithmic(Codec):
         step, top = _step(low, high, bits), _top(bits)
         place = (_magnitude(x) - (low << 23)).astype(jnp.float32) * (1 / step.astype(jnp.float32))
         if self.stochastic:
-            last = top.astype(jnp.float32) - 0.75  # rounded down to the last level but one
+            last = top.astype(jnp.float32) - 0.75  # rounds down to the second largest level
             k = jnp.maximum(_nearest(_at_most(place, last) - 0.5), 0)
             below, above = _at(k, step, low, high), _at(k + 1, step, low, high)
-            # What is no number is not below anything: it goes up, to infinity.
+            # NaN fails every comparison, so it is rounded up, to infinity.
             k = jnp.where(draws * (above - below) >= x - below, k, k + 1)
         else:
             k = jnp.maximum(_nearest(_at_most(place, top.astype(jnp.float32))), 0)
@@ -322,21 +327,21 @@ class Logarithmic(Codec):
 
 
 def _ends(scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The exponents of a block's smallest and largest level."""
+    """Returns the exponents of the smallest and the largest level of a block."""
     return scale[..., :1].astype(jnp.int32), scale[..., 1:].astype(jnp.int32)
 
 
 def _top(bits: jax.Array) -> jax.Array:
-    """The uppermost code, with an axis for the elements of a block."""
+    """Returns the largest code, with an axis for the elements of a block."""
     return (jnp.left_shift(jnp.int32(1), bits) - 1)[..., None]
 
 
 def _step(low: jax.Array, high: jax.Array, bits: jax.Array) -> jax.Array:
-    """From one level to the next in units of 2^−23 binades, rounded up: the uppermost is 2^high."""
+    """Returns the distance of levels in units of 2^−23 binades, rounded up: the largest level is 2^high."""
     top, span = _top(bits), jnp.maximum(high - low, 1) << 23
     return (span + top - 1) // top
 
 
 def _at(k: jax.Array, step: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
-    """The value of code k, in whole numbers until the end: no compiler rounds it otherwise."""
+    """Returns the value of code k.  Integer arithmetic until the end makes every compiler round alike."""
     return _real(jnp.minimum((low << 23) + k * step, high << 23))

@@ -1,4 +1,4 @@
-"""What rounding does to a state in one step, as data: stalls, zeros, bias, and the preconditioner's error."""
+"""Measure what rounding does to a state in one step: stalls, zeros, bias, and the preconditioner's error."""
 
 import functools
 from typing import Any, NamedTuple
@@ -9,21 +9,21 @@ import optax
 from jax.sharding import PartitionSpec
 
 from jaxquant.numerics.sharding import computed_as_auto
-from jaxquant.optim.checks import opened
+from jaxquant.optim.checks import trace_update
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
 
 class Diagnosis(NamedTuple):
-    """One coded leaf in one step: x before, x' the exact state after it, Q what its new codes stand for.
+    """The diagnosis of one coded leaf.  x is the value before the step, x' after it, and Q the decoded x'.
 
     Attributes:
         stalled: share of the elements with x' ≠ x for which (Q − x)(x' − x) < 0.1 (x' − x)²: less than a
             tenth of the step is kept.
         zero: share of the elements with x' ≠ 0 whose Q is 0.
-        radial_bias: ⟨Q − x', x'⟩ / ‖x'‖²: how much longer or shorter the state became.
+        radial_bias: ⟨Q − x', x'⟩ / ‖x'‖², the relative change of the state's length.
         relative_error: ‖Q − x'‖ / ‖x'‖.
         preconditioner_error: quantiles 0, 0.01, 0.5, 0.99 and 1 of √(Q / x') − 1 over elements with x' > 0;
-            NaN for states of either sign.
+            NaN for signed states.
     """
 
     stalled: jax.Array
@@ -45,20 +45,20 @@ def diagnose(
     seed: int = 0,
     **extra: Any,
 ) -> dict[str, Diagnosis]:
-    """What rounding would do to each coded leaf in the next step; jit takes it.
+    """Returns what rounding would do to each coded leaf in the next step; can be jitted.
 
-    Decodes all state at once: for a look now and then, not for every step.
+    All state is decoded at once, so call it occasionally and not at every step.
 
     Args:
-        tx: what was wrapped.
-        state: of `quantize_state(tx, …)`.
-        updates: as given to its update.
+        tx: the wrapped transformation.
+        state: the state of `quantize_state(tx, …)`.
+        updates: the updates, as given to `update`.
         params: the parameters.
-        seed: as of `quantize_state`, or any other.
-        extra: what the update is given by name.
+        seed: the seed of `quantize_state`, or any other.
+        extra: further arguments of the update, by name.
 
     Returns:
-        By ``slot/path`` of the leaf.
+        A `Diagnosis` by ``slot/path`` of the leaf.
 
     >>> from jaxquant.optim import fixed, quantize_state
     >>> params = {"w": jnp.ones((64, 64))}
@@ -75,20 +75,20 @@ def diagnose(
 def _diagnosed(
     tx: Any, seed: int, state: QuantizedState, updates: Any, params: Any, extra: dict[str, Any]
 ) -> dict[str, Diagnosis]:
-    inner = opened(tx, state, updates, params, extra)
+    traced = trace_update(tx, state, updates, params, extra)
     places = [
-        (run, slot, place, leaf)
-        for run, layout in enumerate(state.plan.runs)
+        (number, slot, place, leaf)
+        for number, layout in enumerate(state.plan.groups)
         for slot, leaves in enumerate(layout.leaves)
         for place, leaf in enumerate(leaves)
     ]
     before = {leaf.index: decoded(state, *where) for *where, leaf in places}
-    known = inner.known | {inner.state(i): x for i, x in before.items()}
-    env = inner.program.evaluate([inner.leaves[i] for i in before], known)
+    known = traced.known | {traced.state(i): x for i, x in before.items()}
+    env = traced.program.evaluate([traced.leaves[i] for i in before], known)
     found = {}
-    for run, slot, place, leaf in places:
-        after = env[inner.leaves[leaf.index]]
-        stored = decoded(with_leaf(state, run, slot, place, after, seed), run, slot, place)
+    for number, slot, place, leaf in places:
+        after = env[traced.leaves[leaf.index]]
+        stored = decoded(with_leaf(state, number, slot, place, after, seed), number, slot, place)
         found[f"{leaf.slot}/{leaf.path}"] = _diagnosis(
             before[leaf.index], after, stored, leaf.is_signed
         )
@@ -102,7 +102,7 @@ def _diagnosis(
     moved, lives = after != before, after != 0
     sign = jnp.sign(after - before)
     stalled = moved & ((stored - before) * sign < 0.1 * jnp.abs(after - before))
-    # Over the largest first: squares of small states are below what float32 holds.
+    # Divide by the maximum first: squares of small values underflow in float32.
     scale = 1 / jnp.maximum(jnp.max(jnp.abs(after)), jnp.finfo(jnp.float32).tiny)
     error, x = (stored - after) * scale, after * scale
     square = jnp.maximum(jnp.sum(x * x), jnp.finfo(jnp.float32).tiny)

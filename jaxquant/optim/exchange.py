@@ -1,11 +1,12 @@
-"""Quantized state to and from plain optax state, and to and from disk.
+"""Convert quantized state to and from plain optax state, and save and load it.
 
-    state.json           the format's version, what the state is of (`jaxquant.optim.identity`), shapes and
-                         types of arrays, SHA-256 of their file
+    state.json           the version of the format, the identity of the state (`jaxquant.optim.identity`),
+    shapes
+                         and types of the arrays, SHA-256 of their file
     arrays.safetensors   the arrays
 
-A folder appears whole or not at all.  Arrays have one form however devices share them, so that what eight
-wrote, two read, and the bits are the same.
+A folder appears complete or not at all.  Arrays are stored in one form regardless of sharding, so a state
+that eight devices saved can be loaded on two, bit for bit.
 """
 
 import functools
@@ -25,27 +26,27 @@ from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
     QuantizedState,
     decoded,
-    exact_leaves,
     leaf_specs,
+    unquantized,
     with_exact,
     with_leaf,
 )
 
-VERSION = 4  # what codes stand for is part of it
+VERSION = 4  # covers the meaning of codes too
 _KIND = "jaxquant optimizer state"
 _HEAD, _ARRAYS = "state.json", "arrays.safetensors"
 
 
 def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: Any) -> Any:
-    """The plain state of the wrapped transformation, in full precision.
+    """Returns the plain state of the wrapped transformation, in full precision.
 
     Args:
-        tx: what was wrapped.
-        state: of `quantize_state(tx, …)`.
+        tx: the wrapped transformation.
+        state: the state of `quantize_state(tx, …)`.
         params: the parameters, or their shapes.
 
     Raises:
-        ValueError: a state of another transformation or of other parameters.
+        ValueError: if the state is of another transformation or of other parameters.
 
     >>> from jaxquant.optim import fixed, quantize_state
     >>> params = {"w": jnp.ones((64, 64))}
@@ -63,25 +64,25 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
 
 @jax.jit
 def _all_decoded(state: QuantizedState) -> list[jax.Array]:
-    """The leaves of the plain state, in its order."""
-    found = {leaf.index: x for leaf, x in zip(state.plan.exact, exact_leaves(state), strict=True)}
-    for number, run in enumerate(state.plan.runs):
-        for i, slot in enumerate(run.leaves):
+    """Returns the leaves of the plain state, in its order."""
+    found = {leaf.index: x for leaf, x in zip(state.plan.exact, unquantized(state), strict=True)}
+    for number, group in enumerate(state.plan.groups):
+        for i, slot in enumerate(group.leaves):
             for place, leaf in enumerate(slot):
                 found[leaf.index] = decoded(state, number, i, place)
     return [found[i] for i in range(len(found))]
 
 
 def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> QuantizedState:
-    """Quantized state that stands for a plain one: each leaf is rounded once, at the widths that `state` has.
+    """Encodes a plain state.  Each leaf is rounded once, at the widths of `state`.
 
     Args:
-        state: fresh, of `quantize_state(tx, …).init(params)`.
-        plain: of `tx`.
-        seed: of the draws of what is rounded stochastically.
+        state: a fresh state, from `quantize_state(tx, …).init(params)`.
+        plain: a state of `tx`.
+        seed: the seed of stochastic rounding.
 
     Raises:
-        ValueError: a plain state of another transformation or of other parameters.
+        ValueError: if the plain state is of another transformation or of other parameters.
     """
     check_state(state)
     leaves = jax.tree.leaves(plain)
@@ -95,11 +96,11 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
 
 @functools.partial(jax.jit, static_argnames="seed")
 def _all_encoded(state: QuantizedState, leaves: list[jax.Array], seed: int) -> QuantizedState:
-    """The state with all leaves of a plain one in it."""
+    """Returns the state with all leaves of a plain state in it."""
     exact = [jnp.asarray(leaves[leaf.index]) for leaf in state.plan.exact]
     state = state._replace(exact=with_exact(state.exact, exact))
-    for number, run in enumerate(state.plan.runs):
-        for i, slot in enumerate(run.leaves):
+    for number, group in enumerate(state.plan.groups):
+        for i, slot in enumerate(group.leaves):
             for place, leaf in enumerate(slot):
                 state = with_leaf(state, number, i, place, leaves[leaf.index], seed)
     return state
@@ -109,22 +110,22 @@ def _check_alike(specs: list[Any], leaves: list[Any], what: str) -> None:
     wanted = [(x.shape, np.dtype(x.dtype)) for x in specs]
     found = [(np.shape(x), np.dtype(jnp.result_type(x))) for x in leaves]
     if len(wanted) != len(found):
-        raise ValueError(f"{what} has {len(wanted)} leaves; got {len(found)}")
+        raise ValueError(f"{what} must have {len(wanted)} leaves; got {len(found)}")
     for place, (one, other) in enumerate(zip(wanted, found, strict=True)):
         if one != other:
             raise ValueError(
-                f"leaf {place} of {what} is {one[1]}{list(one[0])}; got {other[1]}{list(other[0])}"
+                f"leaf {place} of {what} must be {one[1]}{list(one[0])}; got {other[1]}{list(other[0])}"
             )
 
 
 def save(folder: str | os.PathLike, state: QuantizedState) -> None:
-    """Writes a state as a new folder, which appears when it is whole.
+    """Saves a state as a new folder, which appears when it is complete.
 
-    For checkpoints of a whole training state, Orbax takes quantized state as it takes any other.
+    For checkpoints of a whole training state, Orbax saves quantized state as it saves any other pytree.
 
     Raises:
-        ValueError: a folder that exists; something that is no quantized state.
-        OSError: it cannot be written (no space, no permission); nothing of it stays.
+        ValueError: if the folder exists, or if the argument is not a quantized state.
+        OSError: if the folder cannot be written (no space, no permission); nothing of it remains.
 
     >>> import tempfile
     >>> from jaxquant.optim import fixed, quantize_state
@@ -135,10 +136,10 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
     True
     """
     if not isinstance(state, QuantizedState):
-        raise ValueError(f"save takes the state of a quantize_state; got {type(state).__name__}")
+        raise ValueError(f"the state must be that of a quantize_state; got {type(state).__name__}")
     folder = Path(folder)
     if os.path.lexists(folder):
-        raise ValueError(f"{folder} exists already; give a new folder")
+        raise ValueError(f"{folder} exists already; the folder must be new")
     with folders.temporary_folder(folder.parent) as temporary, files.writing(folder):
         stored = {name: folders.as_stored(x) for name, x in _named(state).items()}
         folders.write_safetensors(temporary / _ARRAYS, stored)
@@ -150,19 +151,19 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
         }
         files.write(temporary / _HEAD, seals.sealed(_KIND, VERSION, body))
         if not folders.placed(temporary, folder):
-            raise ValueError(f"{folder} exists already; give a new folder")
+            raise ValueError(f"{folder} exists already; the folder must be new")
 
 
 def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
-    """The state that `save` wrote, bit for bit, laid out over devices as `like` is.
+    """Loads the state that `save` wrote, bit for bit, with the sharding of `like`.
 
     Args:
-        folder: where.
+        folder: the folder to read.
         like: a state of the same transformation, policy and parameters, such as a fresh one, or its shapes.
 
     Raises:
-        ValueError: a folder that `save` did not write, of another version, or of which a file is missing or
-            was changed; a state of another plan or of other shapes.
+        ValueError: if `save` did not write the folder, its version is not supported, or a file is missing or
+            was changed; if the state has another plan or other shapes.
     """
     folder = Path(folder)
     body = _read_head(folder)
@@ -194,7 +195,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
 
 
 def _check_tables(state: QuantizedState) -> None:
-    """Raises a ValueError unless each row of the pool belongs to one page, and the pool has it."""
+    """Raises a ValueError unless each row belongs to at most one page, and lies within the pool."""
     rows = state.pool.shape[1]
     for shard in range(state.pool.shape[0]):
         own = [table[shard].ravel() for table in jax.tree.leaves(state.tables)]
@@ -207,13 +208,13 @@ def _check_tables(state: QuantizedState) -> None:
 
 
 def _read_head(folder: Path) -> dict[str, Any]:
-    """What a folder says of itself, as this version says it.
+    """Reads the description of a saved state, in the terms of this version.
 
-    Of an older version's arrays, "names" has the names in their file.
+    For arrays of an older version, "names" maps each name to the name in the file.
     """
     path = folder / _HEAD
     body = seals.unsealed(path, _KIND, 3, VERSION)
-    body.setdefault("not_finite", None)  # nobody noted it at first
+    body.setdefault("not_finite", None)  # absent in early files
     for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
         if part in body and not isinstance(body[part], kind):
             raise ValueError(f"{path} holds {body[part]!r} as its {part}")
@@ -231,18 +232,19 @@ def _read_head(folder: Path) -> dict[str, Any]:
 
 
 def _named(state: QuantizedState) -> dict[str, Any]:
-    """The arrays, in the state's order, by the names that they have in files.
+    """Returns the arrays by their names in files, in the order of the state.
 
-    Exact leaves go by their place in the plan.  Only what a score remembers is named by its own fields.
+    Unquantized leaves are named by their place in the plan.  Only the memory of a score is named by its own
+    fields.
     """
     nested = [("tables", state.tables), ("scales", state.scales)]
     nested = [
-        (f"{part}[{run}][{slot}]", x)
-        for part, runs in nested
-        for run, slots in enumerate(runs)
+        (f"{part}[{number}][{slot}]", x)
+        for part, groups in nested
+        for number, slots in enumerate(groups)
         for slot, x in enumerate(slots)
     ]
-    exact = [(f"exact[{i}]", x) for i, x in enumerate(exact_leaves(state))]
+    exact = [(f"exact[{i}]", x) for i, x in enumerate(unquantized(state))]
     memory = jax.tree.leaves_with_path(state.memory)
     memory = [(f"memory{jax.tree_util.keystr(keys)}", x) for keys, x in memory]
     return dict([("step", state.step), ("pool", state.pool), *nested, *exact, *memory])

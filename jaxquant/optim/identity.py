@@ -1,7 +1,7 @@
-"""What a saved state is known by: shapes, codecs and widths, in words of the file's own.
+"""Describe a saved state: shapes, codecs and widths, in the vocabulary of the file format.
 
-No class, field or sentence of the program is in it, so that these can be renamed and files stay readable.
-What a codec or a score of somebody else's is, its own repr says.
+The format has its own words, so classes and fields of this package can be renamed and files stay readable.
+A codec or a score from outside this package is described by its repr.
 """
 
 import ast
@@ -13,36 +13,39 @@ import numpy as np
 
 from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.plans import Plan
-from jaxquant.optim.scoring import Felt, Statistics
+from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 
-# Of each class of ours, the file's word for it and for each of its fields.
+# For each class: its word in files, and the field for each word in files.
 _WORDS: dict[type, tuple[str, dict[str, str]]] = {
     Companded: ("companded", {"linear": "linear", "stochastic": "stochastic"}),
     Logarithmic: ("logarithmic", {"range": "range", "stochastic": "stochastic"}),
-    Felt: ("felt", {"weight": "weight", "memory": "memory", "reach": "reach"}),
-    Statistics: ("statistics", {"memory": "memory", "reach": "reach"}),
+    UpdateSensitivity: (
+        "felt",
+        {"weight": "weight", "memory": "ema_decay", "reach": "max_bit_change"},
+    ),
+    LayerStatistics: ("statistics", {"memory": "ema_decay", "reach": "max_bit_change"}),
 }
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What two plans share whose states can stand for each other, as JSON has it."""
+    """Returns what two plans must share for their states to be interchangeable, as JSON."""
     adaptation = plan.adaptation
     return {
         "runs": [
             {
-                "shards": run.shards,
-                "starts": list(run.starts),
-                "cuts": [[list(part) for part in cut] for cut in run.cuts],
+                "shards": group.shards,
+                "starts": list(group.starts),
+                "cuts": [[list(part) for part in axes] for axes in group.shard_axes],
                 "slots": [
                     {
                         "codec": _described(codec),
                         "bits": list(bits),
                         "leaves": [_leaf(leaf.path, leaf.slot, leaf) for leaf in leaves],
                     }
-                    for codec, bits, leaves in zip(codecs, widths, run.leaves, strict=True)
+                    for codec, bits, leaves in zip(codecs, widths, group.leaves, strict=True)
                 ],
             }
-            for run, codecs, widths in zip(plan.runs, plan.codecs, plan.bits, strict=True)
+            for group, codecs, widths in zip(plan.groups, plan.codecs, plan.bits, strict=True)
         ],
         "exact": [_leaf(leaf.path, leaf.slot, leaf) for leaf in plan.exact],
         "rows": plan.rows,
@@ -51,7 +54,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         if adaptation is None
         else {
             "interval": adaptation.interval,
-            "stay": adaptation.stay,
+            "stay": adaptation.hysteresis,
             "score": _described(adaptation.score),
         },
     }
@@ -69,7 +72,7 @@ def _leaf(path: str, slot: str, leaf: Any) -> dict[str, Any]:
 
 
 def _described(value: Any) -> dict[str, Any]:
-    """A codec or a score."""
+    """Describes a codec or a score."""
     if type(value) not in _WORDS:
         return {"kind": "other", "repr": repr(value)}
     kind, fields = _WORDS[type(value)]
@@ -77,12 +80,12 @@ def _described(value: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Python's number for one of NumPy's, which JSON has not."""
+    """Converts a NumPy number to the Python number that JSON can store."""
     return value.item() if isinstance(value, np.generic) else value
 
 
 def difference(found: Any, wanted: Any, where: str = "") -> str:
-    """The first place in which two identities differ, and what each has there; empty where they are equal."""
+    """Returns the first difference of two identities, with both values; empty if they are equal."""
     if isinstance(found, dict) and isinstance(wanted, dict) and set(found) == set(wanted):
         pairs = [(key, found[key], wanted[key]) for key in wanted]
     elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
@@ -104,20 +107,20 @@ def _short(value: Any) -> str:
 
 
 def from_version_3(text: Any) -> dict[str, Any]:
-    """The identity of the plan whose repr a file of version 3 holds.
+    """Returns the identity of the plan whose repr a file of version 3 holds.
 
-    Names and fields are those of that time, whatever they are called now; the policy's name, roles, signs
-    and reasons are read over.
+    Names and fields are those of version 3, whatever they are called now.  The policy's name, roles, signs
+    and reasons are ignored.
 
     Raises:
-        ValueError: what is no such text.
+        ValueError: if the text is not the repr of such a plan.
     """
     try:
         plan = _Text(text).plan()
         return {
             "runs": [
-                _run_3(run, codecs, bits)
-                for run, codecs, bits in zip(
+                _group_3(group, codecs, bits)
+                for group, codecs, bits in zip(
                     plan["runs"], plan["codecs"], plan["bits"], strict=True
                 )
             ],
@@ -135,14 +138,16 @@ def from_version_3(text: Any) -> dict[str, Any]:
         raise ValueError(f"its plan is none that version 3 wrote: {error}") from None
 
 
-def _run_3(run: Mapping[str, Any], codecs: Sequence[Any], bits: Sequence[Any]) -> dict[str, Any]:
+def _group_3(
+    group: Mapping[str, Any], codecs: Sequence[Any], bits: Sequence[Any]
+) -> dict[str, Any]:
     return {
-        "shards": run["shards"],
-        "starts": run["starts"],
-        "cuts": run["cuts"],
+        "shards": group["shards"],
+        "starts": group["starts"],
+        "cuts": group["cuts"],
         "slots": [
             {"codec": codec, "bits": widths, "leaves": [_leaf_3(leaf) for leaf in leaves]}
-            for codec, widths, leaves in zip(codecs, bits, run["leaves"], strict=True)
+            for codec, widths, leaves in zip(codecs, bits, group["leaves"], strict=True)
         ],
     }
 
@@ -156,12 +161,12 @@ _KINDS_3 = frozenset(("Companded", "Logarithmic", "Felt", "Statistics"))
 
 
 class _Text:
-    """A repr of version 3 as dictionaries and lists; of classes that it does not know, as their own text."""
+    """Parses a repr of version 3 into dictionaries and lists.  Unknown classes become their own text."""
 
     def __init__(self, text: Any):
         if not isinstance(text, str):
             raise ValueError(f"it is {_short(text)}")
-        # Classes among a codec's fields, which no expression is.  A text may hold such brackets too.
+        # Classes among a codec's fields are not expressions.  Quoted text may contain such brackets too.
         self._hidden: list[str] = []
         self._text = re.sub(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|<[^<>]*>", self._hide, text)
 

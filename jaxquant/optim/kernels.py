@@ -1,18 +1,19 @@
-"""The update of some pages as one Pallas kernel for TPUs: decoded state never leaves the core.
+"""Update pages with one Pallas kernel for TPUs: decoded state never leaves the core.
 
-A step of the grid takes some 16 pages.  While it computes, the rows of the next step's pages are on their way
-from the pool, wherever the tables say that they lie, and those of the last go back to where they were: the
-pool is changed in place.  Rows that a page has not are not moved, so its traffic is that of its bits.
+A grid step takes up to 16 pages.  While it computes, the rows of the next step's pages are copied from the
+pool, wherever the tables place them, and the rows of the last step are copied back: the pool is updated in
+place.  Absent rows are not copied, so the traffic of a page is proportional to its width.
 
-Where a kernel wants arrays otherwise than the state holds them:
+The kernel uses other layouts than the state in four places:
 
-- Tables come step by step into scalar memory, the next step's beside this one's.  Prefetched whole they
-  would fill it: a page of two slots takes 64 bytes there.
-- What belongs to a block of 128 elements, its scale above all, lies along lanes: block [i, j] of page p at
-  [j, 8 p + i] of [8, 128].  Of an array [8, 8] a page, each row would be filled up with zeros to 128 lanes.
-- Gradients and parameters come as a TPU holds matrices, in tiles of 8 rows and 128 columns, which are taken
-  apart into blocks on their way into registers.  As pages they would be copied first.
-- Bytes are int32 in registers, where everything that is done with them can be had.
+- Tables are copied to scalar memory step by step, together with those of the next step.  Prefetching them at
+  once would fill it: a page of two slots takes 64 bytes there.
+- What belongs to a block of 128 elements, such as its scale, lies along lanes: block [i, j] of page p is at
+  [j, 8 p + i] of [8, 128].  In an array [8, 8] for each page, every row would be padded to 128 lanes.
+- Gradients and parameters have the TPU's tiled layout, 8 rows by 128 columns.  Tiles are split into blocks
+when
+  they are loaded into registers.  As pages they would have to be copied first.
+- Bytes are int32 in registers, where all needed operations exist.
 """
 
 import dataclasses
@@ -30,26 +31,26 @@ from jaxquant.optim import pages
 from jaxquant.optim.blocks import BlockStep
 from jaxquant.optim.codecs import BLOCK, largest_of_each
 
-STEP = 16  # pages that a step takes at most: their blocks' 8 · 16 columns are the lanes
+STEP = 16  # maximum pages of a step: their blocks' 8 · 16 columns are the lanes
 LANES = 128
-_BLOCKS = pages.PAGE // BLOCK  # of a page
-Moved = tuple[pl.BlockSpec, Any]  # what is moved for each step of the grid, and its type
+_BLOCKS = pages.PAGE // BLOCK  # blocks of a page
+Moved = tuple[pl.BlockSpec, Any]  # the block that each grid step moves, and its type
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """The update of pages that follow one another.
+    """The update of consecutive pages.
 
     Attributes:
-        blocks: what is done to their blocks.
-        first: of the pages, among those of its run.
-        pages: so many.
-        width: blocks in a row of the operands, which come in tiles, [pages · 64, 128]; None where they come
-            as [pages, 8, 8, 128].
-        wide: types of what the pieces take besides state, by kind.
-        results: types of what they give besides state.
-        scalars: types of the values of one element that they take, by number.
-        constants: values of one element that are known, by number.
+        blocks: the step for their blocks.
+        first: the index of the first page in its group.
+        pages: the number of pages.
+        width: blocks in a row of the operands, which are tiled, [pages · 64, 128]; None if operands are
+            [pages, 8, 8, 128].
+        wide: types of the uncoded operands, by kind.
+        results: types of the results besides state.
+        scalars: types of the scalar operands, by number.
+        constants: scalars that are known, by number.
     """
 
     blocks: BlockStep
@@ -67,7 +68,7 @@ class Kernel:
 
     @property
     def step(self) -> int:
-        """Pages that a step of the grid takes: whole rows of tiles."""
+        """The number of pages in a grid step: whole rows of tiles."""
         unit = unit_of(self.width)
         return unit * max(1, min(STEP, self.pages) // unit)
 
@@ -76,7 +77,7 @@ class Kernel:
         return -(-self.pages // self.step)
 
     def moved(self) -> dict[str, list[Moved]]:
-        """All that goes between the chip's memory and the core, rows of the pool apart."""
+        """Returns all that is moved between the chip's memory and the core, except rows of the pool."""
         table = functools.partial(
             pl.BlockSpec, (1, 1, self.slots * self.step * pages.PLANES), memory_space=pltpu.SMEM
         )
@@ -85,7 +86,7 @@ class Kernel:
             table(lambda i, *_: (jnp.minimum(i + 1, self.steps - 1), 0, 0)),
         )
         scales = [codec.scale for codec in self.blocks.codecs]
-        program = [(_along((1, 1, 8, LANES)), jnp.int32)] * (len(self.blocks.pieces) > 1)
+        program = [(_along((1, 1, 8, LANES)), jnp.int32)] * (len(self.blocks.update_fns) > 1)
         operand = _along(
             (self.step, *pages.PAGE_SHAPE) if self.width is None else (self.step * _BLOCKS, BLOCK)
         )
@@ -106,7 +107,7 @@ class Kernel:
         wide: list[jax.Array],
         numbers: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, list[jax.Array], list[jax.Array]]:
-        """(pool, scales, results) after the update; on CPU the kernel is interpreted."""
+        """Returns (pool, scales, results) after the update.  On CPUs the kernel is interpreted."""
         specs = {name: [spec for spec, _ in found] for name, found in self.moved().items()}
         anywhere = pl.BlockSpec(memory_space=pl.ANY)
         inputs = (anywhere, *specs["tables"], specs["scales"], specs["programs"], specs["operands"])
@@ -141,7 +142,7 @@ class Kernel:
     def _run(
         self, is_cpu, whole, real, _, table, following, scales, programs, wide, pool, *refs
     ) -> None:
-        """One step of the grid."""
+        """Computes one step of the grid."""
         new_scales, results, *scratch = refs
         step, last = pl.program_id(0), pl.num_programs(0) - 1
         side = jax.lax.rem(step, 2)
@@ -179,25 +180,27 @@ class Kernel:
         pl.when(step == last)(lambda: leaving.wait(side))
 
     def _page(self, always, state, values, program, place, words, known) -> tuple[Any, list]:
-        """(codes and scales, results) of one page.
+        """Returns (codes and scales, results) of one page.
 
-        Interpreted, each part is a computation of its own, as where XLA is given them: what it makes of them
-        is then the same to the last bit.  A TPU has all values at hand, and computes them once.
+        On a CPU each part is a separate computation, as in the XLA path, so both give the same bits.  On a
+        TPU all values are at hand and are computed once.
         """
         start = place.astype(jnp.uint32) * jnp.uint32(pages.PAGE)
         codes, bits, scales = state
         operands, compute = (codes, bits, scales, values, known, program), self.blocks.compute
-        apart = functools.partial(_apart, always)
+        separately = functools.partial(_separately, always)
         if always is None:
             found = compute(*operands)
             compute = lambda *_: found  # noqa: E731
-        # Pallas finds the largest of one array at a time.
+        # Pallas reduces one array at a time.
         blocks = dataclasses.replace(self.blocks, largest=largest_of_each)
-        codes, scales, found = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        codes, scales, found = blocks(
+            separately, compute, operands, codes, bits, scales, words, start
+        )
         return list(zip(codes, scales, strict=True)), found
 
     def _known(self, whole: Any, real: Any) -> dict[int, Any]:
-        """The scalars: from where `numbers` has put them, or known."""
+        """Returns the scalars: constants, and those that `numbers` has packed."""
         places, found = {True: 0, False: self.slots}, dict(self.constants)
         for n, dtype in self.scalars.items():
             x = (real if is_real(dtype) else whole)[places[is_real(dtype)]]
@@ -206,7 +209,7 @@ class Kernel:
         return found
 
     def _block_values(self, ref: Any, p: jax.Array) -> jax.Array:
-        """A page of an operand, [8, 8, 128]."""
+        """Returns a page of an operand, [8, 8, 128]."""
         if self.width is None:
             return ref[p]
         return jnp.stack([ref[self._eight(p, i), :] for i in range(8)])
@@ -219,24 +222,24 @@ class Kernel:
             ref[self._eight(p, i), :] = values[i]
 
     def _eight(self, p: jax.Array, i: int) -> Any:
-        """Where eight blocks that follow one another lie in tiles: in one row of as many tiles."""
+        """Returns where eight consecutive blocks lie in tiles: in one row of as many tiles."""
         assert self.width is not None
         row, column = jnp.divmod(p * _BLOCKS + 8 * i, self.width)
         band, row = jnp.divmod(row, 8)
         return pl.ds(band * 8 * self.width + column * 8 + row, 8, stride=8)
 
 
-def _apart(always: jax.Array | None, function: Callable[..., Any], *operands: Any) -> Any:
+def _separately(always: jax.Array | None, function: Callable[..., Any], *operands: Any) -> Any:
     return function(*operands) if always is None else pages.as_branch(always, function, *operands)
 
 
 def unit_of(width: int | None) -> int:
-    """Pages that fill whole rows of tiles."""
+    """Returns the number of pages that fill whole rows of tiles."""
     return 1 if width is None else math.lcm(8, width) // 8
 
 
 def numbers(words: list[jax.Array], scalars: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """What scalar memory holds throughout: whole numbers, the words first, and the others."""
+    """Packs scalars for scalar memory: (integers with the random words first, floats)."""
     whole = [jax.lax.bitcast_convert_type(word, jnp.int32) for word in words]
     whole += [x.astype(jnp.int32) for x in scalars if not is_real(x.dtype)]
     real = [x.astype(jnp.float32) for x in scalars if is_real(x.dtype)]
@@ -253,14 +256,14 @@ def is_real(dtype: Any) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Rows on their way from the pool, or to it: those of two steps, on either side.
+    """Rows that are copied from the pool or to it, double-buffered.
 
     Attributes:
-        pool: in the chip's memory.
-        held: the rows at hand, uint8[2, entries, 8, 128].
-        done: what each side's copies signal.
-        started: copies of each side.
-        leaves: whether rows go to the pool.
+        pool: the pool, in the chip's memory.
+        held: the buffered rows, uint8[2, entries, 8, 128].
+        done: the semaphores of the copies of each side.
+        started: the number of copies of each side.
+        leaves: whether rows are copied to the pool.
     """
 
     pool: Any
@@ -270,7 +273,7 @@ class _Rows:
     leaves: bool = False
 
     def start(self, table: Any, side: jax.Array) -> None:
-        """Starts the copies of a step's rows, those that its pages have."""
+        """Starts the copies of the present rows of a step."""
 
         def one(entry: jax.Array, count: jax.Array) -> jax.Array:
             row = table[0, 0, entry]
@@ -280,7 +283,7 @@ class _Rows:
         self.started[side] = jax.lax.fori_loop(0, table.shape[-1], one, jnp.int32(0))
 
     def wait(self, side: jax.Array) -> None:
-        """Until all that were started have come to their end; each counts for one."""
+        """Waits for all copies that were started."""
 
         def one(_: jax.Array, nothing: None) -> None:
             self._copy(0, side, 0).wait()
@@ -288,13 +291,13 @@ class _Rows:
         jax.lax.fori_loop(0, self.started[side], one, None)
 
     def codes(self, side: jax.Array, first: jax.Array, width: jax.Array) -> jax.Array:
-        """The codes of a page, int32[8, 8, 128]."""
+        """Returns the codes of a page, int32[8, 8, 128]."""
         planes = [self.held[side, first + i].astype(jnp.int32) for i in range(pages.PLANES)]
-        # In the place of rows that the page has not, there is what was there before.
+        # Absent rows hold whatever was there before.
         return jnp.stack(pages.transposed(planes)) & (jnp.left_shift(jnp.int32(1), width) - 1)
 
     def put(self, side: jax.Array, first: jax.Array, codes: jax.Array) -> None:
-        """The rows of a page from its codes."""
+        """Writes the rows of a page from its codes."""
         for i, plane in enumerate(pages.transposed(list(codes))):
             self.held[side, first + i] = plane.astype(jnp.uint8)
 
@@ -305,16 +308,16 @@ class _Rows:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Numbers of blocks
+# Values of blocks
 
 
 def _along(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """Such blocks one after another along the first axis."""
+    """Returns the specification of blocks that follow one another along the first axis."""
     return pl.BlockSpec(shape, lambda i, *_: (i, *(0,) * (len(shape) - 1)))
 
 
 def _width(table: Any, first: jax.Array) -> jax.Array:
-    """Bits of the page whose entries begin there."""
+    """Returns the width of the page whose entries begin at `first`."""
     present = [(table[0, 0, first + i] != 0).astype(jnp.int32) for i in range(pages.PLANES)]
     return functools.reduce(jnp.add, present)
 
@@ -324,7 +327,7 @@ def _widened(x: jax.Array) -> jax.Array:
 
 
 def _column(x: jax.Array, p: jax.Array) -> jax.Array:
-    """What belongs to page p's blocks, [8, 8, n], from [n, 8, 128]."""
+    """Returns the values of page p's blocks, [8, 8, n], from [n, 8, 128]."""
     back = jax.lax.rem(LANES - 8 * p, LANES)
     first = [pltpu.roll(x[n], back, 1) for n in range(x.shape[0])]
     columns = [jnp.stack([entry[:, i : i + 1] for i in range(8)]) for entry in first]
@@ -332,7 +335,7 @@ def _column(x: jax.Array, p: jax.Array) -> jax.Array:
 
 
 def _with_column(x: jax.Array, p: jax.Array, column: jax.Array) -> jax.Array:
-    """`_column` set."""
+    """Returns x with the values of page p's blocks replaced."""
     lane, entries = jax.lax.broadcasted_iota(jnp.int32, x.shape[1:], 1), []
     for n in range(x.shape[0]):
         entry = x[n]

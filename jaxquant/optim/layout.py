@@ -1,7 +1,7 @@
-"""How coded leaves lie in pages: leaves with the same slots side by side, each from a new block on.
+"""Assign coded leaves to pages.  Leaves with the same slots are neighbours, and each starts a new block.
 
-Shards hold parts of each leaf, cut along its own axes (`jaxquant.optim.cutting`); leaves that cannot be cut
-so go through the shards in one line.
+Each shard holds a part of each leaf, split along the leaf's own axes (`jaxquant.optim.sharding_axes`).
+Leaves that cannot be split that way are laid out across all shards in one line.
 """
 
 import dataclasses
@@ -14,25 +14,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.cutting import Cut, collected, dealt
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.pages import PAGE, PAGE_SHAPE
+from jaxquant.optim.sharding_axes import ShardAxes, from_shards, to_shards
 
-GROUP = 64  # pages that are decoded at once: what a core's cache holds
-BLOCKS = PAGE_SHAPE[:-1]  # of a page: (8, 8)
+GROUP = 64  # pages that are decoded at once, which fit the cache of a core
+BLOCKS = PAGE_SHAPE[:-1]  # blocks of a page: (8, 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Parameters whose state has the same slots and types, one after another in lines of pages.
+class PagedGroup:
+    """Parameters whose state has the same slots and types, concatenated in lines of pages.
 
     Attributes:
-        slots: of their state, in order.
-        parameters: their indices.
+        slots: the slots of their state, in order.
+        parameters: the indices of the parameters.
         leaves: for each slot, the state's leaf of each parameter.
         starts: the element of a line at which each parameter begins, a multiple of a block.
-        shards: parts of as many pages each, which devices can share among them.
-        cuts: of each parameter; empty where they go through all shards in one line.
+        shards: the number of equal parts, which devices can share.
+        shard_axes: how each parameter is split into shards; empty if parameters span all shards in one line.
     """
 
     slots: tuple[str, ...]
@@ -40,77 +40,77 @@ class Run:
     leaves: tuple[tuple[Leaf, ...], ...]
     starts: tuple[int, ...]
     shards: int
-    cuts: tuple[Cut, ...]
+    shard_axes: tuple[ShardAxes, ...]
 
     @property
     def lines(self) -> int:
-        """Lines of pages, through which parts of each parameter go side by side."""
-        return self.shards if any(self.cuts) else 1
+        """The number of lines of pages.  Each line holds one part of every parameter."""
+        return self.shards if any(self.shard_axes) else 1
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Elements of each parameter in a line."""
+        """The number of elements of each parameter in a line."""
         return tuple(leaf.size // self.lines for leaf in self.leaves[0])
 
     @property
     def pages(self) -> int:
-        """Pages of a line that hold elements."""
+        """The number of pages of a line that hold elements."""
         return -(-(self.starts[-1] + self.sizes[-1]) // PAGE)
 
     @property
     def grid(self) -> tuple[int, int, int]:
-        """(shards, groups in each, pages in each); the last pages may be without elements."""
+        """(shards, groups of pages in each, pages in each); the last pages may be without elements."""
         own = -(-self.pages * self.lines // self.shards)
         groups = -(-own // GROUP)
         return self.shards, groups, -(-own // groups)
 
     def lined(self, x: Any) -> Any:
-        """An array [shards, groups, pages, ...] as [lines, pages of each, ...]."""
+        """Reshapes [shards, groups, pages, ...] to [lines, pages of each, ...]."""
         return x.reshape(self.lines, -1, *x.shape[3:])
 
     def flatten(self, arrays: Sequence[jax.Array]) -> jax.Array:
-        """The parameters' arrays as [shards, groups, pages, 8, 8, 128]; zeros between and behind them."""
+        """Concatenates arrays as [shards, groups, pages, 8, 8, 128], padded with zeros."""
         total = math.prod(self.grid) * PAGE // self.lines
         ends = (*self.starts[1:], total)
         parts = [
-            jnp.pad(dealt(x, cut), ((0, 0), (0, end - start - size)))
-            for x, cut, start, end, size in zip(
-                arrays, self.cuts, self.starts, ends, self.sizes, strict=True
+            jnp.pad(to_shards(x, axes), ((0, 0), (0, end - start - size)))
+            for x, axes, start, end, size in zip(
+                arrays, self.shard_axes, self.starts, ends, self.sizes, strict=True
             )
         ]
         whole = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
         return whole.reshape(*self.grid, *PAGE_SHAPE)
 
     def unflatten(self, flat: jax.Array) -> list[jax.Array]:
-        """The parameters' arrays back from `flatten`'s."""
+        """Inverts `flatten`."""
         lines = flat.reshape(self.lines, -1)
-        return [self.collected(lines, place, s) for place, s in enumerate(self.starts)]
+        return [self.from_shards(lines, place, s) for place, s in enumerate(self.starts)]
 
-    def collected(self, lines: jax.Array, place: int, start: int) -> jax.Array:
-        """The array of the parameter at `place`, which begins at an element of lines [lines, elements]."""
+    def from_shards(self, lines: jax.Array, place: int, start: int) -> jax.Array:
+        """Returns the array of the parameter at `place`, given lines [lines, elements] and its start."""
         own = jax.lax.slice_in_dim(lines, start, start + self.sizes[place], axis=1)
-        return collected(own, self.leaves[0][place].shape, self.cuts[place])
+        return from_shards(own, self.leaves[0][place].shape, self.shard_axes[place])
 
     def firsts(self) -> jax.Array:
-        """The element, modulo 2^32, with which each group of pages begins, uint32[shards, groups]."""
+        """Returns the first element of each group of pages, modulo 2^32, uint32[shards, groups]."""
         shards, groups, size = self.grid
         found = jnp.arange(shards * groups, dtype=jnp.uint32) * jnp.uint32(size * PAGE % 2**32)
         return found.reshape(shards, groups)
 
     def owners(self) -> np.ndarray:
-        """Which of the run's parameters each block belongs to, int32[shards, groups, pages, 8, 8]."""
+        """Returns the parameter that each block belongs to, int32[shards, groups, pages, 8, 8]."""
         firsts = np.array(self.starts) // BLOCK
         blocks = np.arange(math.prod(self.grid) * PAGE // self.lines // BLOCK)
         found = np.searchsorted(firsts, blocks, side="right") - 1
         return np.tile(found.astype(np.int32), self.lines).reshape(*self.grid, *BLOCKS)
 
     def pages_of(self, place: int) -> slice:
-        """The pages of each line that hold elements of the run's parameter at `place`."""
+        """Returns the pages of each line that hold elements of the parameter at `place`."""
         start, size = self.starts[place], self.sizes[place]
         return slice(start // PAGE, -(-(start + size) // PAGE))
 
     def by_page(self, values: Sequence[int]) -> np.ndarray:
-        """The largest value among the parameters of each page, int[shards, groups, pages]; 0 where none."""
+        """Returns the largest value of the parameters in each page, int[shards, groups, pages]; 0 if none."""
         found = np.zeros((self.lines, math.prod(self.grid) // self.lines), int)
         for place, value in enumerate(values):
             own = self.pages_of(place)
@@ -122,43 +122,45 @@ def arrange(
     leaves: Sequence[Leaf],
     dtypes: Sequence[np.dtype],
     shards: int,
-    cut: Callable[[Leaf], Cut | None],
-) -> tuple[Run, ...]:
-    """The runs of some leaves.
+    axes_of: Callable[[Leaf], ShardAxes | None],
+) -> tuple[PagedGroup, ...]:
+    """Returns the paged groups of some leaves.
 
     Args:
-        leaves: to be coded.
-        dtypes: of the parameters, by their index.
-        shards: parts of each run.
-        cut: how a leaf is dealt out to them; None where it cannot be.
+        leaves: the leaves to be coded.
+        dtypes: the types of the parameters, by index.
+        shards: the number of parts of each group.
+        axes_of: returns how a leaf is split into shards; None if it cannot be.
     """
     slots: dict[int, list[Leaf]] = {}
     for leaf in leaves:
         slots.setdefault(leaf.parameter, []).append(leaf)
-    cuts = {p: cut(own[0]) if shards > 1 else None for p, own in slots.items()}
+    shard_axes = {p: axes_of(own[0]) if shards > 1 else None for p, own in slots.items()}
     alike: dict[tuple, list[int]] = {}
     for parameter, own in slots.items():
-        # Pages of vectors apart from those of matrices: their updates differ more often (decay's mask).
-        kind = (cuts[parameter] is None, len(own[0].shape) > 1, dtypes[parameter])
+        # Vectors and matrices have separate pages, because their updates often differ (decay masks).
+        kind = (shard_axes[parameter] is None, len(own[0].shape) > 1, dtypes[parameter])
         alike.setdefault((kind, *((x.slot, x.dtype) for x in own)), []).append(parameter)
-    return tuple(_run(parameters, slots, cuts, shards) for parameters in alike.values())
+    return tuple(
+        _paged_group(parameters, slots, shard_axes, shards) for parameters in alike.values()
+    )
 
 
-def _run(
+def _paged_group(
     parameters: Sequence[int],
     slots: dict[int, list[Leaf]],
-    cuts: dict[int, Cut | None],
+    shard_axes: dict[int, ShardAxes | None],
     shards: int,
-) -> Run:
-    own = tuple(cuts[p] or () for p in parameters)
+) -> PagedGroup:
+    own = tuple(shard_axes[p] or () for p in parameters)
     lines = shards if any(own) else 1
     whole = [-(-slots[p][0].size // lines // BLOCK) * BLOCK for p in parameters]
     starts = np.concatenate([[0], np.cumsum(whole)[:-1]])
-    return Run(
+    return PagedGroup(
         slots=tuple(leaf.slot for leaf in slots[parameters[0]]),
         parameters=tuple(parameters),
         leaves=tuple(zip(*(slots[p] for p in parameters), strict=True)),
         starts=tuple(int(s) for s in starts),
         shards=shards,
-        cuts=own,
+        shard_axes=own,
     )

@@ -1,8 +1,8 @@
-"""Which leaves of an optimizer's state are like which parameters, and what each is for.
+"""Find which leaves of an optimizer's state have the shape of which parameters, and the role of each.
 
-Found once, from shapes: `find` asks the transformation for its state, matches the state's leaves with the
-parameters', and takes from its traced update what rounding would do to them (`jaxquant.optim.traits`).
-Nothing here touches values.
+This is done once, from shapes.  `find` asks the transformation for its state, matches the leaves of the
+state with the parameters, and derives the effect of rounding from the traced update
+(`jaxquant.optim.traits`).  No values are needed.
 """
 
 import dataclasses
@@ -24,18 +24,18 @@ ROLES = ("embedding", "head", "matrix", "vector")
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A leaf of the state that is to be held in codes.
+    """A leaf of the state that is to be coded.
 
     Attributes:
-        index: among the state's leaves.
-        parameter: index among the parameters' leaves.
-        path: of the parameter, as in ``blocks/0/up/kernel``.
-        slot: where in the state it lies, without the parameter's path, as in ``0/mu``.
-        shape: of both.
-        dtype: of the state.
+        index: its index among the leaves of the state.
+        parameter: the index of its parameter.
+        path: the path of the parameter, as in ``blocks/0/up/kernel``.
+        slot: its place in the state, without the path of the parameter, as in ``0/mu``.
+        shape: the shape of leaf and parameter.
+        dtype: the type of the leaf.
         role: one of `ROLES`.
         is_signed: whether it may hold negative numbers.
-        is_slow: whether a step changes it by a few hundredths at most, which nearest rounding would not show.
+        is_slow: whether a step changes it by a few percent at most, which rounding to nearest would lose.
     """
 
     index: int
@@ -55,16 +55,16 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """A leaf of the state that stays as it is.
+    """An unquantized leaf of the state.
 
     Attributes:
-        index: among the state's leaves.
-        path: in the state.
-        slot: where in the state it lies, without the parameter's path.
+        index: its index among the leaves of the state.
+        path: its path in the state.
+        slot: its place in the state, without the path of the parameter.
         shape: its shape.
         dtype: its type.
         reason: why it is not coded.
-        parameter: index of the parameter that it belongs to, or None.
+        parameter: the index of the parameter that it belongs to, or None.
     """
 
     index: int
@@ -77,12 +77,12 @@ class Exact:
 
 
 def path_of(keys: Any) -> str:
-    """A path of keys with slashes, as in ``blocks/0/up/kernel``."""
+    """Returns a path of keys with slashes, as in ``blocks/0/up/kernel``."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
 def role_of(path: str, shape: tuple[int, ...]) -> str:
-    """What a parameter is for, from its name and rank.
+    """Returns the role of a parameter, given its name and rank.
 
     >>> role_of("embed/embedding", (256, 64)), role_of("blocks/0/up/kernel", (64, 192))
     ('embedding', 'matrix')
@@ -97,15 +97,15 @@ def role_of(path: str, shape: tuple[int, ...]) -> str:
 def find(
     tx: optax.GradientTransformation, params: Any, extra: Mapping[str, Any] | None = None
 ) -> tuple[list[Leaf], list[Exact]]:
-    """The leaves of `tx`'s state that can be coded, and those that cannot, with the reason.
+    """Returns the leaves of `tx`'s state that can be coded, and those that cannot, with the reason.
 
     Args:
         tx: any optax transformation.
         params: parameters or their shapes.
-        extra: what its update is given by name, or shapes of it; optax's own need not be named.
+        extra: further arguments of the update by name, or their shapes, except those of optax's own.
 
     Raises:
-        ValueError: an update that cannot be traced from shapes.
+        ValueError: if the update cannot be traced from shapes.
 
     >>> params = {"kernel": jnp.zeros((64, 64)), "bias": jnp.zeros(64)}
     >>> leaves, exact = find(optax.adam(1e-3), params)
@@ -138,26 +138,26 @@ def find(
 
 
 def _dtype(leaf: Any) -> Any:
-    """A leaf's type; JAX's own where NumPy has none such, as of keys of random numbers."""
+    """Returns the type of a leaf: NumPy's, or JAX's for random keys."""
     is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
     return leaf.dtype if is_key else np.dtype(leaf.dtype)
 
 
 def _marks(tx: Any, state: Any) -> Any:
-    """For each leaf of a state whether it is one of those that a tree like the parameters' has."""
+    """Returns whether each leaf of a state belongs to a tree like the parameters'."""
     try:
         return optax.tree.map_params(
             tx, lambda _: True, state, transform_non_params=lambda _: False
         )
-    except Exception:  # optax makes a state of placeholders, from which L-BFGS cannot begin
+    except Exception:  # optax uses placeholders, which L-BFGS cannot be initialized with
         return jax.tree.map(lambda _: True, state)
 
 
 def _traits(tx: Any, params: Any, state: Any, extra: dict[str, Any]) -> list[Trait]:
-    """The leaves' traits; what optax's own transformations are given by name has a stand-in.
+    """Returns the traits of the leaves, with stand-ins for the named arguments that optax's own updates take.
 
     Raises:
-        ValueError: an update that needs more than these.
+        ValueError: if the update needs other arguments.
     """
     tx, raised = optax.with_extra_args_support(tx), None
     value = {"value": jax.ShapeDtypeStruct((), jnp.float32)}
@@ -167,7 +167,7 @@ def _traits(tx: Any, params: Any, state: Any, extra: dict[str, Any]) -> list[Tra
     for given in ({}, value, search, second, gradient):
         try:
             return traits_of(tx, params, state, {**given, **extra})
-        except Exception as error:  # whatever the transformation raises for want of an argument
+        except Exception as error:  # any error that a missing argument causes
             raised = raised or error
     first = next(iter(str(raised).splitlines()), "")
     raise ValueError(
@@ -178,12 +178,12 @@ def _traits(tx: Any, params: Any, state: Any, extra: dict[str, Any]) -> list[Tra
 
 
 def _some_loss(params: Any) -> jax.Array:
-    """A loss of which nothing can be said: neither it nor its derivatives have a sign."""
+    """A loss about which nothing is known: neither it nor its derivatives have a definite sign."""
     return sum((jnp.sum(x * jnp.sin(x)) for x in jax.tree.leaves(params)), jnp.zeros(()))
 
 
 def _kept(trait: Trait) -> str | None:
-    """Why a leaf that could be coded is not; None where it is."""
+    """Returns why a leaf that could be coded is not; None if it is."""
     if trait.of_parameters:
         return trait.of_parameters
     if trait.is_signed and not trait.fades:
@@ -198,7 +198,7 @@ def _kept(trait: Trait) -> str | None:
 
 
 def _owner(keys: Sequence[Any], parameters: Sequence[Sequence[Any]]) -> int | None:
-    """The parameter whose path a path in the state ends with; the longest where several do."""
+    """Returns the parameter whose path is a suffix of a path in the state; the longest if several are."""
     ends = [
         i for i, own in enumerate(parameters) if tuple(keys[len(keys) - len(own) :]) == tuple(own)
     ]
@@ -206,7 +206,7 @@ def _owner(keys: Sequence[Any], parameters: Sequence[Sequence[Any]]) -> int | No
 
 
 def _reason(leaf: Any, parameter: Any) -> str | None:
-    """Why a leaf of the state is not coded; None where it can be."""
+    """Returns why a leaf of the state cannot be coded; None if it can be."""
     if parameter is None:
         return "it is not of a parameter"
     if leaf.shape != parameter.shape:

@@ -1,4 +1,4 @@
-"""The plain state's own names within quantized state: its containers, without the leaves that are coded."""
+"""Keep the plain state's containers and field names within quantized state, without the coded leaves."""
 
 from collections.abc import Callable, Sequence, Set
 from typing import Any
@@ -11,16 +11,16 @@ from jaxquant.optim.plans import Plan
 
 @jax.tree_util.register_pytree_with_keys_class
 class Coded:
-    """A part of the plain state, such as all first moments, of which some leaves lie in codes.
+    """A part of the plain state, such as all first moments, some leaves of which are coded.
 
-    Its own leaves are those that stay exact.  There are no numbers for the others here, so whoever computes
-    with it is told where they are.
+    Its pytree leaves are the unquantized ones.  Arithmetic on a `Coded` raises an error that says where the
+    numbers are.
 
     Attributes:
-        exact: the leaves that stay as they are, in order.
-        slot: where in the state it lies, as in ``0/mu``.
-        structure: of the whole part, as the plain state has it.
-        first: index of its first leaf among all of the state's.
+        exact: the unquantized leaves, in order.
+        slot: the place in the state, as in ``0/mu``.
+        structure: the structure of the complete part in the plain state.
+        first: the index of its first leaf among all leaves of the state.
     """
 
     def __init__(self, exact: Sequence[Any], slot: str, structure: Any, first: int):
@@ -41,7 +41,7 @@ class Coded:
         return cls(exact, *aux)
 
     def filled(self, coded: Callable[[int], Any], indices: Set[int]) -> Any:
-        """The whole part, with `coded` of each index that is coded."""
+        """Returns the complete part, with `coded(i)` for each coded index i."""
         exact = iter(self.exact)
         places = range(self.first, self.first + self.structure.num_leaves)
         return self.structure.unflatten(coded(i) if i in indices else next(exact) for i in places)
@@ -55,7 +55,7 @@ class Coded:
 
 
 def in_codes(name: str) -> ValueError:
-    """The error of whoever asks for the numbers of a part that is coded."""
+    """Returns the error for access to the numbers of a coded part."""
     return ValueError(
         f"{name} is of a part of the state that is held in codes: jaxquant.optim.to_optax(tx, state, params) "
         "has its numbers, and from_optax takes others"
@@ -63,7 +63,7 @@ def in_codes(name: str) -> ValueError:
 
 
 def bare(path: str) -> str:
-    """A path without the step from an NNX variable to its array, which some calls have and others not."""
+    """Removes the step from an NNX variable to its array, which only some calls have."""
     return path.removesuffix("/value")
 
 
@@ -72,9 +72,9 @@ def is_coded(node: Any) -> bool:
 
 
 def without_codes(plan: Plan, plain: Any) -> Any:
-    """A plain state with `Coded` in the place of each part that has coded leaves.
+    """Returns a plain state with `Coded` in place of each part that has coded leaves.
 
-    Its leaves are the exact ones, in the plan's order.
+    The remaining leaves are the unquantized ones, in the order of the plan.
     """
     slots, indices = {leaf.slot for leaf in plan.leaves}, {leaf.index for leaf in plan.leaves}
     count = 0
@@ -87,7 +87,7 @@ def without_codes(plan: Plan, plain: Any) -> Any:
             count += len(leaves)
             exact = [x for i, x in enumerate(leaves, first) if i not in indices]
             return Coded(exact, slot, structure, first)
-        children, structure = _opened(node)
+        children, structure = _children(node)
         if not any(key for key, _ in children):
             count += len(children)
             return node
@@ -96,17 +96,17 @@ def without_codes(plan: Plan, plain: Any) -> Any:
     return walked(plain, ())
 
 
-def _opened(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """([(path of one key, child)], structure) of a node; of an array, itself with an empty path."""
+def _children(node: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Returns ([(path of one key, child)], structure) of a node; an array is its own child."""
     return jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
 
 
 class OwnNames(tuple):
-    """The fields of quantized state, as those see them who look for a name in it.
+    """The field names of quantized state, as optax's `tree_get` and `tree_set` see them.
 
-    optax's `tree_get` and `tree_set` ask each named tuple whether a name is among its fields, and else look
-    at what the fields hold.  What they look for are names of the plain state, not these: so none is among
-    them.  A name under which there are only codes has no numbers to be found, and none that could be set.
+    Both functions ask each named tuple whether it has a field, and search its values if not.  They look for
+    names of the plain state, so no field of quantized state is reported.  A name under which all leaves are
+    coded raises an error, because there are no numbers to get or set.
     """
 
     _exact: Any
@@ -123,7 +123,7 @@ class OwnNames(tuple):
 
 
 def _hidden(exact: Any) -> set[Any]:
-    """Names of parts that are coded, and names within them that are nowhere else."""
+    """Returns the names of coded parts, and names that occur only within them."""
     seen, parts, within = set(), set(), set()
     for keys, node in jax.tree_util.tree_leaves_with_path(exact, is_leaf=is_coded):
         names = [_name(key) for key in keys]
@@ -143,5 +143,5 @@ def _name(key: Any) -> Any:
 
 
 def fields_of(exact: Any) -> tuple[str, ...]:
-    """The fields of the plain state's outermost container; none where it is a tuple of several."""
+    """Returns the fields of the plain state's outermost container; none if it is a plain tuple."""
     return tuple(getattr(exact, "_fields", getattr(exact, "__dataclass_fields__", ())))

@@ -1,12 +1,12 @@
-"""A fixed budget of bit planes, and the table that says where each page's bits lie.
+"""Store codes of variable width in a fixed budget of bit planes, with a table of where each page's bits are.
 
-Virtual memory for codes of few bits.  A *page* is `PAGE` codes; at b bits it owns b rows of the pool,
-`ROW` bytes each, wherever they lie; the table names them.  The pool's shape is the budget and the table is
-data, so that a page's precision changes without a change of shape, and nothing is compiled again.
+This is virtual memory for codes of few bits.  A *page* holds `PAGE` codes.  At b bits it owns b rows of the
+pool, `ROW` bytes each, in any order; the table lists them.  The shape of the pool is the budget and the
+table is data, so the width of a page changes without a change of shape, and nothing is recompiled.
 
-A page's codes are an array [8, 8, 128].  Code [i, j, k] is spread over bit i of byte [j, k] in each of the
-page's rows, the lowest bit in the first.  Eight codes and eight bytes are a matrix of bits and its transpose,
-which is three rounds of exchanges between whole rows.
+The codes of a page are an array [8, 8, 128].  Code [i, j, k] is stored in bit i of byte [j, k] of each of
+the page's rows, the lowest bit in the first row.  Eight codes and eight bytes are a bit matrix and its
+transpose, which takes three rounds of exchanges between rows.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-PLANES = 8  # bits of a code at most
+PLANES = 8  # maximum bits of a code
 LANES = (8, 128)  # bytes in a row
 ROW = 8 * 128
 PAGE_SHAPE = (8, *LANES)
@@ -30,11 +30,11 @@ _NOWHERE = np.iinfo(np.int32).max  # an index that a scatter drops
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["pool", "table"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Store:
-    """Pages of codes, each of its own width.
+    """Pages of codes, each with its own width.
 
     Attributes:
-        pool: the budget: uint8[rows + 1, 8, 128]; row 0 stays zero and stands for bits that are absent.
-        table: rows of each page's bits, the lowest bit first; 0 where absent.
+        pool: the budget, uint8[rows + 1, 8, 128].  Row 0 stays zero and represents absent bits.
+        table: the rows of each page's bits, the lowest bit first; 0 if absent.
     """
 
     pool: jt.UInt8[jax.Array, "rows 8 128"]
@@ -42,7 +42,7 @@ class Store:
 
     @property
     def bits(self) -> jt.Int32[jax.Array, " pages"]:
-        """Bits of each page's codes."""
+        """The width of each page."""
         return widths(self.table)
 
     @property
@@ -52,19 +52,19 @@ class Store:
 
 
 def widths(table: jt.Int32[jax.Array, "pages planes"]) -> jt.Int32[jax.Array, " pages"]:
-    """Bits of each page's codes."""
+    """Returns the width of each page."""
     return jnp.sum(table != 0, axis=-1, dtype=jnp.int32)
 
 
 def empty(bits: jt.Int[np.ndarray, " pages"], rows: int | None = None) -> Store:
-    """Pages of zeros.
+    """Returns pages of zeros.
 
     Args:
-        bits: of each page, 0 to 8; 0 is a page without elements.
-        rows: the budget; where not given, what these bits take.
+        bits: the width of each page, 0 to 8; 0 is a page without elements.
+        rows: the budget; by default the sum of the widths.
 
     Raises:
-        ValueError: bits out of range, or more of them than rows.
+        ValueError: if bits are out of range, or exceed the rows.
 
     >>> store = empty(np.array([2, 5]), rows=9)
     >>> store.bits, store.pool.nbytes
@@ -72,9 +72,9 @@ def empty(bits: jt.Int[np.ndarray, " pages"], rows: int | None = None) -> Store:
     """
     bits = np.asarray(bits)
     if bits.ndim != 1 or not np.issubdtype(bits.dtype, np.integer):
-        raise ValueError(f"bits are one integer for each page; got {bits!r}")
+        raise ValueError(f"bits must be one integer for each page; got {bits!r}")
     if bits.size and not 0 <= bits.min() <= bits.max() <= PLANES:
-        raise ValueError(f"a page has 0 to {PLANES} bits; got {bits.min()} to {bits.max()}")
+        raise ValueError(f"bits must be from 0 to {PLANES}; got {bits.min()} to {bits.max()}")
     needed = int(bits.sum())
     rows = needed if rows is None else rows
     if rows < needed:
@@ -87,7 +87,7 @@ def empty(bits: jt.Int[np.ndarray, " pages"], rows: int | None = None) -> Store:
 def read(
     pool: jt.UInt8[jax.Array, "rows 8 128"], table: jt.Int32[jax.Array, "pages planes"]
 ) -> jt.UInt8[jax.Array, "pages 8 8 128"]:
-    """The codes of some pages.
+    """Returns the codes of some pages.
 
     >>> store = empty(np.array([3]))
     >>> codes = jnp.arange(PAGE, dtype=jnp.uint8).reshape(1, *PAGE_SHAPE) % jnp.uint8(8)
@@ -101,10 +101,10 @@ def read_all(
     pool: jt.UInt8[jax.Array, "rows 8 128"],
     tables: Sequence[jt.Int32[jax.Array, "pages planes"]],
 ) -> list[jt.UInt8[jax.Array, "pages 8 8 128"]]:
-    """The codes of the pages of each table, all read before any is written: a pool need not be copied."""
+    """Returns the codes of the pages of each table.  All are read before any write, to avoid a copy."""
     always = is_real(tables[0])
-    planes = apart(always, lambda pool, tables: [pool[t] for t in tables], pool, list(tables))
-    return [apart(always, _transposed, x) for x in planes]
+    planes = separately(always, lambda pool, tables: [pool[t] for t in tables], pool, list(tables))
+    return [separately(always, _transposed, x) for x in planes]
 
 
 def write(
@@ -112,8 +112,8 @@ def write(
     table: jt.Int32[jax.Array, "pages planes"],
     codes: jt.UInt8[jax.Array, "pages 8 8 128"],
 ) -> jt.UInt8[jax.Array, "rows 8 128"]:
-    """The pool with some pages' codes in it; bits for which a page has no row are dropped."""
-    planes = apart(is_real(table), _transposed, codes)
+    """Returns the pool with the codes of some pages replaced.  Bits for which there is no row are dropped."""
+    planes = separately(is_real(table), _transposed, codes)
     rows = jnp.where(table == 0, _NOWHERE, table).ravel()
     return pool.at[rows].set(planes.reshape(-1, *LANES), mode="drop", unique_indices=True)
 
@@ -123,10 +123,10 @@ def _transposed(rows_Px8x8x128: jax.Array) -> jax.Array:
 
 
 def transposed(rows: Sequence[jax.Array]) -> list[jax.Array]:
-    """Bit i of an entry in row j becomes bit j of the entry in row i.
+    """Transposes bits: bit i of an entry in row j becomes bit j of the entry in row i.
 
     Args:
-        rows: eight arrays of bytes, or of whole numbers below 256.
+        rows: eight arrays of bytes, or of integers below 256.
     """
     found, number = list(rows), rows[0].dtype.type
     for shift, low in ((4, 0x0F), (2, 0x33), (1, 0x55)):
@@ -139,19 +139,19 @@ def transposed(rows: Sequence[jax.Array]) -> list[jax.Array]:
 
 
 def is_real(table: jt.Int32[jax.Array, "pages planes"]) -> jax.Array:
-    """True, of any table, which the compiler does not know: for `apart`."""
+    """Returns True for any table, in a way that the compiler cannot see; for `separately`."""
     return table[0, 0] >= 0
 
 
-def apart(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
-    """function(*operands), on CPU as a computation of its own that is fused with no other.
+def separately(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
+    """Returns function(*operands); on CPUs it is a separate computation that is fused with no other.
 
-    XLA's CPU compiler computes a cheap chain of operations again for each of its uses, and what packs bits
-    uses every code eight times; it sees through an optimization barrier.  A branch, it does not.
+    XLA's CPU compiler recomputes a cheap chain of operations for each of its uses, and packing bits uses
+    every code eight times.  An optimization barrier does not prevent this; a branch does.
 
     Args:
-        always: true, without the compiler's knowing.
-        function: of arrays.
+        always: true, but unknown to the compiler.
+        function: a function of arrays.
         operands: its arguments.
     """
 
@@ -160,7 +160,7 @@ def apart(always: jax.Array, function: Callable[..., Any], *operands: Any) -> An
 
 
 def as_branch(always: jax.Array, function: Callable[..., Any], *operands: Any) -> Any:
-    """function(*operands), taken where `always` is true."""
+    """Returns function(*operands), computed in a branch that is taken if `always` is true."""
     shapes = jax.eval_shape(function, *operands)
     zeros = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
     return jax.lax.cond(always, function, zeros, *operands)
@@ -169,7 +169,7 @@ def as_branch(always: jax.Array, function: Callable[..., Any], *operands: Any) -
 def lowered(
     table: jt.Int32[jax.Array, "pages planes"], bits: jt.Int32[jax.Array, " pages"]
 ) -> jt.Int32[jax.Array, "pages planes"]:
-    """The table once every page has at most so many bits: no row is taken, and some become free."""
+    """Returns the table with every page limited to `bits`.  No row is allocated, and some become free."""
     place = jnp.arange(PLANES, dtype=jnp.int32)[None, :]
     return jnp.where(place < bits[:, None], table, 0)
 
@@ -179,14 +179,13 @@ def raised(
     bits: jt.Int32[jax.Array, " pages"],
     rows: int,
 ) -> jt.Int32[jax.Array, "pages planes"]:
-    """The table once every page has at least so many bits, in rows that none owned.
+    """Returns the table with every page widened to at least `bits`, with rows that are free.
 
-    A page for which too few rows are left keeps what it has, and so do those after it: the budget holds
-    whatever is asked for.
+    If too few rows are left for a page, it and all later pages keep their width, so the budget always holds.
 
     Args:
-        table: as `lowered` gives it.
-        bits: of each page, at most `PLANES`.
+        table: a table, as `lowered` returns it.
+        bits: the width of each page, at most `PLANES`.
         rows: the budget.
 
     >>> store, bits = empty(np.array([4, 2])), jnp.array([1, 5])
@@ -200,7 +199,7 @@ def raised(
     taken = jnp.zeros(rows + 1, bool).at[table].set(True).at[0].set(True)
     free = jnp.nonzero(~taken, size=rows, fill_value=0)[0].astype(jnp.int32)
     left = jnp.sum(~taken, dtype=jnp.int32)
-    # A page gets all that it wants or nothing, so its rows are counted up to its end.
+    # A page gets all of its rows or none, so rows are counted up to the end of each page.
     served = jnp.cumsum(jnp.sum(wanted, axis=1, dtype=jnp.int32)) <= left
     wanted &= served[:, None]
     order = jnp.cumsum(wanted.ravel(), dtype=jnp.int32).reshape(wanted.shape) - 1

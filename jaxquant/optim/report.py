@@ -1,4 +1,4 @@
-"""What quantized state costs and holds, leaf by leaf: true bytes, and the reason of whatever stays exact."""
+"""Report the bytes and bits of quantized state, leaf by leaf, and why a leaf is unquantized."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -11,22 +11,22 @@ from flax import nnx
 from jaxquant.nnx.modules import read
 from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK
-from jaxquant.optim.state import QuantizedState, exact_leaves
+from jaxquant.optim.state import QuantizedState, unquantized
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A leaf of the inner state.
+    """A leaf of the plain state.
 
     Attributes:
-        path: of its parameter; of the leaf itself where it belongs to none.
-        slot: where in the state it lies.
-        role: of the parameter; empty where there is none.
-        shape: of the leaf.
-        held: its codec, or the type of an exact leaf.
-        bits: of a code, over its pages on average; of an element of an exact leaf.
-        nbytes: of its codes and scales; of an exact leaf.
-        reason: why it is not coded; empty where it is.
+        path: the path of its parameter; of the leaf itself if it belongs to none.
+        slot: its place in the state.
+        role: the role of the parameter; empty if there is none.
+        shape: the shape of the leaf.
+        held: its codec, or the type of an unquantized leaf.
+        bits: bits of a code, averaged over its pages; bits of an element of an unquantized leaf.
+        nbytes: bytes of codes and scales; bytes of an unquantized leaf.
+        reason: why it is not coded; empty if it is.
     """
 
     path: str
@@ -41,13 +41,13 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A state's leaves and bytes; printing shows them as a table.
+    """The leaves and bytes of a state; `print` shows them as a table.
 
     Attributes:
-        policy: its name.
-        rows: a row for each leaf of the inner state.
-        nbytes: of all arrays.
-        exact_nbytes: of the same state without codes, in the leaves' own types.
+        policy: the name of the policy.
+        rows: a row for each leaf of the plain state.
+        nbytes: bytes of all arrays.
+        exact_nbytes: bytes of the same state without codes, in the leaves' own types.
     """
 
     policy: str
@@ -57,11 +57,11 @@ class Report:
 
     @property
     def shared_nbytes(self) -> float:
-        """Bytes of no single leaf: tables, padding, rows that are empty, counters, the policy's memory."""
+        """Bytes that belong to no single leaf: tables, padding, empty rows, counters, the policy's memory."""
         return self.nbytes - sum(row.nbytes for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("parameter", "slot", "role", "shape", "held as", "bits", "bytes", "why exact")
+        head = ("parameter", "slot", "role", "shape", "held as", "bits", "bytes", "why unquantized")
         rows = [
             (
                 row.path,
@@ -87,9 +87,9 @@ class Report:
 
 
 def state_bytes(state: Any) -> int:
-    """Bytes of all arrays of a state, whichever: codes, scales, tables, empty rows and what stays exact.
+    """Returns the bytes of all arrays of any state: codes, scales, tables, empty rows, unquantized leaves.
 
-    Shapes will do, as of `jax.eval_shape(tx.init, params)`.
+    Shapes are sufficient, such as `jax.eval_shape(tx.init, params)`.
 
     >>> import jax.numpy as jnp, optax
     >>> state_bytes(optax.adam(1e-3).init(jnp.zeros(1000)))
@@ -99,32 +99,32 @@ def state_bytes(state: Any) -> int:
 
 
 def find_states(state: Any) -> list[QuantizedState]:
-    """The quantized states within a state, as of a chain or of `TrainState`."""
+    """Returns the quantized states within a state, such as that of a chain or of `TrainState`."""
     is_quantized = lambda x: isinstance(x, QuantizedState)  # noqa: E731
     found = jax.tree.leaves(state, is_leaf=is_quantized)
     return [_unwrapped(x) for x in found if is_quantized(x)]
 
 
 def _unwrapped(state: QuantizedState) -> QuantizedState:
-    """The state with arrays where `nnx.Optimizer` holds variables."""
+    """Returns the state with arrays in place of the variables of `nnx.Optimizer`."""
     is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
     return jax.tree.map(lambda x: read(x) if is_variable(x) else x, state, is_leaf=is_variable)
 
 
 def report(state: Any) -> Report:
-    """Every leaf of the inner state: what it is for, how it is held, its bits, its bytes.
+    """Returns the role, the codec, the bits and the bytes of every leaf of the plain state.
 
     Args:
-        state: of a `quantize_state`, or one that has exactly one such within.
+        state: the state of a `quantize_state`, or one that contains exactly one such state.
 
     Raises:
-        ValueError: no quantized state, or several.
+        ValueError: if there is no quantized state, or several.
 
     >>> import jax.numpy as jnp, optax
     >>> from jaxquant.optim import fixed, quantize_state
     >>> params = {"up": jnp.zeros((128, 128)), "bias": jnp.zeros(32)}
     >>> print(report(quantize_state(optax.adam(1e-3), fixed(5, 4)).init(params)))
-    parameter  slot     role    shape    held as      bits   bytes   why exact
+    parameter  slot     role    shape    held as      bits   bytes   why unquantized
     0/count    0/count                   int32        32.00  4       it is not of a parameter
     0/mu/bias  0/mu             32       float32      32.00  128     32 elements are fewer than a block of 128
     up         0/mu     matrix  128x128  Companded    5.00   10,496
@@ -136,9 +136,9 @@ def report(state: Any) -> Report:
     """
     states = find_states(state)
     if len(states) != 1:
-        raise ValueError(f"report takes a state with one quantized state in it; got {len(states)}")
+        raise ValueError(f"the state must contain exactly one quantized state; got {len(states)}")
     (state,) = states
-    exact = list(zip(state.plan.exact, exact_leaves(state), strict=True))
+    exact = list(zip(state.plan.exact, unquantized(state), strict=True))
     rows = {
         leaf.index: Row(
             leaf.path,
@@ -160,16 +160,18 @@ def report(state: Any) -> Report:
 
 
 def _coded(state: QuantizedState) -> Iterator[tuple[int, Row]]:
-    for number, (run, codecs) in enumerate(zip(state.plan.runs, state.plan.codecs, strict=True)):
-        for i, (slot, codec) in enumerate(zip(run.leaves, codecs, strict=True)):
-            widths = run.lined(np.asarray(pages.widths(state.tables[number][i])))
+    for number, (group, codecs) in enumerate(
+        zip(state.plan.groups, state.plan.codecs, strict=True)
+    ):
+        for i, (slot, codec) in enumerate(zip(group.leaves, codecs, strict=True)):
+            widths = group.lined(np.asarray(pages.widths(state.tables[number][i])))
             scale = state.scales[number][i]
             per_block = scale.nbytes * BLOCK // (widths.size * pages.PAGE)
             for place, leaf in enumerate(slot):
-                own, size = run.pages_of(place), run.sizes[place]
-                held = _elements_by_page(run.starts[place], size)
+                own, size = group.pages_of(place), group.sizes[place]
+                held = _elements_by_page(group.starts[place], size)
                 bits = float((widths[:, own] * held).sum() / leaf.size)
-                blocks = -(-size // BLOCK) * run.lines
+                blocks = -(-size // BLOCK) * group.lines
                 nbytes = bits * leaf.size / 8 + per_block * blocks
                 kind = type(codec).__name__
                 row = Row(leaf.path, leaf.slot, leaf.role, leaf.shape, kind, bits, nbytes, "")
@@ -177,7 +179,7 @@ def _coded(state: QuantizedState) -> Iterator[tuple[int, Row]]:
 
 
 def _elements_by_page(start: int, size: int) -> np.ndarray:
-    """Elements of a leaf in each of its pages."""
+    """Returns the number of elements of a leaf in each of its pages."""
     first = start // pages.PAGE
     edges = np.arange(first, -(-(start + size) // pages.PAGE) + 1) * pages.PAGE
     return np.diff(np.clip(edges, start, start + size))

@@ -1,4 +1,4 @@
-"""Quantized state as arrays: pages of codes, their scales, and what stays exact."""
+"""Represent quantized state as arrays: pages of codes, their scales, and unquantized leaves."""
 
 import functools
 import math
@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxquant.numerics.rounding import mixed
 from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK, Codec
-from jaxquant.optim.cutting import dealt
 from jaxquant.optim.layout import BLOCKS
 from jaxquant.optim.leaves import Exact, Leaf, path_of
 from jaxquant.optim.named import Coded, OwnNames, bare, fields_of, in_codes, is_coded
 from jaxquant.optim.plans import Plan
+from jaxquant.optim.sharding_axes import to_shards
 
 
 class _Arrays(NamedTuple):
@@ -32,7 +32,7 @@ class _Arrays(NamedTuple):
 
 
 class _Fields:
-    """`_fields` of the class; of a state, as `OwnNames`."""
+    """`_fields` of the class; for a state, an `OwnNames`."""
 
     def __get__(self, state: Any, cls: type) -> tuple[str, ...]:
         return _Arrays._fields if state is None else OwnNames(_Arrays._fields, state.exact)
@@ -43,20 +43,19 @@ class QuantizedState(_Arrays):
 
     Named fields of the wrapped transformation's state are fields of this one: `state.hyperparams` of
     `inject_hyperparams`, `state.mini_step` of `MultiSteps`.  optax's `tree_get` and `tree_set` find and set
-    them, wherever they lie.  As attributes coded fields are decoded; where only codes could be found or set,
-    a ValueError says so.
+    them, wherever they are.  Coded fields are decoded when they are read as attributes.  If only codes could
+    be found or set, a ValueError says so.
 
     Attributes:
-        step: updates so far, which key the draws.
+        step: the number of updates so far, which keys the draws.
         pool: the bits of all pages (`jaxquant.optim.pages`), uint8[shards, rows + 1, 8, 128].
-        tables: for each run and slot of the plan, the rows of its pages within their shard,
+        tables: for each group and slot of the plan, the rows of its pages within their shard,
             int32[shards, groups, pages, 8].
-        scales: for each run and slot, what its codec keeps of each block,
-            [shards, groups, pages, 8, 8, entries].
-        exact: the plain state with `jaxquant.optim.named.Coded` in place of the parts that are coded: its
-            leaves are those that stay as they are, in the plan's order.
-        memory: where widths move, the step of the last decision and what the policy remembers; else empty.
-        plan: what is known from shapes; holds no array.
+        scales: for each group and slot, the scale of each block, [shards, groups, pages, 8, 8, entries].
+        exact: the plain state with `jaxquant.optim.named.Coded` in place of the coded parts.  Its leaves are
+            the unquantized ones, in the order of the plan.
+        memory: the step of the last decision and the memory of the policy, if widths change; else empty.
+        plan: what is known from shapes; it holds no arrays.
 
     >>> import optax
     >>> from jaxquant.optim import fixed, quantize_state
@@ -73,20 +72,22 @@ class QuantizedState(_Arrays):
     def __getattr__(self, name: str) -> Any:
         exact = self.exact
         if name not in fields_of(exact):
-            raise AttributeError(f"neither quantized state nor what it is of has a field {name!r}")
+            raise AttributeError(
+                f"neither quantized state nor the wrapped state has a field {name!r}"
+            )
         found = getattr(exact, name)
         if not any(map(is_coded, jax.tree.leaves(found, is_leaf=is_coded))):
-            return found  # itself: what is set in its dictionaries stays set
+            return found  # itself, so that items set in its dictionaries persist
         return jax.tree.map(
             lambda x: _filled(self, x) if is_coded(x) else x, found, is_leaf=is_coded
         )
 
-    # Of the plain state, where it has such fields, not of tuples.
+    # Fields of the plain state, not the methods of tuples.
     count = property(lambda self: self.__getattr__("count"))  # pyright: ignore
     index = property(lambda self: self.__getattr__("index"))  # pyright: ignore
 
     def _replace(self, **fields: Any) -> "QuantizedState":  # pyright: ignore
-        """The state with other fields, its own or those of what it is of."""
+        """Returns the state with other fields, its own or those of the wrapped transformation."""
         own = {name: x for name, x in fields.items() if name in _Arrays._fields}
         for name in fields.keys() - own.keys():
             if is_coded(getattr(self.exact, name, None)):
@@ -98,40 +99,39 @@ class QuantizedState(_Arrays):
 
 @jax.jit
 def _filled(state: QuantizedState, part: Coded) -> Any:
-    """A part of the plain state, decoded."""
+    """Decodes a part of the plain state."""
     places = {
         leaf.index: (number, slot, place)
-        for number, run in enumerate(state.plan.runs)
-        for slot, leaves in enumerate(run.leaves)
+        for number, group in enumerate(state.plan.groups)
+        for slot, leaves in enumerate(group.leaves)
         for place, leaf in enumerate(leaves)
     }
     return part.filled(lambda i: decoded(state, *places[i]), places.keys())
 
 
 def with_exact(exact: Any, leaves: Sequence[Any]) -> Any:
-    """The same containers with other leaves."""
+    """Returns the same containers with other leaves."""
     return jax.tree.unflatten(jax.tree.structure(exact), leaves)
 
 
-def exact_leaves(state: QuantizedState) -> list[jax.Array]:
-    """The exact leaves, in the plan's order and types.
+def unquantized(state: QuantizedState) -> list[jax.Array]:
+    """Returns the unquantized leaves, in the plan's order and types.
 
     Raises:
-        ValueError: where somebody set one to what has another shape or another kind of number, or the
-            containers are not those that they were.
+        ValueError: if a leaf was set to another shape or kind of number, or the containers have changed.
     """
     found, wanted = jax.tree.leaves_with_path(state.exact), state.plan.exact
     names = [path_of(keys) for keys, _ in found]
     if len(names) != len(wanted) or not all(map(_is_place_of, names, wanted)):
         raise ValueError(
-            f"the state's exact leaves are those of its transformation, "
+            f"the state's unquantized leaves must be those of its transformation, "
             f"{', '.join(leaf.path for leaf in wanted[:8])}; got {', '.join(names[:8])}"
         )
     return [_of_type(x, leaf) for (_, x), leaf in zip(found, wanted, strict=True)]
 
 
 def _is_place_of(path: str, leaf: Exact) -> bool:
-    """Whether an exact leaf lies at a path in a state's containers; in a part with codes it has a number."""
+    """Returns whether an unquantized leaf belongs at a path; in a part with codes its place is a number."""
     return bare(path) == bare(leaf.path) or path.rpartition("/")[0] == leaf.slot
 
 
@@ -142,13 +142,13 @@ def _of_type(x: Any, leaf: Exact) -> jax.Array:
         found = type(x).__name__
     if np.shape(x) != leaf.shape or not _holds(leaf.dtype, found):
         raise ValueError(
-            f"{leaf.path} of the state is {leaf.dtype}{list(leaf.shape)}; got {found}{list(np.shape(x))}"
+            f"{leaf.path} of the state must be {leaf.dtype}{list(leaf.shape)}; got {found}{list(np.shape(x))}"
         )
     return x if getattr(x, "dtype", None) == leaf.dtype else jnp.asarray(x, leaf.dtype)
 
 
 def _holds(dtype: Any, other: Any) -> bool:
-    """Whether a type holds the kind of numbers of another."""
+    """Returns whether a type holds the kind of numbers of another."""
     wider = {jnp.integer: (jnp.integer,), jnp.floating: (jnp.integer, jnp.floating)}
     if isinstance(other, str):
         return False
@@ -160,7 +160,7 @@ def _holds(dtype: Any, other: Any) -> bool:
 
 
 def empty(plan: Plan, exact: Any) -> QuantizedState:
-    """State of zeros, at the plan's first widths, around what `without_codes` gives."""
+    """Returns a state of zeros at the plan's initial widths; `exact` is from `without_codes`."""
     widths = plan.widths()
     shards = plan.shards
     by_shard = [
@@ -172,10 +172,10 @@ def empty(plan: Plan, exact: Any) -> QuantizedState:
     ends = np.cumsum([w[0].size for slots in widths for w in slots])[:-1]
     parts = iter(jnp.split(table, ends, axis=1))
     tables, scales = [], []
-    for run, codecs in zip(plan.runs, plan.codecs, strict=True):
-        tables.append(tuple(next(parts).reshape(*run.grid, pages.PLANES) for _ in codecs))
+    for group, codecs in zip(plan.groups, plan.codecs, strict=True):
+        tables.append(tuple(next(parts).reshape(*group.grid, pages.PLANES) for _ in codecs))
         scales.append(
-            tuple(jnp.zeros((*run.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
+            tuple(jnp.zeros((*group.grid, *BLOCKS, *c.scale.shape), c.scale.dtype) for c in codecs)
         )
     pool = jnp.stack([store.pool for store in stores])
     adaptation, memory = plan.adaptation, ()
@@ -186,7 +186,7 @@ def empty(plan: Plan, exact: Any) -> QuantizedState:
 
 
 def layout(state: QuantizedState) -> QuantizedState:
-    """The sharding of each array by the plan's mesh: what has an axis of shards is spread over it."""
+    """Returns the sharding of each array on the plan's mesh; arrays of shards are split along that axis."""
     mesh, axis, shards = state.plan.mesh, state.plan.axis, state.plan.shards
     assert mesh is not None
     spread, alike = NamedSharding(mesh, P(axis)), NamedSharding(mesh, P())
@@ -200,7 +200,7 @@ def layout(state: QuantizedState) -> QuantizedState:
 
 
 def first_specs(plan: Plan, exact: Any, tx: Any, params: Any) -> QuantizedState:
-    """How a first state is split by its types: by `layout`, or exact leaves as the transformation's own."""
+    """Returns the partition of a first state: by `layout`, or unquantized leaves as in the plain state."""
     spread = P() if plan.mesh is None else P(plan.axis)
     own = leaf_specs(tx, params)
     specs = [own[leaf.index] if plan.mesh is None else P() for leaf in plan.exact]
@@ -210,23 +210,23 @@ def first_specs(plan: Plan, exact: Any, tx: Any, params: Any) -> QuantizedState:
 
 
 def leaf_specs(tx: Any, params: Any) -> list[P]:
-    """How the leaves of a transformation's own first state are split by their types."""
+    """Returns the partition of the leaves of a transformation's own first state."""
     return [x.sharding.spec for x in jax.make_jaxpr(tx.init)(params).out_avals]
 
 
 def by_shards(plan: Plan, function: Callable[..., Any], own: Any, shared: Any) -> Any:
-    """function(own, shared); where the plan has a mesh, of each device's shards on that device.
+    """Returns function(own, shared); on a mesh, each device computes it for its own shards.
 
     Args:
-        plan: of the state.
-        function: whose results have the shards' axis first, as all arrays of `own` have.
+        plan: the plan of the state.
+        function: a function whose results have the axis of shards first, as all arrays of `own` have.
         own: arrays with an axis of shards.
-        shared: arrays that all shards take whole.
+        shared: arrays that all shards need completely.
     """
     if plan.mesh is None:
         return function(own, shared)
     spread, alike = P(plan.axis), P()
-    # The branches of `pages.apart` hold constants, which no device axis varies: nothing to check.
+    # The branches of `pages.separately` contain constants, which do not vary over devices: the check is off.
     mapped = jax.shard_map(
         function, mesh=plan.mesh, in_specs=(spread, alike), out_specs=spread, check_vma=False
     )
@@ -234,17 +234,17 @@ def by_shards(plan: Plan, function: Callable[..., Any], own: Any, shared: Any) -
 
 
 def joined(pool: jax.Array) -> jax.Array:
-    """The shards' pools as one, whose rows `rooted` names."""
+    """Concatenates the pools of the shards; `rooted` gives the rows."""
     return pool.reshape(-1, *pages.LANES)
 
 
 def merged(x: jax.Array) -> jax.Array:
-    """Shards and groups as one axis."""
+    """Merges shards and groups of pages into one axis."""
     return x.reshape(-1, *x.shape[2:])
 
 
 def rooted(table: jax.Array, rows: int) -> jax.Array:
-    """A table [shards, ..., 8] with rows counted over the pools of all its shards, `rows` in each."""
+    """Returns a table [shards, ..., 8] with rows of the concatenated pools, each of which has `rows`."""
     first = jnp.arange(table.shape[0], dtype=jnp.int32) * rows
     first = first.reshape(-1, *(1,) * (table.ndim - 1))
     return jnp.where(table == 0, 0, table + first)
@@ -253,60 +253,60 @@ def rooted(table: jax.Array, rows: int) -> jax.Array:
 def read_blocks(
     pool: jax.Array, table: jax.Array, scale: jax.Array, codec: Codec
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes, values) of some pages, uint8 and float32 [pages, 8, 8, 128]."""
+    """Returns (codes, values) of some pages, uint8 and float32 [pages, 8, 8, 128]."""
     codes = pages.read(pool, table)
     return codes, codec.decode(codes, scale, bits_of(table))
 
 
 def bits_of(table: jax.Array) -> jax.Array:
-    """Each page's bits, with axes for its blocks: int32[pages, 1, 1]."""
+    """Returns the width of each page, with axes for its blocks: int32[pages, 1, 1]."""
     return pages.widths(table)[:, None, None]
 
 
-def decoded(state: QuantizedState, run: int, slot: int, place: int) -> jax.Array:
-    """The leaf of one slot and of the run's parameter at some place, in full precision."""
-    layout, codec = state.plan.runs[run], state.plan.codecs[run][slot]
+def decoded(state: QuantizedState, number: int, slot: int, place: int) -> jax.Array:
+    """Returns the leaf of one slot of the parameter at `place` of a group, in full precision."""
+    layout, codec = state.plan.groups[number], state.plan.codecs[number][slot]
     own = layout.pages_of(place)
     read = jax.vmap(lambda pool, table, scale: read_blocks(pool, table, scale, codec)[1])
-    values = read(*_span(state, run, slot, own)).reshape(layout.lines, -1)
-    found = layout.collected(values, place, layout.starts[place] - own.start * pages.PAGE)
+    values = read(*_span(state, number, slot, own)).reshape(layout.lines, -1)
+    found = layout.from_shards(values, place, layout.starts[place] - own.start * pages.PAGE)
     return found.astype(layout.leaves[slot][place].dtype)
 
 
 def _span(
-    state: QuantizedState, run: int, slot: int, own: slice
+    state: QuantizedState, number: int, slot: int, own: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(pool, table, scale) of some pages of a slot, for each of the run's lines."""
-    layout = state.plan.runs[run]
+    """Returns (pool, table, scale) of some pages of a slot, for each line of the group."""
+    layout = state.plan.groups[number]
     shards, rows = layout.shards // layout.lines, state.pool.shape[1]
-    table = state.tables[run][slot]
+    table = state.tables[number][slot]
     table = table.reshape(layout.lines, shards, *table.shape[1:])
     table = layout.lined(jax.vmap(lambda t: rooted(t, rows))(table).reshape(-1, *table.shape[2:]))
     pool = state.pool.reshape(layout.lines, -1, *pages.LANES)
-    return pool, table[:, own], layout.lined(state.scales[run][slot])[:, own]
+    return pool, table[:, own], layout.lined(state.scales[number][slot])[:, own]
 
 
 def with_leaf(
-    state: QuantizedState, run: int, slot: int, place: int, value: jax.Array, seed: int
+    state: QuantizedState, number: int, slot: int, place: int, value: jax.Array, seed: int
 ) -> QuantizedState:
-    """The state with another value in one leaf; blocks of it that are the same keep their codes."""
-    layout, leaf = state.plan.runs[run], state.plan.runs[run].leaves[slot][place]
+    """Returns the state with another value of one leaf.  Blocks that do not change keep their codes."""
+    layout, leaf = state.plan.groups[number], state.plan.groups[number].leaves[slot][place]
     own, size = layout.pages_of(place), layout.sizes[place]
-    word = draw_word(seed, state.step, run, slot)
+    word = draw_word(seed, state.step, number, slot)
     start = layout.starts[place] - own.start * pages.PAGE
     set_ = functools.partial(
-        _set, state.plan.codecs[run][slot], leaf, word, slice(start, start + size)
+        _set, state.plan.codecs[number][slot], leaf, word, slice(start, start + size)
     )
-    whole = state.scales[run][slot]
+    whole = state.scales[number][slot]
     length = math.prod(layout.grid) // layout.lines
     elements = (np.arange(layout.lines) * length + own.start) * pages.PAGE % 2**32
     pool, scale = jax.vmap(set_)(
-        *_span(state, run, slot, own),
-        dealt(value.astype(jnp.float32), layout.cuts[place]),
+        *_span(state, number, slot, own),
+        to_shards(value.astype(jnp.float32), layout.shard_axes[place]),
         jnp.asarray(elements, jnp.uint32),
     )
     lined = layout.lined(whole).at[:, own].set(scale).reshape(whole.shape)
-    scales = _replaced(state.scales, run, slot, lined)
+    scales = _replaced(state.scales, number, slot, lined)
     return state._replace(pool=pool.reshape(state.pool.shape), scales=scales)
 
 
@@ -321,7 +321,7 @@ def _set(
     values: jax.Array,
     element: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """(pool, scale) of some pages in line, with other values in some of their elements."""
+    """Returns (pool, scale) of consecutive pages after some of their elements are set."""
     codes, before = read_blocks(pool, table, scale, codec)
     after = before.ravel().at[where].set(values).reshape(before.shape)
     same = _round_trip(before, leaf) == after
@@ -337,14 +337,14 @@ def _round_trip(values: jax.Array, leaf: Leaf) -> jax.Array:
     return values.astype(leaf.dtype).astype(jnp.float32)
 
 
-def _replaced(nested: tuple, run: int, slot: int, value: jax.Array) -> tuple:
-    """The nested tuples with one entry exchanged."""
-    own = (*nested[run][:slot], value, *nested[run][slot + 1 :])
-    return (*nested[:run], own, *nested[run + 1 :])
+def _replaced(nested: tuple, number: int, slot: int, value: jax.Array) -> tuple:
+    """Returns nested tuples with one entry replaced."""
+    own = (*nested[number][:slot], value, *nested[number][slot + 1 :])
+    return (*nested[:number], own, *nested[number + 1 :])
 
 
 def kept_where(keeps: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Array]) -> list:
-    """Old (codes, scale) where a block keeps them, new ones elsewhere."""
+    """Returns the old (codes, scale) of blocks that keep them, and the new ones of the others."""
     pairs = zip(old, new, strict=True)
     return [jnp.where(jnp.expand_dims(keeps, -1), before, after) for before, after in pairs]
 
@@ -352,22 +352,22 @@ def kept_where(keeps: jax.Array, old: Sequence[jax.Array], new: Sequence[jax.Arr
 def encode_blocks(
     values: jax.Array, bits: jax.Array, codec: Codec, word: jax.Array, start: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """(codes, scale) of the values [..., 8, 8, 128] of a page or several, the first at `start` of its run."""
+    """Returns (codes, scale) of the values [..., 8, 8, 128] of pages that begin at `start` of their group."""
     return codec.encode(values, bits, draws_of(word, start, values.shape))
 
 
-def draw_word(seed: int, step: jax.Array, run: int, slot: int) -> jax.Array:
-    """A random word for each step, run and slot."""
-    place = jnp.uint32(((run * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
+def draw_word(seed: int, step: jax.Array, number: int, slot: int) -> jax.Array:
+    """Returns a random word for each step, group and slot."""
+    place = jnp.uint32(((number * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
     return mixed(mixed(step.astype(jnp.uint32)) ^ place)
 
 
 def draws_of(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Numbers in [0, 1), evenly spread over neighbours: the fractional parts of word / 2^32 + place / φ."""
+    """Returns a low-discrepancy sequence in [0, 1): the fractional parts of word / 2^32 + place / φ."""
     place, stride = start, 1
     for axis in reversed(range(len(shape))):
         along = jax.lax.broadcasted_iota(jnp.int32, shape, axis).astype(jnp.uint32)
         place, stride = place + along * jnp.uint32(stride), stride * shape[axis]
     steps = (word + place * jnp.uint32(0x9E3779B9)) >> jnp.uint32(8)
-    # Below 2^24, so that the sign of an int32 says nothing; not every compiler converts a uint32.
+    # Below 2^24, so int32 is non-negative; not every compiler converts a uint32.
     return steps.astype(jnp.int32).astype(jnp.float32) * jnp.float32(2.0**-24)

@@ -1,7 +1,7 @@
-"""A traced function as a flat list of operations on numbered values, equal operations merged.
+"""Trace a function into a flat list of operations on numbered values, with equal operations merged.
 
-Calls are inlined and branches become selections, so that what depends on what can be read off, and parts
-can be evaluated by themselves.
+Calls are inlined and branches become selections, so dependencies can be read off and parts can be evaluated
+separately.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ _CALLS += ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """A primitive with its parameters, and the numbers of the values that it takes and gives."""
+    """A primitive with its parameters, and the numbers of its operands and results."""
 
     primitive: Any
     params: dict[str, Any]
@@ -30,19 +30,19 @@ class Operation:
         return self.primitive.name
 
     def bind(self, *operands: Any) -> Sequence[Any]:
-        """Its results, as a list."""
+        """Evaluates the operation; returns the results as a list."""
         found = self.primitive.bind(*operands, **self.params)
         return found if self.primitive.multiple_results else [found]
 
 
 class Program:
-    """What a function does with its arguments.
+    """A traced function.
 
     Attributes:
-        operations: in an order in which they can be evaluated.
+        operations: the operations, in an order of evaluation.
         inputs: the numbers of the arguments' leaves.
         outputs: the numbers of the results' leaves.
-        constants: values that are known, by number.
+        constants: the known values, by number.
         specs: shape and type of every value.
         makers: the operation that gives a value, by number.
 
@@ -62,11 +62,11 @@ class Program:
         self.outputs = self._inline(closed.jaxpr, closed.consts, self.inputs)
 
     def size(self, value: int) -> int:
-        """Elements of a value."""
+        """Returns the number of elements of a value."""
         return int(np.prod(self.specs[value].shape, dtype=np.int64))
 
     def is_zero(self, value: int) -> bool:
-        """Whether a value is seen to be zeros, whatever the arguments are: a constant, or one spread."""
+        """Returns whether a value is zero for all arguments: a constant, or its broadcast."""
         maker = self.makers.get(value)
         while maker is not None and maker.name in ("broadcast_in_dim", "convert_element_type"):
             value = maker.inputs[0]
@@ -74,7 +74,7 @@ class Program:
         return value in self.constants and not np.any(self.constants[value])
 
     def needed(self, values: Iterable[int], given: Set[int]) -> list[Operation]:
-        """The operations, in order, that lead from what is given to some values."""
+        """Returns the operations, in order, that compute some values from those that are given."""
         wanted, kept = set(values) - given, []
         for operation in reversed(self.operations):
             if wanted & set(operation.outputs):
@@ -83,7 +83,7 @@ class Program:
         return kept[::-1]
 
     def evaluate(self, values: Iterable[int], known: Mapping[int, Any]) -> dict[int, Any]:
-        """What is known, and with it some values and all that they take."""
+        """Returns the known values together with the requested ones and all intermediate ones."""
         env = {**self.constants, **known}
         for operation in self.needed(values, env.keys()):
             results = operation.bind(*(env[i] for i in operation.inputs))
@@ -151,7 +151,7 @@ def _body(params: dict[str, Any]) -> tuple[Any, Sequence[Any]]:
 
 
 def _hashable(value: Any) -> Any:
-    """The value where it can be hashed; else what is equal to nothing but itself."""
+    """Returns the value if it is hashable; else its identity."""
     try:
         hash(value)
     except TypeError:

@@ -1,8 +1,7 @@
-"""What each leaf of an optimizer's state is, found in the traced update and not by the name of a field.
+"""Find the role of each leaf of an optimizer's state from the traced update, not from the name of a field.
 
-The update and what makes the first state are traced from shapes; `jaxquant.optim.bounds` says what their
-values can be, by induction over steps: what holds of the first state, and of the next wherever it holds of
-the last, holds always.
+The update and the initialization are traced from shapes.  `jaxquant.optim.bounds` bounds their values by
+induction over steps: what holds initially, and holds after a step if it held before, always holds.
 """
 
 import collections
@@ -18,12 +17,12 @@ import numpy as np
 from jaxquant.optim.bounds import ANYTHING, NON_NEGATIVE, ZERO, Bound, Interval, bounds_of, names_of
 from jaxquant.optim.tracing import Operation, Program
 
-# A rounding error that is multiplied by less has faded within some thousand steps.
+# A rounding error with a smaller factor fades within a few thousand steps.
 _FADES = 0.999
-# What keeps more of itself in a step moves by less than half of what separates the levels of few bits.
+# With a larger factor, a step is less than half the distance of levels of few bits.
 _SLOW = 0.97
 _COPIES = names_of("convert_element_type copy copy_p reduce_precision reshape stop_gradient")
-# What these give is as near to zero as what they take.
+# The results of these are near zero if the operands are.
 _SCALES = _COPIES | names_of(
     "abs broadcast_in_dim div integer_pow mul pow select_n squeeze expand_dims transpose sqrt"
 )
@@ -32,18 +31,18 @@ _MOST_ROUNDS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Trait:
-    """Of a leaf of the state.
+    """The traits of a state leaf.
 
     Attributes:
-        is_signed: whether it may be negative; what cannot be excluded may be.
-        fades: whether what rounding does to it fades soon: its new value holds the old one times something
-            below 0.999, or not at all, or is the old one untouched.
-        slow: whether that may be times something of 0.97 or more.
-        grows: whether that is times something above 1, as far as is known.
+        is_signed: whether it may be negative; true unless this can be excluded.
+        fades: whether a rounding error fades soon: the new value contains the old one times less than 0.999,
+            or not at all, or is the old one unchanged.
+        slow: whether that factor may be 0.97 or more.
+        grows: whether that factor is known to exceed 1.
         divides: whether something is divided by it, or by its root, element by element.
-        cancels: whether a root is taken, or a logarithm, of a difference with it that is not negative only
-            where the leaves are exact, as a variance E[g²] − E[g]².
-        of_parameters: how it is made of the parameters themselves, in words; empty where it is not.
+        cancels: whether a root or a logarithm is taken of a difference that is non-negative only if the
+            leaves are exact, such as a variance E[g²] − E[g]².
+        of_parameters: how it depends on the parameters themselves, in words; empty if it does not.
     """
 
     is_signed: bool = True
@@ -56,13 +55,13 @@ class Trait:
 
 
 def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> list[Trait]:
-    """The traits of every leaf of a state.
+    """Returns the traits of every leaf of a state.
 
     Args:
         tx: the transformation, which takes extra arguments.
-        params: shapes of the parameters; updates are taken to be like them.
+        params: shapes of the parameters; updates are assumed to have the same.
         state: shapes of its state.
-        extra: what its update is given by name, or shapes of it.
+        extra: further arguments of the update by name, or their shapes.
 
     Raises:
         Exception: whatever the update raises when it is traced.
@@ -73,7 +72,7 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
     def update(updates: Any, params: Any, state: Any, extra: Any) -> Any:
         return tx.update(updates, state, params, **extra, **others)
 
-    # What a leaf is does not hang on how strictly whoever asks has set JAX's promotion of types and ranks.
+    # Traits do not depend on the user's settings for promotion of types and ranks.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         init = Program(tx.init, params)
         program = Program(update, params, params, state, arrays)
@@ -112,11 +111,10 @@ def _inductive(
     begin: Sequence[Interval],
     params: Sequence[int],
 ) -> list[Bound]:
-    """The bounds of an update's values, at any step from the second on: the first often differs.
+    """Returns the bounds of an update's values at any step from the second on; the first step often differs.
 
-    What is supposed of the state's leaves is what the first step leaves, and given up where an update does
-    not keep it: that they stay what they are, as hyperparameters do; that they are no less, as counts; that
-    they are not negative.
+    The hypothesis is what the first step gives, and is weakened if an update violates it: leaves are
+    constant, as hyperparameters are; they do not decrease, as counts do not; they are non-negative.
     """
     arrays = frozenset(
         n
@@ -138,7 +136,7 @@ def _inductive(
 
 
 def _weaker(had: Interval, found: Interval) -> Interval:
-    """Supposed next of what was not within an interval."""
+    """Returns the next hypothesis after an interval was left."""
     if had[0] <= found[0]:
         return had[0], math.inf
     return NON_NEGATIVE if min(had[0], found[0]) >= 0 else ANYTHING
@@ -153,7 +151,7 @@ def _within(found: Interval, had: Interval) -> bool:
 
 
 def _made_of(init: Program, bounds: Sequence[Bound]) -> list[str]:
-    """How each leaf of the first state is made of the parameters' values; empty where it is not."""
+    """Returns how each leaf of the first state depends on the parameters' values; empty if it does not."""
     touched = set(init.inputs)
     for operation in init.operations:
         if touched & set(operation.inputs):
@@ -169,7 +167,7 @@ def _made_of(init: Program, bounds: Sequence[Bound]) -> list[str]:
 
 
 def _origin(program: Program, value: int) -> int:
-    """What a value is a copy of."""
+    """Returns the value of which a value is a copy."""
     maker = program.makers.get(value)
     while maker is not None and maker.name in _COPIES:
         value = maker.inputs[0]
@@ -180,9 +178,9 @@ def _origin(program: Program, value: int) -> int:
 def _taints(
     program: Program, own: Sequence[int], after: Sequence[int], count: int
 ) -> list[set[str]]:
-    """What each leaf of the state is computed from over the steps: "updates", "params", or both.
+    """Returns what each leaf of the state is computed from over the steps: "updates", "params", or both.
 
-    What only chooses among values, such as whether all are finite, is no part of them.
+    Values that only select, such as whether all are finite, do not count.
     """
     before = [frozenset[str]()] * len(own)
     given = dict.fromkeys(program.inputs[:count], frozenset(["updates"]))
@@ -201,17 +199,17 @@ def _taints(
 
 
 def _is_linear(bound: Bound, values: frozenset[int]) -> bool:
-    """Whether some of the values are added to others in it, times numbers that are known."""
+    """Returns whether a bound contains some of the values with known finite coefficients."""
     own = [c for n, c in bound.linear.items() if n in values]
     return bool(own) and all(map(math.isfinite, sum(own, ())))
 
 
 # ---------------------------------------------------------------------------------------------------
-# What rounding does
+# Effect of rounding
 
 
 def _held(program: Program, bounds: Sequence[Bound], old: int, new: int) -> float:
-    """The largest coefficient with which a leaf enters its new value where that is another."""
+    """Returns the largest coefficient with which a leaf enters its new value, if it changes."""
     found = 0.0
     for case in _cases(program, bounds, new):
         low, high = bounds[case].linear.get(old, ZERO)
@@ -227,7 +225,7 @@ def _is_untouched(program: Program, bound: Bound, new: int, old: int) -> bool:
 
 
 def _cases(program: Program, bounds: Sequence[Bound], value: int) -> Iterable[int]:
-    """What a value may be, where it is chosen among several."""
+    """Yields the values that a selection may give."""
     value = _origin(program, value)
     maker = program.makers.get(value)
     if maker is None or maker.name != "select_n":
@@ -243,9 +241,9 @@ _ROOTS = names_of("sqrt rsqrt log pow")
 
 
 def _cancelling(program: Program, bounds: Sequence[Bound], leaves: frozenset[int]) -> set[int]:
-    """The leaves, old and new, of which element by element something is made that a root is taken of.
+    """Returns the leaves, old and new, from which the operand of a root is computed element by element.
 
-    Those are left out of which it is certain that it is not negative, whatever the leaves are.
+    Operands that are non-negative for all values of the leaves do not count.
     """
     pending = [
         operation.inputs[0]
@@ -280,7 +278,7 @@ def _divides(
     bounds: Sequence[Bound],
     values: Iterable[int],
 ) -> bool:
-    """Whether there is a division by some values or their roots, or a logarithm of them."""
+    """Returns whether something is divided by some values or their roots, or their logarithm is taken."""
     pending, seen = list(values), set()
     while pending:
         value = pending.pop()
@@ -296,7 +294,7 @@ def _divides(
 
 
 def _is_division(operation: Operation, value: int, bounds: Sequence[Bound]) -> bool:
-    """Whether its results are large where the value is near zero."""
+    """Returns whether the results are large if the value is near zero."""
     name, inputs = operation.name, operation.inputs
     if name == "pow":
         return value == inputs[0] and bounds[inputs[1]].whole[0] < 0
@@ -306,7 +304,7 @@ def _is_division(operation: Operation, value: int, bounds: Sequence[Bound]) -> b
 
 
 def _shifts(program: Program, operation: Operation, value: int) -> bool:
-    """Whether the same is added to all elements of a value, or they are bounded by the same."""
+    """Returns whether the same number is added to all elements of a value, or bounds them."""
     others = [n for n in operation.inputs if n != value]
     is_known = operation.name in ("add", "max")
     return is_known and all(program.size(_spread(program, n)) == 1 for n in others)

@@ -1,4 +1,4 @@
-"""One update of quantized state: decode, inner update, encode, some pages at a time."""
+"""Update quantized state: decode, apply the wrapped update, and encode, one group of pages at a time."""
 
 import functools
 from collections.abc import Callable, Hashable, Sequence
@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.optim import pages
-from jaxquant.optim.blocks import BlockStep, Step, block_step, by_group, draw_words
-from jaxquant.optim.inner import Component, Inner, Piece, pieces_by_run
+from jaxquant.optim.blocks import BlockStep, Step, block_step, by_page_group, draw_words
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.state import (
@@ -23,43 +22,55 @@ from jaxquant.optim.state import (
     with_exact,
     with_leaf,
 )
+from jaxquant.optim.traced_update import (
+    Component,
+    ElementwiseUpdate,
+    TracedUpdate,
+    elementwise_by_group,
+)
 
 # ---------------------------------------------------------------------------------------------------
 # By groups of pages
 
 
-def by_groups(
-    inner: Inner, state: QuantizedState, number: int, pieces: Sequence[Piece], seed: int
+def by_page_groups(
+    traced: TracedUpdate,
+    state: QuantizedState,
+    number: int,
+    update_fns: Sequence[ElementwiseUpdate],
+    seed: int,
 ) -> QuantizedState:
-    """The update of a run of parameters, group after group; its results become known to `inner`.
+    """Updates a paged group, one group of pages after another, and adds its results to the known values.
 
-    Each device goes through the groups of its own shards.
+    Each device updates its own shards.
     """
-    run = state.plan.runs[number]
-    inner.evaluate(n for piece in pieces for n in (*piece.scalars, *piece.wide.values()))
-    own = by_group(inner, run, pieces)
-    shared = {n: inner.known[n] for piece in pieces for n in piece.scalars}
+    group = state.plan.groups[number]
+    traced.evaluate(
+        n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
+    )
+    own = by_page_group(traced, group, update_fns)
+    shared = {n: traced.known[n] for update_fn in update_fns for n in update_fn.scalars}
     shared = shared, draw_words(state, number, seed)
-    blocks = block_step(state.plan, number, pieces)
-    scan = functools.partial(_scanned, blocks, _in_place(inner, pieces[0]))
+    blocks = block_step(state.plan, number, update_fns)
+    scan = functools.partial(_scanned, blocks, _in_place(traced, update_fns[0]))
     stored = state.pool, state.tables[number], state.scales[number]
     pool, results, scales = by_shards(state.plan, scan, (*stored, own), shared)
-    for kind, flat in zip(pieces[0].results, results, strict=True):
-        for piece, value in zip(pieces, run.unflatten(flat), strict=True):
-            inner.known[piece.produced[kind]] = value
+    for kind, flat in zip(update_fns[0].results, results, strict=True):
+        for update_fn, value in zip(update_fns, group.unflatten(flat), strict=True):
+            traced.known[update_fn.produced[kind]] = value
     scales = (*state.scales[:number], tuple(scales), *state.scales[number + 1 :])
     return state._replace(pool=pool, scales=scales)
 
 
-def _in_place(inner: Inner, piece: Piece) -> tuple[Hashable | None, ...]:
-    """For each result, its kind where it can take the place of an operand of that kind, or None."""
-    specs = inner.program.specs
+def _in_place(traced: TracedUpdate, update_fn: ElementwiseUpdate) -> tuple[Hashable | None, ...]:
+    """Returns, for each result, its kind if it can overwrite the operand of that kind, or None."""
+    specs = traced.program.specs
 
     def takes(kind: Hashable) -> bool:
-        own = piece.wide.get(kind)
-        return own is not None and specs[own].dtype == specs[piece.produced[kind]].dtype
+        own = update_fn.wide.get(kind)
+        return own is not None and specs[own].dtype == specs[update_fn.produced[kind]].dtype
 
-    return tuple(kind if takes(kind) else None for kind in piece.results)
+    return tuple(kind if takes(kind) else None for kind in update_fn.results)
 
 
 def _scanned(
@@ -68,9 +79,9 @@ def _scanned(
     own: Any,
     shared: Any,
 ) -> tuple[jax.Array, Any, Any]:
-    """(pool, results, scales) of some shards after the update, group after group.
+    """Returns (pool, results, scales) of some shards after the update, one group of pages after another.
 
-    Updates are written where gradients were, which needs no memory of its own.
+    Updates overwrite gradients, so no additional memory is needed.
     """
     pool, tables, scales, given = own
     known, words = shared
@@ -89,11 +100,13 @@ def _scanned(
 
     def step(carry: Any, xs: Any) -> Any:
         (pool, held), (group, tables, scales) = carry, xs
-        apart = functools.partial(pages.apart, pages.is_real(tables[0]))
+        separately = functools.partial(pages.separately, pages.is_real(tables[0]))
         codes, bits = pages.read_all(pool, tables), list(map(bits_of, tables))
         operands = group, {kind: x[group] for kind, x in held.items()}, codes, bits, scales
         start = firsts[group]
-        codes, scales, results = blocks(apart, compute, operands, codes, bits, scales, words, start)
+        codes, scales, results = blocks(
+            separately, compute, operands, codes, bits, scales, words, start
+        )
         for table, new in zip(tables, codes, strict=True):
             pool = pages.write(pool, table, new)
         pairs = list(zip(in_place, results, strict=True))
@@ -108,28 +121,30 @@ def _scanned(
 
 
 # ---------------------------------------------------------------------------------------------------
-# Whole
+# Decoded at once
 
 
-def _whole(inner: Inner, state: QuantizedState, component: Component, seed: int) -> QuantizedState:
-    """The update of parameters whose state must be at hand together."""
+def _update_fully_decoded(
+    traced: TracedUpdate, state: QuantizedState, component: Component, seed: int
+) -> QuantizedState:
+    """Updates parameters whose state must be decoded together."""
     own = members(state.plan, component)
-    known = dict(inner.known)
-    for run, slot, place, leaf in own:
-        known[inner.state(leaf.index)] = decoded(state, run, slot, place)
-    after = [inner.leaves[leaf.index] for *_, leaf in own]
-    env = inner.program.evaluate([*component.results, *after], known)
-    inner.known |= {n: env[n] for n in component.results}
-    for (run, slot, place, _), n in zip(own, after, strict=True):
-        state = with_leaf(state, run, slot, place, env[n], seed)
+    known = dict(traced.known)
+    for number, slot, place, leaf in own:
+        known[traced.state(leaf.index)] = decoded(state, number, slot, place)
+    after = [traced.leaves[leaf.index] for *_, leaf in own]
+    env = traced.program.evaluate([*component.results, *after], known)
+    traced.known |= {n: env[n] for n in component.results}
+    for (number, slot, place, _), n in zip(own, after, strict=True):
+        state = with_leaf(state, number, slot, place, env[n], seed)
     return state
 
 
 def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]]:
-    """(run, slot, place, leaf) of a component's coded leaves."""
+    """Returns (group, slot, place, leaf) of each coded leaf of a component."""
     return [
-        (run, slot, place, leaf)
-        for run, layout in enumerate(plan.runs)
+        (number, slot, place, leaf)
+        for number, layout in enumerate(plan.groups)
         for slot, leaves in enumerate(layout.leaves)
         for place, leaf in enumerate(leaves)
         if leaf.parameter in component.parameters
@@ -137,24 +152,34 @@ def members(plan: Plan, component: Component) -> list[tuple[int, int, int, Leaf]
 
 
 # ---------------------------------------------------------------------------------------------------
-# All
+# All groups
 
 
-RunUpdate = Callable[[Inner, QuantizedState, int, Sequence[Piece], int], QuantizedState]
+GroupUpdate = Callable[
+    [TracedUpdate, QuantizedState, int, Sequence[ElementwiseUpdate], int], QuantizedState
+]
 
 
-def updated(
-    inner: Inner, state: QuantizedState, seed: int, update_run: RunUpdate = by_groups
+def apply_update(
+    traced: TracedUpdate,
+    state: QuantizedState,
+    seed: int,
+    update_group: GroupUpdate = by_page_groups,
 ) -> tuple[list[Any], QuantizedState]:
-    """The updates, and the state after them; `update_run` does it for a run whose parameters have pieces."""
-    inner.evaluate(inner.untouched())
-    by_run, _ = pieces_by_run(inner, state.plan)
-    for number, pieces in by_run.items():
-        state = update_run(inner, state, number, pieces, seed)
-    rest = {p for n, run in enumerate(state.plan.runs) if n not in by_run for p in run.parameters}
-    for component in inner.components():
+    """Returns the updates and the state after them.  `update_group` updates a group element by element."""
+    traced.evaluate(traced.untouched())
+    elementwise, _ = elementwise_by_group(traced, state.plan)
+    for number, update_fns in elementwise.items():
+        state = update_group(traced, state, number, update_fns, seed)
+    rest = {
+        p
+        for n, group in enumerate(state.plan.groups)
+        if n not in elementwise
+        for p in group.parameters
+    }
+    for component in traced.components():
         if rest & set(component.parameters):
-            state = _whole(inner, state, component, seed)
-    exact = [inner.known[inner.leaves[leaf.index]] for leaf in state.plan.exact]
-    updates = [inner.known[n] for n in inner.updates]
+            state = _update_fully_decoded(traced, state, component, seed)
+    exact = [traced.known[traced.leaves[leaf.index]] for leaf in state.plan.exact]
+    updates = [traced.known[n] for n in traced.updates]
     return updates, state._replace(step=state.step + 1, exact=with_exact(state.exact, exact))

@@ -9,13 +9,13 @@ import optax
 from experiments.harness.peers import optimizers
 from experiments.harness.training import train
 from jaxquant.optim import (
-    Felt,
+    LayerStatistics,
     QuantizedState,
-    Statistics,
+    UpdateSensitivity,
     adaptive,
-    even,
     fixed,
     quantize_state,
+    uniform,
 )
 
 EXACT = "fp32"
@@ -27,10 +27,10 @@ _PEERS = {
 }
 _BITS = r"(\d+(?:\.\d+)?)"
 _BUDGETS: dict[str, Callable[[float, int], Any]] = {
-    "even": lambda bits, interval: even(bits),
-    "felt": lambda bits, interval: adaptive(bits, interval, Felt()),
-    "felt-loss": lambda bits, interval: adaptive(bits, interval, Felt("loss")),
-    "statistics": lambda bits, interval: adaptive(bits, interval, Statistics()),
+    "even": lambda bits, interval: uniform(bits),
+    "felt": lambda bits, interval: adaptive(bits, interval, UpdateSensitivity()),
+    "felt-loss": lambda bits, interval: adaptive(bits, interval, UpdateSensitivity("loss")),
+    "statistics": lambda bits, interval: adaptive(bits, interval, LayerStatistics()),
 }
 KNOWN = (
     f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}"

@@ -1,4 +1,4 @@
-"""The wrapped transformation's update, taken apart: what needs coded state, and of which parameters."""
+"""Trace the update of the wrapped transformation, and find which of its results need coded state."""
 
 import copy
 import dataclasses
@@ -12,7 +12,7 @@ import numpy as np
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.tracing import Operation, Program
 
-# What each of these gives at one place depends on its operands at that place alone.
+# An element of the result depends only on the same element of each operand.
 _NAMES = (
     "abs add add_any and atan2 bitcast_convert_type cbrt ceil clamp convert_element_type copy copy_p "
     "cos cosh div eq erf erf_inv exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p "
@@ -21,22 +21,22 @@ _NAMES = (
     "stop_gradient sub tan tanh xor "
 )
 _ELEMENTWISE = frozenset(_NAMES.split())
-# These keep the order of elements, as long as there are as many after as before.
+# These keep the order of elements if they keep their number.
 _RESHAPES = frozenset(("broadcast_in_dim", "reshape", "squeeze", "expand_dims"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """The update of one parameter's elements, each by itself.
+class ElementwiseUpdate:
+    """The update of one parameter, which treats each element separately.
 
     Attributes:
-        operations: in order.
-        states: the values of its coded leaves.
-        wide: other values of the parameter's shape that it takes, by what they are to the parameter.
-        scalars: values of one element that it takes.
-        after: the new values of its coded leaves.
-        results: the other values that it gives, by what they are to the parameter.
-        produced: the numbers by which the program knows those results.
+        operations: the operations, in order.
+        states: the values of the parameter's coded leaves.
+        wide: other operands of the parameter's shape, by kind.
+        scalars: operands of one element.
+        after: the new values of the coded leaves.
+        results: the other results, by kind.
+        produced: the numbers of those results in the program.
         signature: equal for parameters whose elements are updated in the same way.
     """
 
@@ -55,7 +55,7 @@ class Piece:
         wide: Mapping[Hashable, jax.Array],
         known: Mapping[int, Any],
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """(new states, results) of some elements, given flat; scalars come from what is known."""
+        """Returns (new states, results) of some elements, given flat.  Scalars are taken from `known`."""
         shape = states[0].shape
         env = {
             n: known[n] if np.ndim(known[n]) == 0 else jnp.reshape(known[n], ())
@@ -78,21 +78,21 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """Parameters whose coded state must be at hand together, and the other results that need it."""
+    """Parameters whose coded state must be decoded together, and the other results that need it."""
 
     parameters: tuple[int, ...]
     results: tuple[int, ...]
 
 
-class Inner:
-    """A transformation's update as a program, with what is known of its values so far.
+class TracedUpdate:
+    """The update of a transformation as a program, with the values that are known so far.
 
     Attributes:
-        program: from (updates, params, state) to (updates, state).
-        updates: numbers of the new updates, by parameter.
-        leaves: numbers of the state's new leaves, in its order.
-        known: the arrays behind the program's values that were given or evaluated.
-        structure: of the updates.
+        program: the program, from (updates, params, state) to (updates, state).
+        updates: the numbers of the new updates, by parameter.
+        leaves: the numbers of the new leaves of the state, in its order.
+        known: the arrays of values that were given or evaluated.
+        structure: the structure of the updates.
     """
 
     def __init__(
@@ -123,29 +123,29 @@ class Inner:
         self._results = [*self.updates, *(self.leaves[x.index] for x in plan.exact)]
 
     def state(self, leaf: int) -> int:
-        """The number of the value of a leaf of the state, before the update."""
+        """Returns the number of the value of a state leaf before the update."""
         return self._states[leaf]
 
     def gradient(self, parameter: int) -> Any:
-        """What was given as the parameter's update."""
+        """Returns the given update of a parameter."""
         return self.known[self.program.inputs[parameter]]
 
-    def fork(self) -> "Inner":
-        """Itself, with knowledge of its own: for what a branch evaluates."""
+    def fork(self) -> "TracedUpdate":
+        """Returns a copy with separate known values, for evaluation within a branch."""
         other = copy.copy(self)
         other.known = dict(self.known)
         return other
 
     def evaluate(self, values: Iterable[int]) -> None:
-        """Makes values known, from those that are."""
+        """Evaluates values from those that are known, and adds them."""
         self.known = self.program.evaluate(values, self.known)
 
     def untouched(self) -> list[int]:
-        """Updates and exact leaves that no coded state has a part in."""
+        """Returns the updates and unquantized leaves that do not depend on coded state."""
         return [n for n in self._results if not self._owners.get(n)]
 
     def components(self) -> list[Component]:
-        """Coded parameters, put together where a result needs the state of several."""
+        """Groups the coded parameters so that each result needs the state of one group only."""
         after = {self.leaves[x.index]: frozenset([x.parameter]) for x in self._plan.leaves}
         needs = [self._owners.get(n, frozenset()) | after.get(n, set()) for n in self.leaves]
         needs += [self._owners.get(n, frozenset()) for n in self.updates]
@@ -160,8 +160,8 @@ class Inner:
             for group in groups
         ]
 
-    def piece(self, component: Component) -> Piece | str:
-        """The update of a component's elements; or why they cannot be updated one by one."""
+    def elementwise(self, component: Component) -> ElementwiseUpdate | str:
+        """Returns the element-wise update of a component, or the reason why there is none."""
         if len(component.parameters) != 1:
             return f"a result needs the state of {len(component.parameters)} parameters at once"
         leaves = [x for x in self._plan.leaves if x.parameter == component.parameters[0]]
@@ -186,7 +186,7 @@ class Inner:
                 name = "the state" if operation is None else f"'{operation.name}'"
                 return f"{name} is looked at in more than one element"
             else:
-                # A name like the others: JAX sorts the keys of what a step takes.
+                # A string like the other kinds, because JAX sorts the keys of dictionaries.
                 kind = self._kinds.get(value, f"evaluated {len(wide)}")
                 wide[kind] = value
         if any(self.program.size(n) != size for n in (*component.results, *wide.values())):
@@ -195,11 +195,13 @@ class Inner:
         kinds = [self._kind(n) for n in component.results]
         named = dict(zip(kinds, results, strict=True))
         produced = dict(zip(kinds, component.results, strict=True))
-        found = Piece(tuple(operations), states, wide, tuple(scalars), after, named, produced)
+        found = ElementwiseUpdate(
+            tuple(operations), states, wide, tuple(scalars), after, named, produced
+        )
         return dataclasses.replace(found, signature=self._signature(found))
 
     def _touched(self) -> dict[int, frozenset[int]]:
-        """For each value, the coded parameters whose state it depends on."""
+        """Returns, for each value, the coded parameters whose state it depends on."""
         owners = {self._states[x.index]: frozenset([x.parameter]) for x in self._plan.leaves}
         for operation in self.program.operations:
             found = frozenset().union(*(owners.get(n, frozenset()) for n in operation.inputs))
@@ -208,7 +210,7 @@ class Inner:
         return owners
 
     def _kind(self, result: int) -> Hashable:
-        """What an update or an exact leaf is to its parameter."""
+        """Returns the kind of a result: an update, or the slot of an unquantized leaf."""
         if result in self.updates:
             return "update"
         return next(x.slot for x in self._plan.exact if self.leaves[x.index] == result)
@@ -219,7 +221,7 @@ class Inner:
         return is_known and sizes <= {size} and self.program.size(operation.outputs[0]) == size
 
     def _scalar(self, value: int) -> int:
-        """What a value repeats, where it is a scalar that was spread; else the value."""
+        """Returns the scalar of which a value is a broadcast; the value itself if it is none."""
         operation = self.program.makers.get(value)
         while operation is not None and operation.name in _RESHAPES:
             if self.program.size(operation.inputs[0]) != 1:
@@ -228,57 +230,61 @@ class Inner:
             operation = self.program.makers.get(value)
         return value
 
-    def _signature(self, piece: Piece) -> Hashable:
-        names: dict[int, Hashable] = {n: ("scalar", n) for n in piece.scalars}
-        names |= {n: ("wide", kind) for kind, n in piece.wide.items()}
-        names |= {n: ("state", i) for i, n in enumerate(piece.states)}
+    def _signature(self, update_fn: ElementwiseUpdate) -> Hashable:
+        names: dict[int, Hashable] = {n: ("scalar", n) for n in update_fn.scalars}
+        names |= {n: ("wide", kind) for kind, n in update_fn.wide.items()}
+        names |= {n: ("state", i) for i, n in enumerate(update_fn.states)}
 
         def name(value: int) -> Hashable:
             dtype = str(self.program.specs[value].dtype)
             return names.setdefault(value, (len(names), dtype))
 
         steps = []
-        for operation in piece.operations:
+        for operation in update_fn.operations:
             inputs = tuple(map(name, operation.inputs))
-            # A shape among the parameters says nothing of what happens to an element.
+            # A shape does not affect the result of an element.
             params = () if operation.name in _RESHAPES else sorted(operation.params.items())
             params = tuple((k, str(v)) for k, v in params)
             steps.append((operation.name, params, inputs, tuple(map(name, operation.outputs))))
-        results = tuple((kind, name(n)) for kind, n in piece.results.items())
-        return tuple(steps), tuple(map(name, piece.after)), results
+        results = tuple((kind, name(n)) for kind, n in update_fn.results.items())
+        return tuple(steps), tuple(map(name, update_fn.after)), results
 
 
-def pieces_by_run(inner: Inner, plan: Plan) -> tuple[dict[int, list[Piece]], dict[str, str]]:
-    """The pieces of every run whose parameters all have one, and the reasons of those that have not.
+def elementwise_by_group(
+    traced: TracedUpdate, plan: Plan
+) -> tuple[dict[int, list[ElementwiseUpdate]], dict[str, str]]:
+    """Finds the groups in which the update of every parameter is element-wise.
 
     Returns:
-        Pieces by the run's number, in the order of its parameters; and by the parameter's path, why its
-        state is decoded whole.
+        The updates by the number of the group, in the order of its parameters; and, by the path of each
+        other parameter, the reason why its state is decoded at once.
     """
-    found = {c.parameters: inner.piece(c) for c in inner.components()}
-    pieces = {p: piece for own, piece in found.items() for p in own}
-    by_run, reasons = {}, {}
-    for number, run in enumerate(plan.runs):
-        own = [pieces[p] for p in run.parameters]
-        why = [piece for piece in own if isinstance(piece, str)]
-        if not why and not _are_alike(inner, own):
+    found = {c.parameters: traced.elementwise(c) for c in traced.components()}
+    update_fns = {p: update_fn for own, update_fn in found.items() for p in own}
+    elementwise, reasons = {}, {}
+    for number, group in enumerate(plan.groups):
+        own = [update_fns[p] for p in group.parameters]
+        why = [update_fn for update_fn in own if isinstance(update_fn, str)]
+        if not why and not _are_alike(traced, own):
             why = ["its results or operands have other types than its neighbours'"]
         if not why:
-            by_run[number] = own
+            elementwise[number] = own
             continue
-        for leaf, piece in zip(run.leaves[0], own, strict=True):
-            reasons[leaf.path] = piece if isinstance(piece, str) else f"as its neighbours: {why[0]}"
-    return by_run, reasons
+        for leaf, update_fn in zip(group.leaves[0], own, strict=True):
+            reasons[leaf.path] = (
+                update_fn if isinstance(update_fn, str) else f"as its neighbours: {why[0]}"
+            )
+    return elementwise, reasons
 
 
-def _are_alike(inner: Inner, pieces: Sequence[Any]) -> bool:
-    """Whether what the pieces take and give can lie side by side."""
+def _are_alike(traced: TracedUpdate, update_fns: Sequence[Any]) -> bool:
+    """Returns whether operands and results have the same types in all updates and can be concatenated."""
     dtypes: dict[Hashable, set[Any]] = {}
-    for piece in pieces:
-        for kind, value in piece.wide.items():
-            dtypes.setdefault(kind, set()).add(inner.program.specs[value].dtype)
+    for update_fn in update_fns:
+        for kind, value in update_fn.wide.items():
+            dtypes.setdefault(kind, set()).add(traced.program.specs[value].dtype)
     results = {
-        tuple((k, inner.program.specs[n].dtype) for k, n in piece.results.items())
-        for piece in pieces
+        tuple((k, traced.program.specs[n].dtype) for k, n in update_fn.results.items())
+        for update_fn in update_fns
     }
     return len(results) == 1 and all(len(found) == 1 for found in dtypes.values())
