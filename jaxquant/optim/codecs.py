@@ -238,7 +238,7 @@ class Logarithmic(Codec):
     Read as an integer, the bits of a float32 are its base-2 logarithm, linear between powers of two: ℓ(x) =
     e + f for x = 2^e (1 + f), 0 ≤ f < 1.  A block stores two bytes: the power of two at or above its largest
     value, 2^h, and the one at or below its smallest non-zero value, 2^l, with h − l ≤ `range` and ≤ 2^b − 2.
-     Code k represents the x with
+    Code k represents the x with
 
         ℓ(x) = min(l + k (h − l) / (2^b − 1), h),
 
