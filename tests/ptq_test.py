@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read, write
-from jaxquant.ptq import solvers
+from jaxquant.ptq import solvers, statistics
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
 
@@ -90,9 +90,9 @@ def error(model, reference, data) -> float:
 
 def test_a_layer_gets_what_its_solver_gives():
     layer, data = nnx.Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)), batches()
-    state = solvers.statistics(WIDTH)
+    state = statistics.statistics(WIDTH)
     for x in data:
-        state = solvers.update(state, x)
+        state = statistics.update(state, x)
     forward = jq.recipe("w3a16").forward.rhs
     expected = solvers.gptq(read(layer.kernel), state.hessian, forward)
     found = read(quantized(layer, {".*": "w3a16"}, data).kernel).unpack()

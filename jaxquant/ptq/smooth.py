@@ -52,7 +52,7 @@ def awq_scale(
     >>> from jaxquant.formats import Int
     >>> x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.array([30.0] + [1.0] * 7)
     >>> weight = jax.random.normal(jax.random.key(1), (8, 4))
-    >>> from jaxquant.ptq.solvers import statistics, update
+    >>> from jaxquant.ptq.statistics import statistics, update
     >>> state = update(statistics(8), x)
     >>> scale = awq_scale(weight, state, Quantizer(Int(3), "channel"))
     >>> bool(scale[0] > scale[1:].max())
@@ -102,7 +102,7 @@ def smoothquant_scale(
 
     Source: Xiao et al. 2022, arXiv 2211.10438, equation 4.
 
-    >>> from jaxquant.ptq.solvers import statistics, update
+    >>> from jaxquant.ptq.statistics import statistics, update
     >>> state = update(statistics(2, hessian=False), jnp.array([[8.0, 1.0]]))
     >>> smoothquant_scale(jnp.array([[0.5], [1.0]]), state)
     Array([4., 1.], dtype=float32)
@@ -131,7 +131,7 @@ def rescaled(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputS
         state: of x.
         scale: positive, one for each channel.
 
-    >>> from jaxquant.ptq.solvers import statistics, update
+    >>> from jaxquant.ptq.statistics import statistics, update
     >>> rescaled(update(statistics(1), jnp.array([[6.0]])), jnp.array([2.0])).hessian
     Array([[9.]], dtype=float32)
     """
