@@ -1,5 +1,6 @@
 """What is built to be published holds the library alone."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,12 +12,16 @@ pytestmark = [pytest.mark.exhaustive, pytest.mark.long]
 
 
 def test_the_wheel_holds_the_library_alone(tmp_path):
+    source = tmp_path / "source"  # a copy, so that nothing of an earlier build is taken along
+    shutil.copytree(ROOT / "jaxquant", source / "jaxquant")
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     command = [
         sys.executable,
         "-m",
         "pip",
         "wheel",
-        str(ROOT),
+        str(source),
         "--no-deps",
         "-q",
         "-w",
