@@ -91,6 +91,19 @@ def test_a_damaged_line_is_left_out_with_a_warning(tmp_path, caplog, damage):
     assert Ledger(tmp_path, "study").read(Trial(1))["loss"] == 1 / 3
 
 
+def test_a_damaged_single_file_is_not_packed_and_takes_no_whole_records_place(tmp_path, caplog):
+    ledger(tmp_path)
+    packed.pack(tmp_path)
+    ledger(tmp_path)
+    path = tmp_path / "trials" / f"{trial_id(Trial(1))}.json"
+    path.write_text(path.read_text().replace("0.3333333333333333", "9.0"))
+    with caplog.at_level(logging.WARNING):
+        assert packed.pack(tmp_path)[1] == 3
+    assert "stays as it is" in caplog.text
+    assert [p.name for p in (tmp_path / "trials").iterdir()] == [path.name]
+    assert packed.read(tmp_path)[path.stem].record["loss"] == 1 / 3
+
+
 def test_what_is_no_table_and_no_study_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no records of a study: no trials/\*\.json"):
         packed.pack(tmp_path)

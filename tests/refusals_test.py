@@ -76,6 +76,15 @@ def test_of_a_weight_made_of_several_an_earlier_rule_on_the_whole_counts(rules, 
     assert jq.nnx.coverage(Two(), rules, X)["first"].recipe == recipe
 
 
+def test_a_weight_that_a_jitted_function_takes_part_in_is_frozen_with_the_same_bits():
+    quantized = jq.nnx.quantize(Two(), {".*": "w8a8"})  # jnp.linalg.norm is one
+    expected = Two()(X)
+    assert jnp.linalg.norm(quantized(X) - expected) < 0.03 * jnp.linalg.norm(expected)
+    frozen = jq.nnx.freeze(quantized, X)
+    run = nnx.jit(lambda model, x: model(x))
+    np.testing.assert_array_equal(run(frozen, X), run(quantized, X))
+
+
 def test_plain_functions_and_linen_refuse_a_part_alone_too():
     def model(w, x):
         return x @ jnp.concatenate([w["q"], w["k"]], axis=1)
@@ -172,7 +181,7 @@ def test_text_among_a_models_results_is_returned_as_it_is():
 
 
 def test_objects_beside_products_are_refused_with_where_they_are():
-    with pytest.raises(ValueError, match=r"text alone; got a object at result\[0\]\[1\]: register"):
+    with pytest.raises(ValueError, match=r"text alone; got object at result\[0\]\[1\]: register"):
         jq.nnx.quantize(Named(), {".*": "w8a8"}).both(X)
 
 

@@ -169,7 +169,8 @@ def _said(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"({','.join(map(_said, value))})"
     if isinstance(value, core.ClosedJaxpr):
-        return f"{_said(value.jaxpr)} with {_said(value.consts)}"
+        # Newer JAX has one class for both, whose `jaxpr` is itself.
+        return f"{_without_addresses(value.jaxpr)} with {_said(value.consts)}"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         array = np.asarray(value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
@@ -177,4 +178,8 @@ def _said(value: Any) -> str:
         return f"{array.dtype}{list(array.shape)}:{content}"
     if isinstance(value, Tracer):  # of which nothing is known, so that it is like no other
         return f"{value} {id(value)}"
+    return _without_addresses(value)
+
+
+def _without_addresses(value: Any) -> str:
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -154,7 +154,7 @@ def _with_constants(result: Any, opaque: list[str]) -> Any:
         if not isinstance(
             leaf, str | bytes | enum.Enum | type
         ):  # which may hold arrays of the trace
-            opaque.append(f"a {type(leaf).__name__} at result{jax.tree_util.keystr(path)}")
+            opaque.append(f"{type(leaf).__name__} at result{jax.tree_util.keystr(path)}")
         return Constant(leaf)
 
     return jax.tree.map_with_path(own, result)

@@ -109,7 +109,7 @@ class Ledger:
         expected = {"study": self.study, "trial": _as_json(trial)}
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
             return "it is not this trial's record"
-        if record.pop("checksum", None) != _checksum(record):
+        if record.pop("checksum", None) != packed.checksum(record):
             return "its content is not what was recorded"
         return ""
 
@@ -121,7 +121,7 @@ class Ledger:
             "trial": _as_json(trial),
         }
         record = json.loads(json.dumps(head | results))
-        files.write_json(self.path(trial), record | {"checksum": _checksum(record)})
+        files.write_json(self.path(trial), record | {"checksum": packed.checksum(record)})
         files.write_json(
             self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}
         )
@@ -163,17 +163,13 @@ def read_records(workdir: str | Path, study: str) -> list[dict]:
     for _, (where, record) in sorted(held.items()):
         if not isinstance(record, dict) or record.get("study") != study:
             continue
-        if record.pop("checksum", None) != _checksum(record):
+        if record.pop("checksum", None) != packed.checksum(record):
             _log.warning("%s is left out: its content is not what was recorded", where)
             continue
         found.append(record)
     if not found:
         raise ValueError(f"'{workdir}' is not the workdir of a {study} study: no record lies there")
     return found
-
-
-def _checksum(record: dict) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _as_json(trial: Any) -> dict:

@@ -8,6 +8,7 @@ A workdir may hold a table, single files under ``trials/``, or both; whatever re
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import logging
 import os
@@ -34,6 +35,17 @@ class Row:
 
     record: dict[str, Any]
     seconds: float | None
+
+
+def checksum(record: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits of the hash of a record without its checksum."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_whole(record: dict[str, Any]) -> bool:
+    """Whether a record is what its checksum says."""
+    content = {name: x for name, x in record.items() if name != "checksum"}
+    return record.get("checksum") == checksum(content)
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Row]:
@@ -105,6 +117,9 @@ def pack(workdir: str | os.PathLike) -> tuple[Path, int]:
     for path in sorted(folder.glob("trials/*.json")):
         record = files.read_json(path)
         if not isinstance(record, dict) or record.get("id") != path.stem:
+            continue
+        if not is_whole(record):
+            _log.warning("%s stays as it is: its content is not what was recorded", path)
             continue
         timing = files.read_json(folder / "timings" / path.name)
         seconds = timing.get("seconds") if isinstance(timing, dict) else None
