@@ -2,10 +2,10 @@
 
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -142,9 +142,7 @@ def test_weights_by_hand(monitored):
 )
 def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, words):
     command = [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={tmp_path}"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = children.run([*command, *arguments], cwd=ROOT, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1
