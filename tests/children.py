@@ -1,7 +1,7 @@
 """Run the binaries' commands in processes of their own that cost a tenth of a second each, not three.
 
-A server process imports the libraries once and is forked for each command, before JAX has a backend.  The smoke
-run, benchmark_test, processes_test and kills start `python -m` itself.
+A server process imports the libraries once and is forked for each command, before JAX has a backend.  The
+smoke run, benchmark_test, processes_test and kills start `python -m` itself.
 """
 
 import contextlib

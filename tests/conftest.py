@@ -1,8 +1,8 @@
 """Strictness for every test (no rank or type promotion, CPU only), and one smoke run for all.
 
-Most of the tests' time is the compiler's.  So LLVM does not optimize here, and with JAX 0.11 XLA emits its older,
-simpler loops: together that takes a third of the time.  Options in XLA_FLAGS outrank these, as in CI's long tests;
-the oldest and newest versions emit what users run.
+Most of the tests' time is the compiler's.  So LLVM does not optimize here, and with JAX 0.10 XLA emits its
+older, simpler loops: together that takes a third of the time.  Options in XLA_FLAGS outrank these, as in CI's
+long tests; on the oldest and the newest version XLA emits what users run.
 """
 
 import collections
@@ -34,7 +34,7 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_backend_optimization_level=0",
         # XLA ends the process at a flag that it does not know, as that of JAX 0.12 would.
         "--xla_cpu_use_fusion_emitters=false"
-        if importlib.metadata.version("jaxlib").startswith("0.11.")
+        if importlib.metadata.version("jaxlib").startswith("0.10.")
         else "",
         os.environ.get("XLA_FLAGS", ""),
     )
