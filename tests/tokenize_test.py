@@ -47,6 +47,7 @@ def test_shards_hold_the_documents_in_order(tmp_path, lines):
     assert sizes == [1024 + 1000] * (len(expected) // 500) + [1024 + 2 * (len(expected) % 500)]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_stopped_it_goes_on_to_the_same_bytes(tmp_path, lines, monkeypatch, stop):
     run(lines, tmp_path / "whole")

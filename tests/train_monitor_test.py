@@ -118,6 +118,7 @@ def test_a_run_that_goes_on_has_the_records_of_one_that_did_not_stop(monitored, 
         assert ours == theirs
 
 
+@pytest.mark.long
 def test_weights_by_hand(monitored):
     """The first record's weights are those of the checkpoint-free start, two steps on: amax of each layer."""
     made = program.make_program(config(), sharding.make_mesh(), 256)
@@ -131,7 +132,7 @@ def test_weights_by_hand(monitored):
         )
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -196,7 +196,7 @@ def grown(toy, context):
     return [context.remember(str(end), functools.partial(point, end)) for end in stops]
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 @pytest.mark.parametrize("cut_at", [1, 4, 6, 8])  # in the trunk, the first branch, both again
 def test_a_trial_cut_off_between_saves_ends_in_the_same_record(toy, tmp_path, cut_at, seconds):
@@ -270,6 +270,7 @@ def test_a_guard_skips_the_updates_of_bad_steps(toy):
         guarded(toy)
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path):
     state, history, at = guarded(toy, tmp_path / "run", action="roll_back")
@@ -468,6 +469,7 @@ def test_flags_of_what_cannot_be_looked_at_are_named(tmp_path, flag, words):
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_model_that_is_scanned_computes_as_one_that_is_not():
     listed = lm.sized("3k")
     stacked = dataclasses.replace(listed, scan=True, remat=True)
