@@ -45,13 +45,15 @@ LIBRARY = [
     },
     {
         "ptq": "statistics solvers smooth search identity layers solving resuming quantizing searching",
-        "quality": "intervals examples comparison corruption embeddings weights gates monitor versions",
+        "quality": (
+            "intervals examples report comparison corruption embeddings weights gates monitor versions"
+        ),
         "optim": (
             "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
             "named traced_update state checks blocks updating budget scoring adapting report kernels "
             "kernel_layout quantizing identity exchange diagnosing"
         ),
-        "laws": "law forms constants intervals solving runs fitting comparison optimum planning",
+        "laws": "law terms forms constants intervals solving runs fitting comparison optimum planning",
     },
 ]
 EXPERIMENTS = [
@@ -79,7 +81,9 @@ EXPERIMENTS = [
     },
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
-        "optimizer_states": "law tasks analysis figures optimizers report running study __main__",
+        "optimizer_states": (
+            "law tasks analysis figures transformations optimizers report running study __main__"
+        ),
         "pretrained_quantization": "arms report subjects study __main__",
         "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
         "qat_efficiency": "tasks measuring lineage analysis latency figures report study __main__",
