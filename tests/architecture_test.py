@@ -59,7 +59,7 @@ LIBRARY = [
 EXPERIMENTS = [
     {
         "harness.running": (
-            "files packed processes checkpoints stopping watchdog cli ledgers memory packages "
+            "files machine packed processes checkpoints stopping watchdog cli ledgers memory packages "
             "ray_launcher trials timing"
         ),
     },
@@ -77,7 +77,7 @@ EXPERIMENTS = [
     },
     {
         "harness.models": "lm vision",
-        "harness": "study",
+        "harness": "statistics lengths study",
     },
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
