@@ -1,6 +1,7 @@
 """How Sphinx builds these pages: `sphinx-build -W -q docs docs/_build`.
 
-Nothing is fetched and no notebook runs, so that a build needs no network and takes a minute.
+Nothing is fetched and no notebook runs, so that a build needs no network and takes a minute.  Notebooks are
+shown with the outputs that they have in colab/, to which docs/notebooks is a link.
 """
 
 import os

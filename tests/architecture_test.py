@@ -45,19 +45,21 @@ LIBRARY = [
     },
     {
         "ptq": "statistics solvers smooth search identity layers solving resuming quantizing searching",
-        "quality": "intervals examples comparison corruption embeddings weights gates monitor versions",
+        "quality": (
+            "intervals examples report comparison corruption embeddings weights gates monitor versions"
+        ),
         "optim": (
             "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
             "named traced_update state checks blocks updating budget scoring adapting report kernels "
             "kernel_layout quantizing identity exchange diagnosing"
         ),
-        "laws": "law forms constants intervals solving runs fitting comparison optimum planning",
+        "laws": "law terms forms constants intervals solving runs fitting comparison optimum planning",
     },
 ]
 EXPERIMENTS = [
     {
         "harness.running": (
-            "files packed processes checkpoints stopping watchdog cli ledgers memory packages "
+            "files machine packed processes checkpoints stopping watchdog cli ledgers memory packages "
             "ray_launcher trials timing"
         ),
     },
@@ -75,11 +77,13 @@ EXPERIMENTS = [
     },
     {
         "harness.models": "lm vision",
-        "harness": "study",
+        "harness": "statistics lengths study",
     },
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
-        "optimizer_states": "law tasks analysis figures optimizers report running study __main__",
+        "optimizer_states": (
+            "law tasks analysis figures transformations optimizers report running study __main__"
+        ),
         "pretrained_quantization": "arms report subjects study __main__",
         "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
         "qat_efficiency": "tasks measuring lineage analysis latency figures report study __main__",

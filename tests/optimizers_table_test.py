@@ -5,10 +5,11 @@ import json
 import jax
 import pytest
 
-from experiments.optimizer_states import optimizers
-from experiments.optimizer_states.optimizers import OPTIMIZERS, PARTS, WIDTHS, WRAPPERS
+from experiments.optimizer_states import optimizers, transformations
+from experiments.optimizer_states.optimizers import WIDTHS
+from experiments.optimizer_states.transformations import OPTIMIZERS, PARTS, WRAPPERS
 
-CASES = optimizers.cases()
+CASES = transformations.cases()
 ROWS = json.loads(optimizers.RECORDS.read_text())
 
 
@@ -21,7 +22,7 @@ def _as_optax_computes():
 
 def test_whatever_optax_offers_is_known():
     """A new transformation of a newer optax is to be classified."""
-    assert not set(optimizers.public()) - {*OPTIMIZERS, *PARTS, *WRAPPERS}
+    assert not set(transformations.public()) - {*OPTIMIZERS, *PARTS, *WRAPPERS}
 
 
 @pytest.mark.exhaustive  # what a slot is may differ in another version of optax

@@ -88,7 +88,7 @@ def test_the_grid_crosses_everything_and_ids_are_distinct():
     grid = study.make_trials(config)
     per_seed = 1 + len(config.tokens_per_parameter)  # one WSD trunk, separate cosine runs
     assert len(grid) == len(set(grid)) == len(config.sizes) * config.seeds * per_seed
-    assert study.cost(grid[0]) > 0
+    assert study.STUDY.cost(grid[0]) > 0
 
 
 def test_long_runs_of_the_largest_size_are_left_out():
@@ -130,9 +130,9 @@ def test_wsd_branches_leave_the_trunk_in_order():
         ({"seeds": 0}, "seeds"),
         ({"seeds": 10**20}, "at most"),
         ({"peak_lr": float("inf")}, "peak_lr"),
-        ({"tokens_per_parameter": ("20",)}, "integers"),
-        ({"tokens_per_parameter": (1.5, 2)}, "integers"),
-        ({"tokens_per_parameter": (True,)}, "integers"),
+        ({"tokens_per_parameter": ("20",)}, "whole numbers"),
+        ({"tokens_per_parameter": (1.5, 2)}, "whole numbers"),
+        ({"tokens_per_parameter": (True,)}, "whole numbers"),
         ({"tokens_per_parameter": (1, 2)}, "would come out as"),
         ({"batch": 4096}, "would come out as"),
         ({"longest": (600, 600)}, "one number for each"),
@@ -266,7 +266,7 @@ def test_a_trial_that_diverges_has_a_record_that_says_so(tmp_path):
 
 
 def test_a_broken_model_gives_no_number_rather_than_a_wrong_one():
-    assert measuring._mean_and_error(np.array([1.0, np.nan])) == {"mean": None, "se": None}
+    assert measuring.mean_and_error(np.array([1.0, np.nan])) == {"mean": None, "se": None}
     broken = record(0, "wsd", (0.1, 0.2, None))
     summary = analysis.summarize([broken], 1)
     assert summary["headline"]["rows"][0]["gamma"] is None

@@ -43,7 +43,7 @@ from experiments.benchmark.variants import (
     make_variants,
     versions,
 )
-from experiments.harness.running import cli, files
+from experiments.harness.running import cli, files, machine
 from experiments.harness.running.timing import paired_ratio, race
 
 STUDY = "benchmark"
@@ -175,23 +175,13 @@ def _claim(workdir: Path) -> None:
 
 def _machine() -> dict:
     """What the numbers were measured on."""
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
-        "cpu": _cpu(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cpu": machine.cpu(),
+        "cores": machine.cores(),
         "device": jax.devices()[0].device_kind,
         "system": platform.platform(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _timed(runs: dict, rounds: int, what: str) -> dict:

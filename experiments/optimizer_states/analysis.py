@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
+from experiments.harness.statistics import t_interval
 from experiments.harness.training.arms import EXACT, budget_of
 from experiments.optimizer_states import law
 from experiments.optimizer_states.tasks import LANGUAGE_SIZES
@@ -75,11 +75,8 @@ def _sd(values: np.ndarray) -> float | None:
 
 def _interval(values: np.ndarray) -> dict[str, float | None]:
     """Mean, SD over seeds, and Student's t interval of the mean."""
-    mean, sd = float(values.mean()), _sd(values)
-    if sd is None:
-        return {"gap": mean, "sd": None, "low": None, "high": None}
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1)) * sd / len(values) ** 0.5
-    return {"gap": mean, "sd": sd, "low": mean - reach, "high": mean + reach}
+    mean, low, high = t_interval(values, CONFIDENCE)
+    return {"gap": mean, "sd": _sd(values), "low": low, "high": high}
 
 
 def contests(table: pd.DataFrame) -> list[dict]:

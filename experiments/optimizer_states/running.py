@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness.running import trials
+from experiments.harness.running import machine, trials
 from experiments.harness.training import arms, sharding, train
 from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 
@@ -65,7 +65,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Trains, looking at the widths now and then, and returns the record's results."""
     run = _Run(trial, context)
     elements = sum(x.size for x in jax.tree.leaves(run.state.params))
-    head = {"versions": _versions(), "parameters": elements}
+    head = {"versions": machine.versions(), "parameters": elements}
     try:
         found = [
             context.remember(f"widths-{stop}", functools.partial(run.widths, stop))
@@ -93,11 +93,3 @@ def _widths(steps: int, opt_state: Any) -> dict:
         if not row.reason
     ]
     return {"step": steps, "leaves": leaves}
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "jaxquant": jq.__version__,
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }

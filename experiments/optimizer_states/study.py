@@ -222,14 +222,9 @@ def _check_budgets(config: Config, make: Callable[[], nnx.Module]) -> None:
 
 def _check(config: Config) -> None:
     choices = {"tasks": TASKS, "schedules": SCHEDULES, "language_sizes": tuple(LANGUAGE_SIZES)}
-    for name in (*choices, "arms", "tokens_per_parameter"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
-        for value in values if name in choices else ():
-            if value not in choices[name]:
-                known = ", ".join(choices[name])
-                raise ValueError(f"config.{name} are of {known}; got {value!r}")
+    cli.check_each_once(config, *choices, "arms", "tokens_per_parameter")
+    for name, known in choices.items():
+        cli.check_choices(config, name, known)
     if arms.EXACT not in config.arms:
         raise ValueError(
             f"config.arms has {arms.EXACT!r}, which all are compared with; got {config.arms}"
@@ -243,11 +238,7 @@ def _check(config: Config) -> None:
     if config.vision_size not in VISION_SIZES:
         known = ", ".join(VISION_SIZES)
         raise ValueError(f"config.vision_size is one of {known}; got {config.vision_size!r}")
-    for value in config.tokens_per_parameter:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(
-                f"config.tokens_per_parameter holds whole numbers of at least 1; got {value!r}"
-            )
+    cli.check_whole(config, "tokens_per_parameter")
 
 
 _POSITIVE = (

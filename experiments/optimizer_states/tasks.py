@@ -86,9 +86,7 @@ class Task:
 @functools.lru_cache(maxsize=2)
 def _load(task: str, source: str, path: str, fingerprint: str) -> Any:
     loaded = data.load(source, path) if task == "language" else images.load(source, path)
-    if loaded.fingerprint != fingerprint:
-        raise RuntimeError(f"the data at {path or source!r} changed while the study was running")
-    return loaded
+    return data.unchanged(loaded, fingerprint, path or source)
 
 
 def vision_config(size: str, grid: int, dataset: images.Dataset) -> vision.ViTConfig:

@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from experiments.harness.models import lm
+from experiments.harness.statistics import t_half_width
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
 CONFIDENCE = 0.9
@@ -78,7 +78,7 @@ def fit_exponent(table: pd.DataFrame) -> dict:
     y = (log_loss - log_loss.groupby(positive["seed"]).transform("mean")).to_numpy()
     gamma = float(x @ y / (x @ x))
     error = math.sqrt(float(np.sum((y - gamma * x) ** 2)) / freedom / float(x @ x))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    half = t_half_width(error, freedom, CONFIDENCE)
     return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half, "error": error}
 
 
@@ -152,7 +152,7 @@ def _difference(one: dict, other: dict) -> dict:
     squares = [fit["error"] ** 2 for fit in (one, other)]
     parts = [s**2 / fit["freedom"] for s, fit in zip(squares, (one, other), strict=True)]
     freedom = sum(squares) ** 2 / sum(parts) if sum(parts) else float(one["freedom"])
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(sum(squares))
+    half = t_half_width(math.sqrt(sum(squares)), freedom, CONFIDENCE)
     gamma = one["gamma"] - other["gamma"]
     return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "reason": None}
 

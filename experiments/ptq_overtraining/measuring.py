@@ -10,24 +10,15 @@ import optax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data
-from experiments.harness.models import lm
+from experiments.harness import data, lengths
+from experiments.harness.statistics import mean_and_error
 from jaxquant.numerics.groups import Granularity
 
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head
 
 
-COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
-
-
-FEWEST_STEPS = 10
-
-
-_TOKENS_TOGETHER = 8192  # evaluated at once: bounds the logits' memory at any vocabulary
-
-
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(lengths.Trial):
     """One training run and what is measured along it: all branches of a WSD trunk, or one cosine."""
 
     size: str
@@ -51,15 +42,9 @@ class Trial:
     mesh_fsdp: int
     checkpoint_every: int
 
-    def steps(self, tokens_per_parameter: int) -> int:
-        """Training steps that come nearest to D = tokens_per_parameter · N tokens."""
-        tokens = tokens_per_parameter * lm.SIZES[self.size].non_embedding_parameters
-        return max(FEWEST_STEPS, round(tokens / (self.batch * self.sequence)))
-
-    def cooldown_start(self, tokens_per_parameter: int) -> int:
-        """Where a WSD branch leaves the trunk."""
-        steps = self.steps(tokens_per_parameter)
-        return steps - max(1, round(COOLDOWN * steps))
+    @property
+    def has_trunk(self) -> bool:
+        return self.schedule == "wsd"
 
 
 def parse_granularity(text: str) -> Granularity:
@@ -102,8 +87,7 @@ def make_evaluate(graphdef: nnx.GraphDef, granularity: str | None, scope: str = 
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens_T1[None, 1:])
             return losses.mean()
 
-        together = max(1, _TOKENS_TOGETHER // tokens_WxT1.shape[1])
-        return jax.lax.map(losses, tokens_WxT1, batch_size=together)
+        return lengths.each_window(losses, tokens_WxT1)
 
     return evaluate
 
@@ -117,7 +101,7 @@ def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -
         reference = np.asarray(
             make_evaluate(graphdef, None)(params, jnp.float32(0), windows), np.float64
         )
-        base[split] = _mean_and_error(reference)
+        base[split] = mean_and_error(reference)
         for granularity in trial.granularities:
             for scope in trial.scopes:
                 evaluate = make_evaluate(graphdef, granularity, scope)
@@ -129,13 +113,5 @@ def measure(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus) -
                         "scope": scope,
                         "bits": bits,
                     }
-                    added.append(kind | _mean_and_error(losses - reference))
+                    added.append(kind | mean_and_error(losses - reference))
     return {"windows": counts, "base": base, "added": added}
-
-
-def _mean_and_error(values: np.ndarray) -> dict:
-    """The mean with its standard error over windows; None where a broken model gives no number."""
-    if not np.isfinite(values).all():
-        return {"mean": None, "se": None}
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "se": error}

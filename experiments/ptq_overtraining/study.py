@@ -2,29 +2,21 @@
 
 import dataclasses
 import functools
-import math
+from typing import Any
 
-import jax
 from flax import nnx
 
 import jaxquant as jq
-from experiments.harness import data
+from experiments.harness import data, lengths
 from experiments.harness.models import lm
 from experiments.harness.running import cli, trials
 from experiments.harness.running.cli import option
 from experiments.harness.study import Study
-from experiments.harness.training import sharding, train, wsd
+from experiments.harness.training import sharding, train
 from experiments.ptq_overtraining import report
-from experiments.ptq_overtraining.measuring import (
-    FEWEST_STEPS,
-    SCOPES,
-    Trial,
-    measure,
-    parse_granularity,
-)
+from experiments.ptq_overtraining.measuring import SCOPES, Trial, measure, parse_granularity
 
 SCHEDULES = ("wsd", "cosine")
-_LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 _MOST_SEEDS = 10_000
 
 
@@ -105,16 +97,12 @@ def make_trials(config: Config) -> list[Trial]:
     _check(config)
     corpus = data.load(config.data, config.data_path, config.shift_path)
     data.check_length(corpus, config.sequence)
-    names = {f.name for f in dataclasses.fields(Trial)}
-    shared = {k: v for k, v in vars(config).items() if k in names}
+    shared = lengths.shared_fields(config, Trial)
     made = []
-    for size, longest in zip(
-        config.sizes, config.longest or [math.inf] * len(config.sizes), strict=True
-    ):
-        lengths = [d for d in config.tokens_per_parameter if d <= longest]
+    for size, of_size in lengths.lengths_by_size(config).items():
         for schedule in config.schedules:
             # One trunk serves every length under WSD; cosine runs are separate.
-            groups = [tuple(lengths)] if schedule == "wsd" else [(d,) for d in lengths]
+            groups = [of_size] if schedule == "wsd" else [(d,) for d in of_size]
             for group in groups:
                 for seed in range(config.seeds):
                     own = {
@@ -126,52 +114,19 @@ def make_trials(config: Config) -> list[Trial]:
                     }
                     made.append(Trial(**shared | own))
     for trial in made:
-        _check_lengths(trial)
+        lengths.check_lengths(trial)
     return made
 
 
-def _check_lengths(trial: Trial) -> None:
-    """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
-    n = lm.SIZES[trial.size].non_embedding_parameters
-    for d in trial.tokens_per_parameter:
-        actual = trial.steps(d) * trial.batch * trial.sequence / n
-        if abs(actual / d - 1) > _LENGTH_TOLERANCE:
-            raise ValueError(
-                f"config.tokens_per_parameter {d} at N = {trial.size} would come out as {actual:.1f} in "
-                f"batches of {trial.batch} × {trial.sequence} tokens (at least {FEWEST_STEPS} steps); "
-                "choose longer runs or smaller batches"
-            )
-
-
 def _check(config: Config) -> None:
-    for name in ("sizes", "tokens_per_parameter", "schedules", "bits", "granularities", "scopes"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
-    cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
-    cli.check_positive(config, "log_every", "checkpoint_every")
-    for name in ("tokens_per_parameter", "longest"):
-        for value in getattr(config, name):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.{name} holds integers of at least 1; got {value!r}")
-    if list(config.tokens_per_parameter) != sorted(config.tokens_per_parameter):
-        raise ValueError(
-            f"config.tokens_per_parameter is in rising order; got {config.tokens_per_parameter}"
-        )
+    lengths.check(config)
+    cli.check_each_once(config, "schedules", "bits", "granularities", "scopes")
     if len(set(map(parse_granularity, config.granularities))) != len(config.granularities):
         raise ValueError(f"config.granularities are each given once; got {config.granularities}")
-    if config.longest and len(config.longest) != len(config.sizes):
-        raise ValueError(
-            f"config.longest has one number for each of config.sizes; got {config.longest}"
-        )
-    if any(longest < config.tokens_per_parameter[0] for longest in config.longest):
-        raise ValueError(f"config.longest {config.longest} leaves some size without any length")
     if config.seeds > _MOST_SEEDS:
         raise ValueError(f"config.seeds is at most {_MOST_SEEDS}; got {config.seeds}")
-    for name, known in (("schedules", SCHEDULES), ("scopes", SCOPES)):
-        for value in getattr(config, name):
-            if value not in known:
-                raise ValueError(f"config.{name} are of {', '.join(known)}; got {value!r}")
+    cli.check_choices(config, "schedules", SCHEDULES)
+    cli.check_choices(config, "scopes", SCOPES)
     for bits in config.bits:
         jq.Int(bits)
     for size in config.sizes:
@@ -189,16 +144,7 @@ def _check_blocks(model: lm.LMConfig, granularities: tuple[str, ...]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Measuring
-
-
-@functools.lru_cache(maxsize=2)
-def _corpus(source: str, path: str, shift_path: str, fingerprint: str) -> data.Corpus:
-    """A trial's data, which must still be what it was when the trial was made."""
-    corpus = data.load(source, path, shift_path)
-    if corpus.fingerprint != fingerprint:
-        raise RuntimeError(f"the data at {path or source!r} changed while the study was running")
-    return corpus
+# One trial
 
 
 @functools.lru_cache
@@ -215,98 +161,23 @@ def _step(size: str, dtype: str, vocab_size: int, mesh_data: int, mesh_fsdp: int
     return train.make_step(train.next_token_loss(graphdef), train.adamw(), mesh), mesh
 
 
-# ---------------------------------------------------------------------------------------------------
-# Running
-
-
 def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Trains, measures each length, and returns the record's results."""
-    corpus = _corpus(trial.data, trial.data_path, trial.shift_path, trial.data_fingerprint)
-    head = {"versions": _versions(), "entropy_rate": corpus.entropy_rate}
-    training = _Run(trial, context, corpus)
-    try:
-        points = [
-            context.remember(f"after-{d}", functools.partial(training.point, d))
-            for d in trial.tokens_per_parameter
-        ]
-    except train.Diverged as error:
-        return head | {"status": "diverged", "step": error.step, "points": []}
-    return head | {"status": "done", "points": points}
+    corpus = lengths.load(trial.data, trial.data_path, trial.data_fingerprint, trial.shift_path)
+    identity = (trial.size, trial.dtype, corpus.vocab_size)
+    graphdef, config = _model(*identity)
+    step, mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
+    state = train.init_state(
+        lambda: nnx.state(lm.LM(config, nnx.Rngs(trial.seed)), nnx.Param), train.adamw(), mesh
+    )
+    batches = data.train_batches(corpus, trial.sequence, trial.batch, trial.seed)
+    trunk = lengths.make_trunk(trial, context, step, state, batches, mesh)
 
+    def measured(params: Any, history: train.History) -> dict:
+        curve = [list(entry) for entry in history]
+        return {"curve": curve, **measure(trial, graphdef, params, corpus)}
 
-def _versions() -> dict[str, str]:
-    return {
-        "jaxquant": jq.__version__,
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-    }
-
-
-class _Run:
-    """A trial under way: the model's state, the data's position, and the folders they are saved in."""
-
-    def __init__(self, trial: Trial, context: trials.Context, corpus: data.Corpus):
-        self.trial, self.context, self.corpus = trial, context, corpus
-        identity = (trial.size, trial.dtype, corpus.vocab_size)
-        self.graphdef, config = _model(*identity)
-        step, mesh = _step(*identity, trial.mesh_data, trial.mesh_fsdp)
-        state = train.init_state(
-            lambda: nnx.state(lm.LM(config, nnx.Rngs(trial.seed)), nnx.Param),
-            train.adamw(),
-            mesh,
-        )
-        batches = data.train_batches(corpus, trial.sequence, trial.batch, trial.seed)
-        self._trunk = wsd.Trunk(
-            step,
-            state,
-            batches,
-            mesh,
-            context.checkpoints,
-            [trial.cooldown_start(d) for d in trial.tokens_per_parameter],
-            {
-                "log_every": trial.log_every,
-                "checkpoint_every": trial.checkpoint_every,
-                "on_log": self._say,
-            },
-        )
-
-    def _say(self, steps: int, loss: float) -> None:
-        self.context.progress(steps * _step_cost(self.trial), f"loss {loss:.3f}")
-
-    def point(self, tokens_per_parameter: int) -> dict:
-        """Trains to a length and measures there. Under WSD the trunk stays where the branch left it."""
-        trial, steps = self.trial, self.trial.steps(tokens_per_parameter)
-        if trial.schedule == "wsd":
-            warmup = max(1, trial.steps(trial.tokens_per_parameter[0]) // 10)
-            start = trial.cooldown_start(tokens_per_parameter)
-            self._trunk.grow(train.stable(trial.peak_lr, warmup), start)
-            plan = train.cooldown(trial.peak_lr, warmup, start, steps)
-        else:
-            plan = train.cosine(trial.peak_lr, steps, max(1, steps // 10))
-        end, curve = self._trunk.branch(plan, steps, f"branch-{tokens_per_parameter}")
-        tokens = steps * trial.batch * trial.sequence
-        return {
-            "tokens_per_parameter": tokens_per_parameter,
-            "tokens": tokens,
-            "epochs": self.corpus.epochs(tokens),
-            "curve": [list(entry) for entry in curve],
-            **measure(trial, self.graphdef, end.params, self.corpus),
-        }
-
-
-def _step_cost(trial: Trial) -> float:
-    return lm.SIZES[trial.size].step_cost * trial.batch * trial.sequence
-
-
-def cost(trial: Trial) -> float:
-    """Work of a trial in weights × tokens: what its progress adds up to."""
-    ends = [trial.steps(d) for d in trial.tokens_per_parameter]
-    if trial.schedule == "wsd":
-        starts = [trial.cooldown_start(d) for d in trial.tokens_per_parameter]
-        steps = starts[-1] + sum(e - s for s, e in zip(starts, ends, strict=True))
-    else:
-        steps = sum(ends)
-    return steps * _step_cost(trial)
+    return lengths.run(trial, context, corpus, trunk, measured)
 
 
 def kind(trial: Trial) -> tuple:
@@ -330,7 +201,7 @@ STUDY = Study(
     },
     make_trials=make_trials,
     run_trial=run_trial,
-    cost=cost,
+    cost=lengths.cost,
     kind=kind,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.harness.statistics import t_half_width
 from experiments.qat_efficiency.lineage import Arm
 from experiments.qat_efficiency.tasks import parse_width
 
@@ -129,7 +130,7 @@ def interval(values: Sequence[float], errors: Sequence[float | None]) -> dict:
     result: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": n, "how": "none"}
     if n >= FEWEST_SEEDS:
         scale = float(np.std(values, ddof=1)) / math.sqrt(n)
-        half, how = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * scale, "seeds"
+        half, how = t_half_width(scale, n - 1, CONFIDENCE), "seeds"
     elif n and all(e is not None and math.isfinite(e) for e in errors):
         scale = math.sqrt(sum(e**2 for e in errors if e is not None)) / n
         half, how = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * scale, "examples"

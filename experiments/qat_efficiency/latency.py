@@ -3,8 +3,6 @@
 Times are no part of a record: they lie in ``latency.json``, with what they were measured on.
 """
 
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 import jaxquant as jq
-from experiments.harness.running import files
+from experiments.harness.running import files, machine
 from experiments.harness.running.timing import paired_ratio, race
 from experiments.qat_efficiency import tasks
 from experiments.qat_efficiency.lineage import Arm, Trial
@@ -123,20 +121,11 @@ def _forward(model: nnx.Module, inputs: np.ndarray) -> Callable[[], None]:
 
 
 def _machine() -> dict[str, Any]:
-    affinity = getattr(os, "sched_getaffinity", None)
+    versions = machine.versions()
     return {
-        "cpu": _cpu(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxquant": jq.__version__,
+        "cpu": machine.cpu(),
+        "cores": machine.cores(),
+        "device": versions["device"],
+        "jax": versions["jax"],
+        "jaxquant": versions["jaxquant"],
     }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -211,14 +211,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def _check(config: Config) -> None:
-    for name in (*_CHOICES, "widths"):
-        values = getattr(config, name)
-        if not values or len(set(values)) != len(values):
-            raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
-        for value in values if name in _CHOICES else ():
-            if value not in _CHOICES[name]:
-                known = ", ".join(map(str, _CHOICES[name]))
-                raise ValueError(f"config.{name} are of {known}; got {value!r}")
+    cli.check_each_once(config, *_CHOICES, "widths")
+    for name, known in _CHOICES.items():
+        cli.check_choices(config, name, known)
     for width in config.widths:
         tasks.parse_width(width)
     for model in tasks.MODELS:

@@ -204,10 +204,7 @@ def make_task(settings: Settings) -> Task:
         ValueError: a size or a corruption that does not exist, or images that the grid does not divide.
     """
     loaded = load(settings.model, settings.data, settings.data_path)
-    if loaded.fingerprint != settings.fingerprint:
-        raise RuntimeError(
-            f"the data at {settings.data_path or settings.data!r} changed while the study was running"
-        )
+    data.unchanged(loaded, settings.fingerprint, settings.data_path or settings.data)
     if isinstance(loaded, images.Dataset):
         return _vision(settings, loaded)
     return _language(settings, loaded)

@@ -3,19 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.harness import data
+from experiments.harness import data, lengths
 from experiments.harness.models import lm
 from experiments.harness.running import cli
 from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
-from experiments.training_precision.running import FEWEST_STEPS, Trial, cost, kind, run_trial
+from experiments.training_precision.running import Trial, kind, run_trial
 
 PUBLISHED = (
     Path(__file__).parents[1] / "results" / "training_precision" / "full"
 )  # records of our own run of it
-_LENGTH_TOLERANCE = 0.05  # how far whole batches may take D/N from its label
 
 
 @dataclasses.dataclass
@@ -129,24 +128,20 @@ def make_trials(config: Config) -> list[Trial]:
     _check(config)
     corpus = data.load(config.data, config.data_path)
     data.check_length(corpus, config.sequence)
-    names = {f.name for f in dataclasses.fields(Trial)}
-    shared = {k: v for k, v in vars(config).items() if k in names}
+    shared = lengths.shared_fields(config, Trial)
     made = []
-    longest = config.longest or [config.tokens_per_parameter[-1]] * len(config.sizes)
-    for size, most in zip(config.sizes, longest, strict=True):
+    for size, of_size in lengths.lengths_by_size(config).items():
         for method in config.methods[:1] if size in config.thin else config.methods:
             for bits in _precisions(config, method, size in config.thin):
                 for seed in range(config.seeds):
                     own = {"size": size, "method": method, "seed": seed}
                     own |= dict(zip(("weights", "activations", "cache"), bits, strict=True))
-                    own["tokens_per_parameter"] = tuple(
-                        d for d in config.tokens_per_parameter if d <= most
-                    )
+                    own["tokens_per_parameter"] = of_size
                     own["serving"] = tuple(b for b in config.serving if b >= METHODS[method])
                     own["data_fingerprint"] = corpus.fingerprint
                     made.append(Trial(**shared | own))
     for trial in made:
-        _check_lengths(trial)
+        lengths.check_lengths(trial)
     return made
 
 
@@ -164,33 +159,12 @@ def _precisions(config: Config, method: str, is_thin: bool) -> list[tuple[int, i
     return list(dict.fromkeys(found))
 
 
-def _check_lengths(trial: Trial) -> None:
-    """Raises a ValueError where whole batches cannot come near a length: its label would be untrue."""
-    n = lm.SIZES[trial.size].non_embedding_parameters
-    for d in trial.tokens_per_parameter:
-        actual = trial.steps(d) * trial.batch * trial.sequence / n
-        if abs(actual / d - 1) > _LENGTH_TOLERANCE:
-            raise ValueError(
-                f"config.tokens_per_parameter {d} at N = {trial.size} would come out as {actual:.1f} in "
-                f"batches of {trial.batch} × {trial.sequence} tokens (at least {FEWEST_STEPS} steps); "
-                "choose longer runs or smaller batches"
-            )
-
-
 def _check(config: Config) -> None:
-    for name in ("sizes", "tokens_per_parameter", "methods", "tied"):
-        if not getattr(config, name):
-            raise ValueError(f"config.{name} needs at least one value")
-    for name in ("sizes", "tokens_per_parameter", "methods", "tied", "single", "serving"):
-        values = getattr(config, name)
-        if len(set(values)) != len(values):
-            raise ValueError(f"config.{name} has each value once; got {values}")
-    cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
-    cli.check_positive(config, "log_every", "checkpoint_every")
-    for name in ("methods", "separate"):
-        for method in getattr(config, name):
-            if method not in METHODS:
-                raise ValueError(f"config.{name} are of {', '.join(METHODS)}; got {method!r}")
+    lengths.check(config)
+    cli.check_each_once(config, "methods", "tied")
+    cli.check_each_once(config, "single", "serving", may_be_empty=True)
+    cli.check_choices(config, "methods", tuple(METHODS))
+    cli.check_choices(config, "separate", tuple(METHODS))
     for name, least in (("tied", 1), ("single", 2), ("serving", 1)):
         for bits in getattr(config, name):
             if (
@@ -207,19 +181,6 @@ def _check(config: Config) -> None:
                 f"config.tied {config.tied} has nothing for {method!r}, which takes {METHODS[method]} bits "
                 "and more"
             )
-    for name in ("tokens_per_parameter", "longest"):
-        for value in getattr(config, name):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.{name} holds whole numbers of at least 1; got {value!r}")
-    lengths = config.tokens_per_parameter
-    if list(lengths) != sorted(lengths):
-        raise ValueError(f"config.tokens_per_parameter is in rising order; got {lengths}")
-    if config.longest and len(config.longest) != len(config.sizes):
-        raise ValueError(
-            f"config.longest has one number for each of config.sizes; got {config.longest}"
-        )
-    if any(longest < lengths[0] for longest in config.longest):
-        raise ValueError(f"config.longest {config.longest} leaves some size without any length")
     if not set(config.thin) <= set(config.sizes):
         raise ValueError(f"config.thin is of config.sizes {config.sizes}; got {config.thin}")
     for size in config.sizes:
@@ -244,7 +205,7 @@ STUDY = Study(
     },
     make_trials=make_trials,
     run_trial=run_trial,
-    cost=cost,
+    cost=lengths.cost,
     kind=kind,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,

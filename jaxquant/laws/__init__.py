@@ -40,7 +40,6 @@ from jaxquant.laws.forms import (
     SUN_FLOAT,
     UNIFIED,
     free_efficiency,
-    gaussian_mse,
     quartet,
     state_law,
 )
@@ -57,6 +56,7 @@ from jaxquant.laws.optimum import (
     throughput,
 )
 from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
+from jaxquant.laws.terms import gaussian_mse
 
 __all__ = [
     "ADDITIVE",

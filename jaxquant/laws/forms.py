@@ -4,77 +4,37 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.laws.law import Columns, Law, Parameter, Values, log_sum
+from jaxquant.laws.terms import (
+    ALPHA,
+    BETA,
+    TENSORS,
+    A,
+    B,
+    E,
+    bias,
+    coefficient,
+    efficiency_at,
+    gamma,
+    gaussian_mse,
+    kumar_efficiency,
+    log_loss,
+    positive,
+    power,
+    same_bits,
+    saturating,
+)
 
-_TERM = (1e-5, 10.0, (0.03, 0.7))  # bounds and starts of a term of the loss, in units of the loss
-
-
-def _coefficient(name: str, exponent: str, column: str, unit: str) -> Parameter:
-    """Of column^−exponent in the loss."""
-    return Parameter(name, *_TERM, unit, ((exponent, column, -1),))
-
-
-_A = _coefficient("A", "alpha", "N", "nats · parameters^α")
-_B = _coefficient("B", "beta", "D", "nats · tokens^β")
-_E = Parameter("E", 1e-4, 20.0, (0.3, 3.0), "nats")
-_ALPHA = Parameter("alpha", 0.01, 2.0, (0.15, 0.8))
-_BETA = Parameter("beta", 0.01, 2.0, (0.15, 0.8))
 _KUMAR = "Kumar et al. 2024, arXiv 2411.04330"
-_TENSORS = ("w", "a", "kv")
-_FLOOR = 1e-3  # of efficiencies, which the published form lets fall below zero
-
-
-def _gamma(name: str) -> Parameter:
-    return Parameter(f"gamma_{name}", 0.05, 30.0, (0.5, 4.0), "bits")
-
-
-def _bias(name: str) -> Parameter:
-    return Parameter(f"n_{name}", 1e-3, 10.0, (0.05, 2.0))
-
-
-def _positive(x: Any) -> Any:
-    """x, above a floor and smoothly so."""
-    return jnp.where(x > _FLOOR, x, _FLOOR * jnp.exp(jnp.minimum(x / _FLOOR - 1, 0.0)))
-
-
-def _saturating(p: Values, name: str, bits: Any, biased: bool, suffix: str = "") -> Any:
-    """1 − exp(−P/γ + n)."""
-    bias = p[f"n_{name}{suffix}"] if biased else 0.0
-    return _positive(1 - jnp.exp(-bits / p[f"gamma_{name}{suffix}"] + bias))
-
-
-def _product(p: Values, r: Values, biased: bool, suffix: str = "") -> Any:
-    """f = Π_x (1 − exp(−P_x/γ_x + n_x))."""
-    factors = (_saturating(p, x, r[f"P_{x}"], biased, suffix) for x in _TENSORS)
-    return functools.reduce(lambda a, b: a * b, factors)
-
-
-def _alike(bits: Any) -> dict[str, Any]:
-    return {f"P_{x}": jnp.asarray(bits) for x in _TENSORS}
-
-
-def _power(
-    p: Values, r: Values, scale: str, exponent: str, column: str, efficiency: Any = 1.0
-) -> Any:
-    """log of scale · (column · efficiency)^−exponent."""
-    return jnp.log(p[scale]) - p[exponent] * (jnp.log(r[column]) + jnp.log(efficiency))
-
-
-def _loss(p: Values, r: Values, of_n: Any = 1.0, of_d: Any = 1.0) -> Any:
-    """log(A (N of_n)^−α + B (D of_d)^−β + E)."""
-    terms = _power(p, r, "A", "alpha", "N", of_n), _power(p, r, "B", "beta", "D", of_d)
-    return log_sum(*terms, jnp.log(p["E"]))
-
 
 CHINCHILLA = Law(
     name="Chinchilla",
     equation="L = A N^−α + B D^−β + E",
-    parameters=(_A, _ALPHA, _B, _BETA, _E),
-    log_prediction=lambda p, r: _loss(p, r),
+    parameters=(A, ALPHA, B, BETA, E),
+    log_prediction=lambda p, r: log_loss(p, r),
     columns=("N", "D"),
     source="Hoffmann et al. 2022, arXiv 2203.15556, section 3.3",
 )
@@ -82,27 +42,29 @@ CHINCHILLA = Law(
 
 def _kumar(name: str, equation: str, biased: bool, place: str, note: str = "") -> Law:
     """A law of Kumar et al., whose efficiency multiplies N, D, or both."""
-    shapes = [(_gamma(x), *([_bias(x)] if biased else [])) for x in _TENSORS]
+    shapes = [(gamma(x), *([bias(x)] if biased else [])) for x in TENSORS]
     own = [p for shape in shapes for p in shape]
     if place == "N and D, untied":
         own += [Parameter(f"{p.name}_D", p.low, p.high, p.start, p.unit) for p in own]
 
     def log_prediction(p: Values, r: Values) -> Any:
-        f = _product(p, r, biased)
+        f = kumar_efficiency(p, r, biased)
         of_n = f if place != "D" else 1.0
         of_d = {"N": 1.0, "D": f, "N and D": f}.get(place)
         if of_d is None:
-            of_d = _product(p, r, biased, "_D")
-        return _loss(p, r, of_n, of_d)
+            of_d = kumar_efficiency(p, r, biased, "_D")
+        return log_loss(p, r, of_n, of_d)
 
     return Law(
         name=name,
         equation=equation,
-        parameters=(_A, _ALPHA, _B, _BETA, _E, *own),
+        parameters=(A, ALPHA, B, BETA, E, *own),
         log_prediction=log_prediction,
         columns=("N", "D", "P_w", "P_a", "P_kv"),
         source=f"{_KUMAR}, section 4{note}",
-        efficiency=(lambda p, bits: _product(p, _alike(bits), biased)) if place == "N" else None,
+        efficiency=(lambda p, bits: kumar_efficiency(p, same_bits(bits), biased))
+        if place == "N"
+        else None,
     )
 
 
@@ -130,18 +92,18 @@ KUMAR_UNTIED = _kumar(
 
 
 def _one(p: Values, bits: Any) -> Any:
-    return _positive(1 - jnp.exp(-bits / p["gamma"] + p["n"]))
+    return positive(1 - jnp.exp(-bits / p["gamma"] + p["n"]))
 
 
 KUMAR_ONE = Law(
     name="N_eff, one width",
     equation="L = A (N (1 − exp(−P/γ + n)))^−α + B D^−β + E",
     parameters=(
-        *(_A, _ALPHA, _B, _BETA, _E),
+        *(A, ALPHA, B, BETA, E),
         Parameter("gamma", 0.05, 30.0, (0.5, 4.0), "bits"),
         Parameter("n", 1e-3, 10.0, (0.05, 2.0)),
     ),
-    log_prediction=lambda p, r: _loss(p, r, _one(p, r["P_w"])),
+    log_prediction=lambda p, r: log_loss(p, r, _one(p, r["P_w"])),
     columns=("N", "D", "P_w"),
     source=f"{_KUMAR}, section 4, for runs whose tensors have one width: no run tells three γ apart",
     efficiency=_one,
@@ -149,17 +111,17 @@ KUMAR_ONE = Law(
 
 
 def _additive(p: Values, r: Values) -> Any:
-    penalties = (jnp.log(p[f"c_{x}"]) - r[f"P_{x}"] / p[f"gamma_{x}"] for x in _TENSORS)
-    return log_sum(_loss(p, r), *penalties)
+    penalties = (jnp.log(p[f"c_{x}"]) - r[f"P_{x}"] / p[f"gamma_{x}"] for x in TENSORS)
+    return log_sum(log_loss(p, r), *penalties)
 
 
 ADDITIVE = Law(
     name="additive penalties",
     equation="L = A N^−α + B D^−β + E + Σ_x c_x exp(−P_x/γ_x)",
     parameters=(
-        *(_A, _ALPHA, _B, _BETA, _E),
-        *(Parameter(f"c_{x}", 1e-6, 1e4, (0.01, 10.0), "nats") for x in _TENSORS),
-        *map(_gamma, _TENSORS),
+        *(A, ALPHA, B, BETA, E),
+        *(Parameter(f"c_{x}", 1e-6, 1e4, (0.01, 10.0), "nats") for x in TENSORS),
+        *map(gamma, TENSORS),
     ),
     log_prediction=_additive,
     columns=("N", "D", "P_w", "P_a", "P_kv"),
@@ -200,13 +162,11 @@ KUMAR_PTQ = Law(
 
 
 def _unified(p: Values, r: Values) -> Any:
-    f = _product(p, r, False)
+    f = kumar_efficiency(p, r, False)
     # Zero where the weights are served as they were trained; a floor keeps the logarithm.
-    apart = [
-        1 - jnp.exp(-p[f"C_{x}"] * jnp.maximum(r[f"P_{x}"] - r["P_post"], 0)) for x in _TENSORS
-    ]
+    apart = [1 - jnp.exp(-p[f"C_{x}"] * jnp.maximum(r[f"P_{x}"] - r["P_post"], 0)) for x in TENSORS]
     kept = functools.reduce(lambda a, b: a * b, apart)
-    return log_sum(_loss(p, r, f), _added(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
+    return log_sum(log_loss(p, r, f), _added(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
 
 
 UNIFIED = Law(
@@ -216,7 +176,7 @@ UNIFIED = Law(
     parameters=(
         *KUMAR_UNBIASED.parameters,
         *(_C_T, _GAMMA_D, _GAMMA_N, _GAMMA_POST),
-        *(Parameter(f"C_{x}", 1e-3, 100.0, (0.1, 2.0), "1/bits") for x in _TENSORS),
+        *(Parameter(f"C_{x}", 1e-3, 100.0, (0.1, 2.0), "1/bits") for x in TENSORS),
     ),
     log_prediction=_unified,
     columns=("N", "D", "P_w", "P_a", "P_kv", "P_post"),
@@ -291,10 +251,10 @@ SUN_FLOAT = Law(
     name="Sun, floating point",
     equation="L = n N^−α + d D^−β + ε + (D^β / N^α) log₂B / (γ (E + ½)^δ (M + ½)^ν)",
     parameters=(
-        _coefficient("n", "alpha", "N", "nats · parameters^α"),
-        _ALPHA,
-        _coefficient("d", "beta", "D", "nats · tokens^β"),
-        _BETA,
+        coefficient("n", "alpha", "N", "nats · parameters^α"),
+        ALPHA,
+        coefficient("d", "beta", "D", "nats · tokens^β"),
+        BETA,
         Parameter("epsilon", 1e-4, 20.0, (0.3, 3.0), "nats"),
         Parameter("gamma", *(1e-8, 1e8, (1e-3, 10.0)), "1", (("beta", "D", -1), ("alpha", "N", 1))),
         Parameter("delta", 0.05, 20.0, (1.0, 5.0)),
@@ -304,14 +264,6 @@ SUN_FLOAT = Law(
     columns=("N", "D", "exponent_bits", "mantissa_bits", "block"),
     source="Sun et al. 2025, arXiv 2501.02423",
 )
-
-
-def _at(p: Values, prefix: str, widths: tuple[int, ...], bits: Any) -> Any:
-    """The efficiency of each width, 1 beyond the widest."""
-    found = jnp.ones_like(jnp.asarray(bits, float))
-    for width in widths:
-        found = jnp.where(jnp.asarray(bits) == width, p[f"{prefix}_{width}"], found)
-    return found
 
 
 def _check_widths(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -376,11 +328,11 @@ def free_efficiency(*widths: int) -> Law:
     return Law(
         name="free efficiencies",
         equation="L = A (N eff(P))^−α + B D^−β + E",
-        parameters=(_A, _ALPHA, _B, _BETA, _E, *(_efficiency(f"eff_{b}") for b in chosen)),
-        log_prediction=lambda p, r: _loss(p, r, _at(p, "eff", chosen, r["P_w"])),
+        parameters=(A, ALPHA, B, BETA, E, *(_efficiency(f"eff_{b}") for b in chosen)),
+        log_prediction=lambda p, r: log_loss(p, r, efficiency_at(p, "eff", chosen, r["P_w"])),
         columns=("N", "D", "P_w"),
         source="Frantar et al. 2025, arXiv 2502.16440; Panferov et al. 2025 (QuEST), arXiv 2502.05003",
-        efficiency=lambda p, bits: _at(p, "eff", chosen, bits),
+        efficiency=lambda p, bits: efficiency_at(p, "eff", chosen, bits),
         widths=chosen,
         check_bits=_check_bits("P_w", chosen),
         check_fit=_check_fit("P_w", chosen),
@@ -400,15 +352,15 @@ def quartet(forward: tuple[int, ...], backward: tuple[int, ...]) -> Law:
     of_n, of_d = _check_widths(forward), _check_widths(backward)
 
     def log_prediction(p: Values, r: Values) -> Any:
-        n = _power(p, r, "A", "alpha", "N", _at(p, "eff_N", of_n, r["P_forward"]))
-        d = _power(p, r, "B", "beta", "D", _at(p, "eff_D", of_d, r["P_backward"]))
+        n = power(p, r, "A", "alpha", "N", efficiency_at(p, "eff_N", of_n, r["P_forward"]))
+        d = power(p, r, "B", "beta", "D", efficiency_at(p, "eff_D", of_d, r["P_backward"]))
         return log_sum(p["gamma"] * log_sum(n, d), jnp.log(p["E"]))
 
     return Law(
         name="Quartet",
         equation="L = (A (N eff_N(P_f))^−α + B (D eff_D(P_b))^−β)^γ + E",
         parameters=(
-            *(_A, _ALPHA, _B, _BETA, _E),
+            *(A, ALPHA, B, BETA, E),
             Parameter("gamma", 0.05, 5.0, (0.5, 1.5)),
             *(_efficiency(f"eff_N_{b}") for b in of_n),
             *(_efficiency(f"eff_D_{b}") for b in of_d),
@@ -421,32 +373,6 @@ def quartet(forward: tuple[int, ...], backward: tuple[int, ...]) -> Law:
     )
 
 
-# E[(z − Q(z))²] of a unit normal on its best uniform grid of 2^b levels.
-_GAUSSIAN_MSE = {1: 0.3634, 2: 0.11885, 3: 0.03744, 4: 0.011543, 8: 8.782e-5}
-
-
-def gaussian_mse(bits: Any) -> Any:
-    """The mean squared error of a unit normal's best uniform grid of 2^b levels.
-
-    Between the published widths its logarithm is interpolated, and beyond 8 bits it falls as 4^−b.
-
-    Source: Panferov et al. 2025, arXiv 2506.01863.
-
-    Raises:
-        ValueError: fewer than one bit, where bits are no traced array.
-
-    >>> round(float(gaussian_mse(4.0)), 5)
-    0.01154
-    """
-    if not isinstance(bits, jax.core.Tracer) and np.any(np.asarray(bits) < 1):
-        raise ValueError(f"a grid has one bit or more; got {bits}")
-    known = jnp.array([float(b) for b in _GAUSSIAN_MSE])
-    logs = jnp.log(jnp.array(list(_GAUSSIAN_MSE.values())))
-    bits = jnp.asarray(bits, float)
-    beyond = jnp.maximum(bits - known[-1], 0) * np.log(4)
-    return jnp.exp(jnp.interp(bits, known, logs) - beyond)
-
-
 def _of_error(p: Values, bits: Any) -> Any:
     return jnp.exp(-p["k"] * gaussian_mse(bits) ** p["d"])
 
@@ -455,11 +381,11 @@ PANFEROV = Law(
     name="Panferov, by squared error",
     equation="L = A (N exp(−k MSE(P)^d))^−α + B D^−β + E",
     parameters=(
-        *(_A, _ALPHA, _B, _BETA, _E),
+        *(A, ALPHA, B, BETA, E),
         Parameter("k", 1e-3, 1e3, (0.3, 10.0)),
         Parameter("d", 0.05, 5.0, (0.3, 1.5)),
     ),
-    log_prediction=lambda p, r: _loss(p, r, _of_error(p, r["P_w"])),
+    log_prediction=lambda p, r: log_loss(p, r, _of_error(p, r["P_w"])),
     columns=("N", "D", "P_w"),
     source="after Panferov et al. 2025, arXiv 2506.01863: efficiency as a function of a normal's squared "
     "error; this function of it is ours",
@@ -487,16 +413,16 @@ def state_law(place: str) -> Law:
 
     def log_prediction(p: Values, r: Values) -> Any:
         if floor:
-            return log_sum(_loss(p, r), jnp.log(p["C_state"]) - r["P_state"] / p["gamma_state"])
-        f = _saturating(p, "state", r["P_state"], True)
-        return _loss(p, r, **{f"of_{place.lower()}": f})
+            return log_sum(log_loss(p, r), jnp.log(p["C_state"]) - r["P_state"] / p["gamma_state"])
+        f = saturating(p, "state", r["P_state"], True)
+        return log_loss(p, r, **{f"of_{place.lower()}": f})
 
     return Law(
         name="state bits raise E" if floor else f"state bits cost {place}",
         equation=f"L = A ({n})^−α + B ({d})^−β + E{floor}",
         parameters=(
-            *(_A, _ALPHA, _B, _BETA, _E, _gamma("state")),
-            Parameter("C_state", 1e-4, 1e4, (0.1, 10.0), "nats") if floor else _bias("state"),
+            *(A, ALPHA, B, BETA, E, gamma("state")),
+            Parameter("C_state", 1e-4, 1e4, (0.1, 10.0), "nats") if floor else bias("state"),
         ),
         log_prediction=log_prediction,
         columns=("N", "D", "P_state"),

@@ -6,17 +6,7 @@ example; `compare_embeddings` does so for encoders, and `compare_weights` looks 
 watch a model that is in use.
 """
 
-from jaxquant.quality.comparison import (
-    Divergence,
-    Flips,
-    Group,
-    MarginBin,
-    Report,
-    Scores,
-    calibration_error,
-    compare,
-    summarize,
-)
+from jaxquant.quality.comparison import calibration_error, compare, summarize
 from jaxquant.quality.corruption import CorruptionReport, corruption_error
 from jaxquant.quality.embeddings import (
     EmbeddingReport,
@@ -35,6 +25,7 @@ from jaxquant.quality.monitor import (
     activation_statistics,
     drift,
 )
+from jaxquant.quality.report import Divergence, Flips, Group, MarginBin, Report, Scores
 from jaxquant.quality.weights import WeightReport, WeightRow, compare_weights
 
 __all__ = [

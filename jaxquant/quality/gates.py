@@ -15,9 +15,9 @@ import math
 from typing import Any, Literal
 
 from jaxquant.artifacts.plain import plain
-from jaxquant.quality.comparison import Group, Report
 from jaxquant.quality.embeddings import EmbeddingReport
 from jaxquant.quality.intervals import Interval
+from jaxquant.quality.report import Group, Report
 from jaxquant.quality.weights import WeightReport
 from jaxquant.stats import critical
 

@@ -6,7 +6,14 @@ state that can be checkpointed, and each process of a run reads its own share.
 """
 
 from experiments.harness.data.corpus import HELD_OUT_EVERY, LARGEST_VOCABULARY, Corpus
-from experiments.harness.data.loading import DOCUMENTS, SOURCES, load, load_any, load_documents
+from experiments.harness.data.loading import (
+    DOCUMENTS,
+    SOURCES,
+    load,
+    load_any,
+    load_documents,
+    unchanged,
+)
 from experiments.harness.data.markov import MarkovSource, markov_source
 from experiments.harness.data.tokenizers import BYTES, SEPARATOR
 from experiments.harness.data.windows import check_length, evaluation_windows, train_batches
@@ -27,4 +34,5 @@ __all__ = [
     "load_documents",
     "markov_source",
     "train_batches",
+    "unchanged",
 ]

@@ -1,6 +1,7 @@
 """From a source's name to its corpus."""
 
 import hashlib
+from typing import Protocol, TypeVar
 
 from experiments.harness.data import documents, text, tokenizers
 from experiments.harness.data.array_records import ArrayRecords
@@ -12,6 +13,14 @@ from experiments.harness.data.tokens import load_tokens
 SOURCES = ("sotu", "text", "tokens", "generated")
 DOCUMENTS = ("arrayrecord", "huggingface")
 _WITH_PATH = ("text", "tokens")
+
+
+class _HasFingerprint(Protocol):
+    @property
+    def fingerprint(self) -> str: ...
+
+
+_Named = TypeVar("_Named", bound=_HasFingerprint)
 
 
 def load(
@@ -56,6 +65,17 @@ def load(
     if source == "text":
         return text.load_text(path, shift_path, tokenizers.load(tokenizer))
     return _generated() if source == "generated" else load_tokens(path, shift_path, vocab_size)
+
+
+def unchanged(loaded: _Named, fingerprint: str, source: str) -> _Named:
+    """What was loaded, if it is still what a trial was made for.
+
+    Raises:
+        RuntimeError: it has another fingerprint.
+    """
+    if loaded.fingerprint != fingerprint:
+        raise RuntimeError(f"the data at {source!r} changed while the study was running")
+    return loaded
 
 
 def load_documents(source: str, path: str, tokenizer: str = "", field: str = "") -> Corpus:

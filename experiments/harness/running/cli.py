@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from absl import app, flags
@@ -44,6 +44,31 @@ def check_positive(config: Any, *names: str) -> None:
             or not 0 < value < math.inf
         ):
             raise ValueError(f"config.{name} is a number above 0; got {value}")
+
+
+def check_whole(config: Any, *names: str) -> None:
+    """Raises a ValueError unless each named field holds whole numbers of at least 1."""
+    for name in names:
+        for value in getattr(config, name):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"config.{name} holds whole numbers of at least 1; got {value!r}")
+
+
+def check_each_once(config: Any, *names: str, may_be_empty: bool = False) -> None:
+    """Raises a ValueError unless each named field has values, none of them twice."""
+    for name in names:
+        values = getattr(config, name)
+        if len(set(values)) != len(values) or not (values or may_be_empty):
+            least = "values" if may_be_empty else "at least one value"
+            raise ValueError(f"config.{name} needs {least}, each once; got {values}")
+
+
+def check_choices(config: Any, name: str, known: Collection[Any]) -> None:
+    """Raises a ValueError unless all values of a field are known ones."""
+    for value in getattr(config, name):
+        if value not in known:
+            choices = ", ".join(map(str, known))
+            raise ValueError(f"config.{name} are of {choices}; got {value!r}")
 
 
 def main(
