@@ -14,13 +14,13 @@ _ROOMS = {
     "operations": "integers product dot native ragged conv smoothed adapters attention recipes "
     "tapped monitoring",
     "engine": "expressions rules batches",
-    "artifacts": "files seals settings storage rule_files specification cards serving",
+    "artifacts": "files settings storage rule_files specification cards serving",
     "quality": "versions",
     "optim": "pages",
 }
 PLACES = {
     name: f"jaxquant.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()
-}
+} | {"seals": "jaxquant.artifacts.checksums"}
 
 
 def module(name: str, stacklevel: int) -> ModuleType:

@@ -34,7 +34,9 @@ class Config:
 
     sizes: tuple[str, ...] = option(("14k", "38k"), "model sizes by N, of harness/models/lm.py")
     tokens_per_parameter: tuple[int, ...] = option((10, 30, 90), "lengths of training, D/N")
-    longest: tuple[int, ...] = option((), "the longest D/N of each of `sizes`; () sets no limit")
+    max_tokens_per_parameter: tuple[int, ...] = option(
+        (), "the largest D/N of each of `sizes`; () sets no limit"
+    )
     schedules: tuple[str, ...] = option(SCHEDULES, "of the learning rate: wsd, cosine")
     seeds: int = option(3, "runs of everything, each from its own initialization and data order")
     bits: tuple[int, ...] = option((2, 3, 4, 5, 6, 7, 8), "widths of the rounded weights, 2 to 8")
@@ -77,7 +79,7 @@ PRESETS = {
     "full": Config(
         sizes=("21k", "83k", "332k"),
         tokens_per_parameter=(20, 60, 200, 600),
-        longest=(600, 600, 60),
+        max_tokens_per_parameter=(600, 600, 60),
         peak_lr=4e-3,
         evaluation_windows=512,
     ),
@@ -108,10 +110,10 @@ def make_trials(config: Config) -> list[Trial]:
     names = {f.name for f in dataclasses.fields(Trial)}
     shared = {k: v for k, v in vars(config).items() if k in names}
     made = []
-    for size, longest in zip(
-        config.sizes, config.longest or [math.inf] * len(config.sizes), strict=True
+    for size, limit in zip(
+        config.sizes, config.max_tokens_per_parameter or [math.inf] * len(config.sizes), strict=True
     ):
-        lengths = [d for d in config.tokens_per_parameter if d <= longest]
+        lengths = [d for d in config.tokens_per_parameter if d <= limit]
         for schedule in config.schedules:
             # One trunk serves every length under WSD; cosine runs are separate.
             groups = [tuple(lengths)] if schedule == "wsd" else [(d,) for d in lengths]
@@ -150,7 +152,7 @@ def _check(config: Config) -> None:
             raise ValueError(f"config.{name} needs at least one value and each once; got {values}")
     cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
     cli.check_positive(config, "log_every", "checkpoint_every")
-    for name in ("tokens_per_parameter", "longest"):
+    for name in ("tokens_per_parameter", "max_tokens_per_parameter"):
         for value in getattr(config, name):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"config.{name} holds integers of at least 1; got {value!r}")
@@ -160,12 +162,15 @@ def _check(config: Config) -> None:
         )
     if len(set(map(parse_granularity, config.granularities))) != len(config.granularities):
         raise ValueError(f"config.granularities are each given once; got {config.granularities}")
-    if config.longest and len(config.longest) != len(config.sizes):
+    limits = config.max_tokens_per_parameter
+    if limits and len(limits) != len(config.sizes):
         raise ValueError(
-            f"config.longest has one number for each of config.sizes; got {config.longest}"
+            f"config.max_tokens_per_parameter needs one number for each of config.sizes; got {limits}"
         )
-    if any(longest < config.tokens_per_parameter[0] for longest in config.longest):
-        raise ValueError(f"config.longest {config.longest} leaves some size without any length")
+    if any(limit < config.tokens_per_parameter[0] for limit in limits):
+        raise ValueError(
+            f"config.max_tokens_per_parameter {limits} leaves some size without any length"
+        )
     if config.seeds > _MOST_SEEDS:
         raise ValueError(f"config.seeds is at most {_MOST_SEEDS}; got {config.seeds}")
     for name, known in (("schedules", SCHEDULES), ("scopes", SCOPES)):
@@ -226,7 +231,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     training = _Run(trial, context, corpus)
     try:
         points = [
-            context.remember(f"after-{d}", functools.partial(training.point, d))
+            context.cached(f"after-{d}", functools.partial(training.point, d))
             for d in trial.tokens_per_parameter
         ]
     except train.Diverged as error:
@@ -309,8 +314,8 @@ def cost(trial: Trial) -> float:
     return steps * _step_cost(trial)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return (trial.size,)
 
 
@@ -331,7 +336,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=cost,
-    kind=kind,
+    compile_key=compile_key,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,
     batches=lambda config: ("batch",),

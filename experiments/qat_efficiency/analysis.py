@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.qat_efficiency.lineage import Arm
+from experiments.qat_efficiency.stages import Arm
 from experiments.qat_efficiency.tasks import parse_width
 
 CONFIDENCE = 0.9

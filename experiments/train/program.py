@@ -16,7 +16,7 @@ from experiments.harness.models import lm
 from experiments.harness.running import cli
 from experiments.harness.running.cli import option
 from experiments.harness.training import arms, sharding, train
-from experiments.harness.training.guarding import Guard
+from experiments.harness.training.divergence import DivergencePolicy
 
 _MOST_TOKENS = 2**31 - 1  # of a step
 
@@ -186,9 +186,9 @@ def _monitor(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
     return jax.jit(monitor, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def make_guard(config: Config) -> Guard:
+def make_divergence_policy(config: Config) -> DivergencePolicy:
     """What the run does about losses that are not finite, and spikes."""
-    return Guard(config.on_spike, config.spike or math.inf, config.roll_back_steps)
+    return DivergencePolicy(config.on_spike, config.spike or math.inf, config.roll_back_steps)
 
 
 def load_corpus(config: Config) -> data.Corpus:
@@ -244,5 +244,5 @@ def check(config: Config) -> None:
             f"config.monitor_every {every} needs a quantized model, as config.recipe=int8_train; in float "
             "there is nothing to monitor"
         )
-    make_guard(config)
+    make_divergence_policy(config)
     make_schedule(config)

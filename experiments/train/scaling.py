@@ -17,7 +17,7 @@ import pandas as pd
 
 from experiments.harness.running import cli, files
 from experiments.harness.training import chips
-from experiments.train import ahead_table
+from experiments.train import aot_table
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
         for row in bounds(found).to_dict("records")
     ]
     head = ("topology", "chips", "GB received", "products, ms ≥", "links, ms ≥", "utilization ≤")
-    print(ahead_table.table(head, rows))
+    print(aot_table.table(head, rows))
     if config.figure:
         figure(found).save(config.figure)
 

@@ -11,7 +11,7 @@ import jax
 
 from experiments.harness.running import files, processes
 from experiments.harness.running.watchdog import Watched
-from experiments.harness.training import metering, metrics, train
+from experiments.harness.training import metrics, throughput, train
 from experiments.train.monitoring import Monitor
 
 _LONGEST = 1e9  # the system's clocks of waiting threads have an end
@@ -59,7 +59,7 @@ class Watch:
         config: Mapping[str, Any],
         batches: Any,
         schedule: train.Schedule,
-        meter: metering.Meter,
+        meter: throughput.Throughput,
         monitor: Monitor | None = None,
     ):
         names = watching.metrics if processes.is_first() else ()
@@ -99,8 +99,8 @@ class Watch:
             "devices": jax.device_count(),
             "compile_seconds": time.perf_counter() - start,
             "bytes": {
-                "parameters": metering.held(state.params),
-                "optimizer_state": metering.held(state.opt_state),
+                "parameters": throughput.held(state.params),
+                "optimizer_state": throughput.held(state.opt_state),
                 # Activations and all else that comes and goes: the compiler's count, nothing measured.
                 "temporaries_by_the_compiler": getattr(memory, "temp_size_in_bytes", None),
             },
@@ -125,7 +125,7 @@ class Watch:
         if steps != trained:  # it went back to one
             self._meter.start()
             return
-        figures = self._meter.lap(steps, *lap)
+        figures = self._meter.interval(steps, *lap)
         rate = float(self._schedule(self._at - 1))
         self._write({"loss/train": loss, "learning_rate": rate} | figures)
 

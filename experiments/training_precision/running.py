@@ -80,8 +80,8 @@ def cost(trial: Trial) -> float:
     return steps * step_cost(trial)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return trial.size, trial.method
 
 
@@ -142,7 +142,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     training = _Run(trial, context, corpus)
     try:
         points = [
-            context.remember(f"after-{d}", functools.partial(training.point, d))
+            context.cached(f"after-{d}", functools.partial(training.point, d))
             for d in trial.tokens_per_parameter
         ]
     except train.Diverged as error:

@@ -30,8 +30,14 @@ from orbax import checkpoint
 
 from jaxquant.artifacts import files
 from jaxquant.artifacts.cards import Card, versions_now
+from jaxquant.artifacts.checksums import (
+    check_digests,
+    check_links,
+    digests,
+    read_checked,
+    with_checksum,
+)
 from jaxquant.artifacts.files import write
-from jaxquant.artifacts.seals import check_digests, check_links, digests, sealed, unsealed
 from jaxquant.artifacts.specification import describe_operation, is_operation, operation_from
 from jaxquant.artifacts.storage import from_arrays, to_arrays
 
@@ -93,7 +99,7 @@ def save(
         _write_arrays(temporary / _ARRAYS[format], stored, format)
         write(temporary / TREE, json.dumps(index, indent=1, allow_nan=False))
         body = {"format": format, "files": digests(temporary), "card": card.to_dict()}
-        write(temporary / CARD, sealed(_KIND, VERSION, body))
+        write(temporary / CARD, with_checksum(_KIND, VERSION, body))
         write(temporary / CARD_TEXT, card.to_markdown())
         if not placed(temporary, folder):
             raise ValueError(f"{folder} exists already; give a new folder")
@@ -107,7 +113,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
             truncated or changed; it says which.
     """
     folder = _path(folder)
-    body = unsealed(folder / CARD, _KIND, VERSION)
+    body = read_checked(folder / CARD, _KIND, VERSION)
     card = _card(folder / CARD, body)
     if body.get("format") not in _ARRAYS:
         raise ValueError(f"{folder / CARD} names the format {body.get('format')!r}, not known here")
@@ -132,7 +138,7 @@ def load_card(folder: str | os.PathLike) -> Card:
         ValueError: as `load`, as far as the card tells.
     """
     path = _path(folder) / CARD
-    return _card(path, unsealed(path, _KIND, VERSION))
+    return _card(path, read_checked(path, _KIND, VERSION))
 
 
 def _path(folder: Any) -> Path:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant.artifacts import files, folders, seals
+from jaxquant.artifacts import checksums, files, folders
 from jaxquant.numerics.sharding import computed_as_auto, spec_of
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
@@ -147,9 +147,9 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
             "state": identity(state.plan),
             "arrays": _described(state),
             "not_finite": folders.not_finite(_named(state)),
-            "files": seals.digests(temporary),
+            "files": checksums.digests(temporary),
         }
-        files.write(temporary / _HEAD, seals.sealed(_KIND, VERSION, body))
+        files.write(temporary / _HEAD, checksums.with_checksum(_KIND, VERSION, body))
         if not folders.placed(temporary, folder):
             raise ValueError(f"{folder} exists already; the folder must be new")
 
@@ -167,7 +167,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
     """
     folder = Path(folder)
     body = _read_head(folder)
-    seals.check_digests(folder, body["files"], (_ARRAYS,))
+    checksums.check_digests(folder, body["files"], (_ARRAYS,))
     wanted = _described(like)
     if body["arrays"] != wanted:
         names = sorted(set(wanted) ^ set(body["arrays"])) or [
@@ -213,7 +213,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     For arrays of an older version, "names" maps each name to the name in the file.
     """
     path = folder / _HEAD
-    body = seals.unsealed(path, _KIND, 3, VERSION)
+    body = checksums.read_checked(path, _KIND, 3, VERSION)
     body.setdefault("not_finite", None)  # absent in early files
     for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
         if part in body and not isinstance(body[part], kind):

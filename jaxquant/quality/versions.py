@@ -21,8 +21,8 @@ from flax import nnx
 
 from jaxquant.artifacts import files
 from jaxquant.artifacts.cards import Card, versions_now
+from jaxquant.artifacts.checksums import check_digests, digests, read_checked, with_checksum
 from jaxquant.artifacts.folders import load_card, placed, temporary_folder
-from jaxquant.artifacts.seals import check_digests, digests, sealed, unsealed
 from jaxquant.nnx import saving
 from jaxquant.quality.gates import Check, Verdict
 
@@ -103,7 +103,7 @@ class Versions:
         return f"{number:04}"
 
     def _placed(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
-        record = sealed(_KIND, VERSION, {"name": name, **body})
+        record = with_checksum(_KIND, VERSION, {"name": name, **body})
         files.write(temporary / _RECORD, record)
         return placed(temporary, self.root / name)
 
@@ -252,7 +252,7 @@ class Versions:
 
     def _record(self, name: str) -> dict[str, Any]:
         path = self._folder(name) / _RECORD
-        record = unsealed(path, _KIND, VERSION, _WITHOUT_NAME)
+        record = read_checked(path, _KIND, VERSION, _WITHOUT_NAME)
         if record["version"] != _WITHOUT_NAME and record.get("name") != name:
             raise ValueError(f"{path} is the record of {record.get('name')!r}, not of {name!r}")
         return record

@@ -26,8 +26,8 @@ import orbax.checkpoint as ocp
 from experiments.harness.running import files, processes
 
 _LAYOUT = 2  # raised when what a checkpoint holds changes
-_SET_ASIDE = "set-aside"
-_SEAL = "seal.json"
+_QUARANTINE = "set-aside"
+_MANIFEST = "seal.json"
 _UNSEALED = ".unsealed"  # after a step: what is being written, or removed
 
 
@@ -85,7 +85,7 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._sealing: _Sealing | None = None
+        self._sealing: _ManifestWriter | None = None
 
     def _steps(self) -> list[int]:
         """Those of the checkpoints that are in their place, the newest first."""
@@ -189,12 +189,12 @@ class Checkpoints:
             ),
         )
         if processes.is_first():
-            self._sealing = _Sealing(unsealed, lambda: self._commit(step))
+            self._sealing = _ManifestWriter(unsealed, lambda: self._commit(step))
 
     def _commit(self, step: int) -> None:
         """Seals what has been written, and puts it in its place."""
         unsealed, place = self._unsealed(step), self._folder / str(step)
-        files.write_json(unsealed / _SEAL, _digests(unsealed))
+        files.write_json(unsealed / _MANIFEST, _digests(unsealed))
         if place.exists():  # of a run that went on from an earlier step
             self._remove(step)
         unsealed.rename(place)
@@ -215,7 +215,7 @@ class Checkpoints:
                 except Exception as error:  # a damaged file can surface as almost any exception
                     problem = error
             if processes.any_of(restored is None) or restored is None:
-                self._set_aside(step, problem or RuntimeError("another process could not read it"))
+                self._quarantine(step, problem or RuntimeError("another process could not read it"))
                 continue
             position = restored["extra"]["batches"]
             batches.set_state(
@@ -245,13 +245,13 @@ class Checkpoints:
             return None
         folder = self._folder / str(step)
         try:
-            sealed = json.loads((folder / _SEAL).read_bytes())
+            sealed = json.loads((folder / _MANIFEST).read_bytes())
         except OSError as error:
-            return ValueError(f"{_SEAL} cannot be read: {error.strerror}")
+            return ValueError(f"{_MANIFEST} cannot be read: {error.strerror}")
         except (ValueError, RecursionError):
             sealed = None
         if not isinstance(sealed, dict):
-            return ValueError(f"{_SEAL} is damaged")
+            return ValueError(f"{_MANIFEST} is damaged")
         found = _digests(folder)
         if sealed == found:
             return None
@@ -274,13 +274,13 @@ class Checkpoints:
         )["state"]
         return {"state": arrays, "extra": extra}
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _quarantine(self, step: int, error: Exception) -> None:
         if processes.is_first():
             self._move(step, error)
         processes.wait_for_all(f"set aside {step}")
 
     def _move(self, step: int, error: Exception) -> None:
-        target = self._folder.parent / _SET_ASIDE / f"{self._folder.name}-{step}-{time.time_ns()}"
+        target = self._folder.parent / _QUARANTINE / f"{self._folder.name}-{step}-{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         (self._folder / str(step)).rename(target)
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -309,7 +309,7 @@ class Checkpoints:
         self.close()
 
 
-class _Sealing:
+class _ManifestWriter:
     """Does something in the background once Orbax has written a folder.
 
     Attributes:
@@ -353,7 +353,7 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 def _digests(folder: Path) -> dict[str, str]:
     """The SHA-256 of each file but the seal."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
         with path.open("rb") as file:
             found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any | None:
     try:
         return regular.parse_json(content, "it")
     except ValueError as error:
-        set_aside(path, str(error))
+        quarantine(path, str(error))
         return None
 
 
@@ -96,7 +96,7 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+")
 
 
-def set_aside(path: Path, reason: str) -> None:
+def quarantine(path: Path, reason: str) -> None:
     """Moves a file that must not be used into ``set-aside`` beside it, with a warning."""
     target = path.parent / "set-aside" / f"{path.name}.{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)

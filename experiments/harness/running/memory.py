@@ -20,18 +20,18 @@ _last: Any = _NONE
 _trimmed = float("-inf")
 
 
-def make_room(kind: Any) -> None:
+def clear_compiled(compile_key: Any) -> None:
     """Gives back what no later trial uses: called before each.
 
     Args:
-        kind: trials of equal kinds run the same compiled programs, which are dropped where
-            another kind begins.
+        compile_key: trials of equal kinds run the same compiled programs, which are dropped where
+            another compile_key begins.
     """
     global _last
     _have_few_arenas()
-    if _last is not _NONE and kind != _last:
+    if _last is not _NONE and compile_key != _last:
         jax.clear_caches()
-    _last = kind
+    _last = compile_key
     gc.collect()
     trim()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 LEVEL = 0.9  # of every interval
 
 
-def race(
+def interleaved_timing(
     runs: Mapping[str, Callable[[], None]],
     rounds: int,
     on_round: Callable[[], object] = lambda: None,

@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 from experiments.harness.running.checkpoints import Checkpoints, Restored
 from experiments.harness.running.stopping import Preempted
 from experiments.harness.training import sharding
-from experiments.harness.training.guarding import Diverged, Guard
+from experiments.harness.training.divergence import Diverged, DivergencePolicy
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
 History = list[tuple[int, float]]  # (step, mean loss since the entry before)
 
-STOP = Guard()
+STOP = DivergencePolicy()
 _NEVER = 2**30
 
 
@@ -272,8 +272,8 @@ def fit(
     checkpoint_every: int = 500,
     on_log: Callable[[int, float], None] = lambda steps, loss: None,
     data: tuple = (),
-    guard: Guard = STOP,
-    told_to_stop: Callable[[int], bool] = lambda step: False,
+    guard: DivergencePolicy = STOP,
+    preemption_requested: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, History]:
     """Trains to step `steps`, going on from the newest usable checkpoint.
 
@@ -292,8 +292,8 @@ def fit(
             where `checkpoints` are spaced in time.
         on_log: called with (steps done since the last call, mean loss) for progress.
         data: further arguments of the loss.
-        guard: what to do about losses that are not finite, and spikes; the step `skips` where it does.
-        told_to_stop: asked after each step whether to save and end, as of `stopping.told_to_stop`.
+        guard: what to do about spikes and losses that are not finite; "skip" needs a step with `skips`.
+        preemption_requested: called with each step; True saves and ends the run (see `stopping`).
 
     Returns:
         The state at `steps` and the history, (step, mean loss since the entry before).
@@ -333,7 +333,7 @@ def fit(
             on_log(at - logged, mean)
             history.append((at, mean))
             losses, logged = [], at
-        stops = told_to_stop(at) and at < steps
+        stops = preemption_requested(at) and at < steps
         if checkpoints is not None and (
             stops or (logged == at and checkpoints.is_due(at, saved, checkpoint_every, at == steps))
         ):
@@ -344,7 +344,7 @@ def fit(
     return state, history
 
 
-def _mean_loss(losses: Sequence[Any], at: int, guard: Guard, history: History) -> float:
+def _mean_loss(losses: Sequence[Any], at: int, guard: DivergencePolicy, history: History) -> float:
     """The mean over the steps that were not skipped.
 
     Raises:
@@ -362,7 +362,7 @@ def _mean_loss(losses: Sequence[Any], at: int, guard: Guard, history: History) -
 
 
 def _rolled_back(
-    guard: Guard,
+    guard: DivergencePolicy,
     rollbacks: int,
     checkpoints: Checkpoints | None,
     state: TrainState,
@@ -375,7 +375,7 @@ def _rolled_back(
     return checkpoints.roll_back(state, batches, at - guard.steps)
 
 
-def _tried(guard: Guard, rollbacks: int) -> str:
+def _tried(guard: DivergencePolicy, rollbacks: int) -> str:
     """What a guard that rolls back could not do any more, in words."""
     if guard.action != "roll_back":
         return ""

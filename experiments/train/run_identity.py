@@ -70,7 +70,7 @@ def page_shards(
     return parts
 
 
-def claim(workdir: Path, config: Config, fingerprint: str) -> None:
+def check_or_write(workdir: Path, config: Config, fingerprint: str) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     Args:

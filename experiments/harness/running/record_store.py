@@ -38,7 +38,7 @@ def trial_id(trial: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-class Ledger:
+class RecordStore:
     """A study's folder: ``study.json``, ``trials/*.json``, and scratch space for what is under way."""
 
     def __init__(self, workdir: str | Path, study: str):
@@ -94,7 +94,7 @@ class Ledger:
         if record is not None:
             reason = self._damage(record, trial)
             if reason:
-                files.set_aside(path, reason)
+                files.quarantine(path, reason)
                 return None
         elif (row := self._packed.get(trial_id(trial))) is not None:
             record = dict(row.record)
@@ -127,10 +127,10 @@ class Ledger:
         )
 
     @contextlib.contextmanager
-    def claim(self, trial: Any) -> Iterator[Path]:
+    def lock(self, trial: Any) -> Iterator[Path]:
         """Holds the trial's scratch folder; waits while another process, perhaps dying, holds it.
 
-        Where the ledger is on shared storage that has no locks, scratch lies on this machine and goes with
+        Where the store is on shared storage that has no locks, scratch lies on this machine and goes with
         the claim: a trial that is tried again starts anew.
         """
         if files.is_remote(self.workdir):

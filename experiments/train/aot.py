@@ -51,7 +51,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
         topology: of TPUs, as ``v5e:16x16``.
 
     Returns:
-        A record for `ahead_table.to_text`: bytes, products, collectives and operations on each device, and
+        A record for `aot_table.to_text`: bytes, products, collectives and operations on each device, and
         whether they fit.
 
     Raises:
@@ -65,7 +65,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
     check(config)
     request = json.dumps({"config": dataclasses.asdict(config), "topology": topology})
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train.ahead"],
+        [sys.executable, "-m", "experiments.train.aot"],
         input=request,
         capture_output=True,
         text=True,

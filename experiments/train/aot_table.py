@@ -7,7 +7,7 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def to_text(record: Mapping[str, Any]) -> str:
-    """Tables of memory, products, collectives and operations, from `ahead.compiled`'s record."""
+    """Tables of memory, products, collectives and operations, from `aot.compiled`'s record."""
     mesh = " × ".join(f"{name} {size}" for name, size in record["mesh"].items() if size > 1)
     config = record["config"]
     head = (

@@ -9,7 +9,7 @@ import jax
 from experiments.harness.training import chips
 
 
-class Meter:
+class Throughput:
     """Times the steps between looks at the loss, the compilation and all that is not training left out."""
 
     def __init__(self, tokens: int, flops: int, devices: list[Any]):
@@ -28,7 +28,7 @@ class Meter:
         """What comes from here on counts."""
         self._started = time.perf_counter()
 
-    def lap(self, steps: int, saving: float, waiting: float) -> dict[str, float]:
+    def interval(self, steps: int, saving: float, waiting: float) -> dict[str, float]:
         """The figures of the steps since `start`, which it calls again.
 
         Args:

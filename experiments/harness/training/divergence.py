@@ -22,7 +22,7 @@ class Diverged(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Guard:
+class DivergencePolicy:
     """A policy for losses and gradients that are not finite, and for spikes.
 
     Attributes:
@@ -54,7 +54,7 @@ class Guard:
     def limit(self, history: Sequence[tuple[int, float]]) -> float:
         """The loss above which a step is a spike, after (step, loss) so far.
 
-        >>> Guard(spike=2.0).limit([(10, 5.0), (20, 3.0), (30, 4.0)])
+        >>> DivergencePolicy(spike=2.0).limit([(10, 5.0), (20, 3.0), (30, 4.0)])
         8.0
         """
         if len(history) < _FEWEST:
