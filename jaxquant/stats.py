@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,3 +100,25 @@ def renamed(old: str, new: str) -> Callable[[_Named], _Named]:
         return named
 
     return decorate
+
+
+def renamed_names(namespace: dict[str, Any], new_names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a module's `__getattr__`, which accepts old names with a warning.
+
+    Args:
+        namespace: the module's globals.
+        new_names: the new name of each old one.
+    """
+    module = namespace["__name__"]
+
+    def get(name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now {new_names[name]}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return namespace[new_names[name]]
+
+    return get

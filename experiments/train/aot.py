@@ -101,13 +101,13 @@ def _main() -> None:
         k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
     }
     try:
-        found = _measured(Config(**fields), request["topology"])
+        found = _measure(Config(**fields), request["topology"])
     except ValueError as error:
         found = {"error": " ".join(str(error).split())}
     print(json.dumps(found))
 
 
-def _measured(config: Config, topology: str) -> dict[str, Any]:
+def _measure(config: Config, topology: str) -> dict[str, Any]:
     devices = _devices(topology)
     mesh = sharding.make_mesh(
         config.mesh_data, config.mesh_fsdp, config.mesh_tensor, devices=devices
@@ -131,7 +131,7 @@ def _measured(config: Config, topology: str) -> dict[str, Any]:
     step: Any = train.make_step(program.loss, program.tx, mesh)
     traced = step.trace(*arguments)
     try:
-        return found | {"fits": True} | _compiled(traced.lower().compile())
+        return found | {"fits": True} | _analyze(traced.lower().compile())
     except jax.errors.JaxRuntimeError as error:
         return found | _out_of_memory(str(error), config, found["bytes"]["state"])
 
@@ -162,16 +162,16 @@ def _devices(topology: str) -> list[Any]:
 def _arguments(config: Config, program: Program, mesh: Mesh) -> tuple[Any, ...]:
     """The step's arguments, as shapes with their shardings."""
     state = jax.eval_shape(lambda: train.fresh(lambda: program.init(config.seed), program.tx))
-    state = jax.tree.map(_placed, state, sharding.of_state(mesh, state))
+    state = jax.tree.map(_with_sharding, state, sharding.of_state(mesh, state))
     alike = NamedSharding(mesh, P())
     tokens = jax.ShapeDtypeStruct(
         (config.batch, config.sequence + 1), jnp.int32, sharding=NamedSharding(mesh, sharding.ROWS)
     )
     schedule = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_schedule(config)))
-    return state, tokens, jax.tree.map(lambda x: _placed(x, alike), schedule)
+    return state, tokens, jax.tree.map(lambda x: _with_sharding(x, alike), schedule)
 
 
-def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
@@ -191,7 +191,7 @@ def _argument_bytes(state: Any) -> dict[str, float]:
     return {"parameters": parameters, "state": held(state.opt_state), "state_float32": 8 * elements}
 
 
-def _compiled(executable: Any) -> dict[str, Any]:
+def _analyze(executable: Any) -> dict[str, Any]:
     memory, costs = executable.memory_analysis(), executable.cost_analysis()
     program = hlo.parse(executable.as_text())
     held = {

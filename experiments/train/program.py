@@ -180,7 +180,7 @@ def _monitor(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
     statistics = jq.nnx.monitor(lambda model, tokens: loss(model, tokens))
 
     def monitor(params: Any, tokens: Any) -> Any:
-        with sharding.known(mesh):
+        with sharding.use_mesh(mesh):
             return statistics(nnx.merge(graphdef, params), tokens)
 
     return jax.jit(monitor, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -99,8 +99,8 @@ class Watch:
             "devices": jax.device_count(),
             "compile_seconds": time.perf_counter() - start,
             "bytes": {
-                "parameters": throughput.held(state.params),
-                "optimizer_state": throughput.held(state.opt_state),
+                "parameters": throughput.array_bytes(state.params),
+                "optimizer_state": throughput.array_bytes(state.opt_state),
                 # Activations and all else that comes and goes: the compiler's count, nothing measured.
                 "temporaries_by_the_compiler": getattr(memory, "temp_size_in_bytes", None),
             },

@@ -38,7 +38,7 @@ from jaxquant.artifacts.checksums import (
     with_checksum,
 )
 from jaxquant.artifacts.files import write
-from jaxquant.artifacts.specification import describe_operation, is_operation, operation_from
+from jaxquant.artifacts.specification import from_config, is_operation, to_config
 from jaxquant.artifacts.storage import from_arrays, to_arrays
 
 VERSION = 1
@@ -101,7 +101,7 @@ def save(
         body = {"format": format, "files": digests(temporary), "card": card.to_dict()}
         write(temporary / CARD, with_checksum(_KIND, VERSION, body))
         write(temporary / CARD_TEXT, card.to_markdown())
-        if not placed(temporary, folder):
+        if not move_into_place(temporary, folder):
             raise ValueError(f"{folder} exists already; give a new folder")
 
 
@@ -122,7 +122,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
     index = files.read_json(folder / TREE)
     try:
         known = index.get("not_finite")  # folders of before it was noted have none
-        arrays = _read_arrays(folder / name, _described_types(index["descriptions"]), known)
+        arrays = _read_arrays(folder / name, _parse_types(index["descriptions"]), known)
         tree = from_arrays(arrays, index["descriptions"])
         for operation in index["operations"]:
             tree = _with_operation(tree, operation["path"], operation["description"])
@@ -164,14 +164,14 @@ def _without_operations(tree: Any, path: tuple, found: list[dict[str, Any]]) -> 
         return {key: _without_operations(v, (*path, key), found) for key, v in tree.items()}
     if not is_operation(tree):
         return tree
-    description, arrays = describe_operation(tree)
+    description, arrays = to_config(tree)
     found.append({"path": list(path), "description": description})
     return dict(enumerate(arrays))
 
 
 def _with_operation(tree: Any, path: list, description: Any) -> Any:
     if not path:
-        return operation_from(description, [tree[i] for i in range(len(tree))])
+        return from_config(description, [tree[i] for i in range(len(tree))])
     below = _with_operation(tree[path[0]], path[1:], description)
     return {**tree, path[0]: below}
 
@@ -215,11 +215,11 @@ def from_stored(
     array([0, 1, 2], dtype=int4)
     """
     dtype, shape = jnp.dtype(dtype), tuple(shape)
-    held = _held(dtype, shape)
+    held = _stored_spec(dtype, shape)
     if (stored.dtype, stored.shape) != held:
         raise ValueError(
-            f"{name} is {_said(dtype, shape)}, held as {_said(*held)}; "
-            f"got {_said(stored.dtype, stored.shape)}"
+            f"{name} is {_spec_text(dtype, shape)}, held as {_spec_text(*held)}; "
+            f"got {_spec_text(stored.dtype, stored.shape)}"
         )
     array = stored if dtype.name in _NATIVE else stored.view(dtype).reshape(shape)
     if not _is_of_its_type(array):
@@ -256,7 +256,7 @@ def all_from_stored(
     }
 
 
-def _held(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
+def _stored_spec(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
     """The type and shape that `as_stored` gives an array."""
     dtype = jnp.dtype(dtype)
     if dtype.name in _NATIVE:
@@ -264,7 +264,7 @@ def _held(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
     return np.dtype(np.uint8), (math.prod(shape) * dtype.itemsize,)
 
 
-def _said(dtype: Any, shape: Sequence[int]) -> str:
+def _spec_text(dtype: Any, shape: Sequence[int]) -> str:
     return f"{dtype}{list(shape)}"
 
 
@@ -305,7 +305,7 @@ def _check_readable(arrays: Mapping[str, jax.Array], descriptions: Mapping[str, 
         ) from None
 
 
-def _described_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _parse_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Each array's type and shape, by name."""
     return {
         f"{path}/{part}".rstrip("/"): (dtype, tuple(shape))
@@ -361,7 +361,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The arrays, whose types and shapes are looked at first: Orbax would cast them to what is asked for."""
     check_links(path)
-    held = {name: _held(*spec) for name, spec in types.items()}
+    held = {name: _stored_spec(*spec) for name, spec in types.items()}
     empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in held.items() if 0 in shape}
     wanted = {name: spec for name, spec in held.items() if name not in empty}
     with checkpoint.StandardCheckpointer() as checkpointer:
@@ -372,7 +372,7 @@ def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for name in {**wanted, **found}:
             one, other = wanted.get(name), found.get(name)
             if one != other:
-                texts = ["absent" if spec is None else _said(*spec) for spec in (one, other)]
+                texts = ["absent" if spec is None else _spec_text(*spec) for spec in (one, other)]
                 raise ValueError(f"{name} is {texts[0]} by its description; got {texts[1]}")
         like = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
         return empty | checkpointer.restore(path.absolute(), like)
@@ -384,7 +384,7 @@ def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder to write in, gone afterwards unless it was `placed`."""
+    """Yields a new folder to write in; deletes it afterwards unless `move_into_place` has moved it."""
     parent.mkdir(parents=True, exist_ok=True)
     path = files.beside(parent / "folder")
     path.mkdir()
@@ -394,7 +394,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def placed(temporary: Path, folder: Path) -> bool:
+def move_into_place(temporary: Path, folder: Path) -> bool:
     """Gives a written folder its name, at once; False where something has that name."""
     for path in (temporary, *temporary.rglob("*")):
         _sync(path)

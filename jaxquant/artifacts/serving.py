@@ -134,7 +134,7 @@ def load(source: str | os.PathLike | bytes) -> Program:
     name = "the program" if is_data else str(source)
     data = bytes(source) if is_data else files.read_bytes(source)
     try:
-        parts = _unpacked(data)
+        parts = _unzip(data)
         manifest = files.parse_json(parts[_MANIFEST], _MANIFEST)
     except Exception as error:  # a damaged directory can surface as almost any exception
         raise ValueError(f"{name} is no whole program of jaxquant.serving: {error}") from None
@@ -153,7 +153,7 @@ def load(source: str | os.PathLike | bytes) -> Program:
     return Program(exported, weights, jax.jit(exported.call))
 
 
-def _unpacked(data: bytes) -> dict[str, bytes]:
+def _unzip(data: bytes) -> dict[str, bytes]:
     """The parts by name, each as long in the archive as it is: nothing in it grows."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()

@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 
 from jaxquant.engine import derivations, scores
-from jaxquant.engine.origins import CONSTANT, Origin, common, joined, through
+from jaxquant.engine.origins import CONSTANT, Origin, common, join, through
 from jaxquant.engine.products import KINDS, Product
 
 
@@ -62,7 +62,7 @@ class Where:
             self.reads.setdefault(path, line)
 
 
-def opened(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
+def split_closed_jaxpr(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
     """A function that an equation holds, and its constants; which ones are closed differs by version."""
     if isinstance(function, core.ClosedJaxpr):
         return function.jaxpr, function.consts
@@ -83,7 +83,7 @@ def inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
     for value in equation.params.values():
         for x in value if isinstance(value, tuple | list) else (value,):
             if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
-                found.append(opened(x)[0])
+                found.append(split_closed_jaxpr(x)[0])
     return found
 
 
@@ -118,7 +118,7 @@ def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
     )
 
 
-def found_in(
+def analyze(
     function: core.ClosedJaxpr | core.Jaxpr, origins: Sequence[Origin], where: Where
 ) -> tuple[list[Found], list[Origin]]:
     """What is found of each equation of a trace, and where its results come from.
@@ -131,7 +131,7 @@ def found_in(
     Raises:
         ValueError: gradients within the function, whose products are none of the model's own.
     """
-    jaxpr, consts = opened(function)
+    jaxpr, consts = split_closed_jaxpr(function)
     where = dataclasses.replace(where, names=jaxpr.debug_info)
     known: dict[core.Var, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
     for v, value in zip(jaxpr.constvars, consts, strict=False):
@@ -157,12 +157,12 @@ def _of_equation(
     if name in KINDS:
         return _of_product(equation, operands, where)
     if is_lookup(equation, operands):
-        result = joined(operands)
+        result = join(operands)
         return _product(equation, operands, 0, where), [result]
     if (not holds_products(equation) and not _holds_lookups(equation)) or name == "gather":
         return None, _of_plain(equation, operands, where)
     if name in CALLS:
-        return found_in(_function(equation), operands, where)
+        return analyze(_function(equation), operands, where)
     if name not in REBUILT and not where.unreached:
         where = dataclasses.replace(where, unreached=f"it is within {name}")
     return _FUNCTIONS.get(name, _of_other)(equation, operands, where)
@@ -184,14 +184,14 @@ def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     elif result.derivation is None:
         parts = [o.derivation for o in operands]
         if not equation.effects and all(parts):
-            run = lambda *xs: alone(equation, xs, where.names)  # noqa: E731
-            found = derivations.computed(equation, parts, run)  # pyright: ignore
+            run = lambda *xs: evaluate_equation(equation, xs, where.names)  # noqa: E731
+            found = derivations.derive(equation, parts, run)  # pyright: ignore
             return [dataclasses.replace(result, derivation=d) for d in found]
         where.notes(operands, _source(equation))
     return [result] * len(equation.outvars)
 
 
-def alone(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
+def evaluate_equation(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
     """An equation by itself, with its own derivatives.
 
     Args:
@@ -220,14 +220,12 @@ def _of_product(
     product = _product(equation, operands, weight, where)
     # What a weight fed is of that weight; what none did is still of those above.
     if weight is not None:
-        return product, [
-            dataclasses.replace(joined(operands[:2]), nearest=operands[weight].nearest)
-        ]
+        return product, [dataclasses.replace(join(operands[:2]), nearest=operands[weight].nearest)]
     probabilities = product.probabilities
     if probabilities is not None and (found := operands[probabilities].scores):
         side = scores.summed_side(equation, probabilities, found)
         where.keys.update({} if side is None else {found.product: side})
-    return product, [dataclasses.replace(joined(operands[:2]), scores=scores.of_product(equation))]
+    return product, [dataclasses.replace(join(operands[:2]), scores=scores.of_product(equation))]
 
 
 def _product(
@@ -237,7 +235,7 @@ def _product(
     positive = [i for i in (0, 1) if operands[i].is_nonnegative and operands[i].is_input]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _types(equation)]
     return Product(
-        common(sorted(joined(pair).nearest)),
+        common(sorted(join(pair).nearest)),
         KINDS.get(equation.primitive.name, "lookup"),
         weight,
         positive[0] if len(positive) == 1 else None,
@@ -287,7 +285,7 @@ def _source(equation: core.JaxprEqn) -> str:
 
 
 def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    found, results = found_in(_function(equation), operands, where)
+    found, results = analyze(_function(equation), operands, where)
     return [found], results
 
 
@@ -295,7 +293,7 @@ def _of_shard_map(equation: core.JaxprEqn, operands: list[Origin], where: Where)
     # Each device has its own part there.
     where.notes(operands, _source(equation))
     where = dataclasses.replace(where, enclosed="a shard_map")
-    found, results = found_in(_function(equation), [o.without() for o in operands], where)
+    found, results = analyze(_function(equation), [o.without() for o in operands], where)
     return [found], [o.without() for o in results]
 
 
@@ -309,8 +307,8 @@ def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
     handed = [_turn_of(o, scan, length) for o in operands[last:]]
     while True:
         given, trial = [*operands[:first], *carry, *handed], where.tried()
-        found, results = found_in(settings["jaxpr"], given, trial)
-        grown = _grown(carry, results[: last - first])
+        found, results = analyze(settings["jaxpr"], given, trial)
+        grown = _merge(carry, results[: last - first])
         if grown == carry:
             where.reads.update(trial.reads)
             stacked = [_all_turns(o, handed, operands[last:]) for o in results[last - first :]]
@@ -342,21 +340,21 @@ def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     carry = [o if o.is_weight else o.without() for o in operands[last:]]
     while True:
         trial = where.tried()
-        body, results = found_in(settings["body_jaxpr"], [*operands[first:last], *carry], trial)
-        grown = _grown(carry, results)
+        body, results = analyze(settings["body_jaxpr"], [*operands[first:last], *carry], trial)
+        grown = _merge(carry, results)
         if grown == carry:
             where.reads.update(trial.reads)
             break
         carry = grown
-    test, _ = found_in(settings["cond_jaxpr"], [*operands[:first], *carry], where)
+    test, _ = analyze(settings["cond_jaxpr"], [*operands[:first], *carry], where)
     return [test, body], carry
 
 
 def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    branches = [found_in(b, operands[1:], where) for b in equation.params["branches"]]
+    branches = [analyze(b, operands[1:], where) for b in equation.params["branches"]]
     results = branches[0][1]
     for _, others in branches[1:]:
-        results = _grown(results, others)
+        results = _merge(results, others)
     return [found for found, _ in branches], results
 
 
@@ -364,20 +362,20 @@ def _of_other(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     """A call that is not entered: its products are listed, with the reason."""
     where.notes(operands, _source(equation))
     operands = [o.without() for o in operands]
-    whole = joined(operands)
+    whole = join(operands)
     found = []
     for jaxpr in inner(equation):
         is_alike = len(jaxpr.invars) == len(operands)
         given = operands if is_alike else [whole] * len(jaxpr.invars)
-        found.append(found_in(jaxpr, given, where)[0])
+        found.append(analyze(jaxpr, given, where)[0])
     return found, [whole] * len(equation.outvars)
 
 
-def _grown(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
+def _merge(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
     """Origins of values that are one or the other."""
     return [
         dataclasses.replace(
-            joined([a, b]),
+            join([a, b]),
             is_weight=a.is_weight and b.is_weight,
             is_nonnegative=a.is_nonnegative and b.is_nonnegative,
             derivation=a.derivation if a.derivation == b.derivation else None,

@@ -12,7 +12,7 @@ from flax.errors import FlaxError
 _MISFITS = (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError, FlaxError)
 
 
-def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+def check_each(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Each batch's number and arguments.
 
     Raises:

@@ -105,7 +105,7 @@ def constant(value: Any) -> Derivation | None:
     """A number or an array of the function's own; None of one that is being traced."""
     if isinstance(value, Tracer):
         return None
-    return Derivation(_said(value), frozenset(), (), lambda _: value)
+    return Derivation(_literal_key(value), frozenset(), (), lambda _: value)
 
 
 def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
@@ -118,7 +118,7 @@ def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
     return Derivation(f"turn({stacked.key})", stacked.paths, turns, compute)
 
 
-def computed(
+def derive(
     equation: core.JaxprEqn, operands: Sequence[Derivation], run: Callable[..., Sequence[Any]]
 ) -> list[Derivation]:
     """The results of an equation.
@@ -130,7 +130,7 @@ def computed(
     """
     name = equation.primitive.name
     params = {k: v for k, v in equation.params.items() if k not in _PLACES and v is not None}
-    said = ",".join(f"{k}={_said(v)}" for k, v in params.items())
+    said = ",".join(f"{k}={_literal_key(v)}" for k, v in params.items())
     key = f"{name}[{said}]({','.join(d.key for d in operands)})"
     if len(key) > 400:  # what is long is known by its digest
         key = f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
@@ -142,14 +142,14 @@ def computed(
         of = f"{key}#{index}" if len(equation.outvars) > 1 else key
         return Derivation(of, paths, turns, lambda where: whole.at(where)[index], moved)
 
-    moved = _moved(equation, operands[0], run) if operands else None
+    moved = _transposition(equation, operands[0], run) if operands else None
     if moved is not None and list(moved[1]) == sorted(moved[1]):
         return [moved[0]]  # moved there and back
 
     return [part(index) for index in range(len(equation.outvars))]
 
 
-def _moved(
+def _transposition(
     equation: core.JaxprEqn, operand: Derivation, run: Callable[..., Sequence[Any]]
 ) -> tuple[Derivation, tuple[int, ...]] | None:
     """What an equation moves the axes of, and to where; a cast of what is moved is moved itself."""
@@ -160,17 +160,17 @@ def _moved(
             order = tuple(operand.moved[1][a] for a in order)
         return operand.stored, order
     if name == "convert_element_type" and operand.moved is not None:
-        return computed(equation, [operand.moved[0]], run)[0], operand.moved[1]
+        return derive(equation, [operand.moved[0]], run)[0], operand.moved[1]
     return None
 
 
-def _said(value: Any) -> str:
+def _literal_key(value: Any) -> str:
     """What an equation is told, in words that differ where the numbers do: arrays by their digests."""
     if isinstance(value, tuple | list):
-        return f"({','.join(map(_said, value))})"
+        return f"({','.join(map(_literal_key, value))})"
     if isinstance(value, core.ClosedJaxpr):
         # Newer JAX has one class for both, whose `jaxpr` is itself.
-        return f"{_without_addresses(value.jaxpr)} with {_said(value.consts)}"
+        return f"{_without_addresses(value.jaxpr)} with {_literal_key(value.consts)}"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         array = np.asarray(value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]

@@ -85,7 +85,7 @@ CONSTANT = Origin()
 INPUT = Origin(is_input=True)
 
 
-def joined(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
+def join(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
     """Of a value that is computed from others."""
     origins = list(origins)
     is_input = any(o.is_input for o in origins)
@@ -108,18 +108,18 @@ def through(
     """
     signs = [o.is_nonnegative for o in origins]
     if primitive == "gather":  # what fills places out of bounds is no operand
-        return joined(origins, signs[0] and settings.get("fill_value") is None)
+        return join(origins, signs[0] and settings.get("fill_value") is None)
     if primitive == "select_n":
         if len({o.without() for o in origins[1:]}) == 1 and origins[1].is_weight:
             return (
                 origins[1] if len(set(origins[1:])) == 1 else origins[1].without()
             )  # as in a cond under vmap
-        return joined(origins, all(signs[1:]))  # what selects has no sign of its own
+        return join(origins, all(signs[1:]))  # what selects has no sign of its own
     if primitive == "max":
-        return joined(origins, any(signs))
+        return join(origins, any(signs))
     if primitive in _MOVES:
-        return joined(origins, signs[:1] == [True])
-    return joined(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
+        return join(origins, signs[:1] == [True])
+    return join(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
 
 
 def common(paths: Iterable[str]) -> str:

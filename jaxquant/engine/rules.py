@@ -84,7 +84,7 @@ def parse_rules(rules: Rules) -> list[Rule]:
     return [_parse(pattern, value) for pattern, value in pairs]
 
 
-def as_parsed(rules: Rules | Sequence[Rule], may_be_empty: bool = False) -> list[Rule]:
+def ensure_parsed(rules: Rules | Sequence[Rule], may_be_empty: bool = False) -> list[Rule]:
     """Rules as `parse_rules` gives them, which may be parsed already."""
     given: Any = rules
     is_parsed = isinstance(given, list) and all(isinstance(rule, Rule) for rule in given)
@@ -137,7 +137,7 @@ def choose(
     Raises:
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
-    parsed = as_parsed(rules, may_be_empty=is_part)
+    parsed = ensure_parsed(rules, may_be_empty=is_part)
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
     for rule in () if is_part else parsed:
         if not rule.is_earlier and not any(rule is other for other in chosen):

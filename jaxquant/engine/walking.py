@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxquant.engine.analysis import Found, Where, flat, found_in
+from jaxquant.engine.analysis import Found, Where, analyze, flat
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.products import Product
-from jaxquant.engine.rebuilding import Use, Within, computed
+from jaxquant.engine.rebuilding import Use, Within, evaluate
 from jaxquant.numerics.stored import Stored
 
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
@@ -58,7 +58,7 @@ class Call:
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
         return function(*args, **kwargs)
 
-    def traced(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
+    def trace(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
         """The function's trace."""
         return Trace.of(functools.partial(self.of, function), arrays, self.origins)
 
@@ -112,7 +112,7 @@ class Trace:
         whole = lambda *xs: _with_constants(function(xs), opaque)  # noqa: E731
         closed, shape = jax.make_jaxpr(whole, return_shape=True)(*arrays)
         where = Where({})
-        found, results = found_in(closed, origins, where)
+        found, results = analyze(closed, origins, where)
         structure = jax.tree.structure(shape)
         found_products = [
             dataclasses.replace(p, keys=where.keys.get(p.number)) for p in flat(found)
@@ -124,7 +124,7 @@ class Trace:
             )
         return cls(tuple(found_products), tuple(results), where.reads, closed, found, structure)
 
-    def computed(
+    def evaluate(
         self,
         arrays: Sequence[Any],
         uses: Sequence[Use | None],
@@ -139,9 +139,9 @@ class Trace:
             data: what they are given, by the products' numbers.
             taps: likewise, with an axis in front for each scan around the product.
         """
-        given = _placed(self._found, iter(uses))
+        given = _assign(self._found, iter(uses))
         arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
-        results, records = computed(self._closed, arrays, given, Within(data, taps=taps))
+        results, records = evaluate(self._closed, arrays, given, Within(data, taps=taps))
         return self.structured(results), records
 
 
@@ -217,7 +217,7 @@ def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[P
     ['up', 'down']
     """
     call, arrays = called(args, kwargs)
-    return call.traced(function, arrays).products
+    return call.trace(function, arrays).products
 
 
 def walk(
@@ -241,11 +241,11 @@ def walk(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         uses = [
             use if use is None else plain(i, use) for i, use in enumerate(visit(trace.products))
         ]
-        return trace.computed(arrays, uses, {})[0]
+        return trace.evaluate(arrays, uses, {})[0]
 
     @functools.wraps(function)
     def walked(*args: Any, **kwargs: Any) -> Any:
@@ -259,9 +259,9 @@ def plain(index: int, replacement: Replacement) -> Use:
     return Use(index, lambda _, __, *operands: (replacement(*operands), None))
 
 
-def _placed(found: Sequence[Found], given: Any) -> list[Any]:
+def _assign(found: Sequence[Found], given: Any) -> list[Any]:
     """What takes each product's place, in the places that the products were found in."""
     return [
-        next(given) if isinstance(x, Product) else None if x is None else _placed(x, given)
+        next(given) if isinstance(x, Product) else None if x is None else _assign(x, given)
         for x in found
     ]

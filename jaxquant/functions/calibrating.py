@@ -20,7 +20,7 @@ from jaxquant.numerics.reductions import largest
 Seen = tuple[Any, jax.Array]
 
 
-def seen(
+def record_inputs(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
@@ -31,14 +31,14 @@ def seen(
     """A function's result, and what each weight's activations are like in it.
 
     Args:
-        trace, decisions, arrays, origins, on_unsupported: as of `jaxquant.functions.quantizing.computed`.
+        trace, decisions, arrays, origins, on_unsupported: as of `jaxquant.functions.quantizing.evaluate`.
         decay: as of `jaxquant.nnx.calibrate`.
 
     Returns:
         The result; and by part of a `State` and by weight a list over its products.
     """
     how = origins, on_unsupported, _record
-    result, records = quantizing.recorded(trace, decisions, arrays, *how)
+    result, records = quantizing.evaluate_recording(trace, decisions, arrays, *how)
     found: dict[str, dict[str, list[Seen]]] = {}
     for index in sorted(records):
         decision = decisions[index]
@@ -80,7 +80,7 @@ def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> A
         found = range_of(left, wanted, tuple(range(left.ndim)))
         return jax.tree.map(lambda r: r.reshape(()), found)
 
-    left, batch = operation.left(*operands), operation.each
+    left, batch = operation.flatten_left(*operands), operation.each
     for _ in batch:
         find = jax.vmap(find)
     found = find(jnp.moveaxis(left, batch, range(len(batch))))
@@ -105,7 +105,7 @@ def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: 
     return found, most(weight) > 0
 
 
-def added(before: Any, use: Seen, part: str, decay: float | None) -> Any:
+def accumulate(before: Any, use: Seen, part: str, decay: float | None) -> Any:
     """What was seen of a weight's activations, with one use of it more."""
     new, is_used = use
     weight = is_used.astype(jnp.float32)

@@ -10,7 +10,7 @@ from jaxquant.engine.products import Product
 from jaxquant.engine.rules import Rules, starred
 from jaxquant.engine.walking import called
 from jaxquant.functions.freezing import stored_operand
-from jaxquant.functions.quantizing import Decision, decided
+from jaxquant.functions.quantizing import Decision, decide
 from jaxquant.numerics.stored import Stored
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -227,7 +227,7 @@ def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: A
     ('bias',)
     """
     call, arrays = called(args, kwargs)
-    decisions = decided(call.traced(function, arrays).products, rules)
+    decisions = decide(call.trace(function, arrays).products, rules)
     pairs = zip(call.origins, arrays, strict=True)
     values = {p: x for o, x in pairs if o.is_weight for p in o.nearest}
     return table(decisions, tuple(values), values)

@@ -15,7 +15,7 @@ from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.rules import Rules
 from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
-from jaxquant.functions.quantizing import Decision, check, decided, is_read, together
+from jaxquant.functions.quantizing import Decision, check, decide, is_read, together
 from jaxquant.functions.states import State
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.qarray import QArray, quantize
@@ -23,7 +23,7 @@ from jaxquant.numerics.stacking import Stacking
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.dot import DotGeneral
 
-__all__ = ["freeze", "frozen"]
+__all__ = ["freeze", "freeze_parameters"]
 
 
 def freeze(
@@ -55,19 +55,19 @@ def freeze(
     4.5
     """
     call, arrays = called((parameters, *args), kwargs)
-    trace = call.traced(function, arrays)
-    decisions = decided(trace.products, rules)
+    trace = call.trace(function, arrays)
+    decisions = decide(trace.products, rules)
     check(decisions)
     pairs = zip(call.origins, arrays, strict=True)
     values = {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
-    stored = frozen(trace.reads, decisions, values)
+    stored = freeze_parameters(trace.reads, decisions, values)
     paths, structure = jax.tree_util.tree_flatten_with_path(parameters)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     leaves = [stored.get(name, x) for name, (_, x) in zip(names, paths, strict=True)]
     return jax.tree.unflatten(structure, leaves)
 
 
-def frozen(
+def freeze_parameters(
     reads: Mapping[str, str],
     decisions: Sequence[Decision],
     values: Mapping[str, Any],
@@ -148,7 +148,7 @@ def _quantized(
     if stacking is not None:
         own = tuple(a - sum(b < a for b in stacking.axes) for a in axes)
         one = stacking.each(lambda weight, step: _quantized(own, None, weight, recipe, step))
-        return stacking.marked(one(weight, step))
+        return stacking.with_layer_axes(one(weight, step))
     forward = dataclasses.replace(recipe.forward, lhs=None)  # which takes no part
     recipe = dataclasses.replace(recipe, forward=forward)
     quantizer = State(step=step).of(recipe).forward.rhs
@@ -189,7 +189,7 @@ def to_store(
     """By parameter, and by the key of what is to be stored of it, a decision that stores it so.
 
     Args:
-        reads, decisions, values: as of `frozen`.
+        reads, decisions, values: as of `freeze_parameters`.
 
     Raises:
         ValueError: as `freeze`.
@@ -277,7 +277,7 @@ def _two_ways(decision: Decision) -> str:
 # What is stored, as a model's variables hold it
 
 
-def as_stored(path: str, held: Stored | QArray) -> Stored:
+def wrap_stored(path: str, held: Stored | QArray) -> Stored:
     """What a stored weight is multiplied as; a `QArray` is multiplied as it is, or by its layers in turn."""
     if isinstance(held, Stored):
         return held
@@ -285,7 +285,7 @@ def as_stored(path: str, held: Stored | QArray) -> Stored:
     return Stored(operands, tuple(held.shape), held.dtype, held.owner)
 
 
-def as_held(path: str, stored: Stored) -> Stored | QArray:
+def unwrap_stored(path: str, stored: Stored) -> Stored | QArray:
     """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
     if not stored.operands:
         return stored

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.engine.rules import Rules, parse_rules
 from jaxquant.engine.walking import Call, called
-from jaxquant.functions.quantizing import Decision, decided, recorded, stored_among
+from jaxquant.functions.quantizing import Decision, decide, evaluate_recording, stored_among
 from jaxquant.operations.monitoring import Monitored, of_sums
 from jaxquant.operations.tapped import Four, blank
 
@@ -73,15 +73,15 @@ def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., M
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Monitored:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         stored = stored_among(call.origins, arrays)
-        decisions = decided(trace.products, rules, stored=stored, is_tried=False)
+        decisions = decide(trace.products, rules, stored=stored, is_tried=False)
         found = places(decisions)
 
         def loss(taps: Mapping[str, Four]) -> jax.Array:
             given = {index: taps[place.name] for index, place in found.items()}
             how = call.origins, "error", lambda *_: None
-            return check_loss(recorded(trace, decisions, arrays, *how, taps=given)[0])
+            return check_loss(evaluate_recording(trace, decisions, arrays, *how, taps=given)[0])
 
         return differentiated(loss, list(found.values()))
 

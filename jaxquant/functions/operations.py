@@ -83,11 +83,11 @@ class Operation:
         """The same with a state in its recipe."""
         return dataclasses.replace(self, state=state)
 
-    def made(self, state: State | None) -> Any:
+    def bind(self, state: State | None) -> Any:
         """The recipe's product with a state in it."""
-        return self.recipe if state is None else state.made(self.recipe)
+        return self.recipe if state is None else state.bind(self.recipe)
 
-    def checked(self, state: State | None) -> "Operation":
+    def check(self, state: State | None) -> "Operation":
         """The same with a state of its first turns, for one turn's operands."""
         turns = 0 if self.stored is None else len(self.stored.turns)
         return self.by(None if state is None else state.first(turns))
@@ -102,14 +102,14 @@ class Operation:
             weight if self.order is None else jnp.transpose(weight, tuple(np.argsort(self.order)))
         )
 
-    def left(self, *operands: jax.Array) -> jax.Array:
+    def flatten_left(self, *operands: jax.Array) -> jax.Array:
         """The activations among operands."""
         return operands[1 - self.right]
 
     def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
         """The product of operands, with a weight as it is stored in the place of theirs."""
         others = [x for i, x in enumerate(operands) if i != self.right]
-        return self.compute(self.made, self.state, others[0], weight, *others[1:])
+        return self.compute(self.bind, self.state, others[0], weight, *others[1:])
 
 
 def operation(
@@ -137,7 +137,7 @@ def operation(
         makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
         found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
     if found is not None and is_tried:
-        one = lambda s, *xs: found.checked(s)(*as_floats(product, xs))  # noqa: E731
+        one = lambda s, *xs: found.check(s)(*as_floats(product, xs))  # noqa: E731
         jax.eval_shape(one, state, *product.operands)
     return found
 
@@ -178,12 +178,12 @@ def _with_cache(
     axes = tuple(contracting[plain.right] if is_scores else free)
 
     def compute(make: Any, state: Any, activations: jax.Array, cached: jax.Array) -> jax.Array:
-        def made(state: Any) -> Any:
+        def bind(state: Any) -> Any:
             dot = make(state)
             is_tapped = isinstance(dot, Tapped)
             return dot.of_cached(Quantized(cached, quantizer, axes)) if is_tapped else dot
 
-        return plain.compute(made, state, activations, fake_quant(cached, quantizer, axis=axes))
+        return plain.compute(bind, state, activations, fake_quant(cached, quantizer, axis=axes))
 
     return dataclasses.replace(plain, compute=compute)
 

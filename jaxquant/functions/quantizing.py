@@ -17,8 +17,8 @@ from jaxquant.engine.rules import (
     Rule,
     Rules,
     Subject,
-    as_parsed,
     choose,
+    ensure_parsed,
     expression_for,
     parse_rules,
     starred,
@@ -31,7 +31,7 @@ from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.dot import DotGeneral
 
-__all__ = ["Decision", "decided", "quantize"]
+__all__ = ["Decision", "decide", "quantize"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,10 +78,10 @@ def quantize(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         stored = stored_among(call.origins, arrays)
-        decisions = decided(trace.products, rules, stored=stored, is_tried=False)
-        return computed(trace, decisions, arrays, call.origins, on_unsupported)
+        decisions = decide(trace.products, rules, stored=stored, is_tried=False)
+        return evaluate(trace, decisions, arrays, call.origins, on_unsupported)
 
     @functools.wraps(function)
     def quantized(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -109,7 +109,7 @@ class Decision:
     state: State | None = None
 
 
-def decided(
+def decide(
     found: Sequence[Product],
     rules: Rules | Sequence[Rule],
     is_part: bool = False,
@@ -129,13 +129,13 @@ def decided(
         stored: paths of parameters that are stored in few bits.
         is_start: whether activations stay in float where their learned steps have no start yet.
         aliases: other names of parameters, by path.
-        is_tried: whether each operation is tried, in shapes alone; `computed` finds what it refuses too.
+        is_tried: whether each operation is tried, in shapes alone; `evaluate` finds what it refuses too.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    parsed = as_parsed(rules, may_be_empty=is_part)
+    parsed = ensure_parsed(rules, may_be_empty=is_part)
     assigned = _assigned(found, parsed, is_part, aliases)
     for product, (rule, reason) in zip(found, assigned, strict=True):
         given, state = None, _state(product, states)
@@ -217,7 +217,7 @@ def _refusal(alike: Sequence[Decision]) -> str:
     )
 
 
-def computed(
+def evaluate(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
@@ -237,14 +237,14 @@ def computed(
         ValueError: products that cannot take their recipes, all at once; a stored parameter that is read, or
             multiplied, in another way than it was stored for.
     """
-    return recorded(trace, decisions, arrays, origins, on_unsupported, lambda *_: None)[0]
+    return evaluate_recording(trace, decisions, arrays, origins, on_unsupported, lambda *_: None)[0]
 
 
 # From a decision, its operation with its state, and a product's operands to what is recorded, or None.
 Record = Callable[..., Any]
 
 
-def recorded(
+def evaluate_recording(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
@@ -254,12 +254,12 @@ def recorded(
     watched: Collection[int] = (),
     taps: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[int, Any]]:
-    """As `computed`, and what is recorded of each product that has an operation, by its number.
+    """As `evaluate`, and what is recorded of each product that has an operation, by its number.
 
     What is recorded within a scan is stacked along a first axis.
 
     Args:
-        trace, decisions, arrays, origins, on_unsupported: as of `computed`.
+        trace, decisions, arrays, origins, on_unsupported: as of `evaluate`.
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
         watched: the numbers of products that stay as they are of which is recorded too; their operation is
             None.
@@ -282,7 +282,7 @@ def recorded(
         uses.append(use)
     if on_unsupported == "error" and any(decision.reason for decision in decisions):
         check([d if d.operation is None else _tried(d) for d in decisions])
-    found = trace.computed(arrays, uses, data, taps)
+    found = trace.evaluate(arrays, uses, data, taps)
     if on_unsupported == "error":
         check(refused)
     return found
@@ -298,7 +298,7 @@ def _tried(decision: Decision) -> Decision:
     operation = decision.operation
     assert operation is not None
     try:
-        one = lambda s, *xs: operation.checked(s)(*as_floats(decision.product, xs))  # noqa: E731
+        one = lambda s, *xs: operation.check(s)(*as_floats(decision.product, xs))  # noqa: E731
         jax.eval_shape(one, decision.state, *decision.product.operands)
     except ValueError as error:
         return dataclasses.replace(decision, reason=str(error))

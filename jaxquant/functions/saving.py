@@ -53,7 +53,7 @@ def save(
         raise ValueError(
             f"parameters are a tree of arrays; got none in {type(parameters).__name__}"
         )
-    arrays, note = noted(held)
+    arrays, note = describe_stored(held)
     card = artifacts.Card.empty() if card is None else card
     artifacts.save(folder, {"parameters": nested(arrays), "stored": note}, card, format=format)
 
@@ -87,7 +87,7 @@ def load(folder: str | os.PathLike, parameters: Tree) -> Tree:
     if not isinstance(tree, Mapping) or set(tree) != {"parameters", "stored"}:
         raise ValueError(f"{folder} is not of a function's parameters")
     values: dict[str, Any] = flat(tree["parameters"])
-    values |= stored_of(str(folder), tree["stored"], values)
+    values |= load_stored(str(folder), tree["stored"], values)
     leaves, taken = [], set[str]()
     for name, leaf in _named(parameters):
         if isinstance(leaf, ARRAYS):
@@ -121,7 +121,7 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...], folder: str) -> Any
 # What models' folders have too
 
 
-def noted(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+def describe_stored(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     """Arrays by path, those of stored parameters by the numbers of their operands, and a note of these."""
     arrays, notes = dict[str, Any](), {}
     for name, held in values.items():
@@ -135,7 +135,7 @@ def noted(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     return arrays, np.frombuffer(json.dumps(notes).encode(), np.uint8)
 
 
-def stored_of(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
+def load_stored(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
     """The stored parameters among the values of a folder, which are taken out."""
     found = {}
     try:

@@ -40,7 +40,7 @@ class State:
     lora_gain: Any = None
     tap: Any = None
 
-    def made(self, recipe: DotGeneral) -> Any:
+    def bind(self, recipe: DotGeneral) -> Any:
         """The product by a recipe with all of these."""
         dot: Any = self.of(recipe)
         if self.tap is not None:

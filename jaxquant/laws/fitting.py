@@ -428,7 +428,7 @@ def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence_lev
     return 0.5 * scale * critical(confidence_level) ** 2
 
 
-def given(law: Law, params: Values) -> dict[str, float]:
+def values_of(law: Law, params: Values) -> dict[str, float]:
     """Checked parameters as floats."""
     check_params(law, params)
     return {name: float(params[name]) for name in law.names}

@@ -181,7 +181,7 @@ _GAMMA_N = Parameter("gamma_N", 0.01, 2.0, (0.2, 1.0))
 _GAMMA_POST = Parameter("gamma_post", 0.05, 10.0, (0.3, 2.0), "bits")
 
 
-def _added(p: Values, r: Values, of_n: Any = 1.0) -> Any:
+def _add(p: Values, r: Values, of_n: Any = 1.0) -> Any:
     """log of C_T D^γ_D (N of_n)^−γ_N exp(−P_post/γ_post)."""
     size = p["gamma_N"] * (jnp.log(r["N"]) + jnp.log(of_n))
     grown = p["gamma_D"] * jnp.log(r["D"]) - size
@@ -192,7 +192,7 @@ KUMAR_PTQ = Law(
     name="Kumar, post-training",
     equation="δ = C_T D^γ_D N^−γ_N exp(−P_post/γ_post)",
     parameters=(_C_T, _GAMMA_D, _GAMMA_N, _GAMMA_POST),
-    log_prediction=_added,
+    log_prediction=_add,
     columns=("N", "D", "P_post"),
     source=f"{_KUMAR}, section 3",
     target="added",
@@ -206,7 +206,7 @@ def _unified(p: Values, r: Values) -> Any:
         1 - jnp.exp(-p[f"C_{x}"] * jnp.maximum(r[f"P_{x}"] - r["P_post"], 0)) for x in _TENSORS
     ]
     kept = functools.reduce(lambda a, b: a * b, apart)
-    return log_sum(_loss(p, r, f), _added(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
+    return log_sum(_loss(p, r, f), _add(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
 
 
 UNIFIED = Law(

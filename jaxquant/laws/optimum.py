@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.laws.constants import Published
-from jaxquant.laws.fitting import Fit, given
+from jaxquant.laws.fitting import Fit, values_of
 from jaxquant.laws.law import Law, Values, x64
 from jaxquant.stats import percentile_interval, renamed
 
@@ -154,7 +154,7 @@ def optimal_precision(
     drawn = np.array([])
     if samples:
         drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
-    return _optimum(float(best), drawn, grid, _asked(law, confidence_level))
+    return _optimum(float(best), drawn, grid, _resolve_confidence(law, confidence_level))
 
 
 def check_cost(cost: Any, bits: Any) -> None:
@@ -178,7 +178,7 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a number above 0; got {value!r}")
 
 
-def _asked(law: Any, confidence_level: float | None) -> float:
+def _resolve_confidence(law: Any, confidence_level: float | None) -> float:
     """The share of bootstraps that an interval takes in."""
     if isinstance(law, Fit):
         return law.expanded(confidence_level)
@@ -193,7 +193,7 @@ def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]
         return law.law, dict(law.params), {}
     if not isinstance(law, Law):
         raise ValueError(f"law is one of jaxquant.laws, a fit or published constants; got {law!r}")
-    return law, given(law, {} if params is None else params), {}
+    return law, values_of(law, {} if params is None else params), {}
 
 
 def _candidates(law: Law, low: float, high: float) -> np.ndarray:

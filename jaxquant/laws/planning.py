@@ -16,8 +16,8 @@ from jaxquant.laws.optimum import (
     LEAST_EFFICIENCY,
     MAC_FLOPS,
     Optimum,
-    _asked,
     _parts,
+    _resolve_confidence,
     _sizes,
     bits_linear,
     check_cost,
@@ -171,7 +171,7 @@ def plan(
             f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
         )
     check_cost(cost, precisions)
-    known, dead = _known(form, numbers, precisions)
+    known, dead = _known_points(form, numbers, precisions)
     if any(serve_bits is not None and serve_bits < bits for bits in known):
         _check_ptq(ptq, serve_bits)
     budget = _Budget(flops, N, D, serve_bits, memory, cost)
@@ -211,7 +211,7 @@ class _Budget:
         return math.inf if self.memory is None else 8 * self.memory / self.served(bits)
 
 
-def _known(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
+def _known_points(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
     """(precisions that the law says something of, those at which its efficiency is next to nothing)."""
     assert form.efficiency is not None
     own = [b for b in precisions if form.widths is None or b in form.widths or b == FULL_BITS]
@@ -313,15 +313,15 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
         post, post_numbers, post_samples = _parts(ptq, None)
         run = {"N": [n], "D": [d], "P_post": [served]}
         added = float(post.predict(post_numbers, run)[0])
-        drawn = _drawn(post, post_samples, run)
+        drawn = _predict_samples(post, post_samples, run)
     run = _run_columns(form, bits, n, d)
-    loss, losses = float(form.predict(numbers, run)[0]), _drawn(form, samples, run)
+    loss, losses = float(form.predict(numbers, run)[0]), _predict_samples(form, samples, run)
     if len(losses) and len(drawn):
         count = min(len(losses), len(drawn))
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = percentile_interval(losses, _asked(law, None))
+    low, high = percentile_interval(losses, _resolve_confidence(law, None))
     critical = qat = math.nan
     if served < bits:
         critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))
@@ -352,7 +352,9 @@ def _outside(law: Any, ptq: Any, bits: float, n: float, d: float, served: float)
     return list(found.values())
 
 
-def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, Any]) -> np.ndarray:
+def _predict_samples(
+    law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, Any]
+) -> np.ndarray:
     """The law's prediction for a run over bootstraps; empty without."""
     if not samples:
         return np.empty(0)

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import core
 
-from jaxquant.engine.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_each, check_range, fitting
 from jaxquant.functions import quantizing
-from jaxquant.functions.calibrating import added, seen
+from jaxquant.functions.calibrating import accumulate, record_inputs
 from jaxquant.linen.calls import RANGES, Call, called, check_variables, collection
 from jaxquant.linen.freezing import check_quantized
 from jaxquant.linen.quantizing import Quantized
@@ -50,12 +50,12 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     run = jax.jit(functools.partial(_seen, quantized), static_argnums=0)
     found = dict[str, Any]()
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         with fitting(index, arguments):
             call, _, arrays = called(kept, arguments, options)
             ranges = run(call, arrays)
         for path, use in ((path, use) for path, uses in ranges.items() for use in uses):
-            found[path] = added(found.get(path), use, "input_range", None)
+            found[path] = accumulate(found.get(path), use, "input_range", None)
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor under "
@@ -70,9 +70,9 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
 
 def _seen(quantized: Quantized, call: Call, arrays: list[Any]) -> dict[str, Any]:
     """By weight, what each of its products' activations are like in a call."""
-    trace = call.traced(quantized.module, arrays)
+    trace = call.trace(quantized.module, arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantized.decided(call, trace, stored, {})
+    decisions = quantized.decide(call, trace, stored, {})
     how = call.origins, quantized.on_unsupported, None
-    _, found = seen(trace, decisions, arrays, *how)
+    _, found = record_inputs(trace, decisions, arrays, *how)
     return found.get("input_range", {})

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxquant.engine import walking
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import Trace
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
@@ -51,12 +51,10 @@ class Call:
         pairs = zip(self.origins, arrays, strict=True)
         return {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
 
-    def traced(self, module: nn.Module, arrays: list[Any]) -> Trace:
+    def trace(self, module: nn.Module, arrays: list[Any]) -> Trace:
         """The trace of a module's call."""
         function = _initial if self.is_initial else nn.Module.apply
-        return self.plain.traced(
-            lambda *args, **options: function(module, *args, **options), arrays
-        )
+        return self.plain.trace(lambda *args, **options: function(module, *args, **options), arrays)
 
 
 def called(
@@ -76,7 +74,7 @@ def called(
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     places = list(_places(kept))
     leaves = [
-        as_stored(path, x) if isinstance(x, QArray) and path is not None else x
+        wrap_stored(path, x) if isinstance(x, QArray) and path is not None else x
         for path, x in places
     ]
     is_leaf = lambda x: isinstance(x, Stored | QArray)  # noqa: E731
@@ -127,7 +125,7 @@ def _path(keys: Any) -> str | None:
     return "/".join(names) if collection == "params" else None
 
 
-def replaced(variables: Any, stored: Mapping[str, Any]) -> Any:
+def replace_parameters(variables: Any, stored: Mapping[str, Any]) -> Any:
     """Variables with others in the places of some parameters, whose boxes are taken off.
 
     Args:

@@ -60,7 +60,7 @@ class Quantized:
         """The module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
         return self.module.tabulate(rngs, *args, **options)
 
-    def decided(
+    def decide(
         self, call: Call, trace: Trace, stored: Any, states: Any, is_tried: bool = False
     ) -> list[Decision]:
         """What becomes of each product of a call.
@@ -70,7 +70,7 @@ class Quantized:
             trace: its own.
             stored: paths of parameters in few bits.
             states: of parameters, by path.
-            is_tried: as of `jaxquant.functions.quantizing.decided`.
+            is_tried: as of `jaxquant.functions.quantizing.decide`.
 
         Raises:
             ValueError: a rule that no parameter or module has a path for.
@@ -79,7 +79,7 @@ class Quantized:
         check_used(call.weights, trace, rules)
         if not any(product.is_quantizable for product in trace.products):
             return [Decision(product, None) for product in trace.products]
-        decisions = quantizing.decided(
+        decisions = quantizing.decide(
             trace.products, rules, True, states, stored, is_tried=is_tried
         )
         if call.is_own:
@@ -97,11 +97,11 @@ class Quantized:
 
         @functools.partial(jax.jit, static_argnums=0, inline=True)
         def run(call: Call, states: dict[str, State], arrays: list[Any]) -> Any:
-            trace = call.traced(self.module, arrays)
+            trace = call.trace(self.module, arrays)
             stored = quantizing.stored_among(call.origins, arrays)
-            decisions = self.decided(call, trace, stored, states)
+            decisions = self.decide(call, trace, stored, states)
             how = call.origins, self.on_unsupported
-            return quantizing.computed(trace, decisions, arrays, *how)
+            return quantizing.evaluate(trace, decisions, arrays, *how)
 
         return run
 
@@ -229,11 +229,11 @@ def coverage(
     options |= {"rngs": rngs if isinstance(rngs, Mapping) else {"params": rngs}, "mutable": True}
     if not called(variables, inputs, options)[0].weights:
         raise ValueError("the variables hold no weight under 'params', as those that init gives do")
-    decisions, call, arrays = traced(quantized, variables, inputs, options)[1:]
+    decisions, call, arrays = trace_call(quantized, variables, inputs, options)[1:]
     return table(decisions, call.parameters, call.values(arrays))
 
 
-def traced(
+def trace_call(
     quantized: Quantized, variables: Any, inputs: tuple, options: Mapping[str, Any]
 ) -> tuple[Trace, list[Decision], Call, list[Any]]:
     """A call's trace, what becomes of its products, the call, and its arrays.
@@ -243,9 +243,9 @@ def traced(
     """
     call, states, arrays = called(variables, inputs, options)
     try:
-        trace = call.traced(quantized.module, arrays)
+        trace = call.trace(quantized.module, arrays)
     except (TypeError, IndexError, AttributeError, ZeroDivisionError, FlaxError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the variables or inputs do not fit the module: {reason}") from error
     stored = quantizing.stored_among(call.origins, arrays)
-    return trace, quantized.decided(call, trace, stored, states, is_tried=True), call, arrays
+    return trace, quantized.decide(call, trace, stored, states, is_tried=True), call, arrays

@@ -20,7 +20,7 @@ from jaxquant.artifacts.settings import (
     types_to_array,
 )
 from jaxquant.engine.rules import parse_rules
-from jaxquant.functions.saving import flat, nested, noted, stored_of, unsupported_of
+from jaxquant.functions.saving import describe_stored, flat, load_stored, nested, unsupported_of
 from jaxquant.linen.calls import RANGES, abstractly, states
 from jaxquant.linen.quantizing import Quantized, coverage
 from jaxquant.numerics.opaque import Owner
@@ -77,7 +77,7 @@ def save(
     with nn.intercept_methods(types := _CalledTypes()):
         table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
     found = jax.tree.leaves_with_path(variables, is_leaf=_is_leaf)
-    arrays, stored = noted({_name(path): leaf for path, leaf in found})
+    arrays, stored = describe_stored({_name(path): leaf for path, leaf in found})
     rules = {i: rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
@@ -140,7 +140,7 @@ def load(
 def _variables(folder: str, tree: Mapping[str, Any]) -> dict[str, Any]:
     """The variables of a folder, whose stored weights know where they are from."""
     values: dict[str, Any] = flat(tree["variables"])
-    stored = stored_of(folder, tree["stored"], values) if "stored" in tree else {}
+    stored = load_stored(folder, tree["stored"], values) if "stored" in tree else {}
     for name, held in {**values, **stored}.items():
         if _is_leaf(held):
             owner = Owner(name.partition("/")[2])  # without the collection

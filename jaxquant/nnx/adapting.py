@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxquant.engine.rules import Rule, Subject, choose, parse_rules
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import held
@@ -30,7 +30,7 @@ from jaxquant.nnx.doors import modules as modules_of
 from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import Plan, planned
-from jaxquant.nnx.storing import replaced
+from jaxquant.nnx.storing import replace_parameters
 from jaxquant.numerics.qarray import dequantize
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.adapters import Adapted
@@ -211,7 +211,7 @@ def merge_lora(
         )
     if not merged:
         raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
-    model = replaced(model, leaves)
+    model = replace_parameters(model, leaves)
     plainly(model)
     return model
 
@@ -252,12 +252,12 @@ def unfreeze(model: Model) -> Model:
     # Rules are asked once more which of these learn their steps.
     subjects = [Subject((name, name.rpartition("/")[0]), "weight") for name in names]
     chosen = choose(subjects, rules_within(model), is_part=True)
-    thawed = replaced(model, leaves)
+    thawed = replace_parameters(model, leaves)
     for name, rule in zip(names, chosen, strict=True):
         forward = None if rule is None else getattr(rule.value, "forward", None)
         if forward is not None and is_learned(forward.rhs):
             module, attribute = held(thawed, name)
-            stored = as_stored(name, read(at(model, name.split("/"))))
+            stored = wrap_stored(name, read(at(model, name.split("/"))))
             step = next(iter(stored.operands.values())).float_scale()
             setattr(module, f"{attribute}_step", StepSize(step))
     return thawed
@@ -269,7 +269,7 @@ def _decoded_weights(model: nnx.Module) -> dict[Any, nnx.Param]:
     for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         if isinstance(leaf, StoredWeight):
             path = "/".join(map(str, place))
-            found[place] = nnx.Param(_decoded(path, as_stored(path, read(leaf))))
+            found[place] = nnx.Param(_decoded(path, wrap_stored(path, read(leaf))))
     return found
 
 

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.engine.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_each, check_range, fitting
 from jaxquant.functions import quantizing
-from jaxquant.functions.calibrating import added, seen
+from jaxquant.functions.calibrating import accumulate, record_inputs
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.operations import operation as make_operation
 from jaxquant.functions.quantizing import Decision
@@ -137,7 +137,7 @@ def calibrate(
             f"a quantized model is wanted; got {type(model).__name__}: call jaxquant.nnx.quantize first"
         )
     working, found = copied(model), dict[tuple[str, str], Any]()
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         with fitting(index, arguments):
             how = call or "__call__"
             made, given, nodes = called(working, door.path, how, arguments, {}, door.first)
@@ -145,7 +145,7 @@ def calibrate(
             changed.write(nodes)
         for part, weights in found_here.items():
             for path, use in ((path, use) for path, uses in weights.items() for use in uses):
-                found[path, part] = added(found.get((path, part)), use, part, decay)
+                found[path, part] = accumulate(found.get((path, part)), use, part, decay)
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor (as by "
@@ -171,12 +171,12 @@ def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> 
     Returns:
         By part of a `State` and by weight a list over its products; and the module's variables that changed.
     """
-    trace = call.traced(arrays)
+    trace = call.trace(arrays)
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, states, stored, True, door.aliases, is_tried=False
     )
     how = call.origins, door.on_unsupported, decay
-    (_, state), found = seen(trace, decisions, arrays, *how)
+    (_, state), found = record_inputs(trace, decisions, arrays, *how)
     return found, call.changed(trace, state)

@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -54,7 +54,7 @@ class Call:
     def result(self, arrays: Sequence[Any]) -> tuple[Any, "Changes"]:
         """What the method returns for such arrays, and what it changed."""
         held, _ = self._split(arrays)
-        (module, *others), args, kwargs = self.bound(arrays)
+        (module, *others), args, kwargs = self.bind(arrays)
         plainly(module)
         settings = _settings((module, *others))
         if isinstance(self.method, str):
@@ -77,7 +77,7 @@ class Call:
             nnx.from_flat_state(changed), nnx.from_flat_state(added), Constant(other)
         )
 
-    def bound(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
+    def bind(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
         """For such arrays, the module with those among the arguments, and all arguments."""
         held, given = self._split(arrays)
         nodes = list(nnx.merge(self.graph, self.state.unflatten(held)))
@@ -102,7 +102,7 @@ class Call:
         found = [INPUT] * count
         for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(count)))):
             for place in jax.tree.leaves(value(leaf)) if path[0] == 0 else ():
-                found[place] = _origin(self.named(path[1:]), leaf)
+                found[place] = _origin(self.name_of(path[1:]), leaf)
         return found + [INPUT] * sum(x is None for x in self.leaves)
 
     def states(self, arrays: Sequence[Any]) -> dict[str, State]:
@@ -112,7 +112,7 @@ class Call:
         for path, leaf in nnx.to_flat_state(self.state.unflatten(held)):
             if path[0] == 0 and (part := state_part(path[-1], leaf)) is not None:
                 weight = str(path[-1]).removesuffix(f"_{part}")
-                found.setdefault(self.named((*path[1:-1], weight)), {})[part] = value(leaf)
+                found.setdefault(self.name_of((*path[1:-1], weight)), {})[part] = value(leaf)
         return {path: State(**parts) for path, parts in found.items()}
 
     def with_stored(self, held: Sequence[Any]) -> list[Any]:
@@ -121,15 +121,15 @@ class Call:
         for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(len(held))))):
             for place in jax.tree.leaves(value(leaf)):
                 if isinstance(held[place], QArray):
-                    found[place] = as_stored(self.named(path[1:]), held[place])
+                    found[place] = wrap_stored(self.name_of(path[1:]), held[place])
         return found
 
-    def named(self, path: Sequence[Any]) -> str:
+    def name_of(self, path: Sequence[Any]) -> str:
         """A variable of the module's by its path in the model."""
         name = "/".join(part for part in (self.path, *map(str, path)) if part)
         return dict(self.first).get(name, name)
 
-    def traced(self, arrays: Sequence[Any]) -> Trace:
+    def trace(self, arrays: Sequence[Any]) -> Trace:
         """The call's trace; its result is that of `result`."""
         trace = Trace.of(self.result, arrays, self.origins)
         # Loops hand on all that they are given, changed or not.
@@ -150,7 +150,7 @@ class Call:
         for path, leaf in nnx.to_flat_state(changes.state):
             places = jax.tree.leaves(value(leaf))
             made = [trace.results[i].derivation for i in places]
-            if path[0] == 0 and all(d and d.key == self.named(path[1:]) for d in made):
+            if path[0] == 0 and all(d and d.key == self.name_of(path[1:]) for d in made):
                 yield path, places
 
 

@@ -319,19 +319,19 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
 
 
 def _computed(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
-    trace = call.traced(arrays)
+    trace = call.trace(arrays)
     if not any(product.is_quantizable for product in trace.products):
         raise _NothingToQuantize
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, states, stored, aliases=door.aliases, is_tried=False
     )
     if not door.path and call.method == "__call__":
         quantizing.warn_of_untaken(decisions, rules)
     taps = {} if door.taps is None else door.taps.of(decisions)
     how = call.origins, door.on_unsupported, lambda *_: None
-    (result, changes), _ = quantizing.recorded(trace, decisions, arrays, *how, taps=taps)
+    (result, changes), _ = quantizing.evaluate_recording(trace, decisions, arrays, *how, taps=taps)
     return result, call.changed(trace, changes)
 
 

@@ -67,12 +67,12 @@ def _monitored(call: Call, arrays: Sequence[Any]) -> Monitored:
     taps = Taps()
 
     def value(given: Mapping[str, Four]) -> jax.Array:
-        nodes, args, kwargs = call.bound(arrays)
+        nodes, args, kwargs = call.bind(arrays)
         for node in nodes:
             if isinstance(node, nnx.Module):
                 taps.watch(node)
         assert callable(call.method)
-        with taps.given(given):
+        with taps.use(given):
             return check_loss(call.method(nodes[0], *args, **kwargs))
 
     jax.eval_shape(value, {})
@@ -97,7 +97,7 @@ class Taps:
                 setattr(module, DOOR[0], nnx.static(dataclasses.replace(door, taps=self)))
 
     @contextlib.contextmanager
-    def given(self, taps: Mapping[str, Four]) -> Iterator[None]:
+    def use(self, taps: Mapping[str, Four]) -> Iterator[None]:
         """Has these, by the names of their places; none while the places are found."""
         self._given = taps
         try:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.engine.batches import checked, fitting
+from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.functions import quantizing
 from jaxquant.functions.operations import Operation, operation
@@ -71,7 +71,7 @@ def observe(
     door, states = door_of(model), dict[str, Any]()
     starts: dict[str, Statistic] = {}
     run = jax.jit(functools.partial(_seen, statistics, starts), static_argnums=(0, 1))
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         if door is None:  # there is no weight
             break
         with fitting(index, arguments):
@@ -107,10 +107,10 @@ def _seen(
     states: dict[str, Any],
 ) -> tuple[dict[str, Any], Any]:
     """The states after a call, and what it changed of the model; `starts` gets what is looked at."""
-    trace = call.traced(arrays)
+    trace = call.trace(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     rules = door.parsed(rule_arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, call.states(arrays), stored, True, door.aliases, is_tried=False
     )
     watched: dict[int, _Watched] = {}
@@ -125,16 +125,16 @@ def _seen(
 
     def record(decision: Any, _: Any, *operands: jax.Array) -> Any:
         index = places.get(id(decision))
-        return None if index is None else watched[index].measured(*operands)
+        return None if index is None else watched[index].measure(*operands)
 
     how = call.origins, door.on_unsupported, record, watched
-    (_, changed), records = quantizing.recorded(trace, decisions, arrays, *how)
+    (_, changed), records = quantizing.evaluate_recording(trace, decisions, arrays, *how)
     states = dict(states)
     for index in sorted(records):
         one = watched[index]
         starts[one.name] = one.statistic
         before = states.get(one.name)
-        states[one.name] = one.added(before, *records[index])
+        states[one.name] = one.accumulate(before, *records[index])
     return states, call.changed(trace, changed)
 
 
@@ -151,7 +151,7 @@ class _Watched:
         made = self.product.derivation
         return self.product.path if made is None else made.stored.key
 
-    def measured(self, *operands: jax.Array) -> tuple[Any, jax.Array]:
+    def measure(self, *operands: jax.Array) -> tuple[Any, jax.Array]:
         """What is measured of each of the matrices that are multiplied, and a number for each."""
         found = _each(self.product, self.operation, operands, self.statistic.measure)
         sizes = jax.tree.leaves(found)[0].shape[: self.matrices]
@@ -162,7 +162,7 @@ class _Watched:
         """How many axes of matrices there are."""
         return 1 if self.product.kind == "ragged" else len(self.operation.each)
 
-    def added(self, before: Any, found: Any, ones: jax.Array) -> Any:
+    def accumulate(self, before: Any, found: Any, ones: jax.Array) -> Any:
         """The state with what was measured in all turns: of each matrix, one after the other."""
         made = self.product.derivation
         turns = () if made is None else made.stored.turns
@@ -192,7 +192,7 @@ def _each(
     measure: Callable[[jax.Array, Any], Any],
 ) -> Any:
     """What is measured of the rows that each matrix of a product is multiplied with."""
-    left = operation.left(*operands)
+    left = operation.flatten_left(*operands)
     if product.kind == "conv":
         rows = _patches(product, left)
     elif product.kind == "ragged":

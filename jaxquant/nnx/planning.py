@@ -87,7 +87,7 @@ def planned_call(
     door = door_of(model)
     assert door is not None
     made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
-    return _plan(model, made, arrays, made.traced(arrays), is_part, is_shown, is_shown)
+    return _plan(model, made, arrays, made.trace(arrays), is_part, is_shown, is_shown)
 
 
 def _is_head(call: Call) -> bool:
@@ -111,7 +111,7 @@ def _plan(
     stored: Any = quantizing.stored_among(call.origins, arrays)
     if is_shown:  # as if the weights were stored, whose steps are not looked for
         stored = {path for product in trace.products for path in product.parameters}
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, is_part or not rules, states, stored, is_start, door.aliases
     )
     pairs = list(zip(call.origins, arrays, strict=True))

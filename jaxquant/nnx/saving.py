@@ -23,11 +23,11 @@ from jaxquant.artifacts.settings import (
 )
 from jaxquant.functions.saving import (
     check_shape,
+    describe_stored,
     few,
     flat,
+    load_stored,
     nested,
-    noted,
-    stored_of,
     unsupported_of,
 )
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
@@ -35,7 +35,7 @@ from jaxquant.nnx.doors import door_of, install, modules, on_unsupported_of, rul
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
-from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.nnx.storing import holder_of, replace_parameters
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
@@ -94,7 +94,7 @@ def save(
         is_pair = isinstance(leaf, OF_A_STATE) and isinstance(held, tuple)
         own = {f"{name}/{i}": part for i, part in enumerate(held)} if is_pair else {name: held}
         variables |= {n: x for n, x in own.items() if x is not None}
-    variables, stored = noted(variables)
+    variables, stored = describe_stored(variables)
     tree = {
         "variables": nested(variables),
         "rules": {i: rule_tree(rule) for i, rule in enumerate(rules)},
@@ -145,7 +145,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     if not isinstance(tree, Mapping) or set(tree) | _OPTIONAL != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values: dict[str, Any] = flat(tree["variables"])
-    stored = stored_of(str(folder), tree["stored"], values)
+    stored = load_stored(str(folder), tree["stored"], values)
     if "types" in tree:
         check_types(_types(model), types_from_array(tree["types"]))
     model = _filled(model, values, stored, str(folder))
@@ -201,7 +201,7 @@ def _filled(
         elif isinstance(leaf, _OF_A_RUN):
             leaf = jax.tree.map(_started, leaf)
         filled.append((path, leaf))
-    model = replaced(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
+    model = replace_parameters(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
     for name, held in unmade.items():
         setattr(at(model, name.split("/")[:-1]), name.split("/")[-1], nnx.data(held))
     for (path, part), names in states.items():

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxquant.engine.rules import Subject, choose
 from jaxquant.functions import freezing
-from jaxquant.functions.freezing import as_held
+from jaxquant.functions.freezing import unwrap_stored
 from jaxquant.nnx.calls import at, state_part
 from jaxquant.nnx.doors import copied, door_of, rules_of, weights
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -62,13 +62,13 @@ def freeze(
         plan.check()
     if not inputs and not options:
         _warn_of_left(model, plan)
-    stored = freezing.frozen(plan.reads, plan.decisions, plan.values, donate)
+    stored = freezing.freeze_parameters(plan.reads, plan.decisions, plan.values, donate)
     leaves = {}
     for path, _ in nnx.to_flat_state(nnx.split(model)[1]):
         name = "/".join(part for part in (door.path if door else "", *map(str, path)) if part)
         if name in stored:
-            leaves[path] = StoredWeight(as_held(name, stored[name]))
-    return replaced(model, leaves)
+            leaves[path] = StoredWeight(unwrap_stored(name, stored[name]))
+    return replace_parameters(model, leaves)
 
 
 def _warn_of_left(model: nnx.Module, plan: Plan) -> None:
@@ -89,7 +89,7 @@ def _warn_of_left(model: nnx.Module, plan: Plan) -> None:
         )
 
 
-def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
+def replace_parameters(model: Model, leaves: dict[Any, Any]) -> Model:
     """Another module tree with other variables, each in all the places of the one that it replaces.
 
     Learned steps of what is stored are dropped: the stored numbers have them.

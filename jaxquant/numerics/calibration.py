@@ -18,8 +18,11 @@ import numpy as np
 
 from jaxquant.formats import Format, Int
 from jaxquant.numerics.reductions import largest
+from jaxquant.stats import renamed_names
 
 Calibration = Callable[[jax.Array, tuple[int, ...], Format], Any]
+
+__getattr__ = renamed_names(globals(), {"sees_all": "propagates_nonfinite"})
 
 
 def absmax(
@@ -304,7 +307,7 @@ def learned(x: jax.Array, axes: tuple[int, ...], format: Format) -> Any:
     )
 
 
-def sees_all(calibration: Calibration) -> bool:
+def propagates_nonfinite(calibration: Calibration) -> bool:
     """Whether a NaN or an Inf anywhere in a group is certain to show in what the calibration returns."""
     return calibration in (absmax, minmax, gaussian) or isinstance(calibration, mse)
 

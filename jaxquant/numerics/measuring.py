@@ -11,10 +11,10 @@ import jaxtyping as jt
 from jax.sharding import PartitionSpec
 
 from jaxquant.formats.base import exp2, exponent_of, in_float32
-from jaxquant.numerics.qarray import QArray, dequantize, rotated_to, to_grid
+from jaxquant.numerics.qarray import QArray, dequantize, to_float32_rotated, to_grid
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.reductions import largest
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 
 # The histogram's bins: floor(log2 |x|) from the first to the last, which hold what lies beyond them too.
 LOWEST, BINS = -44, 64
@@ -48,7 +48,7 @@ class Sums(NamedTuple):
     histogram: jt.Float[jax.Array, "*turns bins"]
 
 
-def nothing(turns: tuple[int, ...] = ()) -> Sums:
+def zero_sums(turns: tuple[int, ...] = ()) -> Sums:
     """Of no tensor at all.
 
     Args:
@@ -78,7 +78,7 @@ class Quantized:
     key: Callable[[jax.Array], jax.Array] | None = None
 
 
-def measured(tensor: Quantized) -> Sums:
+def measure(tensor: Quantized) -> Sums:
     """What a quantizer does to a tensor, in the coordinates in which it is quantized.
 
     SQNR = −10 · log10(noise) decibels, where q(x) is what the grid holds, before any rounding to x's type.
@@ -87,31 +87,31 @@ def measured(tensor: Quantized) -> Sums:
         tensor: with its quantizer.
 
     >>> from jaxquant.formats import INT8
-    >>> found = measured(Quantized(jnp.array([127.0, 0.2, 0.0]), Quantizer(INT8), (0,)))
+    >>> found = measure(Quantized(jnp.array([127.0, 0.2, 0.0]), Quantizer(INT8), (0,)))
     >>> found.nonzero, found.underflow, found.clipped
     (Array(2., dtype=float32), Array(1., dtype=float32), Array(0., dtype=float32))
     """
     x = dequantize(tensor.x) if isinstance(tensor.x, QArray) else tensor.x
     quantizer, axes, key = tensor.quantizer, tensor.axes, tensor.key
     if not x.size:
-        return nothing()
-    return computed_as_auto(
-        lambda x, quantizer: _measured(x, quantizer, axes, key),
+        return zero_sums()
+    return call_with_auto_axes(
+        lambda x, quantizer: _measure(x, quantizer, axes, key),
         (x, None if isinstance(tensor.x, QArray) else quantizer),
         PartitionSpec,
     )
 
 
-def _measured(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any) -> Sums:
+def _measure(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any) -> Sums:
     view = own = in_float32(x)
     clipped = underflow = noise = values = jnp.float32(jnp.nan)
     if quantizer is not None:
-        view, values, clipped = _laid(own, quantizer, axes, key)
+        view, values, clipped = _quantize_view(own, quantizer, axes, key)
         underflow = _count(jnp.isfinite(view) & (view != 0) & (values == 0))
     amax = largest(jnp.abs(jnp.where(jnp.isfinite(view), view, 0))).reshape(())
     if quantizer is not None:
         noise = _noise(view, values, amax)
-    counts = _counts(view)
+    counts = _histogram(view)
     histogram, bad = counts[:BINS], counts[BINS + 1]
     if quantizer is not None and quantizer.hadamard is not None:
         bad = _count(~jnp.isfinite(own))  # a rotation spreads it over a block
@@ -128,9 +128,9 @@ def _measured(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], 
     )
 
 
-def _laid(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
+def _quantize_view(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
     """x in the coordinates and groups of its grid, what that has in its place, and how much it clips."""
-    grid, scales, view = to_grid(rotated_to(x, quantizer, axes), quantizer, axes, key)
+    grid, scales, view = to_grid(to_float32_rotated(x, quantizer, axes), quantizer, axes, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
         grid, low, high = (v - scales.zero for v in (grid, low, high))
@@ -158,7 +158,7 @@ def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
     return jnp.sum(error) / jnp.where(amax > 0, jnp.sum(own), jnp.nan)
 
 
-def _counts(x: jax.Array) -> jax.Array:
+def _histogram(x: jax.Array) -> jax.Array:
     """How many of x have each floor(log2 |x|), are zero, and are not finite."""
     place = jnp.clip(exponent_of(x), LOWEST, LOWEST + BINS - 1) - LOWEST
     place = jnp.where(x == 0, BINS, jnp.where(jnp.isfinite(x), place, BINS + 1))

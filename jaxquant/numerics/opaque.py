@@ -24,7 +24,7 @@ class Owner:
     path: str = dataclasses.field(default="", compare=False)
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
+def _refuse(name: str) -> Callable[..., NoReturn]:
     def method(self: Any, *args: Any, **options: Any) -> NoReturn:
         del args, options
         raise DirectRead(self.not_an_array(name))
@@ -63,8 +63,8 @@ _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/",
 _OPERATORS |= {"mod": "%", "pow": "**", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 for _name, _sign in _OPERATORS.items():
     for _side in ("", "r"):
-        setattr(Opaque, f"__{_side}{_name}__", _refused(f"the operator {_sign}"))
+        setattr(Opaque, f"__{_side}{_name}__", _refuse(f"the operator {_sign}"))
 for _name in ("neg", "abs", "iter", "float", "int"):
-    setattr(Opaque, f"__{_name}__", _refused(f"__{_name}__"))
-Opaque.__jax_array__ = _refused("a function of jax")  # pyright: ignore
-Opaque.__array__ = _refused("a function of NumPy")  # pyright: ignore
+    setattr(Opaque, f"__{_name}__", _refuse(f"__{_name}__"))
+Opaque.__jax_array__ = _refuse("a function of jax")  # pyright: ignore
+Opaque.__array__ = _refuse("a function of NumPy")  # pyright: ignore

@@ -47,7 +47,7 @@ class Quantizer:
     granularity: Granularity | None = None
     calibration: calibrations.Calibration = calibrations.absmax
     rounding: Callable[..., jax.Array] = roundings.nearest
-    estimator: Callable[[estimators.Laid], jax.Array] = estimators.straight_through
+    estimator: Callable[[estimators.GridTensor], jax.Array] = estimators.straight_through
     hadamard: int | None = None
 
     def __post_init__(self):

@@ -47,7 +47,7 @@ def stochastic(
     True
     """
     first, second = _words("stochastic", key)
-    return _up_where(x, mixed(mixed(_places(x.shape) ^ first) + second))
+    return _up_where(x, mix_bits(mix_bits(_indices(x.shape) ^ first) + second))
 
 
 def dithered(
@@ -75,7 +75,7 @@ def dithered(
     """
     first, _ = _words("dithered", key)
     golden = jnp.uint32(0x9E3779B9)  # 2^32 / φ
-    return _up_where(x, first + _places(x.shape) * golden)
+    return _up_where(x, first + _indices(x.shape) * golden)
 
 
 NEEDS_KEY = (stochastic, dithered)
@@ -90,11 +90,14 @@ def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if not (is_typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
         raise ValueError(f"{name} rounding takes one PRNG key, as jax.random.key(0); got {key!r}")
     words = (jax.random.key_data(key) if is_typed else key).ravel()
-    low, high = mixed(words[0] ^ jnp.uint32(0x85EBCA6B)), mixed(words[-1] ^ jnp.uint32(0xC2B2AE35))
-    return mixed(low + high), mixed(low ^ high)
+    low, high = (
+        mix_bits(words[0] ^ jnp.uint32(0x85EBCA6B)),
+        mix_bits(words[-1] ^ jnp.uint32(0xC2B2AE35)),
+    )
+    return mix_bits(low + high), mix_bits(low ^ high)
 
 
-def _places(shape: tuple[int, ...]) -> jax.Array:
+def _indices(shape: tuple[int, ...]) -> jax.Array:
     """Each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
@@ -104,7 +107,7 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     return place
 
 
-def mixed(word: jax.Array) -> jax.Array:
+def mix_bits(word: jax.Array) -> jax.Array:
     """A bijection of 32-bit words whose every output bit depends on every input bit."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
@@ -131,7 +134,7 @@ def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     # Mixed with their places, or powers of two, whose bits are few, would have few sums.
-    words = mixed(bits ^ mixed(_places(x.shape)))
+    words = mix_bits(bits ^ mix_bits(_indices(x.shape)))
     return jnp.stack([jnp.uint32(seed), jnp.sum(words, dtype=jnp.uint32)])
 
 

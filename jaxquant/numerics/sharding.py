@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 Result = TypeVar("Result")
 
 
-def computed_as_auto(
+def call_with_auto_axes(
     function: Callable[..., Result], arguments: Sequence[Any], specs: Callable[[], Any]
 ) -> Result:
     """function(*arguments), where axes of the type Explicit are the compiler's to use.
@@ -28,7 +28,7 @@ def computed_as_auto(
         arguments: pytrees.
         specs: gives the results' PartitionSpecs, a tree or a prefix of one; called where there are such axes.
 
-    >>> computed_as_auto(lambda x: x.reshape(2, 3), (jax.numpy.zeros(6),), PartitionSpec).shape
+    >>> call_with_auto_axes(lambda x: x.reshape(2, 3), (jax.numpy.zeros(6),), PartitionSpec).shape
     (2, 3)
     """
     leaves, structure = jax.tree.flatten(arguments)
@@ -99,7 +99,7 @@ def names(part: Any) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def unrepeated(parts: Sequence[Any]) -> PartitionSpec:
+def drop_repeated(parts: Sequence[Any]) -> PartitionSpec:
     """A spec without the parts whose mesh axes come earlier: each splits one axis of an array at most."""
     used: set[str] = set()
     found = []

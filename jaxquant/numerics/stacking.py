@@ -51,7 +51,7 @@ class Stacking:
         """What `front` gave, as it was."""
         return jnp.moveaxis(array, range(len(self.axes)), self.axes)
 
-    def marked(self, stored: QArray) -> QArray:
+    def with_layer_axes(self, stored: QArray) -> QArray:
         """A stored weight of all layers, with what it says of its axes true of it and of each layer's part.
 
         Args:
@@ -62,11 +62,11 @@ class Stacking:
         """
         rotation = stored.hadamard
         if rotation is not None:
-            rotation = (rotation[0], self._counted(rotation[1]))
-        packed_axis = stored.packed_axis if stored.length is None else self._counted(-1)
+            rotation = (rotation[0], self._layer_axis(rotation[1]))
+        packed_axis = stored.packed_axis if stored.length is None else self._layer_axis(-1)
         return dataclasses.replace(stored, hadamard=rotation, packed_axis=packed_axis)
 
-    def _counted(self, axis: int) -> int:
+    def _layer_axis(self, axis: int) -> int:
         """One layer's axis, given from the end, counted from where no layers are."""
         whole = [a for a in range(self.rank) if a not in self.axes][axis]
         if all(a < whole for a in self.axes):
@@ -79,10 +79,10 @@ class Stacking:
         )
 
 
-def places(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
+def candidate_axes(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
     """The axes that a shape of several layers may be stacked along: those that leave one layer's shape.
 
-    >>> places((8, 3, 16), (8, 16)), places((3, 3, 3, 8), (3, 3, 8))
+    >>> candidate_axes((8, 3, 16), (8, 16)), candidate_axes((3, 3, 3, 8), (3, 3, 8))
     ([(1,)], [(0,), (1,), (2,)])
     """
     extra = max(0, len(whole) - len(own))
@@ -90,7 +90,7 @@ def places(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
     return [axes for axes in subsets if Stacking.along(axes, whole).own(whole) == tuple(own)]
 
 
-def agreeing(
+def common_axes(
     found: list[tuple[int, ...]], rank: int, others: list[tuple[int, ...]], other_rank: int
 ) -> list[tuple[int, ...]]:
     """Those of some axes that another array of the same layers allows, counted from either end."""

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.numerics.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.sharding import computed_as_auto, spec_of, unrepeated
+from jaxquant.numerics.sharding import call_with_auto_axes, drop_repeated, spec_of
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.einsum import einsum
 
@@ -105,7 +105,7 @@ class Attention:
             precision=precision,
         )
         operands = (self, query, key, value, bias, mask, scale, dropout_rng)
-        return computed_as_auto(compute, operands, lambda: _spec(query, value))
+        return call_with_auto_axes(compute, operands, lambda: _spec(query, value))
 
     def _computed(
         self,
@@ -136,7 +136,7 @@ class Attention:
 
 def _spec(query: jax.Array, value: jax.Array) -> PartitionSpec:
     """How the result is split: as the queries, and along d as the values."""
-    return unrepeated((*tuple(spec_of(query))[:-1], tuple(spec_of(value))[-1]))
+    return drop_repeated((*tuple(spec_of(query))[:-1], tuple(spec_of(value))[-1]))
 
 
 def _logits(query, key, dot_general: Any, scale: float | None, precision: Any) -> jax.Array:
@@ -245,7 +245,7 @@ class KVCache:
                 "a cache's scales belong to one token: granularity is 'channel' or a block size; "
                 f"got {quantizer.granularity!r}"
             )
-        make = jax.jit(lambda: _stored(jnp.zeros(shape, dtype), quantizer))
+        make = jax.jit(lambda: _quantize(jnp.zeros(shape, dtype), quantizer))
         return cls(make(), make(), quantizer)
 
     @property
@@ -268,8 +268,8 @@ class KVCache:
             raise ValueError(f"{key.shape[1]} tokens do not fit a cache of {self.length}")
 
         own = (self.key, self.value)
-        found = computed_as_auto(
-            _updated,
+        found = call_with_auto_axes(
+            _update,
             (*own, key, value, self.quantizer, position),
             lambda: jax.tree.map(spec_of, own),
         )
@@ -287,10 +287,10 @@ class KVCache:
         """
         key, value = (dequantize(x) if isinstance(x, QArray) else x for x in (self.key, self.value))
         operands = (query, key, value, position, scale)
-        return computed_as_auto(_attended, operands, lambda: _spec(query, value))
+        return call_with_auto_axes(_attend, operands, lambda: _spec(query, value))
 
 
-def _updated(old_key, old_value, key, value, quantizer: Quantizer | None, position: Any) -> Any:
+def _update(old_key, old_value, key, value, quantizer: Quantizer | None, position: Any) -> Any:
     """(keys, values) with those of some more tokens from a position on."""
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -298,12 +298,12 @@ def _updated(old_key, old_value, key, value, quantizer: Quantizer | None, positi
 
     def put(old: Any, new: jax.Array) -> Any:
         new = new.astype(old.dtype)
-        return jax.tree.map(write, old, new if quantizer is None else _stored(new, quantizer))
+        return jax.tree.map(write, old, new if quantizer is None else _quantize(new, quantizer))
 
     return put(old_key, key), put(old_value, value)
 
 
-def _attended(query, key, value, position: Any, scale: Any) -> jax.Array:
+def _attend(query, key, value, position: Any, scale: Any) -> jax.Array:
     queries, length = query.shape[1], key.shape[1]
     seen = jnp.arange(length)[None, :] <= position + jnp.arange(queries)[:, None]
     logits = _logits(query, key, jax.lax.dot_general, scale, None)
@@ -311,5 +311,5 @@ def _attended(query, key, value, position: Any, scale: Any) -> jax.Array:
     return _weighted(weights.astype(value.dtype), value, jax.lax.dot_general, None)
 
 
-def _stored(x: jax.Array, quantizer: Quantizer) -> QArray:
+def _quantize(x: jax.Array, quantizer: Quantizer) -> QArray:
     return quantize(x, quantizer, axis=-1).pack()

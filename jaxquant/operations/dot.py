@@ -11,7 +11,7 @@ from jaxquant.numerics import rounding
 from jaxquant.numerics.hadamard import hadamard
 from jaxquant.numerics.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.operations.operands import (
     DimensionNumbers,
     Operands,
@@ -95,7 +95,7 @@ class DotGeneral:
         lax_product = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
         specs = result_spec(lax_product, lhs, rhs, out_sharding)
         compute = functools.partial(DotGeneral._computed, dims=dims, options=options)
-        return computed_as_auto(compute, (self, lhs, rhs), specs)
+        return call_with_auto_axes(compute, (self, lhs, rhs), specs)
 
     def _computed(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
@@ -273,7 +273,7 @@ def _gradient_product(
 
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
-        values = _unrotated(kept)
+        values = _unrotate(kept)
         gradient = simulate(gradient, quantizer, axes, key)
         return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
     if isinstance(kept, QArray) and operands.rhs is None:
@@ -287,7 +287,7 @@ def _gradient_product(
     return multiply(gradient, kept, jax.lax.dot_general)
 
 
-def _unrotated(kept: QArray | jax.Array) -> jax.Array:
+def _unrotate(kept: QArray | jax.Array) -> jax.Array:
     """The values of what was kept, in the coordinates that it is in."""
     if not isinstance(kept, QArray):
         return kept

@@ -49,7 +49,7 @@ def integers(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     left, right = (split(x, a[which], parts) for x, a in zip((lhs, rhs), dims[0], strict=True))
     contracting, batch = (tuple(tuple(a + 1 for a in axes) for axes in both) for both in dims)
     dims = (contracting, tuple((0, *axes) for axes in batch))
-    found = _spread(_exact(left, right, dims))
+    found = _spread_parts(_exact(left, right, dims))
     return jnp.sum(found.astype(jnp.float32), axis=0)
 
 
@@ -78,7 +78,7 @@ def _axes() -> dict[str, int]:
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
 
 
-def _spread(parts: jax.Array) -> jax.Array:
+def _spread_parts(parts: jax.Array) -> jax.Array:
     """Parts of sums [parts, ...], each device's share of the sums with all of their parts."""
     devices = _devices()
     able = [a for a in range(1, parts.ndim) if parts.shape[a] % devices == 0]
@@ -97,12 +97,12 @@ def _exact(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     left_sum = right_sum = None
     if right_zero is not None:
         left_sum = jnp.sum(left.astype(jnp.int32), dims[0][0], keepdims=True)
-        right_zero = laid_out(full(right_zero, rhs.shape), dims, False, lhs.ndim)
-        result = result - right_zero * laid_out(left_sum, dims, True, rhs.ndim)
+        right_zero = broadcast_to_product(full(right_zero, rhs.shape), dims, False, lhs.ndim)
+        result = result - right_zero * broadcast_to_product(left_sum, dims, True, rhs.ndim)
     if left_zero is not None:
         right_sum = jnp.sum(right.astype(jnp.int32), dims[0][1], keepdims=True)
-        left_zero = laid_out(full(left_zero, lhs.shape), dims, True, rhs.ndim)
-        result = result - left_zero * laid_out(right_sum, dims, False, lhs.ndim)
+        left_zero = broadcast_to_product(full(left_zero, lhs.shape), dims, True, rhs.ndim)
+        result = result - left_zero * broadcast_to_product(right_sum, dims, False, lhs.ndim)
         if right_zero is not None:
             result = result + terms * left_zero * right_zero
     return result
@@ -199,7 +199,7 @@ def full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return scale
 
 
-def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
+def broadcast_to_product(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
     """One operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
 
     A scale has size 1 along its contracting axes, so those are dropped.

@@ -107,7 +107,7 @@ def _varying_axes(x: jax.Array) -> frozenset:
 def result_spec(
     operation: Callable[..., jax.Array], lhs: Any, rhs: Any, out_sharding: Any
 ) -> Callable[[], PartitionSpec]:
-    """How the result of lax's own operation on such operands is split, for `computed_as_auto`.
+    """How the result of lax's own operation on such operands is split, for `call_with_auto_axes`.
 
     Args:
         operation: of two arrays, and of out_sharding where that is given.

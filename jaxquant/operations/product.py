@@ -20,8 +20,15 @@ import numpy as np
 from jaxquant.formats import Float, Format, Int, is_static
 from jaxquant.numerics.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.numerics.qarray import QArray, dequantize
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
-from jaxquant.operations.integers import Dims, full, integers, is_integer, laid_out, split
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
+from jaxquant.operations.integers import (
+    Dims,
+    broadcast_to_product,
+    full,
+    integers,
+    is_integer,
+    split,
+)
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
 _LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
@@ -62,7 +69,7 @@ def product(
     # No precision, which chooses among floating-point algorithms: these products are exact.
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
         return _blockwise(lhs, rhs, dims, dtype).astype(dtype)
-    return _scaled(lhs, rhs, dims, dtype).astype(dtype)
+    return _scaled_product(lhs, rhs, dims, dtype).astype(dtype)
 
 
 def result_type(lhs: Any, rhs: Any) -> np.dtype:
@@ -118,7 +125,7 @@ def _one_sided(
         return multiply(dequantize(dataclasses.replace(quantized, dtype=common)), other, **options)
     dtype = options["preferred_element_type"] or common
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
-    scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+    scale = broadcast_to_product(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
 
     def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
         stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
@@ -133,7 +140,7 @@ def _one_sided(
         result = jax.lax.platform_dependent(other, rhs.qvalue, cpu=few, default=plain)
     else:
         result = plain(other, quantized.qvalue)
-    return scaled(result, scale.astype(result.dtype)).astype(dtype)
+    return apply_scale(result, scale.astype(result.dtype)).astype(dtype)
 
 
 def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
@@ -212,7 +219,7 @@ def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
     stored = stored.reshape(-1, terms, 1, *stored.shape[1:])
     # Each addition may become one multiply-add with its product.  Of the first two products that could be
     # either; with one of them rounded by itself, it is the same in every program.
-    total = scaled(rows[:, 0], load(stored[:, 0]))
+    total = apply_scale(rows[:, 0], load(stored[:, 0]))
     for i in range(1, terms):
         total = total + rows[:, i] * load(stored[:, i])
     return _sum_first(jax.lax.optimization_barrier(total))
@@ -237,7 +244,7 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
     return math.prod(operand.scale.shape[a] for a in axes)
 
 
-def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
     """A product whose scales do not vary along the contracting axes, float32 or the wider type asked for."""
     if is_integer(lhs.element) and is_integer(rhs.element):
         result = integers(lhs, rhs, dims)
@@ -251,20 +258,24 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
     result = result.astype(_at_least_float32(dtype))
-    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(result.dtype)
-    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(result.dtype)
+    left = broadcast_to_product(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(
+        result.dtype
+    )
+    right = broadcast_to_product(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(
+        result.dtype
+    )
     if not isinstance(result.size, int) or result.size < _LARGE:
-        return scaled(result * left, right)
+        return apply_scale(result * left, right)
     return jax.lax.platform_dependent(
         result * left,
         right,
         # A pass of its own: what follows is often a transposition, which would multiply number by number.
         cpu=lambda x, scale: _materialized_on_cpu(x * scale),
-        default=scaled,
+        default=apply_scale,
     )
 
 
-def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
+def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
     """result · scale, subnormal numbers flushed to zero.
 
     A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
@@ -281,7 +292,7 @@ def materialized(x: jax.Array) -> jax.Array:
     Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
     these up in an order that depends on it.
     """
-    return computed_as_auto(_materialized, (x,), lambda: spec_of(x))
+    return call_with_auto_axes(_materialized, (x,), lambda: spec_of(x))
 
 
 def _materialized(x: jax.Array) -> jax.Array:
@@ -297,7 +308,7 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
 
 
 def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """Σ over blocks of the block's product times its scales, in `_scaled`'s type."""
+    """Σ over blocks of the block's product times its scales, in `_scaled_product`'s type."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
     blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
@@ -310,10 +321,10 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
     parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled(pair[0], pair[1], dims, dtype), None
+        return total + _scaled_product(pair[0], pair[1], dims, dtype), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, dtype), *first)
+    shape = jax.eval_shape(lambda a, b: _scaled_product(a, b, dims, dtype), *first)
     return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
 
 

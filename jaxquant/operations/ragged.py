@@ -10,7 +10,7 @@ import jaxtyping as jt
 
 from jaxquant.numerics import rounding
 from jaxquant.numerics.qarray import QArray, dequantize, quantize
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.operations.dot import DotGeneral, as_multiplied, grad_templates, residual, simulate
 from jaxquant.operations.native import check_operands, parts, wide
 from jaxquant.operations.operands import (
@@ -95,7 +95,7 @@ class RaggedDot:
         # Rows go where lhs has them and columns where rhs has them, as in the product with one matrix.
         specs = result_spec(_one_matrix, lhs, rhs, out_sharding)
         compute = functools.partial(RaggedDot._computed, options=options)
-        return computed_as_auto(compute, (self, lhs, rhs, group_sizes), specs)
+        return call_with_auto_axes(compute, (self, lhs, rhs, group_sizes), specs)
 
     def _computed(self, lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
         # Rows of no group are multiplied with nothing, so that they must not widen a scale either.

@@ -16,7 +16,7 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant.numerics.qarray import QArray
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 from jaxquant.operations.operands import DimensionNumbers, as_tuples
 
 
@@ -131,7 +131,7 @@ def multiplied(
             f"got factors of shape {factor.shape}"
         )
     multiply = functools.partial(_multiplied, axes=tuple(axes))
-    return computed_as_auto(multiply, (x, factor), lambda: spec_of(x))
+    return call_with_auto_axes(multiply, (x, factor), lambda: spec_of(x))
 
 
 def _multiplied(x: jax.Array, factor: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from jaxquant.artifacts import checksums, files, folders
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
@@ -57,7 +57,7 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
     check_state(state)
     check_parameters(state.plan, params, "params")
     specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
-    leaves = computed_as_auto(_all_decoded, (state,), lambda: leaf_specs(tx, params))
+    leaves = call_with_auto_axes(_all_decoded, (state,), lambda: leaf_specs(tx, params))
     _check_alike(specs, leaves, "the state of tx for these parameters")
     return structure.unflatten(leaves)
 
@@ -91,7 +91,7 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
     _check_alike(specs, leaves, "the plain state that this one quantizes")
     check_plain(state.plan, plain)
     encode = functools.partial(_all_encoded, seed=seed)
-    return computed_as_auto(encode, (state, leaves), lambda: jax.tree.map(spec_of, state))
+    return call_with_auto_axes(encode, (state, leaves), lambda: jax.tree.map(spec_of, state))
 
 
 @functools.partial(jax.jit, static_argnames="seed")
@@ -150,7 +150,7 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
             "files": checksums.digests(temporary),
         }
         files.write(temporary / _HEAD, checksums.with_checksum(_KIND, VERSION, body))
-        if not folders.placed(temporary, folder):
+        if not folders.move_into_place(temporary, folder):
             raise ValueError(f"{folder} exists already; the folder must be new")
 
 

@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant.engine.batches import checked, fitting
+from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rules import Rule, Rules
-from jaxquant.functions.freezing import as_held
+from jaxquant.functions.freezing import unwrap_stored
 from jaxquant.functions.quantizing import Decision
 from jaxquant.nnx.doors import copied, install, quantized_copy, rules_of, rules_within
 from jaxquant.nnx.modules import ChannelScale
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.observing import Statistic, observe
-from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.nnx.storing import holder_of, replace_parameters
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.stored import Stored
@@ -117,7 +117,7 @@ def quantize(
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
     target = quantized_copy(model, rules)
-    index, arguments = next(checked(series(batches)))
+    index, arguments = next(check_each(series(batches)))
     with fitting(index, arguments):
         layers, decisions = layers_of(target, arguments, call)
     for layer in layers:
@@ -316,8 +316,8 @@ def _with_layers(model: Model, stage: Sequence[Layer], solved: Mapping[str, Any]
         found, plain = solved[layer.path], layer.values[layer.path]
         operands = {key: found[f"weight{place}"] for place, key in enumerate(layer.decisions)}
         stored = Stored(operands, plain.shape, plain.dtype, Owner(layer.path))
-        leaves[paths[layer.path]] = StoredWeight(as_held(layer.path, stored))
-    model = replaced(model, leaves)
+        leaves[paths[layer.path]] = StoredWeight(unwrap_stored(layer.path, stored))
+    model = replace_parameters(model, leaves)
     for layer in stage:
         if "scale" in solved[layer.path]:
             holder = holder_of(model, layer.path)

@@ -93,17 +93,17 @@ def allocate(costs: Any, losses: Any, budget: int, *, states: int = 100_000) -> 
             f"a budget of {budget!r} bytes is not feasible: the cheapest choices need {least}"
         )
     relaxations = _relaxations(layers)
-    known = _rounded_down(layers, budget)
+    known = _round_down(layers, budget)
     # The sums of losses are rounded: a bound that is no less than so is not to rule out an equal.
     slack = 1e-12 * sum(float(np.abs(layer.losses).max()) for layer in layers)
     # The whole problem's relaxation is the first bound; what is cut off for room may be as good as its own.
     best, missed, history = _loss(layers, known), np.inf, []
     current = _States(*(np.zeros(1, t) for t in (np.int64, np.float64, np.int64, np.int64)))
     for layer, relaxation in zip(layers, relaxations[1:], strict=True):
-        current, dropped = _extended(current, layer, relaxation, budget, best + slack, states)
+        current, dropped = _extend(current, layer, relaxation, budget, best + slack, states)
         missed = min(missed, dropped)
         history.append(current)
-    chosen = _traced_back(history) if len(current.losses) else known
+    chosen = _trace_back(history) if len(current.losses) else known
     if _loss(layers, chosen) > best:
         chosen = known
     return _allocation(layers, chosen, missed)
@@ -138,10 +138,10 @@ def _undominated(states: _States) -> _States:
     order = np.lexsort((states.losses, states.bytes))
     losses = states.losses[order]
     before = np.concatenate(([np.inf], np.minimum.accumulate(losses)))
-    return _taken(states, order[losses < before[:-1]])
+    return _select(states, order[losses < before[:-1]])
 
 
-def _taken(states: _States, index: np.ndarray) -> _States:
+def _select(states: _States, index: np.ndarray) -> _States:
     return _States(*(getattr(states, f.name)[index] for f in dataclasses.fields(states)))
 
 
@@ -191,7 +191,7 @@ def _relaxations(layers: Sequence[_States]) -> list[tuple[np.ndarray, np.ndarray
     return found
 
 
-def _rounded_down(layers: Sequence[_States], budget: int) -> list[int]:
+def _round_down(layers: Sequence[_States], budget: int) -> list[int]:
     """A first solution: the steps in order of their worth, each layer's as far as the budget goes."""
     chosen = [0] * len(layers)
     left = budget - sum(int(layer.bytes[0]) for layer in layers)
@@ -203,7 +203,7 @@ def _rounded_down(layers: Sequence[_States], budget: int) -> list[int]:
     return chosen
 
 
-def _extended(
+def _extend(
     current: _States,
     layer: _States,
     relaxation: tuple[np.ndarray, np.ndarray],
@@ -220,17 +220,17 @@ def _extended(
         np.tile(np.arange(choices), count),
     )
     left = budget - grown.bytes
-    grown, left = _taken(grown, left >= relaxation[0][0]), left[left >= relaxation[0][0]]
+    grown, left = _select(grown, left >= relaxation[0][0]), left[left >= relaxation[0][0]]
     bounds = grown.losses + np.interp(left, *relaxation)
-    grown = _undominated(_taken(grown, bounds <= best))
+    grown = _undominated(_select(grown, bounds <= best))
     if len(grown.bytes) <= limit:
         return grown, np.inf
     bounds = grown.losses + np.interp(budget - grown.bytes, *relaxation)
     order = np.argsort(bounds, kind="stable")
-    return _taken(grown, np.sort(order[:limit])), float(bounds[order[limit]])
+    return _select(grown, np.sort(order[:limit])), float(bounds[order[limit]])
 
 
-def _traced_back(history: Sequence[_States]) -> list[int]:
+def _trace_back(history: Sequence[_States]) -> list[int]:
     """The choices of the last layer's state with the least loss."""
     chosen, state = [], int(np.argmin(history[-1].losses))
     for states in reversed(history):

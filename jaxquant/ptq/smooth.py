@@ -68,7 +68,7 @@ def _awq_scale(
     weight: jax.Array, absmean: jax.Array, hessian: jax.Array, quantizer: Quantizer, grid: int
 ) -> jax.Array:
     weight = weight.astype(jnp.float32)
-    logs = jnp.log(_floored(absmean))
+    logs = jnp.log(_floor(absmean))
     logs = logs - jnp.mean(logs)
 
     def loss(exponent: jax.Array) -> jax.Array:
@@ -115,16 +115,16 @@ def smoothquant_scale(
     if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is from 0 to 1; got {alpha!r}")
     rows = largest(jnp.abs(weight.astype(jnp.float32)), (1,))[:, 0]
-    return _floored(state.absmax) ** alpha / _floored(rows) ** (1 - alpha)
+    return _floor(state.absmax) ** alpha / _floor(rows) ** (1 - alpha)
 
 
-def _floored(magnitudes: jax.Array) -> jax.Array:
+def _floor(magnitudes: jax.Array) -> jax.Array:
     """Magnitudes of channels, none less than a small share of the largest; ones where all are zero."""
     top = largest(magnitudes)
     return jnp.where(top == 0, 1, jnp.maximum(magnitudes, _LEAST_SHARE * top))
 
 
-def rescaled(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
+def rescale(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
     """The statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
 
     Args:
@@ -132,7 +132,7 @@ def rescaled(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputS
         scale: positive, one for each channel.
 
     >>> from jaxquant.ptq.statistics import statistics, update
-    >>> rescaled(update(statistics(1), jnp.array([[6.0]])), jnp.array([2.0])).hessian
+    >>> rescale(update(statistics(1), jnp.array([[6.0]])), jnp.array([2.0])).hessian
     Array([[9.]], dtype=float32)
     """
     inverse = 1 / scale

@@ -130,18 +130,18 @@ def _gptq(
     block: int,
 ) -> QArray:
     stored = quantize(weight, quantizer, axis=0)
-    weight, hessian = _rotated(weight, hessian, quantizer)
+    weight, hessian = _rotate(weight, hessian, quantizer)
     n, m = weight.shape
     # Sorting is stable, so that equal channels go as they come.
     place = jnp.where(order, jnp.argsort(-jnp.diagonal(hessian)), jnp.arange(n))
-    feedback = _feedback(_damped(hessian, damping)[place][:, place])
+    feedback = _feedback(_damp(hessian, damping)[place][:, place])
     grid = _sweep(weight[place], feedback, _RowGrid.of(stored, quantizer), place, block)
     grid = jnp.zeros((n, m), jnp.float32).at[place].set(grid)
     solved = dataclasses.replace(stored, qvalue=quantizer.element.store(grid))
     return _none_unless(jnp.all(jnp.isfinite(feedback)), solved)
 
 
-def _damped(hessian: jax.Array, damping: Any) -> jax.Array:
+def _damp(hessian: jax.Array, damping: Any) -> jax.Array:
     """H + λI, with the mean in place of a zero on the diagonal: of a channel that had no inputs."""
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
@@ -245,7 +245,7 @@ def _none_unless(is_solved: jax.Array, stored: QArray) -> QArray:
     return dataclasses.replace(stored, scale=jnp.where(is_solved, stored.scale, nothing))
 
 
-def _rotated(
+def _rotate(
     weight: jax.Array, hessian: jax.Array, quantizer: Quantizer
 ) -> tuple[jax.Array, jax.Array]:
     """The weight and the inputs' products, float32, in the coordinates that the weight is quantized in."""
@@ -314,7 +314,7 @@ def awq_clip(
 def _awq_clip(
     weight: jax.Array, hessian: jax.Array, quantizer: Quantizer, grid: int, least: Any
 ) -> Range:
-    weight, hessian = _rotated(weight, hessian, quantizer)
+    weight, hessian = _rotate(weight, hessian, quantizer)
     quantizer = dataclasses.replace(quantizer, hadamard=None)
     whole = calibrate(weight, quantizer, 0)
     groups = scale_shape(weight.shape, quantizer.granularity, 0)  # pyright: ignore[reportArgumentType]

@@ -104,11 +104,11 @@ def update(state: InputStatistics, x: jt.Float[jax.Array, "*batch n"]) -> InputS
     )
 
 
-def joined(one: InputStatistics, other: InputStatistics) -> InputStatistics:
+def merge(one: InputStatistics, other: InputStatistics) -> InputStatistics:
     """The statistics of what either has seen.
 
     >>> seen = update(statistics(1), jnp.array([[3.0], [-1.0]]))
-    >>> joined(seen, seen).hessian, joined(seen, seen).count
+    >>> merge(seen, seen).hessian, merge(seen, seen).count
     (Array([[5.]], dtype=float32), Array(4, dtype=int32))
     """
     return InputStatistics(

@@ -174,7 +174,7 @@ def compare_embeddings(
     if scores is not None and pairs is None:
         raise ValueError("scores are judgments of pairs; give pairs too")
     if pairs is not None:
-        rows = _checked_pairs(pairs, len(a))
+        rows = _check_pairs(pairs, len(a))
         before, after = (np.sum(e[rows[:, 0]] * e[rows[:, 1]], axis=1) for e in (a, b))
         change = after - before
         pair_report = PairReport(
@@ -220,7 +220,7 @@ def _check_embeddings(reference: Any, embeddings: Any) -> None:
         )
 
 
-def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
+def _check_pairs(pairs: Any, n: int) -> np.ndarray:
     rows = as_array("pairs", pairs)
     if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows):
         raise ValueError(f"pairs have shape [pairs, 2], at least one; got {rows.shape}")

@@ -22,7 +22,7 @@ from flax import nnx
 from jaxquant.artifacts import files
 from jaxquant.artifacts.cards import Card, versions_now
 from jaxquant.artifacts.checksums import check_digests, digests, read_checked, with_checksum
-from jaxquant.artifacts.folders import load_card, placed, temporary_folder
+from jaxquant.artifacts.folders import load_card, move_into_place, temporary_folder
 from jaxquant.nnx import saving
 from jaxquant.quality.gates import Check, Verdict
 
@@ -98,14 +98,14 @@ class Versions:
             if not body["files"]:
                 raise ValueError(f"{model!r} wrote nothing to the path that it was given")
             number = 1 + max((int(name) for name in self.names()), default=0)
-            while not self._placed(temporary, f"{number:04}", body):
+            while not self._publish(temporary, f"{number:04}", body):
                 number += 1  # another process was first
         return f"{number:04}"
 
-    def _placed(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
+    def _publish(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
         record = with_checksum(_KIND, VERSION, {"name": name, **body})
         files.write(temporary / _RECORD, record)
-        return placed(temporary, self.root / name)
+        return move_into_place(temporary, self.root / name)
 
     def names(self) -> tuple[str, ...]:
         """All versions, the earliest first; other folders with a number for a name are not among them."""

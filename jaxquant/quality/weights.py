@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxquant.artifacts.plain import plain
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.nnx.calls import value
 from jaxquant.nnx.doors import quantized_copy
 from jaxquant.nnx.planning import planned
@@ -107,7 +107,7 @@ def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str,
             raise ValueError(f"{path} is stored, and the reference has no such weight in float")
         held, holder = frozen[path], path.rpartition("/")[0]
         label = holder if holders.count(holder) == 1 else path
-        operands = as_stored(path, held).operands
+        operands = wrap_stored(path, held).operands
         known = {key: operand for key, operand in operands.items() if key in operations}
         if not known or (isinstance(held, Stored) and len(known) < len(operands)):
             raise ValueError(

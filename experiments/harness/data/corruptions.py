@@ -109,7 +109,7 @@ def motion_blur(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> 
     angle = jax.random.uniform(key, maxval=jnp.pi)
     direction = jnp.stack([jnp.sin(angle), jnp.cos(angle)])
     along = jnp.linspace(-0.5, 0.5, _MOTION_STEPS) * length
-    moved = jax.vmap(lambda t: _moved(image, jnp.eye(2), t * direction, "nearest"))(along)
+    moved = jax.vmap(lambda t: _move(image, jnp.eye(2), t * direction, "nearest"))(along)
     return _unit(moved.mean(axis=0))
 
 
@@ -149,7 +149,7 @@ def brightness(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> j
 # Position
 
 
-def _moved(image: jax.Array, turn: jax.Array, offset: jax.Array, mode: str) -> jax.Array:
+def _move(image: jax.Array, turn: jax.Array, offset: jax.Array, mode: str) -> jax.Array:
     """What stood at turn · (p − centre) + centre + offset comes to p; linear between pixels."""
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
@@ -166,7 +166,7 @@ def translate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> ja
     distance = _pixels(image, _level((1.5, 3.0, 4.5, 6.0, 8.0), severity))
     angle = jax.random.uniform(key, maxval=2 * jnp.pi)
     offset = distance * jnp.stack([jnp.sin(angle), jnp.cos(angle)])
-    return _unit(_moved(image, jnp.eye(2), offset, "constant"))
+    return _unit(_move(image, jnp.eye(2), offset, "constant"))
 
 
 def rotate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ def rotate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.A
     angle = jnp.where(jax.random.bernoulli(key), angle, -angle)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turn = jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
-    return _unit(_moved(image, turn, jnp.zeros(2), "constant"))
+    return _unit(_move(image, turn, jnp.zeros(2), "constant"))
 
 
 def occlusion(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.harness.data.corpus import Corpus
 from experiments.harness.data.tokenizers import Tokenizer
-from experiments.harness.data.windows import checked
+from experiments.harness.data.windows import check_tokens
 
 HELD_OUT = 500  # documents, at most
 
@@ -54,7 +54,7 @@ class TokenizedDocuments:
         rows = batch_size // shares
         own = slice(index * rows, (index + 1) * rows)
         vocab_size = self._tokenizer.vocab_size
-        batches = windows.batch(batch_size).map(lambda batch: checked(batch[own], vocab_size))
+        batches = windows.batch(batch_size).map(lambda batch: check_tokens(batch[own], vocab_size))
         return iter(batches)
 
     def in_order(self, start: int) -> Iterator[np.ndarray]:

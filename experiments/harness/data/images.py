@@ -15,7 +15,7 @@ import grain.python as grain
 import numpy as np
 
 from experiments.harness.running import files, packages
-from jaxquant.artifacts.files import Missing, opened
+from jaxquant.artifacts.files import Missing, open_regular
 
 SOURCES = ("fashion_mnist", "digits")
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
@@ -214,7 +214,7 @@ def _decompress(file: Path, start: int) -> bytes:
     """What the sizes at its beginning announce, and a byte more where there is: packed, it is small."""
     try:
         with (
-            opened(file, _LARGEST, f"image file '{file}'") as packed,
+            open_regular(file, _LARGEST, f"image file '{file}'") as packed,
             gzip.GzipFile(fileobj=packed) as content,
         ):
             head = content.read(start)

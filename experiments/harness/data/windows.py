@@ -20,10 +20,10 @@ class _TextWindows(grain.RandomAccessDataSource):
 
     def __getitem__(self, index) -> np.ndarray:
         start = int(index) * self._length
-        return checked(self._tokens[start : start + self._length + 1], self._vocab_size)
+        return check_tokens(self._tokens[start : start + self._length + 1], self._vocab_size)
 
 
-def checked(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
     """Tokens as int32; an embedding would clip those that are beyond the vocabulary, silently."""
     if tokens.max() >= vocab_size:
         raise ValueError(

@@ -211,7 +211,7 @@ class LM(nnx.Module):
             rngs=rngs,
         )
         self.config = config
-        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
+        self.blocks = _stack(config, rngs) if config.scan else _listed(config, rngs)
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.head = _linear(config.width, config.vocab_size, config, rngs)
 
@@ -244,7 +244,7 @@ def _listed(config: LMConfig, rngs: nnx.Rngs) -> Any:
     return nnx.List([Block(config, rngs) for _ in range(config.layers)])
 
 
-def _stacked(config: LMConfig, rngs: nnx.Rngs) -> Any:
+def _stack(config: LMConfig, rngs: nnx.Rngs) -> Any:
     """All blocks as one module, its parameters with an axis of layers in front."""
 
     @nnx.split_rngs(splits=config.layers)

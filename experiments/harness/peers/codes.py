@@ -262,7 +262,7 @@ def decode(
         peer: whose blocks and packing.
         rounding: the peer's `mu` or `nu`.
     """
-    codes = _unpacked(coded.codes) if peer.bits == 4 else coded.codes
+    codes = _unpack(coded.codes) if peer.bits == 4 else coded.codes
     values = rounding.codebook.decode(_blocked(codes, peer)) * coded.scale[:, None]
     return values.ravel()[: math.prod(shape)].reshape(shape)
 
@@ -273,7 +273,7 @@ def _packed(codes_N: jax.Array) -> jax.Array:
     return (((words & 15) << 4) | (words >> 8)).astype(jnp.uint8)
 
 
-def _unpacked(codes: jax.Array) -> jax.Array:
+def _unpack(codes: jax.Array) -> jax.Array:
     """[bytes, 2] of the codes, the upper half first, which is a word's lower byte."""
     words = codes.astype(jnp.uint16)
     return jax.lax.bitcast_convert_type((words >> 4) | ((words & 15) << 8), jnp.uint8)

@@ -86,7 +86,7 @@ class Weights:
 
 def _head(path: Path, size: int) -> bytes:
     try:
-        with regular.opened(path, None, f"weight file '{path}'") as file:
+        with regular.open_regular(path, None, f"weight file '{path}'") as file:
             return file.read(size)
     except regular.Missing:
         raise ValueError(f"weight file '{path}' does not exist") from None

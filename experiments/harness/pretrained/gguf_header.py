@@ -10,7 +10,7 @@ from typing import IO
 
 import gguf
 
-from jaxquant.artifacts.files import opened
+from jaxquant.artifacts.files import open_regular
 
 MOST_VALUES = 2**22  # of metadata, in all; the largest vocabularies have 2^18 words
 MOST_TENSORS = 2**20
@@ -34,7 +34,7 @@ _SIZES = {
 
 def check(path: Path) -> None:
     """Raises a ValueError where a file declares more than it has, or than any model needs."""
-    with opened(path, None) as file:
+    with open_regular(path, None) as file:
         _Header(file).check()
 
 

@@ -258,7 +258,7 @@ def load(path: Path | str | None = None) -> tuple[SmolLM2, tokenizers.Tokenizer]
 
     def convert(parameter: str, array: np.ndarray) -> np.ndarray:
         if parameter.endswith(("/query/kernel", "/key/kernel")):
-            array = _half_split(array, config.head_size)
+            array = _split_halves(array, config.head_size)
         return array.T if parameter.endswith("/kernel") else array
 
     model = files.build(lambda: SmolLM2(config, nnx.Rngs(0)), weights, _name_of, convert)
@@ -272,7 +272,7 @@ def _name_of(parameter: str) -> str:
     return f"blk.{layer}.{_BLOCK[rest]}.weight"
 
 
-def _half_split(array_OxD: np.ndarray, head_size: int) -> np.ndarray:
+def _split_halves(array_OxD: np.ndarray, head_size: int) -> np.ndarray:
     """Rows of each head from ggml's interleaved order (pairs 2i, 2i + 1) to half-split (i, i + d/2)."""
     pairs = array_OxD.reshape(-1, head_size // 2, 2, array_OxD.shape[-1])
     return pairs.swapaxes(1, 2).reshape(array_OxD.shape)

@@ -28,7 +28,7 @@ from experiments.harness.running import files, processes
 _LAYOUT = 2  # raised when what a checkpoint holds changes
 _QUARANTINE = "set-aside"
 _MANIFEST = "seal.json"
-_UNSEALED = ".unsealed"  # after a step: what is being written, or removed
+_TEMPORARY = ".unsealed"  # after a step: what is being written, or removed
 
 
 class Restored(NamedTuple):
@@ -94,13 +94,13 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """Deletes a checkpoint: out of its place at once."""
-        old = self._folder / f"{step}{_UNSEALED}-old"
+        old = self._folder / f"{step}{_TEMPORARY}-old"
         shutil.rmtree(old, ignore_errors=True)
         (self._folder / str(step)).rename(old)
         shutil.rmtree(old)
 
-    def _unsealed(self, step: int) -> Path:
-        return self._folder / f"{step}{_UNSEALED}"
+    def _temporary(self, step: int) -> Path:
+        return self._folder / f"{step}{_TEMPORARY}"
 
     def _prune(self) -> None:
         """Deletes what is older than all that stay, and what no process finished."""
@@ -111,7 +111,7 @@ class Checkpoints:
         regular = [s for s in steps if s % self._every == 0]
         for step in {*steps} - {*steps[:1], *regular[: self._keep]}:
             self._remove(step)
-        for pattern in (f"*{_UNSEALED}*", "*.orbax-checkpoint-tmp*"):
+        for pattern in (f"*{_TEMPORARY}*", "*.orbax-checkpoint-tmp*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path)
 
@@ -156,7 +156,7 @@ class Checkpoints:
             pending: losses since the last entry.
         """
         start = time.perf_counter()
-        with _full_disk_named(self._folder):
+        with _report_full_disk(self._folder):
             self._save(step, state, batches, history, pending)
         self.seconds += time.perf_counter() - start
         self._count(0.0)
@@ -181,7 +181,7 @@ class Checkpoints:
             "history": list(history),  # written later, when the caller's has grown
             "pending": [repr(float(x)) for x in pending],  # NaN is no JSON
         }
-        unsealed = self._unsealed(step)
+        unsealed = self._temporary(step)
         self._checkpointer.save(
             unsealed,
             args=ocp.args.Composite(
@@ -193,7 +193,7 @@ class Checkpoints:
 
     def _commit(self, step: int) -> None:
         """Seals what has been written, and puts it in its place."""
-        unsealed, place = self._unsealed(step), self._folder / str(step)
+        unsealed, place = self._temporary(step), self._folder / str(step)
         files.write_json(unsealed / _MANIFEST, _digests(unsealed))
         if place.exists():  # of a run that went on from an earlier step
             self._remove(step)
@@ -204,11 +204,11 @@ class Checkpoints:
 
         Sets `batches` to the position that goes with it.
         """
-        return self._restored(state, batches, at_most, 1)
+        return self._restore(state, batches, at_most, 1)
 
-    def _restored(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
+    def _restore(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
         for step in (s for s in self._steps() if s <= at_most and s % every == 0):
-            restored, problem = None, self._broken(step)
+            restored, problem = None, self._find_damage(step)
             if not processes.any_of(problem is not None):
                 try:
                     restored = self._read(step, state)
@@ -232,14 +232,14 @@ class Checkpoints:
         self._wait()
         processes.wait_for_all("roll back")
         position = copy.deepcopy(batches.get_state())
-        found = self._restored(state, batches, at_most, self._every)
+        found = self._restore(state, batches, at_most, self._every)
         batches.set_state(position)
         if processes.is_first() and found is not None:
             for step in (s for s in self._steps() if s > int(found.state.step)):
                 self._remove(step)
         return found
 
-    def _broken(self, step: int) -> Exception | None:
+    def _find_damage(self, step: int) -> Exception | None:
         """What is wrong with a checkpoint's files, by the first process's look at them."""
         if not processes.is_first():
             return None
@@ -297,7 +297,7 @@ class Checkpoints:
         if self._spacing is not None:
             self._count(self._spacing.worked + time.monotonic() - self._since)
         try:
-            with _full_disk_named(self._folder):
+            with _report_full_disk(self._folder):
                 self._wait()
         finally:
             self._checkpointer.close()
@@ -339,7 +339,7 @@ class _ManifestWriter:
 
 
 @contextlib.contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
+def _report_full_disk(folder: Path) -> Iterator[None]:
     """Gives a full disk its name, which what Orbax raises has somewhere in a long text."""
     try:
         yield

@@ -74,11 +74,11 @@ def run(
     Raises:
         ValueError: Ray is not installed, or no cluster is there.
     """
-    ray = _connected(cluster.address)
+    ray = _connect(cluster.address)
     try:
         known = {name: n for name, n in cluster.resources if name in ("num_cpus", "num_gpus")}
         others = {name: n for name, n in cluster.resources if name not in known}
-        task = ray.remote(_claimed).options(
+        task = ray.remote(_run_locked).options(
             max_retries=cluster.retries, resources=others, **({"num_cpus": 1} | known)
         )
         waiting = {task.remote(run_one, trial, store): trial for trial in pending}
@@ -98,13 +98,13 @@ def run(
         ray.shutdown()
 
 
-def _claimed(run_one: Callable[[Any, Path], None], trial: Any, store: RecordStore) -> None:
+def _run_locked(run_one: Callable[[Any, Path], None], trial: Any, store: RecordStore) -> None:
     """On a machine of the cluster."""
     with store.lock(trial) as scratch:
         run_one(trial, scratch)
 
 
-def _connected(address: str) -> Any:
+def _connect(address: str) -> Any:
     """Ray, with a connection to a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher=ray needs Ray: pip install -e '.[ray]'")

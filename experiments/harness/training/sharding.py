@@ -49,9 +49,9 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     count, sizes = len(devices), [data, fsdp, tensor]
     open_ = [i for i, size in enumerate(sizes) if size == -1]
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if len(open_) == 1 and known > 0 and count % known == 0:
-        sizes[open_[0]] = count // known
+    use_mesh = int(np.prod([size for size in sizes if size != -1]))
+    if len(open_) == 1 and use_mesh > 0 and count % use_mesh == 0:
+        sizes[open_[0]] = count // use_mesh
     if min(sizes) < 1 or int(np.prod(sizes)) != count:
         raise ValueError(
             f"a mesh of data={data} × fsdp={fsdp} × tensor={tensor} does not cover {count} device(s) exactly"
@@ -140,7 +140,7 @@ def _name(path: Any) -> str:
     return "/".join(words)
 
 
-def known(mesh: Mesh) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
     """While it is open, what is traced knows the mesh: long integer sums then have a part for each device.
 
     Versions of JAX that cannot say so within a compiled function, as 0.7, add up fewer and longer parts: the

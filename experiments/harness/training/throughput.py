@@ -84,11 +84,11 @@ def peak(devices: list[Any]) -> float | None:
     return sum(rates) if len(rates) == len(devices) else None
 
 
-def held(tree: Any) -> dict[str, int]:
+def array_bytes(tree: Any) -> dict[str, int]:
     """Bytes of real arrays: ``all`` together, and those on this process's first ``device``.
 
     >>> import jax.numpy as jnp
-    >>> held({"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.int8)})
+    >>> array_bytes({"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.int8)})
     {'all': 14, 'device': 14}
     """
     leaves = jax.tree.leaves(tree)

@@ -225,7 +225,7 @@ def make_step(
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, tokens, schedule: Schedule, data: tuple = (), limit: Any = jnp.inf):
-        with sharding.known(mesh):
+        with sharding.use_mesh(mesh):
             value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
         # Each device sums its own part of a gradient and no more.
         gradients = jax.lax.with_sharding_constraint(gradients, sharding.of_state(mesh, gradients))
@@ -322,9 +322,11 @@ def fit(
                 mean = _mean_loss(losses, at, guard, history)
             except Diverged as error:
                 rollbacks += 1
-                back = _rolled_back(guard, rollbacks, checkpoints, state, batches, at)
+                back = _roll_back(guard, rollbacks, checkpoints, state, batches, at)
                 if back is None:
-                    raise Diverged(error.step, error.loss, _tried(guard, rollbacks)) from None
+                    raise Diverged(
+                        error.step, error.loss, _rollback_message(guard, rollbacks)
+                    ) from None
                 state, history, losses = back
                 at = int(state.step)
                 on_log(at - logged, history[-1][1] if history else math.nan)
@@ -361,7 +363,7 @@ def _mean_loss(losses: Sequence[Any], at: int, guard: DivergencePolicy, history:
     return mean
 
 
-def _rolled_back(
+def _roll_back(
     guard: DivergencePolicy,
     rollbacks: int,
     checkpoints: Checkpoints | None,
@@ -375,7 +377,7 @@ def _rolled_back(
     return checkpoints.roll_back(state, batches, at - guard.steps)
 
 
-def _tried(guard: DivergencePolicy, rollbacks: int) -> str:
+def _rollback_message(guard: DivergencePolicy, rollbacks: int) -> str:
     """What a guard that rolls back could not do any more, in words."""
     if guard.action != "roll_back":
         return ""
