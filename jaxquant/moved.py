@@ -24,7 +24,7 @@ PLACES = {
 
 
 def module(name: str, stacklevel: int) -> ModuleType:
-    """The module that once was ``jaxquant.NAME``."""
+    """Returns the module that once was ``jaxquant.NAME``."""
     warnings.warn(
         f"jaxquant.{name} is now {PLACES[name]}; the old name goes with the next release",
         DeprecationWarning,
@@ -49,6 +49,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Has the old names imported as modules, after all others."""
+    """Makes the old names importable as modules, after all other finders."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

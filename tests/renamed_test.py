@@ -9,6 +9,7 @@ import jaxquant as jq
 RENAMED = [
     (jq.calibration, "sees_all", "propagates_nonfinite"),
     (jq.estimators, "Laid", "GridTensor"),
+    (jq.rounding, "mixed", "mix_bits"),
     (jq.specification, "describe_operation", "to_config"),
     (jq.specification, "operation_from", "from_config"),
 ]

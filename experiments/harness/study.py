@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a report is made of.
+    """The input of a report.
 
     Attributes:
         config: of the grid.
@@ -93,7 +93,7 @@ class Study:
         return self.report(Finished(config, store.workdir, grid, records, is_whole))
 
     def load(self, workdir: str | Path) -> list[dict]:
-        """The records that lie in a folder.
+        """Returns the records that lie in a folder.
 
         Raises:
             ValueError: no record of this study lies there.
@@ -101,7 +101,7 @@ class Study:
         return record_store.read_records(workdir, self.name)
 
     def main(self) -> None:
-        """The binary: its flags, its run, and its finding on the terminal."""
+        """Runs the binary: parses flags, runs the study and prints its result."""
         define_study_flags(self.name)
 
         def run_and_say(config: Any) -> None:
@@ -112,7 +112,7 @@ class Study:
         cli.main(run_and_say, self.presets, default="laptop", about=self.about())
 
     def about(self) -> str:
-        """The question, where it comes from, and what each preset takes."""
+        """Returns the question, where it comes from, and what each preset takes."""
         width = max(map(len, self.presets))
         presets = (f"  --preset={name:<{width}}  {self.costs[name]}" for name in self.presets)
         papers = f"Papers: {', '.join(self.papers)}."
@@ -142,7 +142,7 @@ def _launch() -> Launch:
 
 
 def define_study_flags(study: str) -> None:
-    """The flags that every study has."""
+    """Defines the flags that all studies share."""
     flags.DEFINE_string(
         "workdir", None, f"Folder of records and report; runs/{study}/PRESET where not given."
     )
@@ -162,7 +162,7 @@ def define_study_flags(study: str) -> None:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """i/n as numbers.
+    """Returns i/n as numbers.
 
     Raises:
         ValueError: anything else, or i not below n.

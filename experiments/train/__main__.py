@@ -34,7 +34,7 @@ def main(config: Config) -> None:
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
-    """From "10:12" to (10, 12)."""
+    """Parses "10:12" as (10, 12)."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)

@@ -44,7 +44,7 @@ _ENVIRONMENT = {
 
 
 def compiled(config: Config, topology: str) -> dict[str, Any]:
-    """What the step of a run takes of each chip of a topology.
+    """Compiles a run's step for a topology, and returns what it takes of each chip.
 
     Args:
         config: of the run.
@@ -84,7 +84,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
 
 
 def _answer(text: str) -> dict[str, Any] | None:
-    """The JSON on the last line."""
+    """Returns the JSON on the last line."""
     with contextlib.suppress(ValueError, IndexError):
         found = json.loads(text.splitlines()[-1])
         return found if isinstance(found, dict) else None
@@ -137,7 +137,7 @@ def _measure(config: Config, topology: str) -> dict[str, Any]:
 
 
 def _devices(topology: str) -> list[Any]:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Raises:
         ValueError: none that the compiler knows.
@@ -160,7 +160,7 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _arguments(config: Config, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """The step's arguments, as shapes with their shardings."""
+    """Returns the step's arguments, as shapes with their shardings."""
     state = jax.eval_shape(lambda: train.fresh(lambda: program.init(config.seed), program.tx))
     state = jax.tree.map(_with_sharding, state, sharding.of_state(mesh, state))
     alike = NamedSharding(mesh, P())
@@ -176,7 +176,7 @@ def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def _argument_bytes(state: Any) -> dict[str, float]:
-    """Bytes on one device of the parameters, of the optimizer's state, and of it in float32."""
+    """Returns bytes on one device of the parameters, of the optimizer's state, and of it in float32."""
 
     def held(tree: Any) -> int:
         return sum(
@@ -234,7 +234,7 @@ def _collectives(program: hlo.Program) -> Iterator[dict[str, Any]]:
 
 
 def _out_of_memory(message: str, config: Config, state: float) -> dict[str, Any]:
-    """What a compiler that ran out of memory says, and what to change.
+    """Parses the compiler's out-of-memory error, and adds advice.
 
     Raises:
         RuntimeError: it failed for another reason.
@@ -261,7 +261,7 @@ def _bytes(number: str, unit: str) -> float:
 
 
 def _advice(used: float, usable: float, state: float, config: Config) -> str:
-    """What would take less memory, the cheapest first; what could not matter is left out."""
+    """Returns settings that take less memory, the cheapest first, without those that cannot matter."""
     changes, beyond = [], used - usable
     if not config.remat:
         changes.append("--config.remat=True (blocks are computed again instead of kept)")

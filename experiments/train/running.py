@@ -105,7 +105,7 @@ def _alone(workdir: Path) -> Iterator[None]:
 def _trained(
     config: Config, workdir: Path, program: Program, mesh: Mesh, watch: Watch
 ) -> tuple[train.TrainState, train.History]:
-    """(state, history) after the last step."""
+    """Returns (state, history) after the last step."""
     guard = make_divergence_policy(config)
     # As far back as the guard may go.
     every = train.saving_interval(config.checkpoint_every, config.log_every)
@@ -165,7 +165,7 @@ def _finish(workdir, config, corpus, program, state, history) -> dict:
 
 
 def _mean_loss(loss, params, windows: np.ndarray, batch: int) -> float:
-    """The mean over windows, a batch at a time; the last may be smaller."""
+    """Returns the mean over windows, a batch at a time; the last may be smaller."""
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
     total = sum(float(loss(params, jnp.asarray(part))) * len(part) for part in parts)
     return total / len(windows)

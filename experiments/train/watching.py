@@ -19,7 +19,7 @@ _LONGEST = 1e9  # the system's clocks of waiting threads have an end
 
 @dataclasses.dataclass(frozen=True)
 class Watching:
-    """What to look at.
+    """What to record of a run.
 
     Attributes:
         metrics: writers, of `metrics.WRITERS`.
@@ -73,7 +73,7 @@ class Watch:
         self._taken: dict[str, Any] = {}
 
     def step(self, step: Any) -> Callable:
-        """A step that does the same, compiled when it is first called."""
+        """Returns a step that does the same, compiled when it is first called."""
         compiled = None
 
         def watched(state: Any, *arguments: Any) -> tuple[Any, jax.Array]:
@@ -108,7 +108,7 @@ class Watch:
         return compiled
 
     def on_log(self, steps: int, loss: float, saving: float) -> None:
-        """Takes what `train.fit` says of its progress.
+        """Handles a progress report of `train.fit`.
 
         Args:
             steps: done since the last call; below zero where it went back.
@@ -178,7 +178,7 @@ class _Profile:
         self._is_open = False
 
     def warn(self) -> None:
-        """Says so where a run has come to its end without one, now or before."""
+        """Warns if the run has ended without a profile."""
         if (
             self._steps is not None
             and not self._begun

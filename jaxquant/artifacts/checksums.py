@@ -13,7 +13,7 @@ from jaxquant.artifacts import files
 
 
 def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file in a folder, by its path there.
+    """Returns size in bytes and SHA-256 of every file in a folder, by its path there.
 
     Raises:
         ValueError: something else lies there than folders and files, or a link that leads out of it.
@@ -56,7 +56,7 @@ def check_digests(folder: Path, listed: Any, needed: tuple[str, ...] = ()) -> No
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a name in a folder.
+    """Returns the path of a name in a folder.
 
     Raises:
         ValueError: the name, or a link by that name, leads out of the folder.
@@ -78,13 +78,13 @@ def check_links(folder: Path) -> None:
 
 
 def with_checksum(kind: str, version: int, body: Mapping[str, Any]) -> str:
-    """JSON that says what it is, with its own SHA-256."""
+    """Returns JSON that says what it is, with its own SHA-256."""
     content = {"kind": kind, "version": version, **body}
     return json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False) + "\n"
 
 
 def read_checked(path: Path, kind: str, *versions: int) -> dict[str, Any]:
-    """What `with_checksum` wrote to a file, in one of these versions.
+    """Reads a file of `with_checksum`, in one of these versions.
 
     Raises:
         ValueError: no such file, or one of another kind or version, or one that was changed.

@@ -43,7 +43,7 @@ class Missing(ValueError):
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is on storage that is no file system.
+    """Returns whether a path is on storage that is no file system.
 
     >>> is_remote("gs://bucket/study"), is_remote("runs/study")
     (True, False)
@@ -59,7 +59,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 def open_regular(
     path: Any, most: int | None = LARGEST, name: str | None = None
 ) -> Iterator[BinaryIO]:
-    """A regular file, open for reading; nothing waits for a writer at the other end of a pipe.
+    """Opens a regular file for reading; a pipe is refused instead of blocking.
 
     Args:
         path: of the file.
@@ -87,7 +87,7 @@ def open_regular(
 
 
 def read_bytes(path: Any, most: int = LARGEST, name: str | None = None) -> bytes:
-    """A regular file's content.
+    """Returns a regular file's content.
 
     Raises:
         ValueError: as of `open_regular`.
@@ -107,7 +107,7 @@ def read_bytes(path: Any, most: int = LARGEST, name: str | None = None) -> bytes
 
 
 def check_regular(path: Any, most: int | None = None, name: str | None = None) -> int:
-    """The size in bytes of a regular file that a library will open by its path.
+    """Returns the size in bytes of a regular file that a library will open by its path.
 
     Raises:
         ValueError: as of `open_regular`.
@@ -124,7 +124,7 @@ def check_stored(archive: zipfile.ZipFile) -> None:
 
 
 def sha256(path: Any) -> str:
-    """The SHA-256 of a regular file of any size.
+    """Returns the SHA-256 of a regular file of any size.
 
     Raises:
         ValueError: as of `open_regular`.
@@ -147,7 +147,7 @@ def read_json(path: Any, most: int = JSON, name: str | None = None) -> Any:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of JSON.
+    """Returns the value of JSON.
 
     Args:
         text: of it.
@@ -172,7 +172,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 
 def _nesting_depth(text: str | bytes) -> int:
-    """How many brackets of a text are open at once, at most, as far as it is text."""
+    """Returns the largest number of open brackets in a text."""
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
@@ -200,7 +200,7 @@ def _check_depth(value: Any) -> None:
 
 @contextlib.contextmanager
 def _report_unreadable(name: str) -> Iterator[None]:
-    """Says of which file it is that the system refuses to read it."""
+    """Names the file in errors of the system."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -264,7 +264,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder that nothing has: for what takes its place when it is whole."""
+    """Returns a name in the same folder that nothing has: for what takes its place when it is whole."""
     return path.with_name(f".{uuid.uuid4().hex}.tmp")
 
 
@@ -289,7 +289,7 @@ def writing(path: Any) -> Iterator[None]:
 
 
 def _system_code(text: str) -> int | None:
-    """The system's code, which libraries have somewhere in their messages."""
+    """Returns the system's code, which libraries have somewhere in their messages."""
     if match := _CODE.search(text):
         return int(match[1])
     return next((code for code in _FULL if os.strerror(code) in text), None)

@@ -106,7 +106,7 @@ def save(
 
 
 def load(folder: str | os.PathLike) -> tuple[Any, Card]:
-    """The tree and the card of a folder, both exactly as they were saved.
+    """Returns the tree and the card of a folder, both exactly as they were saved.
 
     Raises:
         ValueError: a folder that `save` did not write, of another version, or of which a file is missing,
@@ -132,7 +132,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
 
 
 def load_card(folder: str | os.PathLike) -> Card:
-    """The card of a folder alone, of which no array is read.
+    """Returns the card of a folder alone, of which no array is read.
 
     Raises:
         ValueError: as `load`, as far as the card tells.
@@ -159,7 +159,7 @@ def _card(path: Path, body: Mapping[str, Any]) -> Card:
 
 
 def _without_operations(tree: Any, path: tuple, found: list[dict[str, Any]]) -> Any:
-    """The tree with each operation's arrays in its place, by number."""
+    """Returns the tree with each operation's arrays in its place, by number."""
     if isinstance(tree, Mapping):
         return {key: _without_operations(v, (*path, key), found) for key, v in tree.items()}
     if not is_operation(tree):
@@ -181,13 +181,13 @@ def _with_operation(tree: Any, path: list, description: Any) -> Any:
 
 
 def as_stored(array: Any) -> np.ndarray:
-    """An array in a type that every file format has: its own, or its bytes."""
+    """Returns an array in a type that every file format has: its own, or its bytes."""
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     return array if array.dtype.name in _NATIVE else array.reshape(-1).view(np.uint8)
 
 
 def not_finite(arrays: Mapping[str, Any]) -> list[str]:
-    """The names of arrays with a NaN or an Inf, kept beside them: in the others none is to be read."""
+    """Returns the names of arrays that contain a NaN or an Inf; the other arrays must not contain any."""
     return sorted(name for name, array in arrays.items() if not _is_finite(np.asarray(array)))
 
 
@@ -199,7 +199,7 @@ def from_stored(
     *,
     finite: bool = False,
 ) -> np.ndarray:
-    """The array that `as_stored` wrote.
+    """Returns the array that `as_stored` wrote.
 
     Args:
         stored: what was read.
@@ -234,7 +234,7 @@ def all_from_stored(
     types: Mapping[str, tuple[Any, Sequence[int]]],
     known: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """All arrays of a file, of which each is there and no other.
+    """Returns all arrays of a file, of which each is there and no other.
 
     Args:
         stored: what was read, by name.
@@ -257,7 +257,7 @@ def all_from_stored(
 
 
 def _stored_spec(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
-    """The type and shape that `as_stored` gives an array."""
+    """Returns the type and shape that `as_stored` gives an array."""
     dtype = jnp.dtype(dtype)
     if dtype.name in _NATIVE:
         return dtype, tuple(shape)
@@ -273,7 +273,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _is_of_its_type(array: np.ndarray) -> bool:
-    """Whether each element's byte is one that its type has, where not every byte is."""
+    """Returns whether each element's byte is one that its type has, where not every byte is."""
     bits = _bits(array.dtype)
     if bits >= 8:
         return True
@@ -306,7 +306,7 @@ def _check_readable(arrays: Mapping[str, jax.Array], descriptions: Mapping[str, 
 
 
 def _parse_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Each array's type and shape, by name."""
+    """Returns each array's type and shape, by name."""
     return {
         f"{path}/{part}".rstrip("/"): (dtype, tuple(shape))
         for path, text in descriptions.items()
@@ -343,7 +343,7 @@ def write_safetensors(path: Path, stored: Mapping[str, np.ndarray]) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file.
+    """Returns all arrays of a safetensors file.
 
     Raises:
         ValueError: a file that is none.
@@ -359,7 +359,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays, whose types and shapes are looked at first: Orbax would cast them to what is asked for."""
+    """Reads the arrays, after a check of types and shapes: Orbax would cast silently."""
     check_links(path)
     held = {name: _stored_spec(*spec) for name, spec in types.items()}
     empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in held.items() if 0 in shape}
@@ -395,7 +395,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def move_into_place(temporary: Path, folder: Path) -> bool:
-    """Gives a written folder its name, at once; False where something has that name."""
+    """Renames a written folder atomically; returns False if the name is taken."""
     for path in (temporary, *temporary.rglob("*")):
         _sync(path)
     try:

@@ -67,12 +67,12 @@ _KINDS = {"calibration": "calibration.", "rounding": "rounding.", "estimator": "
 
 
 def is_operation(value: Any) -> bool:
-    """Whether a value is of a class that `to_config` writes."""
+    """Returns whether a value is of a class that `to_config` writes."""
     return type(value) in _TYPES.values()
 
 
 def to_config(operation: Any) -> tuple[dict[str, Any], list[jax.Array]]:
-    """An operation as a dictionary that JSON takes, and the arrays that it holds.
+    """Returns an operation as a dictionary that JSON takes, and the arrays that it holds.
 
     Args:
         operation: a `DotGeneral`, `ConvGeneralDilated`, `RaggedDot`, `Attention` or
@@ -96,7 +96,7 @@ def to_config(operation: Any) -> tuple[dict[str, Any], list[jax.Array]]:
 
 
 def from_config(description: Mapping[str, Any], arrays: Sequence[Any] = ()) -> Any:
-    """The operation that `to_config` wrote.
+    """Returns the operation that `to_config` wrote.
 
     Raises:
         ValueError: another version; a name or field that is not known, or is missing; arrays that are not
@@ -152,7 +152,7 @@ def _encode(value: Any, path: str, arrays: list[jax.Array]) -> Any:
 
 
 def _format_name(format: Any, path: str) -> str:
-    """A format's name, which is certain to give the format again."""
+    """Returns a format's name, which is certain to give the format again."""
     if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(format)):
         raise ValueError(
             f"{_at(path)} is {format!r}, whose precision is an array; what is saved has Python integers"

@@ -26,7 +26,7 @@ _PARTS = ("scale", "zero_point", "tensor_scale")
 
 
 def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """A tree's arrays and descriptions, by path.
+    """Returns a tree's arrays and descriptions, by path.
 
     Args:
         tree: nested dictionaries of arrays and `QArray`s, whose keys are strings without a slash or
@@ -66,7 +66,7 @@ def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
 
 
 def from_arrays(arrays: Mapping[str, Any], descriptions: Mapping[str, str]) -> Any:
-    """The tree that `to_arrays` flattened.
+    """Returns the tree that `to_arrays` flattened.
 
     Raises:
         ValueError: a description that is not understood, another version, an array that is missing, not
@@ -141,7 +141,7 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def _encode_key(key: Any, path: str) -> str:
-    """A key as a part of a path; integers in brackets, so that they come back as such."""
+    """Returns a key as a part of a path; integers in brackets, so that they come back as such."""
     if isinstance(key, int) and not isinstance(key, bool):
         return f"[{key}]"
     if not isinstance(key, str) or "/" in key or not key or _INTEGER.fullmatch(key):
@@ -166,7 +166,7 @@ def _as_array(path: str, leaf: Any) -> jax.Array:
 
 
 def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """A quantized array's buffers in types that every writer takes, and what they mean."""
+    """Returns a quantized array's buffers in types that every writer takes, and what they mean."""
     packed = x.unpack() if x.ndim == 0 else x.pack()
     parts: dict[str, jax.Array] = {"qvalue": packed.qvalue}
     if packed.length is None:

@@ -1,4 +1,4 @@
-"""Every product of a trace, with the parameter that feeds it: the trace is read, and nothing is computed."""
+"""Find every product of a trace and the parameter that feeds it.  The trace is read; nothing is computed."""
 
 import dataclasses
 import sysconfig
@@ -30,7 +30,7 @@ _OURS = str(Path(__file__).parent.parent)
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where an equation stands.
+    """The context of an equation.
 
     Attributes:
         reads: collects the paths of parameters that something else than a product reads, and on which line.
@@ -53,24 +53,24 @@ class Where:
     names: Any = None
 
     def tried(self) -> "Where":
-        """The same with notes of its own: what is carried may come from more than is known at first."""
+        """Returns a copy with separate notes, for a trial pass over a carry of unknown origins."""
         return dataclasses.replace(self, reads={})
 
     def notes(self, read: Sequence[Origin], line: str) -> None:
-        """What is read on a line, and not by a product."""
+        """Records parameters that an equation other than a product reads."""
         for path in (path for o in read if o.is_weight for path in o.nearest):
             self.reads.setdefault(path, line)
 
 
 def split_closed_jaxpr(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """A function that an equation holds, and its constants; which ones are closed differs by version."""
+    """Returns an equation's function and its constants; JAX versions differ in which functions are closed."""
     if isinstance(function, core.ClosedJaxpr):
         return function.jaxpr, function.consts
     return function, ()
 
 
 def scan_places(settings: dict[str, Any]) -> tuple[int, int]:
-    """Where among a scan's operands what is carried begins and ends."""
+    """Returns where a scan's carry begins and ends among its operands."""
     if "ft_in" in settings:  # since jax 0.12
         constants, carried, _ = map(len, settings["ft_in"].unpack())
         return constants, constants + carried
@@ -78,7 +78,7 @@ def scan_places(settings: dict[str, Any]) -> tuple[int, int]:
 
 
 def inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
-    """The functions that an equation holds, in order."""
+    """Returns the functions that an equation holds, in order."""
     found = []
     for value in equation.params.values():
         for x in value if isinstance(value, tuple | list) else (value,):
@@ -88,14 +88,14 @@ def inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
 
 
 def holds_products(equation: core.JaxprEqn) -> bool:
-    """Whether an equation is a product, or holds one however deep."""
+    """Returns whether an equation is a product, or holds one however deep."""
     if equation.primitive.name in KINDS:
         return True
     return any(holds_products(e) for jaxpr in inner(equation) for e in jaxpr.eqns)
 
 
 def _holds_lookups(equation: core.JaxprEqn) -> bool:
-    """Whether functions within it, which can be entered, may take rows of a table."""
+    """Returns whether functions within it, which can be entered, may take rows of a table."""
     if equation.primitive.name == "gather":
         return True
     if equation.primitive.name not in CALLS | REBUILT:
@@ -104,7 +104,7 @@ def _holds_lookups(equation: core.JaxprEqn) -> bool:
 
 
 def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
-    """Whether an equation takes whole rows of a parameter by integers that an input gives."""
+    """Returns whether an equation takes whole rows of a parameter by integers that an input gives."""
     if equation.primitive.name != "gather" or not operands[0].is_weight:
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
@@ -121,7 +121,7 @@ def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
 def analyze(
     function: core.ClosedJaxpr | core.Jaxpr, origins: Sequence[Origin], where: Where
 ) -> tuple[list[Found], list[Origin]]:
-    """What is found of each equation of a trace, and where its results come from.
+    """Finds the products of each equation of a trace, and the origins of the trace's results.
 
     Args:
         function: a trace.
@@ -169,13 +169,13 @@ def _of_equation(
 
 
 def _function(equation: core.JaxprEqn) -> Any:
-    """The function that a call holds, with its constants where it has some."""
+    """Returns the function that a call holds, with its constants where it has some."""
     settings = equation.params
     return settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
 
 
 def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> list[Origin]:
-    """Of an equation without products."""
+    """Returns the origins of the results of an equation without products."""
     result = through(equation.primitive.name, operands, equation.params)
     if found := scores.through(equation, [o.scores for o in operands]):
         result = dataclasses.replace(result, scores=found)
@@ -192,7 +192,7 @@ def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
 
 
 def evaluate_equation(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
-    """An equation by itself, with its own derivatives.
+    """Returns an equation by itself, with its own derivatives.
 
     Args:
         equation: of a trace.
@@ -255,7 +255,7 @@ def _product(
 
 
 def _types(equation: core.JaxprEqn) -> list[Any]:
-    """Of a product's operands, and of its result."""
+    """Returns the types of a product's operands and of its result."""
     return [v.aval for v in (*equation.invars, *equation.outvars)]
 
 
@@ -271,7 +271,7 @@ def _scope(where: Where, equation: core.JaxprEqn) -> str:
 
 
 def _source(equation: core.JaxprEqn) -> str:
-    """The innermost line that is none of a library's."""
+    """Returns the innermost line that is none of a library's."""
     traceback = equation.source_info.traceback
     for frame in () if traceback is None else traceback.frames:
         name = frame.file_name
@@ -317,7 +317,7 @@ def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
 
 
 def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
-    """Of what a scan hands to each of its turns."""
+    """Returns the origin of one turn's slice of a scan's input."""
     if origin.derivation is None:
         return origin
     turn = derivations.turn_of(origin.derivation, scan, length)
@@ -325,7 +325,7 @@ def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
 
 
 def _all_turns(result: Origin, turns: Sequence[Origin], stacked: Sequence[Origin]) -> Origin:
-    """Of what a scan stacks: where each turn passes on what it was handed, that whole."""
+    """Returns a stacked output's origin: the input's, if each turn returns its slice unchanged."""
     if result.derivation is None:
         return result
     alike = [o for t, o in zip(turns, stacked, strict=True) if t.derivation == result.derivation]
@@ -372,7 +372,7 @@ def _of_other(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
 
 
 def _merge(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
-    """Origins of values that are one or the other."""
+    """Returns origins of values that are one or the other."""
     return [
         dataclasses.replace(
             join([a, b]),
@@ -394,7 +394,7 @@ _FUNCTIONS = {
 
 
 def flat(found: Sequence[Found]) -> Iterator[Product]:
-    """The products in what was found, in the order of the trace."""
+    """Returns the products in what was found, in the order of the trace."""
     for x in found:
         if isinstance(x, Product):
             yield x

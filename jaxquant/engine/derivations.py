@@ -1,4 +1,4 @@
-"""How weights are computed from parameters alone: what a product multiplies, to be computed again by itself.
+"""Derivations: how a product's weight is computed from parameters alone, so that it can be recomputed.
 
 A model multiplies by its parameters as they are, or transposed, cast, masked, or by one layer's part of
 them in each turn of a scan.  A derivation says which, so that the weight can be found without a run.
@@ -22,7 +22,7 @@ _PLACES = frozenset({"sharding", "out_sharding", "weak_type", "name", "dst_shard
 
 @dataclasses.dataclass
 class At:
-    """Where values are computed: with which parameters, by path, in which turn of each scan."""
+    """Where a derivation is evaluated: the parameters by path, and the turn of each scan."""
 
     parameters: Mapping[str, Any]
     turns: dict[int, Any] = dataclasses.field(default_factory=dict)
@@ -65,7 +65,7 @@ class Derivation:
         return hash(self.key)
 
     def at(self, where: At) -> Any:
-        """The value in one turn of each scan."""
+        """Returns the value in one turn of each scan."""
         if id(self) not in where.known:
             where.known[id(self)] = self.compute(where)
         return where.known[id(self)]
@@ -76,7 +76,7 @@ class Derivation:
         then: Callable[[jax.Array, Any], Any] = lambda x, _: x,
         data: Any = None,
     ) -> Any:
-        """`then` of the value; where it differs from turn to turn, those of all turns, stacked in front.
+        """Returns `then` of the value; if the value differs from turn to turn, all turns stacked in front.
 
         Args:
             parameters: arrays by path.
@@ -97,19 +97,19 @@ def _each(run: Callable[[dict, Any], Any], scan: int, length: int) -> Callable[[
 
 
 def parameter(path: str) -> Derivation:
-    """A parameter itself."""
+    """Returns a parameter itself."""
     return Derivation(path, frozenset({path}), (), lambda where: where.parameters[path])
 
 
 def constant(value: Any) -> Derivation | None:
-    """A number or an array of the function's own; None of one that is being traced."""
+    """Returns a number or an array of the function's own; None of one that is being traced."""
     if isinstance(value, Tracer):
         return None
     return Derivation(_literal_key(value), frozenset(), (), lambda _: value)
 
 
 def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
-    """What a scan hands to each of its turns."""
+    """Returns the derivation of one turn's slice of a scan's input."""
     turns = tuple(sorted({*stacked.turns, (scan, length)}))
 
     def compute(where: At) -> Any:
@@ -121,7 +121,7 @@ def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
 def derive(
     equation: core.JaxprEqn, operands: Sequence[Derivation], run: Callable[..., Sequence[Any]]
 ) -> list[Derivation]:
-    """The results of an equation.
+    """Returns the results of an equation.
 
     Args:
         equation: of a trace.
@@ -152,7 +152,7 @@ def derive(
 def _transposition(
     equation: core.JaxprEqn, operand: Derivation, run: Callable[..., Sequence[Any]]
 ) -> tuple[Derivation, tuple[int, ...]] | None:
-    """What an equation moves the axes of, and to where; a cast of what is moved is moved itself."""
+    """Returns (operand, permutation) if an equation transposes an operand, or casts a transposed one."""
     name = equation.primitive.name
     if name == "transpose":
         order = tuple(equation.params["permutation"])
@@ -165,7 +165,7 @@ def _transposition(
 
 
 def _literal_key(value: Any) -> str:
-    """What an equation is told, in words that differ where the numbers do: arrays by their digests."""
+    """Returns a text that identifies a literal: equal for equal values; arrays by their digests."""
     if isinstance(value, tuple | list):
         return f"({','.join(map(_literal_key, value))})"
     if isinstance(value, core.ClosedJaxpr):

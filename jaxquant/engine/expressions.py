@@ -49,11 +49,11 @@ class Expression(str):
 
     @property
     def pattern(self) -> str:
-        """As text, as a compiled expression of `re` has it."""
+        """The text of the expression, as in `re.Pattern`."""
         return str(self)
 
     def fullmatch(self, text: str) -> bool | None:
-        """True where it matches all of a text, else None."""
+        """Returns true where it matches all of a text, else None."""
         return _matches(str(self), text) or None
 
 
@@ -119,7 +119,7 @@ class _Parser:
         return match if match and match[0] != "{}" else None
 
     def counts(self) -> tuple[int, int | None]:
-        """How often what stands before is repeated: at least, and at most."""
+        """Parses a repetition's minimum and maximum."""
         simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         letter = self.pattern[self.at : self.at + 1]
         if letter in simple:
@@ -226,7 +226,7 @@ def _lookahead(part: _Ends, is_there: bool) -> _Ends:
 
 
 def _from_each(part: _Ends, text: str, places: int, known: dict) -> int:
-    """What is repeated, from each place once in a text, however often repetitions within each other ask."""
+    """Tries a repetition once from each position, however deeply repetitions nest."""
     found = 0
     for at in _bits(places):
         key = (part, at)

@@ -19,7 +19,7 @@ Data = dict[int, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What takes a product's place.
+    """A replacement of a product.
 
     Attributes:
         index: which product's.
@@ -36,7 +36,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """What uses are given, and how many scans are around them.
+    """The inputs of the replacements, and the number of scans around them.
 
     Attributes:
         data: by their indices.
@@ -55,7 +55,7 @@ def evaluate(
     given: Sequence[Given],
     within: Within = Within({}),
 ) -> tuple[list[Any], Data]:
-    """The results of a trace, and what its products recorded, by their numbers.
+    """Returns the results of a trace, and what its products recorded, by their numbers.
 
     What is recorded within a scan is stacked along a first axis; in a cond, what the branches that are not
     taken would have recorded is zeros.
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def uses(given: Given) -> Iterator[Use]:
-    """All that takes a product's place."""
+    """Yields all replacements."""
     if isinstance(given, list):
         for each in given:
             yield from uses(each)
@@ -124,7 +124,7 @@ def _fitting(equation: core.JaxprEqn, result: Any) -> jax.Array:
 
 
 def _inline(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
-    """A jitted function within, as a part of the whole; where its arrays are to lie is kept."""
+    """Returns a jitted function within, as a part of the whole; where its arrays are to lie is kept."""
     settings = equation.params
     function = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     places = settings.get("in_shardings", ()), settings.get("out_shardings", ())

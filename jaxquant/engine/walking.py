@@ -29,7 +29,7 @@ Replacement = Callable[..., jax.Array]
 
 @jax.tree_util.register_static
 class Constant:
-    """What is no array: equal to another of the same type alone, so that True is not 1, nor 0.0 −0.0."""
+    """A value that is not an array.  It equals values of the same type only: True is not 1, nor 0.0 −0.0."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -51,7 +51,7 @@ class Call:
     constants: tuple[tuple[int, Constant], ...]
 
     def of(self, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
-        """What the function gives for such arrays."""
+        """Calls the function with these arrays."""
         constants, rest = dict(self.constants), iter(arrays)
         places = range(self.structure.num_leaves)
         leaves = [constants[i].value if i in constants else next(rest) for i in places]
@@ -59,7 +59,7 @@ class Call:
         return function(*args, **kwargs)
 
     def trace(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
-        """The function's trace."""
+        """Returns the function's trace."""
         return Trace.of(functools.partial(self.of, function), arrays, self.origins)
 
 
@@ -91,7 +91,7 @@ class Trace:
         return where.reads
 
     def structured(self, leaves: Sequence[Any]) -> Any:
-        """A result as the function gives it, with such leaves."""
+        """Returns a result as the function gives it, with such leaves."""
         return jax.tree.unflatten(self._structure, leaves)
 
     @classmethod
@@ -101,7 +101,7 @@ class Trace:
         arrays: Sequence[Any],
         origins: Sequence[Origin],
     ) -> "Trace":
-        """The trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
+        """Returns the trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
 
         Raises:
             ValueError: a function that takes gradients, or one with products whose result holds objects
@@ -131,7 +131,7 @@ class Trace:
         data: Mapping[int, Any],
         taps: Mapping[int, Any] = MappingProxyType({}),
     ) -> tuple[Any, dict[int, Any]]:
-        """The function's result, and what was recorded.
+        """Returns the function's result, and what was recorded.
 
         Args:
             arrays: what it takes; of a `Stored` only the shape and type take part.
@@ -146,7 +146,7 @@ class Trace:
 
 
 def _with_constants(result: Any, opaque: list[str]) -> Any:
-    """A result whose text and other objects take no part in what is traced; of objects, where they are."""
+    """Returns a result whose text and other objects are static; for an opaque object, records its path."""
 
     def own(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, (*ARRAYS, Tracer, bool, int, float, complex)):
@@ -161,13 +161,13 @@ def _with_constants(result: Any, opaque: list[str]) -> Any:
 
 
 def as_returned(result: Any) -> Any:
-    """A traced function's result with its constants as the function returned them."""
+    """Returns a traced function's result with its constants as the function returned them."""
     is_constant = lambda x: isinstance(x, Constant)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_constant(x) else x, result, is_leaf=is_constant)
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
-    """A call, of which the first argument holds parameters, and its arrays.
+    """Returns a call, of which the first argument holds parameters, and its arrays.
 
     Raises:
         ValueError: no positional argument, or one that is neither an array nor hashable.
@@ -202,7 +202,7 @@ def constant(path: Any, leaf: Any) -> Constant:
 
 
 def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Product, ...]:
-    """The products of a function of a pytree of parameters, in order; it is traced, not run.
+    """Returns the products of a function of a pytree of parameters, in order; it is traced, not run.
 
     Args:
         function: of a pytree of parameters first.
@@ -224,7 +224,7 @@ def walk(
     function: Callable[..., Any],
     visit: Callable[[tuple[Product, ...]], Sequence[Replacement | None]],
 ) -> Callable[..., Any]:
-    """The same function with other products.
+    """Returns the same function with other products.
 
     It takes what the function takes.  Arrays are traced, everything else counts as a constant, and each
     combination of shapes and constants is traced once.
@@ -255,12 +255,12 @@ def walk(
 
 
 def plain(index: int, replacement: Replacement) -> Use:
-    """What takes a product's place, of its operands alone."""
+    """Returns a replacement that depends on the operands alone."""
     return Use(index, lambda _, __, *operands: (replacement(*operands), None))
 
 
 def _assign(found: Sequence[Found], given: Any) -> list[Any]:
-    """What takes each product's place, in the places that the products were found in."""
+    """Puts each product's replacement where the product was found."""
     return [
         next(given) if isinstance(x, Product) else None if x is None else _assign(x, given)
         for x in found

@@ -28,7 +28,7 @@ def record_inputs(
     on_unsupported: str,
     decay: float | None,
 ) -> tuple[Any, dict[str, dict[str, list[Seen]]]]:
-    """A function's result, and what each weight's activations are like in it.
+    """Returns a function's result, and what each weight's activations are like in it.
 
     Args:
         trace, decisions, arrays, origins, on_unsupported: as of `jaxquant.functions.quantizing.evaluate`.
@@ -55,7 +55,7 @@ def record_inputs(
 
 
 def wanted_of(decision: Decision) -> Quantizer | None:
-    """A product's quantizer of activations that is still to get a range or a start; None where it has one."""
+    """Returns the activations' quantizer if its range or step must still be initialized, else None."""
     rule, state = decision.rule, decision.state
     forward = None if rule is None else getattr(rule.value, "forward", None)
     is_one = len(decision.product.parameters) == 1 and decision.product.kind != "lookup"
@@ -88,7 +88,7 @@ def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> A
 
 
 def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: Any) -> Seen:
-    """Over the turns of all scans but those in which the weight differs.
+    """Reduces a record over the turns of all scans except those in which the weight differs.
 
     Args:
         record: what was found and its weight, by turns of all scans, and of as many matrices as `each` axes.
@@ -106,7 +106,7 @@ def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: 
 
 
 def accumulate(before: Any, use: Seen, part: str, decay: float | None) -> Any:
-    """What was seen of a weight's activations, with one use of it more."""
+    """Adds one use of a weight's activations to their statistics."""
     new, is_used = use
     weight = is_used.astype(jnp.float32)
     if before is None:

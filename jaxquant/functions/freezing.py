@@ -29,7 +29,7 @@ __all__ = ["freeze", "freeze_parameters"]
 def freeze(
     function: Callable[..., Any], rules: Rules, parameters: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Parameters for serving: those that the rules quantize stored as packed integers with their scales.
+    """Returns parameters for serving: those that rules quantize are packed integers with scales.
 
     ``quantize(function, rules)`` with them gives the same results bit for bit.  What is stored is each
     product's weight as it multiplies it: transposed, cast and masked as the function does.
@@ -73,7 +73,7 @@ def freeze_parameters(
     values: Mapping[str, Any],
     donate: bool = False,
 ) -> dict[str, Stored]:
-    """What is stored in the place of each parameter.
+    """Returns the stored value of each parameter.
 
     Args:
         reads: the parameters that a function reads by something else than a product, each with the line.
@@ -106,7 +106,7 @@ def _parts(
     held: set[str],
     values: Mapping[str, Any],
 ) -> set[str]:
-    """Parameters that take part in what others hold, as gates that a layer joins do, and in nothing else."""
+    """Returns parameters that are only parts of other operands, as gates that a layer concatenates are."""
     of_held: set[str] = set()
     others = set(reads)
     for decision in decisions:
@@ -119,7 +119,7 @@ def _parts(
 
 
 def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
-    """What is stored of a product's weight.
+    """Returns a product's weight as it is stored.
 
     Args:
         decision: with an operation that quantizes its weight, which parameters alone make.
@@ -169,7 +169,7 @@ def _derived(
 
 
 def packed(x: QArray) -> QArray:
-    """x in as few bytes as its format's codes need."""
+    """Returns x in as few bytes as its format's codes need."""
     element = x.element
     is_whole = jnp.dtype(element.dtype).itemsize * 8 == element.bits and element.dtype != jnp.int4
     return x if is_whole else x.pack()
@@ -186,7 +186,7 @@ def check_weight(path: str, weight: Any) -> None:
 def to_store(
     reads: Mapping[str, str], decisions: Sequence[Decision], values: Mapping[str, Any]
 ) -> dict[str, dict[str, Decision]]:
-    """By parameter, and by the key of what is to be stored of it, a decision that stores it so.
+    """Returns, by parameter and storage key, a decision that stores the weight.
 
     Args:
         reads, decisions, values: as of `freeze_parameters`.
@@ -222,7 +222,7 @@ def to_store(
 
 
 def _is_alike(one: Operation | None, other: Operation) -> bool:
-    """Whether two products would store a weight alike."""
+    """Returns whether two products would store a weight alike."""
     assert one is not None
     (leaves, static), (others, other_static) = map(
         jax.tree.flatten, (one.quantizer, other.quantizer)
@@ -233,13 +233,13 @@ def _is_alike(one: Operation | None, other: Operation) -> bool:
 
 
 def _holder(decision: Decision, values: Mapping[str, Any]) -> str | None:
-    """In which parameter's place a product's weight is stored: the largest of those that make it."""
+    """Returns the parameter that a product's weight is stored for: the largest that it is made of."""
     parameters = decision.product.parameters
     return max(parameters, key=lambda path: math.prod(values[path].shape), default=None)
 
 
 def _reason(decision: Decision, reads: Mapping[str, str], values: Mapping[str, Any]) -> str:
-    """Why a product's weight cannot be stored."""
+    """Returns why a product's weight cannot be stored."""
     product, operation = decision.product, decision.operation
     assert operation is not None
     where = f" ({product.source})" if product.source else ""
@@ -278,7 +278,7 @@ def _two_ways(decision: Decision) -> str:
 
 
 def wrap_stored(path: str, held: Stored | QArray) -> Stored:
-    """What a stored weight is multiplied as; a `QArray` is multiplied as it is, or by its layers in turn."""
+    """Wraps a stored weight; a `QArray` is multiplied directly, or layer by layer."""
     if isinstance(held, Stored):
         return held
     operands = dict.fromkeys(_plain_keys(path, held.ndim), held)
@@ -286,7 +286,7 @@ def wrap_stored(path: str, held: Stored | QArray) -> Stored:
 
 
 def unwrap_stored(path: str, stored: Stored) -> Stored | QArray:
-    """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
+    """Returns a stored weight as a variable holds it: a `QArray` if multiplied directly, or by turns."""
     if not stored.operands:
         return stored
     (key, *others), operand = stored.operands, next(iter(stored.operands.values()))
@@ -297,5 +297,5 @@ def unwrap_stored(path: str, stored: Stored) -> Stored | QArray:
 
 
 def _plain_keys(path: str, ndim: int) -> list[str]:
-    """The keys of a parameter, and of its parts along leading axes in the turns of scans."""
+    """Returns the keys of a parameter, and of its parts along leading axes in the turns of scans."""
     return [f"{'turn(' * count}{path}{')' * count}" for count in range(max(1, ndim - 1))]

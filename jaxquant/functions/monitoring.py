@@ -25,7 +25,7 @@ _NOTHING = (
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the statistics of a product are.
+    """The location of a product's statistics.
 
     Attributes:
         name: of the product, like no other's.
@@ -39,7 +39,7 @@ class Place:
 
 
 def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., Monitored]:
-    """What quantizers do in one step: from a loss to a function of the same arguments that gives statistics.
+    """Transforms a loss into a function of the same arguments that returns statistics of its quantizers.
 
     For the operands of each quantized product and its incoming gradient, as the products of both gradients
     quantize it, there are SQNR, saturation, underflow, largest value and a histogram
@@ -93,7 +93,7 @@ def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., M
 
 
 def places(decisions: Sequence[Decision]) -> dict[int, Place]:
-    """Where each quantized product's statistics are, by its number; those of loops without are warned of."""
+    """Returns the location of each quantized product's statistics, by number; warns of loops without any."""
     found, names = {}, dict[str, int]()
     for index, decision in enumerate(decisions):
         product, operation = decision.product, decision.operation
@@ -141,7 +141,7 @@ def differentiated(
 
 
 def check_loss(result: Any) -> jax.Array:
-    """The result of a loss.
+    """Returns the result of a loss.
 
     Raises:
         ValueError: it is no scalar of a floating-point type.

@@ -40,7 +40,7 @@ T = TypeVar("T")
 def quantize(
     function: Callable[P, T], rules: Rules, *, on_unsupported: Literal["error", "float"] = "error"
 ) -> Callable[P, T]:
-    """The same function with quantized products.
+    """Returns the same function with quantized products.
 
     A product of a parameter goes by the parameter's path, as ``layers/0/attn/q/kernel``, and by the path of
     what holds it, ``layers/0/attn/q``; it takes a recipe such as ``"w8a8"``.  A product of two activations
@@ -92,7 +92,7 @@ def quantize(
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of a product.
+    """How a product is computed under the rules.
 
     Attributes:
         product: of the function.
@@ -119,7 +119,7 @@ def decide(
     aliases: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     is_tried: bool = True,
 ) -> list[Decision]:
-    """What becomes of each product.
+    """Decides how each product is computed.
 
     Args:
         found: the products.
@@ -158,7 +158,7 @@ def _ready(
     stored: Collection[str],
     is_start: bool,
 ) -> DotGeneral:
-    """A recipe without learned steps of what is stored, is no activation, or has yet to find its start."""
+    """Removes learned steps of stored weights, of lookups, and those that are not initialized yet."""
     lhs, rhs = recipe.forward.lhs, recipe.forward.rhs
     is_stored = any(path in stored for path in product.parameters)
     if is_stored and rhs is not None and is_learned(rhs):
@@ -171,13 +171,13 @@ def _ready(
 
 
 def stored_among(origins: Sequence[Origin], arrays: Sequence[Any]) -> dict[str, Stored]:
-    """The parameters among a function's arrays that are stored in few bits, by path."""
+    """Returns the parameters among a function's arrays that are stored in few bits, by path."""
     pairs = zip(origins, arrays, strict=True)
     return {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
 
 
 def _state(product: Product, states: Mapping[str, State]) -> State | None:
-    """That of a product's weight, where that is one parameter."""
+    """Returns the state of a product's weight, if the weight is one parameter."""
     return states.get(product.parameters[0]) if len(product.parameters) == 1 else None
 
 
@@ -192,7 +192,7 @@ def check(decisions: Sequence[Decision]) -> None:
 
 
 def together(lines: Iterable[str]) -> list[str]:
-    """Lines of an error, of which one stands for all that differ in nothing but layers' numbers."""
+    """Returns an error's lines, merging those that differ in the number of the layer alone."""
     groups: dict[str, list[str]] = {}
     for line in dict.fromkeys(lines):
         groups.setdefault(starred(line), []).append(line)
@@ -205,7 +205,7 @@ def together(lines: Iterable[str]) -> list[str]:
 
 
 def _refusal(alike: Sequence[Decision]) -> str:
-    """Why products of one line cannot take their recipe, with the rule that leaves them in float."""
+    """Returns why products of one line cannot take their recipe, and a rule that leaves them in float."""
     first, paths = alike[0], list(dict.fromkeys(d.product.path for d in alike))
     name = paths[0] if len(paths) == 1 else f"{starred(paths[0])} ×{len(paths)}"
     where = f" ({first.product.source})" if first.product.source else ""
@@ -224,7 +224,7 @@ def evaluate(
     origins: Sequence[Origin],
     on_unsupported: str = "error",
 ) -> Any:
-    """A function's result with its products as decided.
+    """Returns a function's result with its products as decided.
 
     Args:
         trace: of the function.
@@ -254,7 +254,7 @@ def evaluate_recording(
     watched: Collection[int] = (),
     taps: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[int, Any]]:
-    """As `evaluate`, and what is recorded of each product that has an operation, by its number.
+    """Evaluates as `evaluate`, and returns what each product with an operation recorded, by its number.
 
     What is recorded within a scan is stacked along a first axis.
 
@@ -341,7 +341,7 @@ def is_read(path: str, line: str) -> str:
 
 
 def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray | None:
-    """The stored numbers that a product multiplies; None where its weight is not stored."""
+    """Returns the stored numbers that a product multiplies; None where its weight is not stored."""
     product, operation = decision.product, decision.operation
     held = [stored[path] for path in product.parameters if path in stored]
     if not held:
@@ -363,7 +363,7 @@ def _assigned(
     is_part: bool,
     aliases: Mapping[str, tuple[str, ...]],
 ) -> list[tuple[Rule | None, str]]:
-    """The rule that each product takes, None where none does, and why the product cannot take it."""
+    """Returns the rule that each product takes, None where none does, and why the product cannot take it."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
@@ -429,7 +429,7 @@ def _with_parts(
     of_parts: Mapping[tuple[str, str], Rule | None],
     rules: list[Rule],
 ) -> tuple[Rule | None, str]:
-    """A product's rule; one before it that names a part of the weight alone, and that the product cannot."""
+    """Returns a product's rule, and an earlier rule for only a part of its weight, which it cannot use."""
     before = next((i for i, other in enumerate(rules) if other is rule), len(rules))
     for part in product.parameters:
         other = of_parts.get((part, product.kind))

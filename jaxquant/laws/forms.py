@@ -14,7 +14,7 @@ _TERM = (1e-5, 10.0, (0.03, 0.7))  # bounds and starts of a term of the loss, in
 
 
 def _coefficient(name: str, exponent: str, column: str, unit: str) -> Parameter:
-    """Of column^−exponent in the loss."""
+    """Returns the coefficient of column^−exponent in the loss."""
     return Parameter(name, *_TERM, unit, ((exponent, column, -1),))
 
 
@@ -37,18 +37,18 @@ def _bias(name: str) -> Parameter:
 
 
 def _positive(x: Any) -> Any:
-    """x, above a floor and smoothly so."""
+    """Returns x, above a floor and smoothly so."""
     return jnp.where(x > _FLOOR, x, _FLOOR * jnp.exp(jnp.minimum(x / _FLOOR - 1, 0.0)))
 
 
 def _saturating(p: Values, name: str, bits: Any, biased: bool, suffix: str = "") -> Any:
-    """1 − exp(−P/γ + n)."""
+    """Returns 1 − exp(−P/γ + n)."""
     bias = p[f"n_{name}{suffix}"] if biased else 0.0
     return _positive(1 - jnp.exp(-bits / p[f"gamma_{name}{suffix}"] + bias))
 
 
 def _product(p: Values, r: Values, biased: bool, suffix: str = "") -> Any:
-    """f = Π_x (1 − exp(−P_x/γ_x + n_x))."""
+    """Returns f = Π_x (1 − exp(−P_x/γ_x + n_x))."""
     factors = (_saturating(p, x, r[f"P_{x}"], biased, suffix) for x in _TENSORS)
     return functools.reduce(lambda a, b: a * b, factors)
 
@@ -60,12 +60,12 @@ def _alike(bits: Any) -> dict[str, Any]:
 def _power(
     p: Values, r: Values, scale: str, exponent: str, column: str, efficiency: Any = 1.0
 ) -> Any:
-    """log of scale · (column · efficiency)^−exponent."""
+    """Returns log of scale · (column · efficiency)^−exponent."""
     return jnp.log(p[scale]) - p[exponent] * (jnp.log(r[column]) + jnp.log(efficiency))
 
 
 def _loss(p: Values, r: Values, of_n: Any = 1.0, of_d: Any = 1.0) -> Any:
-    """log(A (N of_n)^−α + B (D of_d)^−β + E)."""
+    """Returns log(A (N of_n)^−α + B (D of_d)^−β + E)."""
     terms = _power(p, r, "A", "alpha", "N", of_n), _power(p, r, "B", "beta", "D", of_d)
     return log_sum(*terms, jnp.log(p["E"]))
 
@@ -81,7 +81,7 @@ CHINCHILLA = Law(
 
 
 def _kumar(name: str, equation: str, biased: bool, place: str, note: str = "") -> Law:
-    """A law of Kumar et al., whose efficiency multiplies N, D, or both."""
+    """Returns a law of Kumar et al., whose efficiency multiplies N, D, or both."""
     shapes = [(_gamma(x), *([_bias(x)] if biased else [])) for x in _TENSORS]
     own = [p for shape in shapes for p in shape]
     if place == "N and D, untied":
@@ -182,7 +182,7 @@ _GAMMA_POST = Parameter("gamma_post", 0.05, 10.0, (0.3, 2.0), "bits")
 
 
 def _add(p: Values, r: Values, of_n: Any = 1.0) -> Any:
-    """log of C_T D^γ_D (N of_n)^−γ_N exp(−P_post/γ_post)."""
+    """Returns log of C_T D^γ_D (N of_n)^−γ_N exp(−P_post/γ_post)."""
     size = p["gamma_N"] * (jnp.log(r["N"]) + jnp.log(of_n))
     grown = p["gamma_D"] * jnp.log(r["D"]) - size
     return jnp.log(p["C_T"]) + grown - r["P_post"] / p["gamma_post"]
@@ -277,7 +277,7 @@ CHEN_QAT = Law(
 
 
 def _sun(p: Values, r: Values) -> Any:
-    """Everything in logarithms: the last term's D^β / N^α is large."""
+    """Computes the law in logarithms: the last term's D^β / N^α is large."""
     of_n = jnp.log(p["n"]) - p["alpha"] * jnp.log(r["N"])
     of_d = jnp.log(p["d"]) - p["beta"] * jnp.log(r["D"])
     grown = p["beta"] * jnp.log(r["D"]) - p["alpha"] * jnp.log(r["N"])
@@ -307,7 +307,7 @@ SUN_FLOAT = Law(
 
 
 def _at(p: Values, prefix: str, widths: tuple[int, ...], bits: Any) -> Any:
-    """The efficiency of each width, 1 beyond the widest."""
+    """Returns the efficiency of each width, 1 beyond the widest."""
     found = jnp.ones_like(jnp.asarray(bits, float))
     for width in widths:
         found = jnp.where(jnp.asarray(bits) == width, p[f"{prefix}_{width}"], found)
@@ -361,7 +361,7 @@ def _efficiency(name: str) -> Parameter:
 
 
 def free_efficiency(*widths: int) -> Law:
-    """A law with an efficiency of its own for each width; what is wider counts as full precision.
+    """Returns a law with an efficiency of its own for each width; what is wider counts as full precision.
 
     Args:
         widths: the bits that are free, each once.
@@ -426,7 +426,7 @@ _GAUSSIAN_MSE = {1: 0.3634, 2: 0.11885, 3: 0.03744, 4: 0.011543, 8: 8.782e-5}
 
 
 def gaussian_mse(bits: Any) -> Any:
-    """The mean squared error of a unit normal's best uniform grid of 2^b levels.
+    """Returns the mean squared error of a unit normal's best uniform grid of 2^b levels.
 
     Between the published widths its logarithm is interpolated, and beyond 8 bits it falls as 4^−b.
 
@@ -468,7 +468,7 @@ PANFEROV = Law(
 
 
 def state_law(place: str) -> Law:
-    """Bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
+    """Returns bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
 
     With f = 1 − exp(−P_state/γ_state + n_state): A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E, or
     A N^−α + B D^−β + E + C_state exp(−P_state/γ_state): two parameters of the bits each, a rate and a height.

@@ -17,7 +17,7 @@ from jaxquant.linen.quantizing import Quantized
 
 
 def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **options: Any) -> Any:
-    """Variables with fixed ranges of activations, in place of those found anew at each call.
+    """Returns variables with fixed ranges of activations, in place of those found anew at each call.
 
     An activation's range is its quantizer's own calibration, the largest over all batches.  Products of one
     weight share a range, and layers under one `nn.scan` or `nn.vmap` have one each.  Quantizers whose scales
@@ -69,7 +69,7 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
 
 
 def _seen(quantized: Quantized, call: Call, arrays: list[Any]) -> dict[str, Any]:
-    """By weight, what each of its products' activations are like in a call."""
+    """Returns, by weight, statistics of each of its products' activations in a call."""
     trace = call.trace(quantized.module, arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     decisions = quantized.decide(call, trace, stored, {})

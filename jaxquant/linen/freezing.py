@@ -12,7 +12,7 @@ from jaxquant.linen.quantizing import Quantized, trace_call
 def freeze(
     quantized: Quantized, variables: Any, *inputs: Any, donate: bool = False, **options: Any
 ) -> Any:
-    """Variables for serving: every quantized weight stored as packed integers with its scales.
+    """Returns variables for serving: every quantized weight stored as packed integers with its scales.
 
     `quantized.apply` with them gives the same outputs bit for bit.  Weights that the call does not reach stay
     as they are, and so do calibrated ranges.  In the place of an array is a `QArray`, or, of a weight that is

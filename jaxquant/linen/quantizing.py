@@ -42,28 +42,28 @@ class Quantized:
     on_unsupported: Literal["error", "float"] = "error"
 
     def init(self, rngs: Any, *args: Any, **options: Any) -> Any:
-        """The module's variables, as `flax.linen.Module.init`."""
+        """Returns the module's variables, as `flax.linen.Module.init`."""
         variables = self.module.init(rngs, *args, **options)
         jax.eval_shape(lambda: self._initial(variables, rngs, args, options))  # what is refused
         return variables
 
     def init_with_output(self, rngs: Any, *args: Any, **options: Any) -> Any:
-        """(output, variables), as `flax.linen.Module.init_with_output`."""
+        """Returns (output, variables), as `flax.linen.Module.init_with_output`."""
         variables = self.module.init(rngs, *args, **options)
         return as_returned(self._initial(variables, rngs, args, options)), variables
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """The module's output, as `flax.linen.Module.apply`; variables may be those of `freeze`."""
+        """Returns the module's output, as `flax.linen.Module.apply`; variables may be those of `freeze`."""
         return as_returned(self._run(*called(variables, args, options)))
 
     def tabulate(self, rngs: Any, *args: Any, **options: Any) -> str:
-        """The module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
+        """Returns the module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
         return self.module.tabulate(rngs, *args, **options)
 
     def decide(
         self, call: Call, trace: Trace, stored: Any, states: Any, is_tried: bool = False
     ) -> list[Decision]:
-        """What becomes of each product of a call.
+        """Decides how each product of a call is computed.
 
         Args:
             call: of the module.
@@ -113,7 +113,7 @@ class Quantized:
 def quantize(
     module: nn.Module, rules: Rules, *, on_unsupported: Literal["error", "float"] = "error"
 ) -> Quantized:
-    """A module with quantized matrix products; its code and its parameters stay as they are.
+    """Returns a module with quantized matrix products; its code and its parameters stay as they are.
 
     Every product goes by the path of its parameter, whoever wrote the layer, as ``blocks_0/up/kernel``, and
     by that of what holds it, ``blocks_0/up``; it takes a recipe such as ``"w8a8"``.  A product of two
@@ -193,7 +193,7 @@ def coverage(
     rngs: Any = None,
     **options: Any,
 ) -> Coverage:
-    """What each product of a model gets: a table.
+    """Returns a table of how each product of a model is computed.
 
     The model is traced, not run.  A product that cannot take its recipe is a row with the reason.
 
@@ -236,7 +236,7 @@ def coverage(
 def trace_call(
     quantized: Quantized, variables: Any, inputs: tuple, options: Mapping[str, Any]
 ) -> tuple[Trace, list[Decision], Call, list[Any]]:
-    """A call's trace, what becomes of its products, the call, and its arrays.
+    """Returns a call's trace, what becomes of its products, the call, and its arrays.
 
     Raises:
         ValueError: variables or inputs that do not fit the module.

@@ -95,7 +95,7 @@ def save(
 def load(
     folder: str | os.PathLike, module: nn.Module, *inputs: Any, rngs: Any = None, **options: Any
 ) -> tuple[Quantized, Any]:
-    """The quantized model and the variables that were saved, of the same module.
+    """Returns the quantized model and the variables that were saved, of the same module.
 
     Its outputs equal the saved model's bit for bit.  The rules' expressions, which are the folder's, are
     matched within a bound on time (`jaxquant.engine.expressions`).
@@ -138,7 +138,7 @@ def load(
 
 
 def _variables(folder: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a folder, whose stored weights know where they are from."""
+    """Returns the variables of a folder, whose stored weights know where they are from."""
     values: dict[str, Any] = flat(tree["variables"])
     stored = load_stored(folder, tree["stored"], values) if "stored" in tree else {}
     for name, held in {**values, **stored}.items():
@@ -167,7 +167,7 @@ class _CalledTypes:
 
 
 def _mark(module: nn.Module, token: object) -> None:
-    """Has what `nn.jit` traced before traced again, for it knows nothing of interceptors."""
+    """Makes `nn.jit` trace its functions again: it does not know about interceptors."""
     scope = module.scope
     if scope is not None and scope.flags.get("jaxquant") is not token:
         scope.flags = {**scope.flags, "jaxquant": token}  # pyright: ignore
@@ -182,7 +182,7 @@ def _name(path: Any) -> str:
 
 
 def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter and of what stands beside them, but for ranges, by path."""
+    """Returns the shape of each parameter and of what stands beside them, but for ranges, by path."""
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     found = jax.tree.leaves_with_path(kept, is_leaf=_is_leaf)
     return {_name(path): tuple(leaf.shape) for path, leaf in found}
@@ -202,6 +202,6 @@ def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
 
 
 def _ranges(collection: Any) -> dict[str, Any]:
-    """Calibrated ranges by weight, as a card has them."""
+    """Returns calibrated ranges by weight, as a card has them."""
     of = lambda held: jax.tree.map(lambda x: np.asarray(x).tolist(), held)  # noqa: E731
     return {path: {"range": of(state.input_range)} for path, state in states(collection).items()}

@@ -50,7 +50,7 @@ def add_lora(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Model:
-    """The model with a trainable low-rank product beside each weight's: x · W + α / rank · (x · A) · B.
+    """Adds a trainable low-rank product to each weight's product: x · W + α / rank · (x · A) · B.
 
     A is drawn from a normal of variance 1 / n, B is zero, so that nothing changes at first.  Where the model
     is frozen this is QLoRA: the base is stored in few bits and stays as it is.  Train the adapters alone:
@@ -137,7 +137,7 @@ def add_lora(
 
 
 def _warn_of_left(model: nnx.Module, plan: Plan, wanted: Rule) -> None:
-    """Names weights that an expression matches and that none of Flax's layers multiplies."""
+    """Warns of weights that an expression matches but no Flax layer multiplies."""
     known = set(plan.parameters)
     names = [(p, p.rpartition("/")[0]) for p, _ in weights(model) if p not in known]
     if left := [n[0] for n in names if wanted.matches(Subject(n, "dot"))]:
@@ -149,7 +149,7 @@ def _warn_of_left(model: nnx.Module, plan: Plan, wanted: Rule) -> None:
 
 
 def _products(plan: Plan) -> dict[str, tuple[Operation, tuple[int, ...]]]:
-    """By weight, what takes the place of a product of matrices, and the weight's shape as it is stored."""
+    """Returns, by weight, the matrix product's replacement and the weight's shape as stored."""
     found = {}
     for decision in plan.decisions:
         product = decision.product
@@ -167,7 +167,7 @@ def _products(plan: Plan) -> dict[str, tuple[Operation, tuple[int, ...]]]:
 def merge_lora(
     model: Model, *inputs: Any, call: Callable[..., Any] | None = None, **options: Any
 ) -> Model:
-    """The model in floating point, its adapters added to its weights: W + α / rank · A · B.
+    """Returns the model in floating point, its adapters added to its weights: W + α / rank · A · B.
 
     Weights that are stored in few bits are decoded; quantize and freeze it again to serve it in few bits.
 
@@ -222,7 +222,7 @@ def _adapter(model: nnx.Module, path: str) -> tuple[Any, str]:
 
 
 def unfreeze(model: Model) -> Model:
-    """The quantized model with its weights in floating point again, to train all of them on.
+    """Returns the quantized model with its weights in floating point again, to train all of them on.
 
     Each stored weight is decoded, w = s · (q − z), and quantized anew at each call by the rules that the
     model has.  Where ranges are the largest magnitudes, that finds the same numbers, and its outputs are the
@@ -264,7 +264,7 @@ def unfreeze(model: Model) -> Model:
 
 
 def _decoded_weights(model: nnx.Module) -> dict[Any, nnx.Param]:
-    """What is in few bits, in floating point, by its path."""
+    """Returns the quantized weights in floating point, by path."""
     found = {}
     for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         if isinstance(leaf, StoredWeight):

@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 def add_learned(
     model: nnx.Module, inputs: tuple[Any, ...], options: Any, call: Callable[..., Any] | None
 ) -> None:
-    """Gives a quantized model the learned steps of its weights, each at LSQ's start.
+    """Adds learned weight steps to a quantized model, at LSQ's initial values.
 
     Raises:
         ValueError: a weight with learned steps whose products are not known without example inputs, that
@@ -56,7 +56,7 @@ def add_learned(
 
 
 def _unlearned(decision: Decision) -> Operation | None:
-    """A product's operation with other calibrations in the place of learned steps."""
+    """Returns a product's operation with other calibrations in the place of learned steps."""
     assert decision.rule is not None
     recipe: Any = decision.rule.value
     forward = recipe.forward
@@ -85,7 +85,7 @@ def _first(weight: jax.Array, quantizer: Quantizer, operation: Operation) -> jax
 
 
 def held(model: nnx.Module, path: str) -> tuple[Any, str]:
-    """The module of which a parameter is an attribute, and its name.
+    """Returns the module of which a parameter is an attribute, and its name.
 
     Raises:
         ValueError: one that a list or dict holds.
@@ -110,7 +110,7 @@ def calibrate(
     decay: float | None = None,
     call: Callable[..., Any] | None = None,
 ) -> Model:
-    """Gives activations fixed ranges in place of those found anew at each call; starts learned steps.
+    """Fixes activation ranges, which are otherwise computed at each call; initializes learned steps.
 
     An activation's range is its quantizer's own calibration, over all batches: the largest that was seen,
     or with `decay` an exponential average.  Products of one weight share a range.  Quantizers whose scales
@@ -166,7 +166,7 @@ def calibrate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> Any:
-    """What each weight's activations are like in a call, and what it changed.
+    """Returns statistics of each weight's activations in a call, and what the call changed.
 
     Returns:
         By part of a `State` and by weight a list over its products; and the module's variables that changed.

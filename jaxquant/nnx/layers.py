@@ -109,7 +109,7 @@ class Layer:
         return Stacking.along(found[0], whole)
 
     def _witnesses(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        """Where other arrays of the same layers are stacked: their ranks, and the axes that may be."""
+        """Returns the ranks and the candidate stacking axes of other arrays of the same layers."""
         bias, own = getattr(self.module, "bias", None), self._bias_shape()
         if bias is not None and own is not None:
             yield len(bias.shape), candidate_axes(bias.shape, own)
@@ -125,7 +125,7 @@ class Layer:
                 yield len(shape), found
 
     def _bias_shape(self) -> tuple[int, ...] | None:
-        """One layer's bias; None where the module's settings do not tell."""
+        """Returns one layer's bias; None where the module's settings do not tell."""
         module = self.module
         if isinstance(module, nnx.Einsum):
             return None
@@ -154,7 +154,7 @@ def layer_calls(
 
 
 def layers(model: nnx.Module) -> list[Layer]:
-    """Flax's layers in a model."""
+    """Returns Flax's layers in a model."""
     found: list[Layer] = []
     weights: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for path, module in nnx.iter_graph(model):

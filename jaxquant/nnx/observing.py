@@ -1,4 +1,4 @@
-"""What a model's activations are like: statistics over batches, recorded where products are computed."""
+"""Statistics of a model's activations over batches, recorded where products are computed."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def observe(
     statistics: Callable[[Product], Statistic | None],
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Statistics of the activations that weights are multiplied with, gathered over batches.
+    """Returns statistics of the activations that weights are multiplied with, gathered over batches.
 
     The model runs as it is, compiled once, and each batch's activations are gone with it.
 
@@ -106,7 +106,7 @@ def _seen(
     arrays: Any,
     states: dict[str, Any],
 ) -> tuple[dict[str, Any], Any]:
-    """The states after a call, and what it changed of the model; `starts` gets what is looked at."""
+    """Returns the states after a call, and what it changed of the model; `starts` gets what is looked at."""
     trace = call.trace(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     rules = door.parsed(rule_arrays)
@@ -152,18 +152,18 @@ class _Watched:
         return self.product.path if made is None else made.stored.key
 
     def measure(self, *operands: jax.Array) -> tuple[Any, jax.Array]:
-        """What is measured of each of the matrices that are multiplied, and a number for each."""
+        """Returns statistics for each matrix of the product, and a count for each."""
         found = _each(self.product, self.operation, operands, self.statistic.measure)
         sizes = jax.tree.leaves(found)[0].shape[: self.matrices]
         return found, jnp.ones(sizes, jnp.int8)
 
     @property
     def matrices(self) -> int:
-        """How many axes of matrices there are."""
+        """The number of axes of matrices."""
         return 1 if self.product.kind == "ragged" else len(self.operation.each)
 
     def accumulate(self, before: Any, found: Any, ones: jax.Array) -> Any:
-        """The state with what was measured in all turns: of each matrix, one after the other."""
+        """Returns the state with what was measured in all turns: of each matrix, one after the other."""
         made = self.product.derivation
         turns = () if made is None else made.stored.turns
         scans = [scan for scan, _ in turns]
@@ -191,7 +191,7 @@ def _each(
     operands: Sequence[jax.Array],
     measure: Callable[[jax.Array, Any], Any],
 ) -> Any:
-    """What is measured of the rows that each matrix of a product is multiplied with."""
+    """Returns statistics of the rows that multiply each matrix of a product."""
     left = operation.flatten_left(*operands)
     if product.kind == "conv":
         rows = _patches(product, left)
@@ -209,7 +209,7 @@ def _each(
 
 
 def _each_group(rows: jax.Array, sizes: jax.Array, measure: Callable[[jax.Array, Any], Any]) -> Any:
-    """What is measured of rows by groups, which lie one after the other."""
+    """Returns statistics of rows by groups, which are contiguous."""
     places = jnp.arange(rows.shape[0])
 
     def one(bounds: tuple[jax.Array, jax.Array]) -> Any:
@@ -221,7 +221,7 @@ def _each_group(rows: jax.Array, sizes: jax.Array, measure: Callable[[jax.Array,
 
 
 def _patches(product: Product, left: jax.Array) -> jax.Array:
-    """What a convolution multiplies at each place, [k, n] in the order of its kernel [*window, c, m].
+    """Returns the patches that a convolution multiplies, [k, n] in the order of its kernel [*window, c, m].
 
     Raises:
         ValueError: a convolution in groups.

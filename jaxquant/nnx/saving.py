@@ -107,7 +107,7 @@ def save(
 
 
 def load(folder: str | os.PathLike, model: Model) -> Model:
-    """The model that was saved, made of the plain architecture.
+    """Returns the model that was saved, made of the plain architecture.
 
     Its outputs equal the saved model's bit for bit, in the mode that `model` is in: call `.eval()` where
     dropout must be off.  Streams of random numbers, caches and intermediates are those of `model`; where it
@@ -156,13 +156,13 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
 
 
 def _types(model: nnx.Module) -> Types:
-    """The types that each module computes in, by path."""
+    """Returns the types that each module computes in, by path."""
     found = {path: types_of(module) for path, module in modules(model)}
     return {path: types for path, types in found.items() if types}
 
 
 def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
-    """Variables by path, without those of a run and the rules'."""
+    """Returns variables by path, without those of a run and the rules'."""
     found = nnx.to_flat_state(nnx.split(model)[1])
     return [
         ("/".join(map(str, path)), leaf)
@@ -174,7 +174,7 @@ def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
 def _filled(
     model: Model, values: dict[str, Any], stored: Mapping[str, Stored], folder: str
 ) -> Model:
-    """The model with the values in its variables, and what belongs to them beside them."""
+    """Returns the model with the values in its variables, and what belongs to them beside them."""
     own = dict(_variables(model))
     states = _states(values, own)
     of_states = {name for names in states.values() for name in names}
@@ -215,7 +215,7 @@ def _filled(
 
 
 def _is_unmade(model: nnx.Module, name: str) -> bool:
-    """Whether it is an array that `nnx.eval_shape` left unmade, as it does where no variable holds one."""
+    """Returns whether `nnx.eval_shape` left an array abstract, as it does for one that no variable holds."""
     *above, last = name.split("/")
     try:
         module = at(model, above)
@@ -225,7 +225,7 @@ def _is_unmade(model: nnx.Module, name: str) -> bool:
 
 
 def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
-    """The names of values that are parts of a `State`, by the path of the weight and the part."""
+    """Returns the names of values that are parts of a `State`, by the path of the weight and the part."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in (n for n in values if n not in own):
         whole = name.removesuffix("/0").removesuffix("/1")
@@ -236,7 +236,7 @@ def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str
 
 
 def _started(value: Any) -> Any:
-    """What is of a run as it starts, where the model is abstract."""
+    """Returns the state that a run starts with, for an abstract model."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jnp.zeros(value.shape, value.dtype)  # of a key, jax.random.key(0)
     return value
@@ -254,7 +254,7 @@ def _filled_card(card: artifacts.Card | None, model: nnx.Module) -> artifacts.Ca
 
 
 def _ranges(model: nnx.Module) -> dict[str, Any]:
-    """Calibrated ranges and steps of activations, by weight."""
+    """Returns calibrated ranges and steps of activations, by weight."""
     found = {}
     for name, leaf in _variables(model):
         part = state_part(name.rpartition("/")[2], leaf)

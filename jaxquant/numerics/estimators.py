@@ -46,7 +46,7 @@ class GridTensor:
 
     @property
     def inside(self) -> jax.Array:
-        """Which elements do not lie beyond the range of the grid; where there is no range, none does.
+        """Elements within the grid's range; all of them if the range is NaN.
 
         So the gradient of a group that holds a NaN is passed on, with the NaNs that it has by then.
         """
@@ -130,5 +130,5 @@ def trust(tensor: GridTensor) -> jax.Array:
 
 
 def group_size(shape: tuple[int, ...], groups: tuple[int, ...]) -> int:
-    """How many elements of an array share one of its scales."""
+    """Returns how many elements share one scale."""
     return math.prod(shape) // max(1, math.prod(groups))

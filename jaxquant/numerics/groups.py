@@ -12,7 +12,7 @@ Granularity = Literal["tensor", "channel"] | int | tuple[int, int]
 def scale_shape(
     shape: tuple[int, ...], granularity: Granularity, axis: int | Sequence[int]
 ) -> tuple[int, ...]:
-    """The shape of an array's scales: one entry per group along each axis.
+    """Returns the shape of an array's scales: one entry per group along each axis.
 
     Args:
         shape: the array's.
@@ -54,7 +54,7 @@ def scale_shape(
 
 
 def normalize_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the start, in the order given, each checked to be one of the array's."""
+    """Returns axes counted from the start, in the order given, each checked to be one of the array's."""
     try:
         axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
     except TypeError:
@@ -91,7 +91,7 @@ def split_groups(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
 
 
 def axes_within_groups(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of `split_groups`'s view that lie within a group."""
+    """Returns the axes of `split_groups`'s view that lie within a group."""
     axes, place = [], 0
     for n, g in zip(shape, groups, strict=True):
         split = g not in (1, n)

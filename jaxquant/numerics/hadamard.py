@@ -17,7 +17,7 @@ _RADIX = 16
 
 
 def check_block(block: object) -> int:
-    """A power of two, as an int, or a ValueError."""
+    """Returns a power of two, as an int, or a ValueError."""
     try:
         size = operator.index(block)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -90,13 +90,13 @@ def rotate(x: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array
 
 
 def rotate_back(values: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
-    """What values in rotated coordinates stand for: beyond the type's largest value Inf, and never NaN."""
+    """Rotates back from rotated coordinates; values beyond the type's largest become Inf, never NaN."""
     shrink, top = _shrink(block), float(jnp.finfo(values.dtype).max)
     return hadamard(jnp.clip(values, -top, top) * shrink, block, axis) * (1 / shrink)
 
 
 def _shrink(block: int) -> float:
-    """The power of two that makes room for a rotation, whose coordinates may be √block times as large."""
+    """Returns the power of two that prevents overflow in a rotation: coordinates grow by up to √block."""
     return 2.0 ** -(block.bit_length() // 2)
 
 

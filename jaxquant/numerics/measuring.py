@@ -1,4 +1,4 @@
-"""What a quantizer does to one tensor, as sums: what is clipped, what becomes zero, how much is noise."""
+"""Statistics of quantizing one tensor, as sums: clipping, underflow and noise."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ _SLACK = 1 + 2.0**-20
 
 
 class Sums(NamedTuple):
-    """Of one tensor, all float32 and, but for the largest value, sums: those of several uses add up.
+    """Sums over one tensor, all float32; the sums of several uses add up, except for the largest value.
 
     Attributes:
         uses: 1.
@@ -49,7 +49,7 @@ class Sums(NamedTuple):
 
 
 def zero_sums(turns: tuple[int, ...] = ()) -> Sums:
-    """Of no tensor at all.
+    """Returns the sums of an empty tensor.
 
     Args:
         turns: axes in front.
@@ -79,7 +79,7 @@ class Quantized:
 
 
 def measure(tensor: Quantized) -> Sums:
-    """What a quantizer does to a tensor, in the coordinates in which it is quantized.
+    """Measures the quantization of a tensor, in the coordinates in which it is quantized.
 
     SQNR = −10 · log10(noise) decibels, where q(x) is what the grid holds, before any rounding to x's type.
 
@@ -129,7 +129,7 @@ def _measure(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], k
 
 
 def _quantize_view(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
-    """x in the coordinates and groups of its grid, what that has in its place, and how much it clips."""
+    """Returns x in the coordinates and groups of its grid, its quantized values, and the clipped count."""
     grid, scales, view = to_grid(to_float32_rotated(x, quantizer, axes), quantizer, axes, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
@@ -140,14 +140,14 @@ def _quantize_view(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], ke
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """How many are true, in float32; counted in integers, as far as these reach."""
+    """Counts true elements, in float32; it counts in int32 where that suffices."""
     if mask.ndim > 1 and mask.size >= 2**31:
         return jnp.sum(jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32))
     return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
 
 
 def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
-    """Σ (x − values)² / Σ x², in units of about the largest, whose square is a float32."""
+    """Returns Σ (x − values)² / Σ x², in units of about the largest, whose square is a float32."""
     exponent = jnp.clip(exponent_of(jnp.where(amax > 0, amax, 1)), -126, 126)
     unit = exp2(-exponent)
     error, own = ((x - values) * unit) ** 2, (x * unit) ** 2
@@ -159,7 +159,7 @@ def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
 
 
 def _histogram(x: jax.Array) -> jax.Array:
-    """How many of x have each floor(log2 |x|), are zero, and are not finite."""
+    """Counts the elements of x by floor(log2 |x|), and those that are zero or not finite."""
     place = jnp.clip(exponent_of(x), LOWEST, LOWEST + BINS - 1) - LOWEST
     place = jnp.where(x == 0, BINS, jnp.where(jnp.isfinite(x), place, BINS + 1))
 

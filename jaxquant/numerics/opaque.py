@@ -1,4 +1,4 @@
-"""What stands for an array and is none: every use of it as an array is an error that says what to do."""
+"""Placeholders for arrays: using one as an array raises an error that says what to do."""
 
 import dataclasses
 from collections.abc import Callable
@@ -39,7 +39,7 @@ class Opaque:
     __array_ufunc__ = None  # NumPy leaves operators to us
 
     def not_an_array(self, use: str) -> str:
-        """Why this cannot be used in some way, and what can be done."""
+        """Returns why this cannot be used in some way, and what to do."""
         if not self.owner.path:
             return (
                 f"a {type(self).__name__} is no array, and was used as one by {use}; "

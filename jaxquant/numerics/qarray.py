@@ -166,7 +166,7 @@ class QArray(Opaque):
         )
 
     def pack(self) -> "QArray":
-        """The same array with its values in exactly `format.bits` bits each, rounded up to whole bytes a row.
+        """Packs the values into exactly `format.bits` bits each, rounded up to whole bytes for each row.
 
         Raises:
             ValueError: a scalar, which has no row.
@@ -185,7 +185,7 @@ class QArray(Opaque):
         return dataclasses.replace(self, qvalue=packed, length=self.shape[-1])
 
     def unpack(self) -> "QArray":
-        """The same array with its values in the format's array type."""
+        """Returns the same array with its values in the format's array type."""
         if self.length is None:
             return self
         element, length, axis = self.element, self.length, self.packed_axis
@@ -202,7 +202,7 @@ class QArray(Opaque):
         return dataclasses.replace(self, qvalue=stored, length=None, packed_axis=-1)
 
     def float_scale(self) -> jt.Float[jax.Array, "*groups"]:
-        """The scales in float32, a Block's decoded."""
+        """Returns the scales in float32, a Block's decoded."""
         if not isinstance(self.format, Block):
             return self.scale
         scale = self.format.scale.load(self.scale)
@@ -210,7 +210,7 @@ class QArray(Opaque):
 
 
 def _take(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
-    """Rows of what holds n of them, or one for several that share a scale."""
+    """Takes rows of an array of n rows, or of one with a row for each group."""
     if part.shape[0] == n:
         return part[rows]
     return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
@@ -225,7 +225,7 @@ def _check(x: Any, quantizer: Any) -> None:
 
 
 def to_float32_rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
-    """x in float32, in the coordinates that it is quantized in."""
+    """Returns x in float32, in the coordinates that it is quantized in."""
     x = in_float32(x)
     if quantizer.hadamard is None:
         return x
@@ -233,7 +233,7 @@ def to_float32_rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[
 
 
 def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
-    """The axis along which a rotation runs: the last of the contracting ones."""
+    """Returns the axis along which a rotation runs: the last of the contracting ones."""
     axes = normalize_axes(x.shape, axis)
     if not axes:
         raise ValueError("a Hadamard rotation needs a contracting axis; got none")
@@ -243,7 +243,7 @@ def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
 def to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
 ) -> tuple[jax.Array, Scales, jax.Array]:
-    """The waist of the library: float32 (grid values, scales, x), all in `split_groups`'s view of x."""
+    """Computes the float32 (grid values, scales, x), all in `split_groups`'s view of x."""
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
     view, axes = split_groups(x, groups), axes_within_groups(x.shape, groups)
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
@@ -267,7 +267,7 @@ def to_grid(
 
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
+    """Returns x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
     top = min(float(jnp.finfo(dtype).max), TOP)
     return jnp.clip(x, -top, top).astype(dtype)
 
@@ -275,7 +275,7 @@ def _finite(x: jax.Array, dtype: Any) -> jax.Array:
 def calibrate(
     x: jt.Float[jax.Array, "*shape"], quantizer: Quantizer, axis: int | Sequence[int] = -1
 ) -> Any:
-    """The range that a quantizer's calibration finds, one for each group.
+    """Returns the range that a quantizer's calibration finds, one for each group.
 
     Args:
         x: values, floating point.
@@ -351,7 +351,7 @@ def quantize(
 def _quantize(
     x: jax.Array, quantizer: Quantizer, key: Any, groups: tuple[int, ...], axis: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """A QArray's arrays."""
+    """Returns a QArray's arrays."""
     element = quantizer.element
     laid_out = to_float32_rotated(x, quantizer, axis)
     grid, scales, _ = to_grid(laid_out, quantizer, axis, key)
@@ -368,7 +368,7 @@ def _quantize(
 
 
 def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
-    """The values that a QArray stands for: x̂ = s · (q − z), computed in float32, in the original type.
+    """Returns a QArray's values in the original type: x̂ = s · (q − z), computed in float32.
 
     >>> from jaxquant.formats import Int
     >>> dequantize(quantize(jnp.array([0.2, -1.4, 7.0]), Quantizer(Int(4))))

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.stats import renamed_names
+
+__getattr__ = renamed_names(globals(), {"mixed": "mix_bits"})
+
 
 def nearest(
     x: jt.Float[jax.Array, "*shape"], key: jax.Array | None = None
@@ -82,7 +86,7 @@ NEEDS_KEY = (stochastic, dithered)
 
 
 def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Two random 32-bit words from a key, the seeds of all elements' draws."""
+    """Returns two random 32-bit words from a key, the seeds of all elements' draws."""
     if key is None:
         raise ValueError(f"{name} rounding needs a PRNG key, as jax.random.key(0); got key=None")
     dtype = getattr(key, "dtype", None)
@@ -98,7 +102,7 @@ def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
 
 
 def _indices(shape: tuple[int, ...]) -> jax.Array:
-    """Each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
+    """Returns each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -108,14 +112,14 @@ def _indices(shape: tuple[int, ...]) -> jax.Array:
 
 
 def mix_bits(word: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words whose every output bit depends on every input bit."""
+    """Returns a bijection of 32-bit words whose every output bit depends on every input bit."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
     return word ^ (word >> 16)
 
 
 def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
-    """⌊x⌋, plus one where the fraction exceeds the word's uppermost 24 bits taken as a number in [0, 1)."""
+    """Returns ⌊x⌋, plus one if the fraction exceeds the word's top 24 bits as a number in [0, 1)."""
     low = jnp.floor(x)
     threshold = (word >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     # Comparing keeps integers fixed: floor(x + u) would lose them where x + u rounds up.
@@ -123,7 +127,7 @@ def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
 
 
 def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
-    """A PRNG key from the content of an array, for where no key can be passed.
+    """Returns a PRNG key from the content of an array, for where no key can be passed.
 
     The key, in JAX's raw form, is `seed` beside the wrapped sum of hashes of the values and their
     places.  Integer sums do not depend on their order, so the key is the same under any sharding; it

@@ -18,7 +18,7 @@ _HUGE = 2.0**100
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """What stands beside the grid's values, in `split_groups`'s view.
+    """The scales of grid values, in `split_groups`'s view.
 
     Attributes:
         scale: float32, a Block's own before storage.
@@ -32,17 +32,17 @@ class Scales:
 
     @property
     def whole(self) -> jax.Array:
-        """What the grid's values are multiplied with."""
+        """The factor of the grid's values."""
         return flush_subnormal(self.scale if self.tensor is None else self.scale * self.tensor)
 
 
 def flush_subnormal(scale: jax.Array) -> jax.Array:
-    """Scales of which none is subnormal: two levels' product, or E8M0's 2^−127, which stands for zero."""
+    """Flushes subnormal scales to zero: products of two levels, and E8M0's 2^−127, which means zero."""
     return jnp.where(scale < TINY, 0, scale)
 
 
 def compute_scales(found: Any, quantizer: Quantizer) -> Scales:
-    """From a calibrated range to scales."""
+    """Computes scales from a calibrated range."""
     if isinstance(found, tuple):
         low, high = found
         return _asymmetric(low, high, quantizer)
@@ -60,7 +60,7 @@ def compute_scales(found: Any, quantizer: Quantizer) -> Scales:
 
 
 def _raise_subnormal(scale: jax.Array, empty: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Scales of which none is subnormal, which most hardware flushes.  NaN stays.
+    """Raises subnormal scales, which most hardware flushes to zero.  NaN is kept.
 
     A group that is empty, of zeros alone, gets 0: whatever the grid has nearest to zero, it stands for zero,
     and a gradient that its scale is carried over to is not widened by it.  Floats as wide as float32 hold
@@ -95,7 +95,7 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> Scales
 
 
 def divide_by_scale(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """view / scale without an intermediate that is no float32, whatever the scale."""
+    """Returns view / scale without an intermediate that is no float32, whatever the scale."""
     scale = jnp.where(scale == 0, 1, scale)  # what is multiplied by 0 afterwards
     # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
     if _has_plain_reciprocal(quantizer):
@@ -105,7 +105,7 @@ def divide_by_scale(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> 
 
 
 def _has_plain_reciprocal(quantizer: Quantizer) -> bool:
-    """Whether it is known beforehand that no scale is so large that its reciprocal would be flushed."""
+    """Returns whether no scale can be so large that its reciprocal is flushed to zero."""
     top = quantizer.element.max_value
     is_one_level = not isinstance(quantizer.format, Block)
     return (

@@ -16,7 +16,7 @@ from jaxquant.numerics.qarray import QArray
 
 @dataclasses.dataclass(frozen=True)
 class Stacking:
-    """Where the layers lie in a weight of several.
+    """The position of the stacked layers in a weight.
 
     Attributes:
         axes: along which layers are stacked, rising; none of a single layer.
@@ -30,29 +30,29 @@ class Stacking:
 
     @classmethod
     def along(cls, axes: Sequence[int], shape: Sequence[int]) -> "Stacking":
-        """The stacking of a weight of a given shape along given axes."""
+        """Returns the stacking of a weight of a given shape along given axes."""
         return cls(tuple(axes), tuple(shape[a] for a in axes), len(shape))
 
     def own(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """One layer's part of a shape."""
+        """Returns one layer's part of a shape."""
         return tuple(n for a, n in enumerate(shape) if a not in self.axes)
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of one layer's arrays as one of all layers', with its results in the same places."""
+        """Maps a function of one layer's arrays over all layers; results are stacked along the same axes."""
         for axis in self.axes:
             function = jax.vmap(function, in_axes=axis, out_axes=axis)
         return function
 
     def front(self, whole: jax.Array) -> jax.Array:
-        """An array of the weight's rank with the layers' axes first."""
+        """Returns an array of the weight's rank with the layers' axes first."""
         return jnp.moveaxis(whole, self.axes, range(len(self.axes)))
 
     def back(self, array: jax.Array) -> jax.Array:
-        """What `front` gave, as it was."""
+        """Inverts `front`."""
         return jnp.moveaxis(array, range(len(self.axes)), self.axes)
 
     def with_layer_axes(self, stored: QArray) -> QArray:
-        """A stored weight of all layers, with what it says of its axes true of it and of each layer's part.
+        """Returns a stored weight of all layers whose axis fields hold for it and for each layer's part.
 
         Args:
             stored: as `each` makes it of a function of one layer, whose axes it counts from the end.
@@ -67,7 +67,7 @@ class Stacking:
         return dataclasses.replace(stored, hadamard=rotation, packed_axis=packed_axis)
 
     def _layer_axis(self, axis: int) -> int:
-        """One layer's axis, given from the end, counted from where no layers are."""
+        """Returns one layer's axis, given from the end, counted from where no layers are."""
         whole = [a for a in range(self.rank) if a not in self.axes][axis]
         if all(a < whole for a in self.axes):
             return whole - self.rank
@@ -80,7 +80,7 @@ class Stacking:
 
 
 def candidate_axes(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
-    """The axes that a shape of several layers may be stacked along: those that leave one layer's shape.
+    """Returns the axes along which layers may be stacked: those whose removal leaves one layer's shape.
 
     >>> candidate_axes((8, 3, 16), (8, 16)), candidate_axes((3, 3, 3, 8), (3, 3, 8))
     ([(1,)], [(0,), (1,), (2,)])
@@ -93,7 +93,7 @@ def candidate_axes(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, 
 def common_axes(
     found: list[tuple[int, ...]], rank: int, others: list[tuple[int, ...]], other_rank: int
 ) -> list[tuple[int, ...]]:
-    """Those of some axes that another array of the same layers allows, counted from either end."""
+    """Returns those axes that another array of the same layers also allows, counted from either end."""
 
     def agrees(axes: tuple[int, ...]) -> bool:
         from_end = tuple(a - rank + other_rank for a in axes)

@@ -94,7 +94,7 @@ class ConvGeneralDilated:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """As `jax.lax.conv_general_dilated`, whose arguments these are."""
+        """Convolves as `jax.lax.conv_general_dilated`, with the same arguments."""
         window = window_of(
             lhs.shape,
             rhs.shape,
@@ -152,7 +152,7 @@ def _check_types(name: str, operands: Operands | None, kept: Quantizer | None) -
 
 
 def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
-    """The convolution of two operands: stored numbers multiplied as they are, and scales applied after."""
+    """Convolves two operands: stored numbers are multiplied directly, and scales are applied after."""
     options = dict(options)
     preferred = options.pop("preferred_element_type", None)
     dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
@@ -265,7 +265,7 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
 
 
 def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
-    """The gradient, quantized and back where so asked, and the values of what was kept, in one type."""
+    """Returns the gradient, fake-quantized if asked, and the kept operand's values, in one type."""
     quantizer = None if operands is None else operands.lhs
     gradient = simulate(gradient, quantizer, summed, rounding.key_of)
     values = dequantize(kept) if isinstance(kept, QArray) else kept
@@ -273,7 +273,7 @@ def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
 
 
 def _transposed(linear, shape, gradient) -> jax.Array:
-    """The transpose of a linear function of an array of that shape, in the gradient's type."""
+    """Returns the transpose of a linear function of an array of that shape, in the gradient's type."""
     (result,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(shape, gradient.dtype))(gradient)
     return result
 
@@ -283,7 +283,7 @@ def _without_scale(kept: QArray) -> QArray:
 
 
 def _transpose_kernel(window: Window, rhs: QArray | jax.Array) -> QArray | jax.Array:
-    """rhs with its window reversed, and with its groups moved from the output features to the input's."""
+    """Reverses rhs's window, and moves its groups from the output features to the input features."""
     groups = max(window.feature_groups, window.batch_groups)
     features, inputs, *space = window.rhs_spec
 

@@ -36,7 +36,7 @@ _TERMS = 16  # products that one pass adds up
 
 
 def is_float8(format: Format) -> bool:
-    """Whether the format's values are those of an 8-bit float type that can be multiplied."""
+    """Returns whether the format's values are those of an 8-bit float type that can be multiplied."""
     if not isinstance(format, Float) or not all(
         map(is_static, (format.exponent_bits, format.mantissa_bits))
     ):
@@ -47,7 +47,7 @@ def is_float8(format: Format) -> bool:
 def product(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, **options: Any
 ) -> jax.Array:
-    """lhs · rhs, in 8-bit numbers where both operands are quantized.
+    """Returns lhs · rhs, in 8-bit numbers where both operands are quantized.
 
     Args:
         lhs: left operand.
@@ -73,7 +73,7 @@ def product(
 
 
 def result_type(lhs: Any, rhs: Any) -> np.dtype:
-    """The type of `jax.lax.dot_general`'s result for operands of two types.
+    """Returns the type of `jax.lax.dot_general`'s result for operands of two types.
 
     >>> result_type(jnp.bfloat16, jnp.float32)
     dtype('float32')
@@ -103,7 +103,7 @@ def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
 def _one_sided(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict
 ) -> jax.Array:
-    """A float operand with a quantized one: its values go through in the float operand's type, or a wider."""
+    """Multiplies a float and a quantized operand, in the float operand's type or a wider one."""
     quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
     other: Any = rhs if isinstance(lhs, QArray) else lhs
     assert isinstance(quantized, QArray)
@@ -144,7 +144,7 @@ def _one_sided(
 
 
 def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
-    """Whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
+    """Returns whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
     (lhs_axes, rhs_axes), (lhs_batch, _) = dims
     rows = math.prod(n for a, n in enumerate(lhs.shape) if a not in lhs_axes)
     terms = math.prod(rhs.shape[a] for a in rhs_axes)
@@ -162,7 +162,7 @@ def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
 
 
 def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """A few rows times stored weights without their scales, reading each stored byte once.
+    """Returns a few rows times stored weights without their scales, reading each stored byte once.
 
     A library's product would have the weights written out in floating point first, which takes several
     times as long as multiplying them.  Elementwise arithmetic that adds up a few rows of weights at a
@@ -188,7 +188,7 @@ def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
 
 
 def _zero_after(x: jax.Array) -> jax.Array:
-    """An int32 zero that the compiler knows to need x, and not to be zero.
+    """Returns an int32 zero that the compiler knows to need x, and not to be zero.
 
     What depends on weights alone may be computed as soon as a program starts: the words of all layers, in
     memory at once and out of the cache again before they are multiplied.
@@ -198,13 +198,13 @@ def _zero_after(x: jax.Array) -> jax.Array:
 
 
 def _holds_nibbles(format: Format) -> bool:
-    """Whether codes are two's complement of at most four bits."""
+    """Returns whether codes are two's complement of at most four bits."""
     assert isinstance(format, Int)
     return bool(format.bits <= NIBBLE_BITS) and format.levels in ("symmetric", "full")
 
 
 def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
-    """Σ_k rows[k, r] · load(stored)[k, …], [r, …].
+    """Returns Σ_k rows[k, r] · load(stored)[k, …], [r, …].
 
     Args:
         rows: [k, r].
@@ -226,7 +226,7 @@ def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
 
 
 def _sum_first(x: jax.Array) -> jax.Array:
-    """The sum over the first axis, by additions of slices, which are vectorized where a sum is not."""
+    """Sums over the first axis by adding slices, which are vectorized; a reduction is not."""
     rows = x.shape[0]
     count = min(rows, _TERMS)
     step = rows // count
@@ -245,7 +245,7 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
 
 
 def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """A product whose scales do not vary along the contracting axes, float32 or the wider type asked for."""
+    """Multiplies operands whose scales are constant along the contracting axes; in float32 or wider."""
     if is_integer(lhs.element) and is_integer(rhs.element):
         result = integers(lhs, rhs, dims)
     elif is_float8(lhs.element) and is_float8(rhs.element):
@@ -276,7 +276,7 @@ def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Arr
 
 
 def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
-    """result · scale, subnormal numbers flushed to zero.
+    """Returns result · scale, subnormal numbers flushed to zero.
 
     A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
     instructions that round twice, as the rest of the program has it.  With a choice between them it is two
@@ -287,7 +287,7 @@ def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def materialized(x: jax.Array) -> jax.Array:
-    """x, which the compiler joins with nothing after it: whatever made it, what follows has the same bits.
+    """Returns x behind a barrier: nothing is fused across it, so that what follows has the same bits.
 
     Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
     these up in an order that depends on it.
@@ -308,7 +308,7 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
 
 
 def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """Σ over blocks of the block's product times its scales, in `_scaled_product`'s type."""
+    """Returns Σ over blocks of the block's product times its scales, in `_scaled_product`'s type."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
     blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
@@ -329,7 +329,7 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
 
 
 def _one_axis(lhs: QArray, rhs: QArray, dims: Dims) -> tuple[QArray, QArray, Dims]:
-    """The same product over one contracting axis, which then comes last in both operands."""
+    """Returns the same product over one contracting axis, which then comes last in both operands."""
     if len(dims[0][0]) == 1:
         return lhs, rhs, dims
     merged, batches = [], []

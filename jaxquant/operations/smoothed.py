@@ -67,7 +67,7 @@ class Smoothed:
         preferred_element_type: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """As `jax.lax.dot_general`, whose arguments these are."""
+        """Multiplies as `jax.lax.dot_general`, with the same arguments."""
         dims = as_tuples(dimension_numbers)
         if isinstance(lhs, QArray):
             raise ValueError(
@@ -109,7 +109,7 @@ class Smoothed:
 def multiplied(
     x: jt.Float[jax.Array, "*shape"], factor: jt.Float[jax.Array, " n"], axes: Sequence[int]
 ) -> jt.Float[jax.Array, "*shape"]:
-    """x with each channel multiplied by its factor, in float32 or wider, in x's own type.
+    """Returns x with each channel multiplied by its factor, in float32 or wider, in x's own type.
 
     Args:
         x: values.

@@ -25,7 +25,7 @@ from jaxquant.operations.windows import Window, all_but, window_of
 
 
 class Four(NamedTuple):
-    """Of a product: its operands, and its incoming gradient as ∂lhs and as ∂rhs multiply it."""
+    """The operands of a product, and its incoming gradient as the products for ∂lhs and ∂rhs use it."""
 
     lhs: Any
     rhs: Any
@@ -34,7 +34,7 @@ class Four(NamedTuple):
 
 
 def blank(turns: tuple[int, ...] = ()) -> Four:
-    """A tap.
+    """Returns a tap.
 
     Args:
         turns: axes in front.
@@ -63,14 +63,14 @@ class Tapped(DotGeneral):
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """As `DotGeneral`."""
+        """Multiplies as `DotGeneral`."""
         plain = DotGeneral(self.forward, self.dlhs, self.drhs)
         options = precision, preferred_element_type, out_sharding
         out = plain(lhs, rhs, dimension_numbers, *options)
         return _dot(self, out, lhs, rhs, as_tuples(dimension_numbers))
 
     def of_cached(self, cached: Quantized) -> "Tapped":
-        """The same whose right operand is what a cache gives back of another."""
+        """Returns the same whose right operand is what a cache gives back of another."""
         return dataclasses.replace(self, cached=cached)
 
 
@@ -78,7 +78,7 @@ class Tapped(DotGeneral):
 def _tap(
     incoming: Callable[[Any, jax.Array], Any], tap: Four, out: jax.Array, operands: Any, rest: Any
 ) -> jax.Array:
-    """A product's result.
+    """Returns a product's result.
 
     Args:
         incoming: from (rest, gradient) to the gradient as each of the two products quantizes it; static.
@@ -116,7 +116,7 @@ def _measure(tensor: Quantized | None) -> Sums:
 
 
 def _as_quantized(gradient: jax.Array, operands: Operands | None, axes: Any, key: Any) -> Quantized:
-    """A gradient as a product of `operands` quantizes it."""
+    """Returns a gradient as a product of `operands` quantizes it."""
     return Quantized(gradient, None if operands is None else operands.lhs, tuple(axes), key)
 
 
@@ -125,7 +125,7 @@ def _as_quantized(gradient: jax.Array, operands: Operands | None, axes: Any, key
 
 
 def _dot(dot: Tapped, out: jax.Array, lhs: Any, rhs: Any, dims: Any) -> jax.Array:
-    """A product's result with its tap."""
+    """Returns a product's result with its tap."""
     forward = dot.forward
     left, right = Quantized(lhs, forward.lhs, dims[0][0]), Quantized(rhs, forward.rhs, dims[0][1])
     numbers = [gradient_numbers(dims, (lhs.ndim, rhs.ndim), side) for side in (0, 1)]
@@ -159,7 +159,7 @@ def _carried(
     arithmetic: str,
     axes: tuple[int, ...],
 ) -> QArray | None:
-    """What a gradient's product multiplies as it is stored, so that its scales go to the gradient.
+    """Returns the operand of a gradient's product as stored, so that its scales move to the gradient.
 
     Args:
         operands: of the gradient's product.
@@ -183,7 +183,7 @@ def convolution(
     right: tuple[Any, tuple[int, ...]],
     settings: Mapping[str, Any],
 ) -> jax.Array:
-    """The result of a convolution, with the tap of the `DotGeneral` that it was made of, if that has one.
+    """Returns a convolution's result with the tap of the `DotGeneral` that it was made of, if any.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.
@@ -241,7 +241,7 @@ def _of_conv(
 def ragged(
     dot: DotGeneral, out: jax.Array, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    """The result of a `RaggedDot`, likewise; rows of no group take no part.
+    """Returns the result of a `RaggedDot`, likewise; rows of no group take no part.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.
@@ -274,7 +274,7 @@ def _of_ragged(rest: Any, gradient: jax.Array) -> Iterator[Quantized]:
 
 
 def lookup(dot: DotGeneral, out: jax.Array, table: Any) -> jax.Array:
-    """Rows of a table, likewise: the table is the right operand, and its gradient is in float.
+    """Returns rows of a table, likewise: the table is the right operand, and its gradient is in float.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.

@@ -33,7 +33,7 @@ Loss = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         rules: one for each layer, for `jaxquant.ptq.quantize` or `jaxquant.nnx.quantize`.
@@ -75,7 +75,7 @@ def search(
     workdir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Search:
-    """Which recipe each layer should get, so that the weights take at most `budget` bytes.
+    """Finds a recipe for each layer, so that the weights take at most `budget` bytes.
 
     Each group of layers is quantized alone in each recipe, its weights rounded to nearest, and what the model
     then loses on the batches is measured; the losses are taken to add up, and `search.allocate` spends the
@@ -156,7 +156,7 @@ def search(
 def _search_result(
     model: nnx.Module, choices: Sequence[str], modules: str, arguments: Any, loss: Loss | None
 ) -> tuple[dict[str, list[Layer]], dict[str, list[int]]]:
-    """Each layer in all recipes, by its name in the model's order, and its bytes in them."""
+    """Returns each layer in all recipes, by its name in the model's order, and its bytes in them."""
     found: dict[str, list[Layer]] = {}
     order = [path for path, _ in weights(model)]
     for choice in choices:
@@ -174,7 +174,7 @@ def _search_result(
 
 
 def _bytes(layer: Layer) -> int:
-    """Of a layer once it is frozen, of which only the shapes are computed."""
+    """Returns a frozen layer's bytes, from shapes alone."""
     found = [
         jax.eval_shape(lambda d=d: stored_operand(d, layer.values))
         for d in layer.decisions.values()
@@ -183,7 +183,7 @@ def _bytes(layer: Layer) -> int:
 
 
 class _Measure:
-    """What the model loses with some of its weights quantized: one program for all."""
+    """The model's loss with some of its weights quantized: one program for all."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class _Measure:
 
 
 def _decode(operation: Operation, stored: QArray) -> jax.Array:
-    """A layer's weight as it comes back from storage."""
+    """Returns a layer's weight as it comes back from storage."""
     decode = dequantize if operation.stacking is None else operation.stacking.each(dequantize)
     for _ in operation.stored.turns if operation.stored is not None else ():
         decode = jax.vmap(decode)
@@ -237,7 +237,7 @@ def _decode(operation: Operation, stored: QArray) -> jax.Array:
 
 
 def _with_weights(call: Call, arrays: Any, weights: Mapping[str, jax.Array]) -> jax.Array:
-    """A call's result with other weights in its products, by how each is made of parameters."""
+    """Returns a call's result with other weights in its products, by how each is made of parameters."""
     trace = call.trace(arrays)
     uses: list[Use | None] = []
     data = {}
@@ -252,7 +252,7 @@ def _with_weights(call: Call, arrays: Any, weights: Mapping[str, jax.Array]) -> 
 
 
 def _use(index: int, product: Product) -> Use:
-    """The product of other operands: with another weight in the place of its own."""
+    """Returns the product of other operands: with another weight in the place of its own."""
     place, made = product.weight, product.derivation
     assert made is not None
 
@@ -266,7 +266,7 @@ def _use(index: int, product: Product) -> Use:
 def _references(
     model: nnx.Module, batches: Any, loss: Loss | None
 ) -> tuple[list[jax.Array] | None, tuple[Any, ...]]:
-    """What the model gives for the batches, which a loss of one's own needs not; and the first of them."""
+    """Returns the model's outputs for the batches (a custom loss needs none), and the first of them."""
     if loss is not None:
         return None, next(check_each(series(batches)))[1]
     found, first = [], ()
@@ -296,7 +296,7 @@ def _logits(model: nnx.Module, arguments: tuple[Any, ...]) -> jax.Array:
 
 
 def _divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
-    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference)."""
+    """Returns mean Kullback-Leibler divergence of softmax(logits) from softmax(reference)."""
     log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 

@@ -29,7 +29,7 @@ def awq_scale(
     *,
     grid: int = 20,
 ) -> jt.Float[jax.Array, " n"]:
-    """Activation-aware scales: input channels that are large are given the finer share of the grid.
+    """Returns activation-aware scales: input channels that are large are given the finer share of the grid.
 
     s_j = (mean |x_j| / g)^α with g the geometric mean over channels, and α among 0, 1/grid, …, 1 the one
     with the least objective of Ŵ = Q(s W) / s, for inputs divided by s.  Equal objectives take the smaller
@@ -82,7 +82,7 @@ def _awq_scale(
 def smoothquant_scale(
     weight: jt.Float[jax.Array, "n m"], state: InputStatistics, alpha: float = 0.5
 ) -> jt.Float[jax.Array, " n"]:
-    """Scales that move the difficulty of quantizing from the inputs to the weight:
+    """Returns scales that move the difficulty of quantizing from the inputs to the weight:
 
         s_j = max |x_j|^α / max |W_j|^(1 − α).
 
@@ -125,7 +125,7 @@ def _floor(magnitudes: jax.Array) -> jax.Array:
 
 
 def rescale(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
-    """The statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
+    """Returns the statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
 
     Args:
         state: of x.

@@ -24,19 +24,19 @@ Method = frozenset[str]
 
 
 def needs_statistics(layer: Layer, method: Method) -> bool:
-    """Whether a layer's inputs are looked at."""
+    """Returns whether a layer's inputs are looked at."""
     return not layer.is_table and bool(method - {"rtn", "hadamard"})
 
 
 def statistics_bytes(layer: Layer, method: Method) -> int:
-    """Bytes of the statistics of a layer's inputs."""
+    """Returns bytes of the statistics of a layer's inputs."""
     if not needs_statistics(layer, method):
         return 0
     return sum(4 * m.inputs * (m.inputs + 2) * m.count for m in layer.matrices.values())
 
 
 def statistic(inputs: int, method: Method) -> Statistic:
-    """What is gathered of one matrix's inputs."""
+    """Returns the statistic of one matrix's inputs."""
     start = statistics(inputs, bool(method & {"gptq", "awq"}))
 
     def measure(rows: jax.Array, count: Any) -> Any:
@@ -80,7 +80,7 @@ def not_called(layer: Layer) -> str:
 
 
 def solve(layer: Layer, states: Mapping[str, InputStatistics], method: Method) -> dict[str, Any]:
-    """What is stored of a layer, and the scales of its channels where it has such.
+    """Returns a layer's stored weight, and its channel scales if the method has any.
 
     Args:
         layer: of which
@@ -110,7 +110,7 @@ def _solve(
     weight: jax.Array,
     state: InputStatistics,
 ) -> dict[str, Any]:
-    """What is stored of one turn's weight, and the scales of its channels where it has such."""
+    """Returns the stored weight of one turn, and its channel scales if the method has any."""
 
     def each(function: Callable[..., Any], *arguments: Any) -> Any:
         for _ in matrices.stacking.axes:
@@ -134,12 +134,12 @@ def _solve(
 
 
 def _permute(x: jax.Array, order: Sequence[int]) -> jax.Array:
-    """x with its first axes in another order."""
+    """Returns x with its first axes in another order."""
     return jnp.transpose(x, (*order, *range(len(order), x.ndim)))
 
 
 def _merge_parts(matrices: Matrices, x: QArray) -> QArray:
-    """Stored matrices with the weight's own axes, packed."""
+    """Returns stored matrices with the weight's own axes, packed."""
     own, axes, order, stacking = matrices.own, matrices.axes, matrices.order, matrices.stacking
     sizes, count, lead = [own[a] for a in order], len(axes), stacking.sizes
     back = [order.index(a) for a in range(len(own))]
@@ -166,7 +166,7 @@ def _merge_parts(matrices: Matrices, x: QArray) -> QArray:
 
 
 def _split_groups(groups: int, sizes: Sequence[int]) -> list[int]:
-    """How groups of flattened axes lie over these axes: one for all, or blocks along the last."""
+    """Splits groups of flattened axes over the axes: one group for all, or blocks along the last."""
     if groups == 1:
         return [1] * len(sizes)
     first = math.prod(sizes[:-1])

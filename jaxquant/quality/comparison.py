@@ -122,7 +122,7 @@ class MarginBin:
 @renamed("level", "confidence_level")
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `summarize` found; print it, or take `to_dict()`.
+    """The result of `summarize`; print it, or call `to_dict()`.
 
     Attributes:
         confidence_level: of the intervals, two-sided.
@@ -180,7 +180,7 @@ class Report:
         return self.regressions if self.accuracy_difference.high >= 0 else ()
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them, None where a figure is not finite."""
+        """Returns all fields as JSON has them, None where a figure is not finite."""
         return plain(self) | {
             "relative_perplexity": plain(self.relative_perplexity),
             "silent_regressions": [group.name for group in self.silent_regressions],
@@ -235,7 +235,7 @@ def compare(
 
 @renamed("level", "confidence_level")
 def summarize(examples: Examples, groups: Any = None, *, confidence_level: float = 0.9) -> Report:
-    """The report of examples' figures.
+    """Returns the report of examples' figures.
 
     Args:
         examples: from `per_example`, perhaps concatenated.
@@ -314,7 +314,7 @@ def _scores(
 def calibration_error(
     confidence: jt.Float[np.ndarray, " n"], correct: jt.Float[np.ndarray, " n"]
 ) -> float:
-    """Expected calibration error over 15 bins of equal width, each open below and closed above.
+    """Returns expected calibration error over 15 bins of equal width, each open below and closed above.
 
     ECE = Σ_b n_b/n · |accuracy_b − confidence_b|.  Source: Guo et al. 2017, section 2.
 
@@ -373,7 +373,7 @@ def _groups(
 def _loss_p_value(
     after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, change: Interval
 ) -> float:
-    """One-sided p of accuracy lost: exact for independent examples."""
+    """Returns one-sided p of accuracy lost: exact for independent examples."""
     lost, gained = int(np.sum(before > after)), int(np.sum(after > before))
     if clusters is None:
         return sign_tail(lost, lost + gained)

@@ -1,4 +1,4 @@
-"""What a GGUF file declares, held to what it has before a reader believes it: counts, lengths, shapes.
+"""Read the header of a GGUF file, and check its counts, lengths and shapes against the file's size.
 
 Source: the format's specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -83,7 +83,7 @@ class _Header:
             raise ValueError(f"a value of metadata is of type {kind}, which is none")
 
     def _tensor(self) -> int:
-        """Bytes of an array."""
+        """Returns bytes of an array."""
         self._skip(self._number(8))
         axes = self._number(4)
         if axes > MOST_AXES:

@@ -32,7 +32,7 @@ _TEMPORARY = ".unsealed"  # after a step: what is being written, or removed
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: arrays, (step, loss) so far, and the losses since the last of these."""
+    """The content of a checkpoint: arrays, (step, loss) so far, and the losses since the last of these."""
 
     state: Any
     history: list[tuple[int, float]]
@@ -88,7 +88,7 @@ class Checkpoints:
         self._sealing: _ManifestWriter | None = None
 
     def _steps(self) -> list[int]:
-        """Those of the checkpoints that are in their place, the newest first."""
+        """Returns the steps of the complete checkpoints, the newest first."""
         names = (p.name for p in self._folder.iterdir() if p.name.isdecimal())
         return sorted(map(int, names), reverse=True)
 
@@ -127,7 +127,7 @@ class Checkpoints:
             raise sealing.error
 
     def is_due(self, step: int, last: int, every: int, ends: bool) -> bool:
-        """Whether a run saves here by its interval of steps, and by time where its saves are spaced so.
+        """Returns whether a run saves at this step, by its interval of steps or the time between its saves.
 
         Args:
             step: where the run is.
@@ -162,7 +162,7 @@ class Checkpoints:
         self._count(0.0)
 
     def _count(self, worked: float) -> None:
-        """Goes on counting the seconds of work from here."""
+        """Restarts the clock of the seconds of work."""
         self._since = time.monotonic()
         if self._spacing is not None:
             self._spacing.worked = worked
@@ -200,7 +200,7 @@ class Checkpoints:
         unsealed.rename(place)
 
     def restore(self, state: Any, batches: Any, at_most: int) -> Restored | None:
-        """The newest usable one up to step `at_most`, laid out as `state` is, or None.
+        """Returns the newest usable one up to step `at_most`, laid out as `state` is, or None.
 
         Sets `batches` to the position that goes with it.
         """
@@ -228,7 +228,7 @@ class Checkpoints:
         return None
 
     def roll_back(self, state: Any, batches: Any, at_most: int) -> Restored | None:
-        """The newest usable regular one up to a step, later ones dropped; `batches` stay where they are."""
+        """Returns the newest usable regular checkpoint up to a step; deletes later ones, keeps `batches`."""
         self._wait()
         processes.wait_for_all("roll back")
         position = copy.deepcopy(batches.get_state())
@@ -240,7 +240,7 @@ class Checkpoints:
         return found
 
     def _find_damage(self, step: int) -> Exception | None:
-        """What is wrong with a checkpoint's files, by the first process's look at them."""
+        """Returns the error that the first process finds in a checkpoint's files, or None."""
         if not processes.is_first():
             return None
         folder = self._folder / str(step)
@@ -340,7 +340,7 @@ class _ManifestWriter:
 
 @contextlib.contextmanager
 def _report_full_disk(folder: Path) -> Iterator[None]:
-    """Gives a full disk its name, which what Orbax raises has somewhere in a long text."""
+    """Raises an OSError for a full disk, which Orbax reports somewhere within a long text."""
     try:
         yield
     except Exception as error:
@@ -351,7 +351,7 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file but the seal."""
+    """Returns the SHA-256 of each file but the seal."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
         with path.open("rb") as file:

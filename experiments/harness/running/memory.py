@@ -21,7 +21,7 @@ _trimmed = float("-inf")
 
 
 def clear_compiled(compile_key: Any) -> None:
-    """Gives back what no later trial uses: called before each.
+    """Frees what no later trial uses; call it before each trial.
 
     Args:
         compile_key: trials of equal kinds run the same compiled programs, which are dropped where
@@ -37,14 +37,14 @@ def clear_compiled(compile_key: Any) -> None:
 
 
 def _have_few_arenas() -> None:
-    """One arena for eight cores, and two at least, from here on; those that there are stay."""
+    """Limits new malloc arenas to one for each eight cores, and at least two."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # the GNU C library's alone
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, max(2, (os.cpu_count() or 1) // 8))
 
 
 def trim(at_most_every: float = 0.0) -> None:
-    """Gives the pages of what was freed back to the system, within a trial too, which may take an hour.
+    """Returns freed pages to the system; also called within a trial, which may take an hour.
 
     Args:
         at_most_every: seconds within which a second call does nothing.

@@ -32,7 +32,7 @@ class Ray:
 
 
 def parse_resources(text: str) -> tuple[tuple[str, float], ...]:
-    """Ray's resources from text.
+    """Returns Ray's resources from text.
 
     Raises:
         ValueError: anything but names with numbers.
@@ -99,13 +99,13 @@ def run(
 
 
 def _run_locked(run_one: Callable[[Any, Path], None], trial: Any, store: RecordStore) -> None:
-    """On a machine of the cluster."""
+    """Runs a trial on a machine of the cluster, under its lock."""
     with store.lock(trial) as scratch:
         run_one(trial, scratch)
 
 
 def _connect(address: str) -> Any:
-    """Ray, with a connection to a cluster."""
+    """Returns Ray, with a connection to a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher=ray needs Ray: pip install -e '.[ray]'")
     ray = importlib.import_module("ray")

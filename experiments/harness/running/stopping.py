@@ -23,7 +23,7 @@ class Preempted(RuntimeError):
 
 
 def end_to_restart() -> None:
-    """Make SIGTERM end this process with status `RESTART`, except inside `preemption_requested`.
+    """Makes SIGTERM end this process with status `RESTART`, except inside `preemption_requested`.
 
     Call it in the main thread, and only for runs that write each file atomically.
     """
@@ -38,7 +38,7 @@ def end_to_restart() -> None:
 
 @contextlib.contextmanager
 def preemption_requested() -> Iterator[Callable[[int], bool]]:
-    """Defer SIGTERM, and yield a function that returns whether one has arrived.
+    """Defers SIGTERM, and yields a function that returns whether one has arrived.
 
     Call that function with each step.  Any of several processes may receive the signal; all of them get the
     same answer, at a step that none has reached yet.

@@ -30,7 +30,7 @@ from experiments.harness.running.record_store import RecordStore, trial_id
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a running trial may use.
+    """The resources of a running trial.
 
     Attributes:
         scratch: the trial's folder, kept until its record is written.
@@ -46,13 +46,13 @@ class Context:
     _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        """Open the checkpoints of one of the trial's runs, `seconds_between_saves` apart."""
+        """Opens the checkpoints of one of the trial's runs, `seconds_between_saves` apart."""
         spacing = Spacing(self.seconds_between_saves, self.keeps_checkpoints)
         spacing = self._spacings.setdefault(name, spacing)
         return Checkpoints(self.scratch / name, spacing=spacing)
 
     def cached(self, name: str, compute: Callable[[], dict]) -> dict:
-        """Return compute(), or its saved result from before the trial was interrupted."""
+        """Returns compute(), or its saved result from before the trial was interrupted."""
         path = self.scratch / f"{name}.json"
         value = files.read_json(path)
         if value is None:
@@ -68,7 +68,7 @@ _SECONDS_BETWEEN_TRIMS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a study's trials run.
+    """Where to run a study's trials.
 
     Attributes:
         workers: processes on this machine; None uses the config's number.
@@ -96,7 +96,7 @@ def run(
     launch: Launch = HERE,
     workers: int = 1,
 ) -> list[dict]:
-    """Run the trials that have no record yet, grouped by compile key, the most expensive first.
+    """Runs the trials that have no record yet, grouped by compile key, the most expensive first.
 
     Args:
         trials: distinct trials.
@@ -142,7 +142,7 @@ def run(
 def _in_order(
     trials: Sequence[Any], cost: Callable[[Any], float], compile_key: Callable[[Any], Any]
 ) -> list[Any]:
-    """Sort by compile key, the key of the most expensive trial first; then by decreasing cost."""
+    """Sorts by compile key, the key of the most expensive trial first; then by decreasing cost."""
     most: dict[Any, float] = {}
     for trial in trials:
         most[compile_key(trial)] = max(most.get(compile_key(trial), 0.0), cost(trial))
@@ -152,7 +152,7 @@ def _in_order(
 
 
 def worker_count(asked: int | None, configured: int) -> int:
-    """Return how many processes to run: `asked`, else `configured`; 0 means one per core on a CPU.
+    """Returns how many processes to run: `asked`, else `configured`; 0 means one per core on a CPU.
 
     Raises:
         ValueError: the number is negative.
@@ -211,7 +211,7 @@ class _Bar:
 
 
 def _run_one(run_trial, compile_key, store, keep_checkpoints, trial, scratch, progress) -> None:
-    """Run a trial in its scratch folder and write its record, unless another process has."""
+    """Runs a trial in its scratch folder and write its record, unless another process has."""
     if store.read(trial) is None:  # another process may have finished it meanwhile
         memory.clear_compiled(compile_key(trial))
 
@@ -227,12 +227,12 @@ def _run_one(run_trial, compile_key, store, keep_checkpoints, trial, scratch, pr
 
 
 def _run_quietly(one: Callable[..., None], trial: Any, scratch: Path) -> None:
-    """Run a trial on another machine, without progress."""
+    """Runs a trial on another machine, without progress."""
     one(trial, scratch, lambda amount, note: None)
 
 
 def _run_in_processes(pending, one, compile_key, store, workers, bar) -> None:
-    """Send trials one by one to worker processes over pipes; a lost worker loses only its own trial.
+    """Sends trials one by one to worker processes over pipes; a lost worker loses only its own trial.
 
     A process runs trials of one compile key.  Compiling and running them leaks 20 to 70 MB, which the system
     gets back when the process ends.
@@ -268,7 +268,7 @@ def _run_in_processes(pending, one, compile_key, store, workers, bar) -> None:
 
 
 def _start(process: Any) -> None:
-    """Start a worker that ignores Ctrl-C from the start; the parent handles it."""
+    """Starts a worker that ignores Ctrl-C from the start; the parent handles it."""
     if threading.current_thread() is not threading.main_thread():
         process.start()
         return
@@ -289,7 +289,7 @@ class _Busy:
 
 
 def _hand_out(pipe, compile_key, queue: list, busy: dict) -> int | None:
-    """Send the next trial if it has this worker's key; otherwise end the worker and return its number."""
+    """Sends the next trial if it has this worker's key; otherwise end the worker and return its number."""
     worker = busy[pipe]
     has_same_key = queue and compile_key(queue[0]) == compile_key(worker.trial)
     worker.trial = queue.pop(0) if has_same_key else None
@@ -309,7 +309,7 @@ def _send(pipe: Any, worker: _Busy) -> None:
 def _listen(
     pipe: Any, compile_key, queue: list, busy: dict, failures: list, bar: _Bar
 ) -> int | None:
-    """Handle one message of a worker; return the worker's number if it has ended, else None."""
+    """Handles one message of a worker; return the worker's number if it has ended, else None."""
     worker = busy[pipe]
     process, trial = worker.process, worker.trial
     try:
@@ -333,13 +333,13 @@ def _listen(
 
 
 def _failure_message(failures: list) -> str:
-    """Return the error message for a list of (trial, reason, trace)."""
+    """Returns the error message for a list of (trial, reason, trace)."""
     trial, reason, trace = failures[0]
     return f"{trace}{len(failures)} trial(s) failed; the first, {trial}: {reason}"
 
 
 def _work(pipe: Connection, number: int, workers: int, one, store: RecordStore) -> None:
-    """Run a worker process: take trials until None arrives or the parent ends."""
+    """Runs a worker process: take trials until None arrives or the parent ends."""
     _take_share_of_cores(number, workers)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -367,7 +367,7 @@ def _work(pipe: Connection, number: int, workers: int, one, store: RecordStore) 
 
 
 def _end_with_parent() -> None:
-    """End this process as soon as its parent ends, even while it compiles or waits for a lock.
+    """Ends this process as soon as its parent ends, even while it compiles or waits for a lock.
 
     Checkpoints are kept.  A worker that outlived its parent would hold the locks that the next run needs.
     """
@@ -378,7 +378,7 @@ def _end_with_parent() -> None:
 
 
 def _take_share_of_cores(number: int, workers: int) -> None:
-    """Pin a worker to an equal share of the cores, before JAX sizes its thread pool."""
+    """Pins a worker to an equal share of the cores, before JAX sizes its thread pool."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""What a run does about a loss that is not finite, or far above what it was: as data."""
+"""Policies for spikes and for losses that are not finite."""
 
 import dataclasses
 import math
@@ -52,7 +52,7 @@ class DivergencePolicy:
             )
 
     def limit(self, history: Sequence[tuple[int, float]]) -> float:
-        """The loss above which a step is a spike, after (step, loss) so far.
+        """Returns the loss above which a step is a spike, after (step, loss) so far.
 
         >>> DivergencePolicy(spike=2.0).limit([(10, 5.0), (20, 3.0), (30, 4.0)])
         8.0
