@@ -14,17 +14,17 @@ _ROOMS = {
     "operations": "integers product dot native ragged conv smoothed adapters attention recipes "
     "tapped monitoring",
     "engine": "expressions rules batches",
-    "artifacts": "files seals settings storage rule_files specification cards serving",
+    "artifacts": "files settings storage rule_files specification cards serving",
     "quality": "versions",
     "optim": "pages",
 }
 PLACES = {
     name: f"jaxquant.{room}.{name}" for room, names in _ROOMS.items() for name in names.split()
-}
+} | {"seals": "jaxquant.artifacts.checksums"}
 
 
 def module(name: str, stacklevel: int) -> ModuleType:
-    """The module that once was ``jaxquant.NAME``."""
+    """Returns the module that once was ``jaxquant.NAME``."""
     warnings.warn(
         f"jaxquant.{name} is now {PLACES[name]}; the old name goes with the next release",
         DeprecationWarning,
@@ -49,6 +49,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Has the old names imported as modules, after all others."""
+    """Makes the old names importable as modules, after all other finders."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,7 +24,7 @@ def check_confidence_level(level: Any) -> None:
 
 
 def critical(confidence_level: float, degrees: float = math.inf) -> float:
-    """Half the width, in standard errors, of a two-sided interval: Student's, or the normal's.
+    """Returns half the width, in standard errors, of a two-sided interval: Student's, or the normal's.
 
     Args:
         confidence_level: between 0 and 1.
@@ -42,7 +42,7 @@ def critical(confidence_level: float, degrees: float = math.inf) -> float:
 
 
 def percentile_interval(samples: np.ndarray, confidence_level: float) -> tuple[float, float]:
-    """The central interval of samples; NaN without any.
+    """Returns the central interval of samples; NaN without any.
 
     Raises:
         ValueError: a level outside (0, 1).
@@ -59,7 +59,7 @@ def percentile_interval(samples: np.ndarray, confidence_level: float) -> tuple[f
 
 
 def renamed(old: str, new: str) -> Callable[[_Named], _Named]:
-    """Has a function's keyword, or a dataclass's field, known by its old name too, with a warning.
+    """Makes a function's keyword, or a dataclass's field, accept its old name, with a warning.
 
     Raises:
         ValueError: from what it decorates, where both names are given.
@@ -100,3 +100,25 @@ def renamed(old: str, new: str) -> Callable[[_Named], _Named]:
         return named
 
     return decorate
+
+
+def renamed_names(namespace: dict[str, Any], new_names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Returns a module's `__getattr__`, which accepts old names with a warning.
+
+    Args:
+        namespace: the module's globals.
+        new_names: the new name of each old one.
+    """
+    module = namespace["__name__"]
+
+    def get(name: str) -> Any:
+        if name not in new_names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(
+            f"{module}.{name} is now {new_names[name]}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return namespace[new_names[name]]
+
+    return get

@@ -33,7 +33,7 @@ LIBRARY = [
         ),
     },
     {
-        "artifacts": "plain files seals settings storage rule_files specification cards folders serving",
+        "artifacts": "plain files checksums settings storage rule_files specification cards folders serving",
     },
     {
         "functions": "states operations quantizing freezing calibrating coverage monitoring saving",
@@ -59,7 +59,7 @@ LIBRARY = [
 EXPERIMENTS = [
     {
         "harness.running": (
-            "files machine packed processes checkpoints stopping watchdog cli ledgers memory packages "
+            "files machine packed processes checkpoints stopping watchdog cli record_store memory packages "
             "ray_launcher trials timing"
         ),
     },
@@ -72,7 +72,7 @@ EXPERIMENTS = [
         "harness.reporting": "law_tables report",
     },
     {
-        "harness.training": "guarding sharding train arms chips hlo metering metrics wsd",
+        "harness.training": "divergence sharding train arms chips hlo throughput metrics wsd",
         "harness.pretrained": "gguf_header files minilm smollm2 references",
     },
     {
@@ -84,10 +84,10 @@ EXPERIMENTS = [
         "optimizer_states": (
             "law tasks analysis figures transformations optimizers report running study __main__"
         ),
-        "pretrained_quantization": "arms report subjects study __main__",
+        "pretrained_quantization": "arms report models study __main__",
         "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
-        "qat_efficiency": "tasks measuring lineage analysis latency figures report study __main__",
-        "train": "program ahead ahead_table claiming monitoring watching running scaling __main__",
+        "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
+        "train": "program aot aot_table run_identity monitoring watching running scaling __main__",
         "training_precision": "analysis figures numerics report running study __main__",
     },
     {

@@ -13,7 +13,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant import artifacts, calibration
-from jaxquant.artifacts import Card, folders, seals
+from jaxquant.artifacts import Card, checksums, folders
 from jaxquant.nnx.modules import read
 from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
@@ -111,7 +111,7 @@ def resealed(path: Path, **changes) -> None:
     content = json.loads(path.read_text()) | changes
     kind, version = content.pop("kind"), content.pop("version")
     del content["sha256"]
-    path.write_text(seals.sealed(kind, version, content))
+    path.write_text(checksums.with_checksum(kind, version, content))
 
 
 ARRAYS, CARD, TREE = "arrays.safetensors", "card.json", "tree.json"
@@ -187,7 +187,7 @@ def test_links_lead_nowhere_else(tmp_path):
         with pytest.raises(ValueError, match=rf"{name} is a link that leads out of .*model"):
             artifacts.load(folder)
         with pytest.raises(ValueError, match="is a link that leads out"):
-            seals.digests(folder)
+            checksums.digests(folder)
         (folder / name).unlink()
     (folder / "above").symlink_to("..")  # a folder above, by a link
     resealed(folder / CARD, files={**listed, "above/outside": NOWHERE})
@@ -203,7 +203,7 @@ def rewritten(folder: Path, arrays: dict) -> None:
     """Other arrays in a folder whose digests are right."""
     (folder / ARRAYS).unlink()
     folders.write_safetensors(folder / ARRAYS, arrays)
-    listed = seals.digests(folder)
+    listed = checksums.digests(folder)
     resealed(folder / CARD, files={name: listed[name] for name in (ARRAYS, TREE)})
 
 
@@ -272,7 +272,7 @@ def test_orbax_does_not_cast_what_is_not_described(tmp_path):
         artifacts.save(tmp_path / name / "other", arrays, Card(**NOTHING), format="orbax")
         (folder / "arrays").rename(tmp_path / name / "gone")
         (tmp_path / name / "other" / "arrays").rename(folder / "arrays")
-        listed = seals.digests(folder)
+        listed = checksums.digests(folder)
         kept = {k: v for k, v in listed.items() if k.startswith("arrays/") or k == TREE}
         resealed(folder / CARD, files=kept)
         with pytest.raises(ValueError, match=message):
@@ -300,7 +300,7 @@ def test_a_damaged_orbax_checkpoint_is_an_error(tmp_path):
 
 def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     small(tmp_path)
-    before = seals.digests(tmp_path)
+    before = checksums.digests(tmp_path)
     with pytest.raises(ValueError, match="exists already"):
         small(tmp_path)
     broken = dataclasses.replace(jq.quantize(X, jq.Quantizer(jq.INT8)), scale=jnp.ones((3, 1)))
@@ -310,10 +310,10 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fails(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(folders, "sealed", fails)
+    monkeypatch.setattr(folders, "with_checksum", fails)
     with pytest.raises(OSError, match="no space"):
         artifacts.save(tmp_path / "other", {"w": X}, Card(**NOTHING))
-    assert seals.digests(tmp_path) == before
+    assert checksums.digests(tmp_path) == before
 
 
 @pytest.mark.parametrize(

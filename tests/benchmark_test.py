@@ -298,7 +298,9 @@ def test_the_interval_against_the_binomial_distribution(count):
 
 def test_a_race_runs_everyone_once_a_round_from_another_place_each_time():
     order = []
-    seconds = timing.race({name: lambda name=name: order.append(name) for name in "abc"}, 4)
+    seconds = timing.interleaved_timing(
+        {name: lambda name=name: order.append(name) for name in "abc"}, 4
+    )
     assert "".join(order) == "abcbcacababc"
     assert {name: len(s) for name, s in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 

@@ -25,6 +25,13 @@ PRIVATE = [
     "guarding",
     "lineage",
     "subjects",
+    "ledger",
+    "told to stop",
+    "set aside",
+    "contests?",
+    "sees_all",
+    "describe_operation",
+    "operation_from",
 ]
 CODE = re.compile(r"```.*?```|`[^`\n]+`|\]\([^)]*\)", re.DOTALL)
 

@@ -154,7 +154,7 @@ def bad_inputs(folder) -> dict[str, list[str]]:
         "holds the study 'qat_efficiency'": study_command(folder / "other"),
         "--workdir names a folder": study_command("", "--preset=smoke"),
         "--shard is i/n": study_command(work, "--shard=4/4"),
-        "workers is at least 1": study_command(work, "--workers=-2"),
+        "workers must be at least 1": study_command(work, "--workers=-2"),
         "model size is one of": study_command(own, "--config.size=70b", study="train"),
         "does not cover 1 device": study_command(own, "--config.mesh_fsdp=3", study="train"),
     }

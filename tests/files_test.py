@@ -13,7 +13,7 @@ from experiments.harness import data
 from experiments.harness.data import paths, tokenizers
 from experiments.harness.pretrained import files as weights
 from experiments.harness.pretrained import minilm, references
-from experiments.harness.running import files, ledgers
+from experiments.harness.running import files, record_store
 from jaxquant.artifacts import files as regular
 
 
@@ -119,7 +119,7 @@ def _versions(path, call):
 # Each reads the file at a path, of which the folder above is there.
 READERS = {
     "harness JSON": files.read_json,
-    "ledger": lambda p: ledgers.Ledger(p.parent, "study"),
+    "store": lambda p: record_store.RecordStore(p.parent, "study"),
     "artifact": lambda p: jaxquant.artifacts.load(p.parent),
     "card": lambda p: jaxquant.artifacts.load_card(p.parent),
     "optimizer state": lambda p: jaxquant.optim.load(p.parent, None),
@@ -136,7 +136,7 @@ READERS = {
     "judgements": lambda p: references.judgements("wordsim353", p.parent),
 }
 NAMES = {
-    "ledger": "study.json",
+    "store": "study.json",
     "artifact": "card.json",
     "card": "card.json",
     "optimizer state": "state.json",

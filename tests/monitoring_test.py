@@ -13,14 +13,14 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness.models import lm
-from jaxquant.numerics.measuring import Quantized, measured
+from jaxquant.numerics.measuring import Quantized, measure
 
 BLOCK = {"mxfp8_train": 32, "mxfp4": 32, "nvfp4": 16}
 
 
 def seen(x, quantizer, axes=(1,), key=None):
     """Statistics of one tensor, compiled."""
-    run = jax.jit(lambda x: jq.monitoring.of_sums(measured(Quantized(x, quantizer, axes, key))))
+    run = jax.jit(lambda x: jq.monitoring.of_sums(measure(Quantized(x, quantizer, axes, key))))
     return jax.tree.map(np.asarray, run(jnp.asarray(x)))
 
 
@@ -146,11 +146,10 @@ def test_noise_is_that_of_fake_quant(quantizer):
 @pytest.mark.long
 def test_a_traced_precision_is_measured():
     x = normals(64, 128)
-    at = jax.jit(lambda b: measured(Quantized(x, jq.Quantizer(jq.Int(b), "channel"), (1,))).noise)
+    at = jax.jit(lambda b: measure(Quantized(x, jq.Quantizer(jq.Int(b), "channel"), (1,))).noise)
     noise = [float(at(b)) for b in (4, 8)]
     static = [
-        float(measured(Quantized(x, jq.Quantizer(jq.Int(b), "channel"), (1,))).noise)
-        for b in (4, 8)
+        float(measure(Quantized(x, jq.Quantizer(jq.Int(b), "channel"), (1,))).noise) for b in (4, 8)
     ]
     np.testing.assert_allclose(noise, static, rtol=1e-5)
     assert noise[0] > 100 * noise[1]

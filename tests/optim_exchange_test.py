@@ -15,7 +15,7 @@ import optax
 import pytest
 
 from jaxquant.artifacts import folders
-from jaxquant.artifacts.seals import digests, sealed
+from jaxquant.artifacts.checksums import digests, with_checksum
 from jaxquant.optim import (
     adaptive,
     diagnose,
@@ -132,7 +132,7 @@ def rewritten(folder, change):
     kind, version = content.pop("kind"), content.pop("version")
     del content["sha256"]
     head.unlink()
-    head.write_text(sealed(kind, version, content | {"files": digests(folder)}))
+    head.write_text(with_checksum(kind, version, content | {"files": digests(folder)}))
 
 
 def changed(ending, function):

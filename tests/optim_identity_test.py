@@ -12,7 +12,7 @@ import optax
 import pytest
 import safetensors.numpy
 
-from jaxquant.artifacts import folders, seals
+from jaxquant.artifacts import checksums, folders
 from jaxquant.optim import (
     Companded,
     LayerStatistics,
@@ -98,9 +98,9 @@ def save_version_3(folder, state, plan):
     body = {
         "plan": plan,
         "arrays": {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()},
-        "files": seals.digests(folder),
+        "files": checksums.digests(folder),
     }
-    (folder / "state.json").write_text(seals.sealed("jaxquant optimizer state", 3, body))
+    (folder / "state.json").write_text(checksums.with_checksum("jaxquant optimizer state", 3, body))
 
 
 def equal(a, b):
@@ -252,6 +252,6 @@ def test_a_head_that_lacks_a_part_is_refused(tmp_path):
     body = json.loads(head.read_text())
     for part in ("state", "arrays"):
         rest = {k: v for k, v in body.items() if k not in (part, "sha256", "kind", "version")}
-        head.write_text(seals.sealed("jaxquant optimizer state", 4, rest))
+        head.write_text(checksums.with_checksum("jaxquant optimizer state", 4, rest))
         with pytest.raises(ValueError, match=f"does not say its '{part}'"):
             load(tmp_path / "state", cast(Any, fresh("adam")))

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.harness.running import packed
-from experiments.harness.running.ledgers import Ledger, read_records, trial_id
+from experiments.harness.running.record_store import RecordStore, read_records, trial_id
 
 RECORDS = ROOT / "experiments" / "results"
 
@@ -20,15 +20,15 @@ class Trial:
     bits: int
 
 
-def ledger(folder, count=3, size=1):
-    found = Ledger(folder, "study")
+def store(folder, count=3, size=1):
+    found = RecordStore(folder, "study")
     for bits in range(count):
         found.write(Trial(bits), {"loss": bits / 3, "text": "x" * size}, seconds=bits + 0.04)
     return found
 
 
 def test_a_packed_folder_gives_the_same_records_and_times(tmp_path):
-    before = ledger(tmp_path)
+    before = store(tmp_path)
     records = read_records(tmp_path, "study")
     times = {p.stem: json.loads(p.read_text())["seconds"] for p in tmp_path.glob("timings/*")}
     one = before.read(Trial(1))
@@ -37,7 +37,7 @@ def test_a_packed_folder_gives_the_same_records_and_times(tmp_path):
     assert not (tmp_path / "trials").exists()
     assert not (tmp_path / "timings").exists()
     assert read_records(tmp_path, "study") == records
-    again = Ledger(tmp_path, "study")
+    again = RecordStore(tmp_path, "study")
     assert again.read(Trial(1)) == again.read(Trial(1)) == one
     assert again.read(Trial(7)) is None
     assert {name: row.seconds for name, row in packed.read(tmp_path).items()} == times
@@ -47,26 +47,26 @@ def test_a_packed_folder_gives_the_same_records_and_times(tmp_path):
 
 
 def test_a_large_table_is_compressed_and_grows_by_what_is_run_later(tmp_path):
-    ledger(tmp_path, count=3, size=400_000)
+    store(tmp_path, count=3, size=400_000)
     assert packed.pack(tmp_path)[0].name == "records.jsonl.gz"
     content = (tmp_path / "records.jsonl.gz").read_bytes()
-    Ledger(tmp_path, "study").write(Trial(9), {"loss": 1.0}, seconds=1)
+    RecordStore(tmp_path, "study").write(Trial(9), {"loss": 1.0}, seconds=1)
     assert len(read_records(tmp_path, "study")) == 4
     table, count = packed.pack(tmp_path)
     assert (table.name, count) == ("records.jsonl.gz", 4)
     assert table.read_bytes() != content
-    assert Ledger(tmp_path, "study").read(Trial(9))["loss"] == 1.0
+    assert RecordStore(tmp_path, "study").read(Trial(9))["loss"] == 1.0
 
 
 def test_a_single_file_counts_before_the_table(tmp_path):
-    ledger(tmp_path)
+    store(tmp_path)
     packed.pack(tmp_path)
-    newer = Ledger(tmp_path, "study")
+    newer = RecordStore(tmp_path, "study")
     newer.write(Trial(0), {"loss": 5.0}, seconds=1)
     assert newer.read(Trial(0))["loss"] == 5.0
     assert [r["loss"] for r in read_records(tmp_path, "study") if r["trial"]["bits"] == 0] == [5.0]
     packed.pack(tmp_path)
-    assert Ledger(tmp_path, "study").read(Trial(0))["loss"] == 5.0
+    assert RecordStore(tmp_path, "study").read(Trial(0))["loss"] == 5.0
 
 
 @pytest.mark.parametrize(
@@ -79,22 +79,22 @@ def test_a_single_file_counts_before_the_table(tmp_path):
     ],
 )
 def test_a_damaged_line_is_left_out_with_a_warning(tmp_path, caplog, damage):
-    ledger(tmp_path)
+    store(tmp_path)
     table, _ = packed.pack(tmp_path)
     name = trial_id(Trial(0)).encode()
     lines = [damage(x) if name in x else x for x in table.read_bytes().splitlines()]
     table.write_bytes(b"\n".join(lines) + b"\n")
     with caplog.at_level(logging.WARNING):
         assert len(read_records(tmp_path, "study")) == 2
-        assert Ledger(tmp_path, "study").read(Trial(0)) is None
+        assert RecordStore(tmp_path, "study").read(Trial(0)) is None
     assert "is left out" in caplog.text
-    assert Ledger(tmp_path, "study").read(Trial(1))["loss"] == 1 / 3
+    assert RecordStore(tmp_path, "study").read(Trial(1))["loss"] == 1 / 3
 
 
 def test_a_damaged_single_file_is_not_packed_and_takes_no_whole_records_place(tmp_path, caplog):
-    ledger(tmp_path)
+    store(tmp_path)
     packed.pack(tmp_path)
-    ledger(tmp_path)
+    store(tmp_path)
     path = tmp_path / "trials" / f"{trial_id(Trial(1))}.json"
     path.write_text(path.read_text().replace("0.3333333333333333", "9.0"))
     with caplog.at_level(logging.WARNING):
@@ -117,11 +117,11 @@ def test_what_is_no_table_and_no_study_is_refused(tmp_path):
 
 
 def test_a_table_of_another_study_is_not_taken_for_ones_own(tmp_path):
-    ledger(tmp_path)
+    store(tmp_path)
     packed.pack(tmp_path)
     (tmp_path / "study.json").unlink()
     with pytest.raises(ValueError, match="holds the study 'study', not 'other'"):
-        Ledger(tmp_path, "other")
+        RecordStore(tmp_path, "other")
 
 
 @pytest.mark.parametrize(

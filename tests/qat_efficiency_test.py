@@ -13,8 +13,8 @@ import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.data import images
 from experiments.harness.training import train
-from experiments.qat_efficiency import analysis, latency, lineage, measuring, report, study, tasks
-from experiments.qat_efficiency.lineage import Arm
+from experiments.qat_efficiency import analysis, latency, measuring, report, stages, study, tasks
+from experiments.qat_efficiency.stages import Arm
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -89,9 +89,9 @@ def record(model: str, seed: int, entries: dict[Arm, dict]) -> dict:
     }
 
 
-def trial(model: str, seed: int) -> lineage.Trial:
+def trial(model: str, seed: int) -> stages.Trial:
     settings = tasks.Settings(model, "8k", "digits", "", "abc", 64, 100, 50)  # pyright: ignore
-    return lineage.Trial(settings, seed, 10, 5, 0.1, 0.01, 2, ("w4a4",), ("rtn",), ("ste",), 5, 50)
+    return stages.Trial(settings, seed, 10, 5, 0.1, 0.01, 2, ("w4a4",), ("rtn",), ("ste",), 5, 50)
 
 
 RTN, GPTQ = (Arm("ptq", m, "w4a4") for m in ("rtn", "gptq"))
@@ -297,9 +297,9 @@ def test_only_arms_that_multiply_integers_have_a_time():
 
 
 def test_every_method_names_its_program():
-    for method in lineage.METHODS:
+    for method in stages.METHODS:
         assert latency.program(Arm("ptq", method, "w4a4")) in jq.ptq.METHODS
-    assert [latency.program(Arm("qat", e, "w4a4")) for e in lineage.ESTIMATORS] == [
+    assert [latency.program(Arm("qat", e, "w4a4")) for e in stages.ESTIMATORS] == [
         "rtn",
         None,
         None,
@@ -310,13 +310,13 @@ def test_every_method_names_its_program():
 
 
 def test_arms_pair_every_width_with_the_methods_that_suit_it():
-    (one, *_) = study.make_trials(dataclasses.replace(SMOKE, methods=lineage.METHODS))
+    (one, *_) = study.make_trials(dataclasses.replace(SMOKE, methods=stages.METHODS))
     names = [arm.name for arm in one.arms]
-    assert names[:2] == [lineage.REFERENCE, lineage.AGAIN]
+    assert names[:2] == [stages.REFERENCE, stages.AGAIN]
     assert len(names) == len(set(names)) == 2 + 2 * (4 + 1)
     assert {"ptq smoothquant w8a8", "ptq awq w2a16"} <= set(names)
     assert not {"ptq awq w8a8", "ptq smoothquant w2a16"} & set(names)
-    assert lineage.cost(one) == one.steps + one.finetune_steps * (2 + 8 / 2 + 2)
+    assert stages.cost(one) == one.steps + one.finetune_steps * (2 + 8 / 2 + 2)
 
 
 def test_a_trial_is_a_model_and_a_seed():
@@ -364,7 +364,7 @@ def test_every_size_can_be_rotated_in_blocks_of_32(config):
 
 
 @pytest.mark.first(1)
-@pytest.mark.parametrize("estimator", lineage.ESTIMATORS)
+@pytest.mark.parametrize("estimator", stages.ESTIMATORS)
 def test_rules_reach_every_layer(digits, text, estimator):
     for task, count in ((digits, 6), (text, 7)):
         table = jq.nnx.coverage(task.make(0), tasks.rules(task.settings.model, "w3a16", estimator))
@@ -449,7 +449,7 @@ def test_bit_operations_are_macs_times_bits(digits):
 @pytest.mark.parametrize("arm", [Arm("qat", "lsq", "w4a4"), Arm("qat", "quest", "w2a16")])
 def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits, arm):
     model = digits.make(0)
-    trained = lineage.quantized(model, digits, arm, digits.calibration(1, 0))
+    trained = stages.quantized(model, digits, arm, digits.calibration(1, 0))
     assert not jax.tree.leaves(nnx.state(trained, nnx.Not(nnx.Param))), "all that is learned trains"
     frozen = jq.nnx.freeze(trained)
     inputs = digits.selection.inputs[:20]
@@ -466,7 +466,7 @@ def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits,
 
 @pytest.mark.long
 def test_learned_steps_do_not_decay_and_move_slowly(digits):
-    model = lineage.quantized(digits.make(0), digits, Arm("qat", "lsq", "w4a16"), [])
+    model = stages.quantized(digits.make(0), digits, Arm("qat", "lsq", "w4a16"), [])
     params = nnx.state(model, nnx.Param)
     tx = train.adamw_and_steps()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.harness.running import files, ledgers, ray_launcher, trials
+from experiments.harness.running import files, ray_launcher, record_store, trials
 
 pytestmark = pytest.mark.exhaustive
 needs_ray = pytest.mark.skipif(
@@ -28,7 +28,7 @@ class Trial:
 
 
 def run_trial(trial: Trial, context: trials.Context) -> dict:
-    """Notes in the ledger's folder that it began, and on which node."""
+    """Notes in the store's folder that it began, and on which node."""
     begun = context.scratch.parent.parent / "begun"
     begun.mkdir(exist_ok=True)
     (begun / f"{trial.number}-{time.time_ns()}").write_text(_node())
@@ -44,24 +44,26 @@ def _node() -> str:
     return ray.get_runtime_context().get_node_id() if ray and ray.is_initialized() else ""
 
 
-def just_begun(ledger, node: str) -> bool:
+def just_begun(store, node: str) -> bool:
     """Whether a trial began on a node within the last half second, and is not finished."""
-    for path in (ledger.workdir / "begun").glob("*"):
+    for path in (store.workdir / "begun").glob("*"):
         number, at = map(int, path.name.split("-"))
         is_new = time.time_ns() - at < 0.5e9
-        if is_new and path.read_text() == node and ledger.read(Trial(number, _LONG)) is None:
+        if is_new and path.read_text() == node and store.read(Trial(number, _LONG)) is None:
             return True
     return False
 
 
-def kind(trial: Trial) -> None:
+def compile_key(trial: Trial) -> None:
     """One for all."""
 
 
-def sweep(ledger, grid, address):
+def sweep(store, grid, address):
     cluster = ray_launcher.Ray(address, (("num_cpus", 1.0),), retries=3)
     launch = trials.Launch(ray=cluster)
-    return trials.run(grid, run_trial, ledger, cost=lambda t: 1.0, kind=kind, launch=launch)
+    return trials.run(
+        grid, run_trial, store, cost=lambda t: 1.0, compile_key=compile_key, launch=launch
+    )
 
 
 @needs_ray
@@ -75,19 +77,19 @@ def test_a_sweep_outlives_a_node(tmp_path):
         patch.setenv("PYTHONPATH", path)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
         other = cluster.add_node(num_cpus=2)
-    ledger = ledgers.Ledger(tmp_path / "w", "squares")
+    store = record_store.RecordStore(tmp_path / "w", "squares")
     grid = [Trial(n, _LONG) for n in range(24)]
     records_in, node = tmp_path / "w" / "trials", other.node_id
     try:
 
         def lose() -> None:
-            while len([*records_in.glob("*.json")]) < 6 or not just_begun(ledger, node):
+            while len([*records_in.glob("*.json")]) < 6 or not just_begun(store, node):
                 time.sleep(0.05)
             cluster.remove_node(other, allow_graceful=False)
 
         losing = threading.Thread(target=lose)
         losing.start()
-        records = sweep(ledger, grid, cluster.address)
+        records = sweep(store, grid, cluster.address)
         losing.join()
     finally:
         cluster.shutdown()
@@ -103,14 +105,14 @@ def test_a_sweep_outlives_a_node(tmp_path):
 @pytest.mark.long
 def test_failures_are_named_and_no_cluster_is_said_in_a_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.path.dirname(__file__))
-    ledger = ledgers.Ledger(tmp_path / "w", "squares")
+    store = record_store.RecordStore(tmp_path / "w", "squares")
     with pytest.raises(RuntimeError, match=r"1 trial\(s\) failed.*number=-1(?s:.*)cannot be done"):
-        sweep(ledger, [Trial(2, 0.0), Trial(-1)], "local")
-    assert ledger.read(Trial(2, 0.0))["result"] == 4
+        sweep(store, [Trial(2, 0.0), Trial(-1)], "local")
+    assert store.read(Trial(2, 0.0))["result"] == 4
     with pytest.raises(ValueError, match=r"no Ray cluster answers at .127\.0\.0\.1:1."):
-        sweep(ledger, [Trial(3)], "127.0.0.1:1")
+        sweep(store, [Trial(3)], "127.0.0.1:1")
     with pytest.raises(ValueError, match="no Ray cluster answers at 'auto'"):
-        sweep(ledger, [Trial(3)], "auto")
+        sweep(store, [Trial(3)], "auto")
 
 
 @pytest.mark.parametrize("text", ["", "num_cpus", "TPU=x", "=3", "num_cpus=-1"])
@@ -130,13 +132,13 @@ def test_a_ledger_may_lie_on_shared_storage(monkeypatch):
 
     for name in ("gs", "gcs"):
         fsspec.register_implementation(name, Bucket, clobber=True)
-    ledger = ledgers.Ledger("gs://bucket/squares", "squares")
-    assert ledger.read(Trial(3)) is None
-    with ledger.claim(Trial(3)) as scratch:
+    store = record_store.RecordStore("gs://bucket/squares", "squares")
+    assert store.read(Trial(3)) is None
+    with store.lock(Trial(3)) as scratch:
         assert scratch.is_dir()
-        ledger.write(Trial(3), {"status": "done", "result": 9}, 1.0)
+        store.write(Trial(3), {"status": "done", "result": 9}, 1.0)
     assert not scratch.exists()
-    assert ledgers.Ledger("gs://bucket/squares", "squares").read(Trial(3))["result"] == 9
-    assert files.read_json(ledger.path(Trial(4))) is None
+    assert record_store.RecordStore("gs://bucket/squares", "squares").read(Trial(3))["result"] == 9
+    assert files.read_json(store.path(Trial(4))) is None
     with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
-        ledgers.Ledger("gs://bucket/squares", "cubes")
+        record_store.RecordStore("gs://bucket/squares", "cubes")

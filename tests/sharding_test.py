@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jaxquant.numerics.sharding import computed_as_auto, unrepeated
+from jaxquant.numerics.sharding import call_with_auto_axes, drop_repeated
 
 CASES = Path(__file__).parent / "sharded_cases.py"
 COUNTS = {"recipes": 21, "verbs": 19, "operations": 8, "optimizer": 2}
@@ -42,10 +42,10 @@ def test_without_explicit_axes_a_call_is_a_call():
     function = lambda x: x.reshape(2, 3)  # noqa: E731
     x = jax.numpy.zeros(6)
     plain = jax.make_jaxpr(function)(x)
-    through = jax.make_jaxpr(lambda x: computed_as_auto(function, (x,), lambda: None))(x)
+    through = jax.make_jaxpr(lambda x: call_with_auto_axes(function, (x,), lambda: None))(x)
     assert str(plain) == str(through)
 
 
 def test_an_axis_of_the_mesh_splits_one_axis_of_an_array():
-    spec = unrepeated(("data", ("model", "data"), "model"))
+    spec = drop_repeated(("data", ("model", "data"), "model"))
     assert tuple(spec) == ("data", None, "model")

@@ -261,14 +261,14 @@ def test_statistics_of_scaled_inputs():
     x = inputs(0)
     scale = np.exp(np.random.default_rng(1).normal(size=N)).astype(np.float32)
     seen = functools.partial(statistics.update, statistics.statistics(N))
-    found = smooth.rescaled(seen(jnp.array(x)), jnp.array(scale))
+    found = smooth.rescale(seen(jnp.array(x)), jnp.array(scale))
     expected = seen(jnp.array(x / scale))
     sizes = np.sqrt(np.outer(*[np.diag(expected.hessian)] * 2))
     np.testing.assert_allclose(found.hessian / sizes, expected.hessian / sizes, atol=1e-5)
     np.testing.assert_allclose(found.absmax, expected.absmax, rtol=1e-6)
     np.testing.assert_allclose(found.absmean, expected.absmean, rtol=1e-5)
     assert (
-        smooth.rescaled(statistics.statistics(N, hessian=False), jnp.array(scale)).products is None
+        smooth.rescale(statistics.statistics(N, hessian=False), jnp.array(scale)).products is None
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import jaxquant as jq
 from jaxquant import calibration, estimators, rounding
-from jaxquant.artifacts.specification import describe_operation, operation_from
+from jaxquant.artifacts.specification import from_config, to_config
 from jaxquant.operations.recipes import RECIPES
 from jaxquant.operations.smoothed import Smoothed
 
@@ -41,8 +41,8 @@ OPERATIONS = {
 
 
 def back(operation):
-    description, arrays = describe_operation(operation)
-    return operation_from(json.loads(json.dumps(description, allow_nan=False)), arrays)
+    description, arrays = to_config(operation)
+    return from_config(json.loads(json.dumps(description, allow_nan=False)), arrays)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -84,12 +84,12 @@ class OwnInt(jq.Int):
 )
 def test_what_has_no_name_is_refused_by_name(operation, message):
     with pytest.raises(ValueError, match=message):
-        describe_operation(operation)
+        to_config(operation)
 
 
 def test_traced_arrays_are_refused():
     def inside(value):
-        describe_operation(calibrated(value))
+        to_config(calibrated(value))
         return value
 
     with pytest.raises(ValueError, match=r"calibration.value is traced"):
@@ -98,7 +98,7 @@ def test_traced_arrays_are_refused():
 
 def changed(path, value):
     """The description of a calibrated product with one part replaced, and its arrays."""
-    description, arrays = describe_operation(OPERATIONS["one range"])
+    description, arrays = to_config(OPERATIONS["one range"])
     description = copy.deepcopy(description)
     node = description
     for key in path[:-1]:
@@ -140,4 +140,4 @@ ABSMAX = {"function": "calibration.absmax"}
 )
 def test_what_is_not_as_it_was_written_is_an_error(path, value, message):
     with pytest.raises(ValueError, match=message):
-        operation_from(*changed(path, value))
+        from_config(*changed(path, value))

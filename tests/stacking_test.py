@@ -10,7 +10,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.nnx.modules import read
-from jaxquant.numerics.stacking import places
+from jaxquant.numerics.stacking import candidate_axes
 from jaxquant.numerics.stored import Stored
 
 pytestmark = pytest.mark.exhaustive  # minutes, once in CI
@@ -343,5 +343,5 @@ def test_layers_side_by_side_have_ranges_of_their_own(recipe, axis):
 
 
 def test_where_layers_may_lie():
-    assert places((2, 8), (8,)) == [(0,)]
-    assert places((2, 8), (4,)) == []
+    assert candidate_axes((2, 8), (8,)) == [(0,)]
+    assert candidate_axes((2, 8), (4,)) == []

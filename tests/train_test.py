@@ -27,7 +27,7 @@ from experiments.harness.running import trials
 from experiments.harness.running.checkpoints import Checkpoints, Spacing
 from experiments.harness.running.stopping import Preempted
 from experiments.harness.training import sharding, train, wsd
-from experiments.harness.training.guarding import Guard
+from experiments.harness.training.divergence import DivergencePolicy
 
 ROOT = Path(__file__).parent.parent
 
@@ -144,7 +144,7 @@ def spaced(toy, folder, spacing, steps=60, stop=None):
         plan = train.cosine(0.05, 200, 10)
         train.fit(
             step, start(), Counter(), plan, steps, mesh, log_every=5, checkpoint_every=20,
-            checkpoints=checkpoints, told_to_stop=lambda at: at == stop,
+            checkpoints=checkpoints, preemption_requested=lambda at: at == stop,
         )  # fmt: skip
     return checkpoints.steps
 
@@ -193,7 +193,7 @@ def grown(toy, context):
         state, history = trunk.branch(plan, end, f"branch-{end}")
         return {"history": [[*x] for x in history], "x": state.params["x"].tolist()}
 
-    return [context.remember(str(end), functools.partial(point, end)) for end in stops]
+    return [context.cached(str(end), functools.partial(point, end)) for end in stops]
 
 
 @pytest.mark.first(2)
@@ -250,13 +250,13 @@ def spiky(params, batch):
 
 def guarded(toy, folder=None, action="stop", stop=None, **options):
     start, _, mesh = toy
-    guard = Guard(action, spike=10.0, **options)
+    guard = DivergencePolicy(action, spike=10.0, **options)
     step = train.make_step(spiky, train.adamw(), mesh, skips=action == "skip")
     batches = Counter()
     with Checkpoints(folder, every=5) if folder else contextlib.nullcontext() as checkpoints:
         state, history = train.fit(
             step, start(), batches, train.stable(0.01, 1), 40, mesh, log_every=5, checkpoint_every=5,
-            checkpoints=checkpoints, guard=guard, told_to_stop=lambda at: at == stop,
+            checkpoints=checkpoints, guard=guard, preemption_requested=lambda at: at == stop,
         )  # fmt: skip
     return state, history, batches.at
 
@@ -293,7 +293,7 @@ def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path
 )
 def test_guards_that_there_are_not_are_refused(bad):
     with pytest.raises(ValueError, match="a guard"):
-        Guard(**bad)
+        DivergencePolicy(**bad)
 
 
 def test_a_training_step_with_traced_bits_is_traced_once():

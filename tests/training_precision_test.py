@@ -94,10 +94,10 @@ def test_the_grid_has_each_precision_once():
         ("tied", (2, 3), "has nothing for 'float'"),
         ("single", (1,), "from 2 to 16; got 1"),
         ("sizes", ("9k",), "model size is one of"),
-        ("thin", ("332k",), "config.thin is of config.sizes"),
+        ("reduced_sizes", ("332k",), "config.reduced_sizes is of config.sizes"),
         ("separate", ("rtn",), "config.separate are of ste, lsq"),
         ("tokens_per_parameter", (30, 10), "rising order"),
-        ("longest", (10,), "one number for each"),
+        ("max_tokens_per_parameter", (10,), "one number for each"),
         ("seeds", 0, "config.seeds is a number above 0"),
         ("batch", 4096, "would come out as"),
     ],
@@ -171,7 +171,7 @@ def _own_promotion():
 def test_the_grid_compiles_once_for_a_method(tmp_path, monkeypatch):
     """Before a method's programs are dropped, and at the end, there is one of each; no method comes twice."""
     running.programs.cache_clear()
-    kinds, make_room = [], memory.make_room
+    kinds, clear_compiled = [], memory.clear_compiled
 
     def compiled(method: str) -> list[int]:
         own = running.programs("3k", method, "float32", 256)
@@ -181,9 +181,9 @@ def test_the_grid_compiles_once_for_a_method(tmp_path, monkeypatch):
         if kinds and kind != kinds[-1]:
             assert compiled(kinds[-1][1]) == [1, 1, 1]
         kinds.append(kind)
-        make_room(kind)
+        clear_compiled(kind)
 
-    monkeypatch.setattr(memory, "make_room", watched)
+    monkeypatch.setattr(memory, "clear_compiled", watched)
     study.run(PRESETS["smoke"], tmp_path, trials.Launch(workers=1))
     assert compiled(kinds[-1][1]) == [1, 1, 1]
     assert len(kinds) == 15

@@ -12,7 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.running import files, ledgers, memory, trials
+from experiments.harness.running import files, memory, record_store, trials
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -34,7 +34,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
         time.sleep(60)
     if trial.kind == "full":
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-    part = context.remember("part", lambda: {"square": trial.number**2})
+    part = context.cached("part", lambda: {"square": trial.number**2})
     compiled(jnp.zeros(trial.number))
     held = os.getpid() if trial.kind == "watched" else programs_held()
     return {"status": "done", "result": part["square"], "held": held}
@@ -55,18 +55,18 @@ def cost(trial: Trial) -> float:
     return float(trial.number)
 
 
-def kind(trial: Trial) -> int:
+def compile_key(trial: Trial) -> int:
     return trial.number % 3
 
 
-def run(ledger, grid, **options):
+def run(store, grid, **options):
     launch = trials.Launch(**options)
-    trials.run(grid, run_trial, ledger, cost=cost, kind=kind, launch=launch)
+    trials.run(grid, run_trial, store, cost=cost, compile_key=compile_key, launch=launch)
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    return ledgers.Ledger(tmp_path / "w", "squares")
+def store(tmp_path):
+    return record_store.RecordStore(tmp_path / "w", "squares")
 
 
 GRID = [Trial(n) for n in range(5)]
@@ -74,106 +74,106 @@ GRID = [Trial(n) for n in range(5)]
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_trial_has_one_record_and_scratch_is_gone(ledger, workers):
-    run(ledger, GRID, workers=workers)
-    assert [ledger.read(t)["result"] for t in GRID] == [0, 1, 4, 9, 16]
-    assert len(list((ledger.workdir / "trials").iterdir())) == 5
-    assert not [p for p in (ledger.workdir / "scratch").iterdir() if p.is_dir()]
+def test_every_trial_has_one_record_and_scratch_is_gone(store, workers):
+    run(store, GRID, workers=workers)
+    assert [store.read(t)["result"] for t in GRID] == [0, 1, 4, 9, 16]
+    assert len(list((store.workdir / "trials").iterdir())) == 5
+    assert not [p for p in (store.workdir / "scratch").iterdir() if p.is_dir()]
 
 
-def test_pages_are_given_back_before_a_trial_and_within_it(ledger, monkeypatch):
+def test_pages_are_given_back_before_a_trial_and_within_it(store, monkeypatch):
     trims = []
     monkeypatch.setattr(memory, "trim", lambda at_most_every=0.0: trims.append(at_most_every))
-    run(ledger, [Trial(4)])
+    run(store, [Trial(4)])
     assert len(trims) == 2
     assert trims[0] == 0.0 < trims[1]
 
 
-def test_finished_trials_are_skipped(ledger):
-    run(ledger, GRID[:2])
-    before = {p: p.stat().st_mtime_ns for p in (ledger.workdir / "trials").iterdir()}
-    run(ledger, GRID)
+def test_finished_trials_are_skipped(store):
+    run(store, GRID[:2])
+    before = {p: p.stat().st_mtime_ns for p in (store.workdir / "trials").iterdir()}
+    run(store, GRID)
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
 
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_programs_are_kept_while_trials_are_of_one_kind(ledger, workers):
+def test_programs_are_kept_while_trials_are_of_one_kind(store, workers):
     """Nine trials of three kinds, each with a program of its own: one process holds three, not nine."""
     jax.clear_caches()
     grid = [Trial(n) for n in range(9)]
-    run(ledger, grid, workers=workers)
-    held = [ledger.read(t)["held"] for t in grid]
+    run(store, grid, workers=workers)
+    held = [store.read(t)["held"] for t in grid]
     if workers == 1:
         assert held == [3, 3, 3, 2, 2, 2, 1, 1, 1]
     assert max(held) <= 3
 
 
 @pytest.mark.long
-def test_a_process_of_several_runs_trials_of_one_kind(ledger):
+def test_a_process_of_several_runs_trials_of_one_kind(store):
     grid = [Trial(n, "watched") for n in range(9)]
-    run(ledger, grid, workers=2)
+    run(store, grid, workers=2)
     kinds: dict[int, set[int]] = {}
     for trial in grid:
-        kinds.setdefault(ledger.read(trial)["held"], set()).add(kind(trial))
+        kinds.setdefault(store.read(trial)["held"], set()).add(compile_key(trial))
     assert {len(found) for found in kinds.values()} == {1}
     assert 3 <= len(kinds) <= 6
 
 
-def test_shards_cover_the_grid_once(ledger):
+def test_shards_cover_the_grid_once(store):
     sizes = []
     for i in range(3):
-        run(ledger, GRID, shard=(i, 3))
-        sizes.append(len(list((ledger.workdir / "trials").iterdir())))
+        run(store, GRID, shard=(i, 3))
+        sizes.append(len(list((store.workdir / "trials").iterdir())))
     assert sizes == [2, 4, 5]
 
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_damaged_record_is_set_aside_and_made_again(ledger, workers, caplog):
-    run(ledger, GRID)
-    whole = ledger.path(GRID[3]).read_bytes()
-    ledger.path(GRID[3]).write_bytes(whole[: len(whole) // 2])
-    ledger.path(GRID[4]).write_bytes(whole)  # another trial's
-    run(ledger, GRID, workers=workers)
-    assert ledger.path(GRID[3]).read_bytes() == whole
-    assert ledger.read(GRID[4])["result"] == 16
+def test_a_damaged_record_is_set_aside_and_made_again(store, workers, caplog):
+    run(store, GRID)
+    whole = store.path(GRID[3]).read_bytes()
+    store.path(GRID[3]).write_bytes(whole[: len(whole) // 2])
+    store.path(GRID[4]).write_bytes(whole)  # another trial's
+    run(store, GRID, workers=workers)
+    assert store.path(GRID[3]).read_bytes() == whole
+    assert store.read(GRID[4])["result"] == 16
     assert "not whole JSON" in caplog.text
     assert "not this trial's record" in caplog.text
 
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize(("kind", "reason"), [("bad", "cannot do 9"), ("dies", "exit code 7")])
-def test_a_failing_trial_is_named_and_costs_only_itself(ledger, kind, reason):
+def test_a_failing_trial_is_named_and_costs_only_itself(store, kind, reason):
     with pytest.raises(RuntimeError, match=rf"1 trial\(s\) failed.*number=9(?s:.*){reason}"):
-        run(ledger, [*GRID, Trial(9, kind)], workers=2)
-    assert sum(ledger.read(t) is not None for t in GRID) == 5
+        run(store, [*GRID, Trial(9, kind)], workers=2)
+    assert sum(store.read(t) is not None for t in GRID) == 5
 
 
 @pytest.mark.long
-def test_workers_that_die_are_replaced_and_cost_their_own_trials_alone(ledger):
+def test_workers_that_die_are_replaced_and_cost_their_own_trials_alone(store):
     """The two costliest trials come first, and end both workers."""
     with pytest.raises(RuntimeError, match=r"2 trial\(s\) failed"):
-        run(ledger, [*GRID, Trial(8, "dies"), Trial(9, "dies")], workers=2)
-    assert ledger.read(Trial(8, "dies")) is None
-    assert all(ledger.read(t) is not None for t in GRID)
+        run(store, [*GRID, Trial(8, "dies"), Trial(9, "dies")], workers=2)
+    assert store.read(Trial(8, "dies")) is None
+    assert all(store.read(t) is not None for t in GRID)
 
 
-def test_workers_end_with_their_parent(ledger, tmp_path):
+def test_workers_end_with_their_parent(store, tmp_path):
     """By SIGKILL, while both are in trials of a minute: the locks are free at once."""
     grid = [Trial(n, "slow") for n in range(2)]
     script = tmp_path / "study.py"
     script.write_text(
         "import sys\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from trials_test import Trial, ledgers, run\n"
+        "from trials_test import Trial, record_store, run\n"
         "if __name__ == '__main__':\n"
-        f"    ledger = ledgers.Ledger({str(ledger.workdir)!r}, 'squares')\n"
-        "    run(ledger, [Trial(n, 'slow') for n in range(2)], workers=2)\n"
+        f"    store = record_store.RecordStore({str(store.workdir)!r}, 'squares')\n"
+        "    run(store, [Trial(n, 'slow') for n in range(2)], workers=2)\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len([*ledger.workdir.glob("slow-*")]) < 2:
+    while len([*store.workdir.glob("slow-*")]) < 2:
         assert parent.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -181,23 +181,23 @@ def test_workers_end_with_their_parent(ledger, tmp_path):
     parent.wait()
     start = time.monotonic()
     for trial in grid:
-        with ledger.claim(trial):
+        with store.lock(trial):
             pass
     assert time.monotonic() - start < 20
 
 
 @pytest.mark.long
-def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(ledger):
-    run(ledger, GRID[:3])
+def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(store):
+    run(store, GRID[:3])
     with pytest.raises(OSError, match="No space left"):
-        run(ledger, [*GRID, Trial(9, "full")], workers=2)
-    assert sum(ledger.read(t) is not None for t in GRID) >= 3
+        run(store, [*GRID, Trial(9, "full")], workers=2)
+    assert sum(store.read(t) is not None for t in GRID) >= 3
 
 
 def test_what_an_interrupted_trial_finished_is_remembered(tmp_path):
     context = trials.Context(tmp_path, lambda amount, note: None)
-    assert context.remember("a", lambda: {"x": 1}) == {"x": 1}
-    assert context.remember("a", lambda: {"x": 2}) == {"x": 1}
+    assert context.cached("a", lambda: {"x": 1}) == {"x": 1}
+    assert context.cached("a", lambda: {"x": 2}) == {"x": 1}
 
 
 def test_a_trial_s_runs_are_saved_five_minutes_apart(tmp_path):
@@ -219,39 +219,39 @@ def test_a_trial_s_runs_are_saved_five_minutes_apart(tmp_path):
         assert not trunk.is_due(1000, 0, 1, ends=False)
 
 
-def test_records_say_what_they_are(ledger):
-    run(ledger, GRID[:1])
-    record = json.loads(ledger.path(GRID[0]).read_text())
+def test_records_say_what_they_are(store):
+    run(store, GRID[:1])
+    record = json.loads(store.path(GRID[0]).read_text())
     assert record["study"] == "squares"
-    assert record["id"] == ledgers.trial_id(GRID[0])
+    assert record["id"] == record_store.trial_id(GRID[0])
     assert record["trial"] == {"number": 0, "kind": "good"}
 
 
-def test_a_workdir_of_another_study_is_refused(tmp_path, ledger):
+def test_a_workdir_of_another_study_is_refused(tmp_path, store):
     with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
-        ledgers.Ledger(ledger.workdir, "cubes")
+        record_store.RecordStore(store.workdir, "cubes")
     files.write_json(tmp_path / "run" / "config.json", {})
     with pytest.raises(ValueError, match="holds a training run"):
-        ledgers.Ledger(tmp_path / "run", "squares")
+        record_store.RecordStore(tmp_path / "run", "squares")
 
 
-def test_a_lost_study_json_is_found_again_from_the_records(ledger):
-    run(ledger, GRID[:1])
-    (ledger.workdir / "study.json").write_text('{"stu')
+def test_a_lost_study_json_is_found_again_from_the_records(store):
+    run(store, GRID[:1])
+    (store.workdir / "study.json").write_text('{"stu')
     with pytest.raises(ValueError, match="holds the study 'squares'"):
-        ledgers.Ledger(ledger.workdir, "cubes")
-    assert ledgers.Ledger(ledger.workdir, "squares").read(GRID[0])["result"] == 0
+        record_store.RecordStore(store.workdir, "cubes")
+    assert record_store.RecordStore(store.workdir, "squares").read(GRID[0])["result"] == 0
 
 
-def test_an_edited_record_is_not_believed(ledger, caplog):
-    run(ledger, GRID)
-    text = ledger.path(GRID[3]).read_text()
-    ledger.path(GRID[3]).write_text(text.replace('"result": 9', '"result": 8'))
-    assert ledger.read(GRID[3]) is None
+def test_an_edited_record_is_not_believed(store, caplog):
+    run(store, GRID)
+    text = store.path(GRID[3]).read_text()
+    store.path(GRID[3]).write_text(text.replace('"result": 9', '"result": 8'))
+    assert store.read(GRID[3]) is None
     assert "not what was recorded" in caplog.text
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
-        ledgers.Ledger(tmp_path / "file" / "w", "squares")
+        record_store.RecordStore(tmp_path / "file" / "w", "squares")

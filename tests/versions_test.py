@@ -14,7 +14,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.artifacts import Card
-from jaxquant.artifacts.seals import sealed
+from jaxquant.artifacts.checksums import with_checksum
 from jaxquant.quality import Verdict
 from jaxquant.quality.gates import Check
 from jaxquant.quality.versions import Versions
@@ -243,9 +243,9 @@ def test_records_of_before_they_held_their_names_serve(versions):
     assert content.pop("name") == "0001"
     kind = content.pop("kind")
     del content["version"], content["sha256"]
-    path.write_text(sealed(kind, 1, content))
+    path.write_text(with_checksum(kind, 1, content))
     assert versions.latest_passing() == "0001"
-    path.write_text(sealed(kind, 2, content))
+    path.write_text(with_checksum(kind, 2, content))
     assert "is the record of None" in versions.problem("0001")
 
 

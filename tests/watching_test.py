@@ -18,8 +18,8 @@ from conftest import Counter
 
 from experiments.harness.running.checkpoints import Checkpoints
 from experiments.harness.running.watchdog import Hung, Watched
-from experiments.harness.training import metering, metrics, sharding, train
-from experiments.harness.training.guarding import Guard
+from experiments.harness.training import metrics, sharding, throughput, train
+from experiments.harness.training.divergence import DivergencePolicy
 from experiments.train import Watching
 from experiments.train.watching import Watch
 
@@ -56,7 +56,7 @@ def run(folder, steps, watching=None, guard=train.STOP, batches=None):
     step = train.make_step(spiking, tx, mesh, skips=guard.action == "skip")
     schedule = train.stable(0.05, 10)
     batches = batches or Batches()
-    meter = metering.Meter(6, 100, jax.devices())
+    meter = throughput.Throughput(6, 100, jax.devices())
     with Checkpoints(folder / "checkpoints") as checkpoints:
         fit = {"log_every": 5, "checkpoint_every": 10, "checkpoints": checkpoints, "guard": guard}
         if watching is None:
@@ -93,7 +93,8 @@ def events(folder) -> list[tuple[int, str, float]]:
 
 @pytest.mark.first(1)
 @pytest.mark.parametrize(
-    "guard", [train.STOP, Guard("roll_back", spike=20.0), Guard("skip", spike=20.0)]
+    "guard",
+    [train.STOP, DivergencePolicy("roll_back", spike=20.0), DivergencePolicy("skip", spike=20.0)],
 )
 def test_a_run_that_is_looked_at_trains_the_same(tmp_path, guard):
     alone, history = run(tmp_path / "alone", 40, guard=guard)
@@ -163,11 +164,11 @@ def test_what_cannot_be_looked_at_is_named(watching, words):
 
 def test_a_lap_leaves_checkpoints_out(monkeypatch):
     now = iter([0.0, 10.0, 10.0, 14.0, 14.0])
-    monkeypatch.setattr(metering.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(now))
     device = types.SimpleNamespace(device_kind="TPU v5 lite")
-    meter = metering.Meter(tokens=1000, flops=197 * 10**11, devices=[device, device])
-    assert meter.lap(5, 0.0, 0.0) == {}  # what it compiled in
-    assert meter.lap(5, 5.0, 1.0) == {
+    meter = throughput.Throughput(tokens=1000, flops=197 * 10**11, devices=[device, device])
+    assert meter.interval(5, 0.0, 0.0) == {}  # what it compiled in
+    assert meter.interval(5, 5.0, 1.0) == {
         "seconds_per_step": 1.0,
         "tokens_per_second": 1000.0,
         "input_wait": 0.2,
@@ -176,7 +177,7 @@ def test_a_lap_leaves_checkpoints_out(monkeypatch):
 
 
 def test_the_peak_of_a_device_is_its_share_of_the_chips():
-    of = lambda *kinds: metering.peak([types.SimpleNamespace(device_kind=k) for k in kinds])  # noqa: E731
+    of = lambda *kinds: throughput.peak([types.SimpleNamespace(device_kind=k) for k in kinds])  # noqa: E731
     assert of("TPU7x", "TPU7x") == 2307e12
     assert of("TPU v5 lite", "cpu") is None
 

@@ -23,7 +23,7 @@ from experiments.harness.peers import optimizers
 
 EXACT = "optax, float32"
 OURS = "jaxquant, 5 + 4 bits"
-MATRIX, TREE, STEP = CONTESTS = ("matrix", "tree", "train step")
+MATRIX, TREE, STEP = COMPARISONS = ("matrix", "tree", "train step")
 TORCH_PEERS = ("torch", "torchao", "bitsandbytes")
 _TORCH = {
     "torch, float32": ("torch.optim", "AdamW", {"fused": True}),
@@ -85,26 +85,28 @@ class Runner:
         self._advance()
 
 
-def make_runners(contest: str, shape: Shape, matrix: tuple[int, int], torch: bool) -> list[Runner]:
-    """The contestants of one contest, the baseline first.
+def make_runners(
+    comparison: str, shape: Shape, matrix: tuple[int, int], torch: bool
+) -> list[Runner]:
+    """The contestants of one comparison, the baseline first.
 
     Args:
-        contest: of `CONTESTS`.
+        comparison: of `COMPARISONS`.
         shape: of the model.
         matrix: of the one parameter of `MATRIX`.
-        torch: whether torch's own run too, where they have a contest: not in JAX's train step.
+        torch: whether torch's own run too, where they have a comparison: not in JAX's train step.
     """
-    if contest == STEP:
+    if comparison == STEP:
         made = {k: v for k, v in jax_optimizers().items() if k == EXACT or k.startswith("jaxquant")}
         return [_train_step(name, tx, shape) for name, tx in made.items()]
-    params = _params(contest, shape, matrix)
+    params = _params(comparison, shape, matrix)
     found = [_alone(name, tx, params) for name, tx in jax_optimizers().items()]
     shapes = [x.shape for x in jax.tree.leaves(params)]
     return found + ([_of_torch(name, shapes) for name in _TORCH] if torch else [])
 
 
-def _params(contest: str, shape: Shape, matrix: tuple[int, int]) -> Any:
-    if contest == MATRIX:
+def _params(comparison: str, shape: Shape, matrix: tuple[int, int]) -> Any:
+    if comparison == MATRIX:
         return {"w": jax.random.normal(jax.random.key(0), matrix)}
     return nnx.to_pure_dict(nnx.state(NnxLM(shape, nnx.Rngs(0)), nnx.Param))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import altair as alt
 import pandas as pd
 
-from experiments.benchmark.optimizers import CONTESTS, EXACT, MATRIX, OURS, STEP, TREE
+from experiments.benchmark.optimizers import COMPARISONS, EXACT, MATRIX, OURS, STEP, TREE
 from experiments.benchmark.serving import DECODE, FORWARD
 from experiments.benchmark.variants import BASELINE
 from experiments.harness.reporting import report
@@ -91,7 +91,7 @@ def to_text(result: dict) -> str:
     """The finding and the tables for a terminal."""
     tables = [_step_table(result), _rival_table(result), _pass_table(result)]
     tables += [_serving_table(result, part) for part in _PART_NAMES]
-    tables += [_optimizer_table(result, contest) for contest in CONTESTS]
+    tables += [_optimizer_table(result, contest) for contest in COMPARISONS]
     shown = [table.to_string(index=False) for table in tables if not table.empty]
     return "\n\n".join([verdict(result), *shown])
 
@@ -198,7 +198,7 @@ def _optimizer_sections(result: dict) -> list[report.Section]:
         TREE: "One step on the parameters of the model below",
         STEP: "A whole train step of that model, on 16 sequences of 128 tokens",
     }
-    tables = [(names[contest], _optimizer_table(result, contest)) for contest in CONTESTS]
+    tables = [(names[contest], _optimizer_table(result, contest)) for contest in COMPARISONS]
     return [report.Section("Optimizer state", [_OPTIMIZERS], tables)]
 
 

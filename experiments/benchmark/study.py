@@ -17,7 +17,7 @@ import jaxquant as jq
 from experiments.benchmark import report
 from experiments.benchmark.lm import VOCABULARY, Shape
 from experiments.benchmark.optimizers import (
-    CONTESTS,
+    COMPARISONS,
     EXACT,
     OURS,
     check_torch,
@@ -44,7 +44,7 @@ from experiments.benchmark.variants import (
     versions,
 )
 from experiments.harness.running import cli, files, machine
-from experiments.harness.running.timing import paired_ratio, race
+from experiments.harness.running.timing import interleaved_timing, paired_ratio
 
 STUDY = "benchmark"
 TRAIN, SERVE, OPTIM = PARTS = ("train", "serve", "optim")
@@ -140,7 +140,7 @@ def run(config: Config, workdir: str | Path) -> dict:
         **(_measure_steps(config, shape) if TRAIN in parts else {"steps": [], "rivals": []}),
         "passes": _measure_passes(config) if TRAIN in parts else [],
         **_measure_serving(config, {FORWARD: shape, DECODE: decoder} if SERVE in parts else {}),
-        **_measure_optimizers(config, shape, CONTESTS if OPTIM in parts else ()),
+        **_measure_optimizers(config, shape, COMPARISONS if OPTIM in parts else ()),
     }
     files.write_json(workdir / "benchmark.json", result)
     report.write(workdir, result)
@@ -185,10 +185,10 @@ def _machine() -> dict:
 
 
 def _timed(runs: dict, rounds: int, what: str) -> dict:
-    """A race after a race that warms every contestant up, under one bar."""
+    """A interleaved_timing after a interleaved_timing that warms every contestant up, under one bar."""
     with tqdm(total=_WARM_UP + rounds, desc=what, unit="round") as bar:
-        race(runs, _WARM_UP, on_round=bar.update)
-        return race(runs, rounds, on_round=bar.update)
+        interleaved_timing(runs, _WARM_UP, on_round=bar.update)
+        return interleaved_timing(runs, rounds, on_round=bar.update)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -272,26 +272,28 @@ def _run_pass(program: Callable[..., jax.Array], x: jax.Array, c: jax.Array) -> 
 # Optimizers
 
 
-def _measure_optimizers(config: Config, shape: Shape, contests: Sequence[str]) -> dict:
-    found = [_measure_contest(config, shape, contest) for contest in contests]
+def _measure_optimizers(config: Config, shape: Shape, comparisons: Sequence[str]) -> dict:
+    found = [_measure_comparison(config, shape, comparison) for comparison in comparisons]
     return {
         "optimizers": [row for rows, _ in found for row in rows],
         "optimizer_pairs": [pair for _, pairs in found for pair in pairs],
     }
 
 
-def _measure_contest(config: Config, shape: Shape, contest: str) -> tuple[list[dict], list[dict]]:
+def _measure_comparison(
+    config: Config, shape: Shape, comparison: str
+) -> tuple[list[dict], list[dict]]:
     matrix = config.optim_rows, config.optim_columns
-    runners = {r.name: r for r in make_runners(contest, shape, matrix, config.torch_peers)}
-    seconds = _timed(runners, config.optim_rounds, f"optimizers, {contest}")
+    runners = {r.name: r for r in make_runners(comparison, shape, matrix, config.torch_peers)}
+    seconds = _timed(runners, config.optim_rounds, f"optimizers, {comparison}")
     rows = [
-        {"contest": contest, "variant": name, "bytes": r.nbytes, "elements": r.elements}
+        {"contest": comparison, "variant": name, "bytes": r.nbytes, "elements": r.elements}
         | paired_ratio(seconds[name], seconds[EXACT])
         | {"seconds": seconds[name]}
         for name, r in runners.items()
     ]
     pairs = [
-        {"contest": contest, "ours": OURS, "other": name}
+        {"contest": comparison, "ours": OURS, "other": name}
         | paired_ratio(seconds[OURS], seconds[name])
         for name in runners
         if name != OURS

@@ -85,10 +85,12 @@ def shared_fields(config: Any, trial: type) -> dict[str, Any]:
 
 def lengths_by_size(config: Any) -> dict[str, tuple[int, ...]]:
     """The lengths D/N of each size."""
-    longest = config.longest or [config.tokens_per_parameter[-1]] * len(config.sizes)
+    limits = config.max_tokens_per_parameter or [config.tokens_per_parameter[-1]] * len(
+        config.sizes
+    )
     return {
         size: tuple(d for d in config.tokens_per_parameter if d <= most)
-        for size, most in zip(config.sizes, longest, strict=True)
+        for size, most in zip(config.sizes, limits, strict=True)
     }
 
 
@@ -97,14 +99,18 @@ def check(config: Any) -> None:
     cli.check_each_once(config, "sizes", "tokens_per_parameter")
     cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
     cli.check_positive(config, "log_every", "checkpoint_every")
-    cli.check_whole(config, "tokens_per_parameter", "longest")
-    lengths, longest = config.tokens_per_parameter, config.longest
+    cli.check_whole(config, "tokens_per_parameter", "max_tokens_per_parameter")
+    lengths, limits = config.tokens_per_parameter, config.max_tokens_per_parameter
     if list(lengths) != sorted(lengths):
         raise ValueError(f"config.tokens_per_parameter is in rising order; got {lengths}")
-    if longest and len(longest) != len(config.sizes):
-        raise ValueError(f"config.longest has one number for each of config.sizes; got {longest}")
-    if any(most < lengths[0] for most in longest):
-        raise ValueError(f"config.longest {longest} leaves some size without any length")
+    if limits and len(limits) != len(config.sizes):
+        raise ValueError(
+            f"config.max_tokens_per_parameter needs one number for each of config.sizes; got {limits}"
+        )
+    if any(most < lengths[0] for most in limits):
+        raise ValueError(
+            f"config.max_tokens_per_parameter {limits} leaves some size without any length"
+        )
 
 
 def check_lengths(trial: Trial) -> None:
@@ -208,7 +214,7 @@ def run(
 
     try:
         points = [
-            context.remember(f"after-{d}", functools.partial(point, d))
+            context.cached(f"after-{d}", functools.partial(point, d))
             for d in trial.tokens_per_parameter
         ]
     except train.Diverged as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments.harness.running import cli, ledgers, ray_launcher, trials
+from experiments.harness.running import cli, ray_launcher, record_store, trials
 from experiments.harness.running.trials import Launch
 from experiments.harness.training import sharding
 
@@ -16,7 +16,7 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """What a report is made of.
+    """The input of a report.
 
     Attributes:
         config: of the grid.
@@ -46,7 +46,7 @@ class Study:
         make_trials: from a config to the distinct trials of its grid; raises ValueErrors for bad configs.
         run_trial: a module's function, from (trial, context) to the record's results.
         cost: work of a trial, in any unit.
-        kind: a module's function; trials of which it gives the same run the same compiled programs.
+        compile_key: a module's function of a trial; trials with equal keys run the same compiled programs.
         report: writes the report of a `Finished`, and returns the summary.
         to_text: the summary in words.
         batches: from a config to names of its fields that divide over the devices.
@@ -60,7 +60,7 @@ class Study:
     make_trials: Callable[[Any], Sequence[Any]]
     run_trial: trials.RunTrial
     cost: Callable[[Any], float]
-    kind: Callable[[Any], Any]
+    compile_key: Callable[[Any], Any]
     report: Callable[[Finished], dict]
     to_text: Callable[[dict], str]
     batches: Callable[[Any], Sequence[str]] = lambda config: ()
@@ -79,29 +79,29 @@ class Study:
         """
         grid = self.make_trials(config)
         self._check_batches(config)
-        ledger = ledgers.Ledger(workdir, self.name)
+        store = record_store.RecordStore(workdir, self.name)
         records = trials.run(
             grid,
             self.run_trial,
-            ledger,
+            store,
             cost=self.cost,
-            kind=self.kind,
+            compile_key=self.compile_key,
             launch=launch,
             workers=config.workers,
         )
         is_whole = launch.shard[1] == 1
-        return self.report(Finished(config, ledger.workdir, grid, records, is_whole))
+        return self.report(Finished(config, store.workdir, grid, records, is_whole))
 
     def load(self, workdir: str | Path) -> list[dict]:
-        """The records that lie in a folder.
+        """Returns the records that lie in a folder.
 
         Raises:
             ValueError: no record of this study lies there.
         """
-        return ledgers.read_records(workdir, self.name)
+        return record_store.read_records(workdir, self.name)
 
     def main(self) -> None:
-        """The binary: its flags, its run, and its finding on the terminal."""
+        """Runs the binary: parses flags, runs the study and prints its result."""
         define_study_flags(self.name)
 
         def run_and_say(config: Any) -> None:
@@ -112,7 +112,7 @@ class Study:
         cli.main(run_and_say, self.presets, default="laptop", about=self.about())
 
     def about(self) -> str:
-        """The question, where it comes from, and what each preset takes."""
+        """Returns the question, where it comes from, and what each preset takes."""
         width = max(map(len, self.presets))
         presets = (f"  --preset={name:<{width}}  {self.costs[name]}" for name in self.presets)
         papers = f"Papers: {', '.join(self.papers)}."
@@ -142,7 +142,7 @@ def _launch() -> Launch:
 
 
 def define_study_flags(study: str) -> None:
-    """The flags that every study has."""
+    """Defines the flags that all studies share."""
     flags.DEFINE_string(
         "workdir", None, f"Folder of records and report; runs/{study}/PRESET where not given."
     )
@@ -162,7 +162,7 @@ def define_study_flags(study: str) -> None:
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """i/n as numbers.
+    """Returns i/n as numbers.
 
     Raises:
         ValueError: anything else, or i not below n.

@@ -79,7 +79,7 @@ def _interval(values: np.ndarray) -> dict[str, float | None]:
     return {"gap": mean, "sd": _sd(values), "low": low, "high": high}
 
 
-def contests(table: pd.DataFrame) -> list[dict]:
+def compare_arms(table: pd.DataFrame) -> list[dict]:
     """Each adaptive arm against the even one of its budget, paired by seed: positive where it is better."""
     found = []
     if table.empty:
@@ -158,7 +158,7 @@ def summarize(records: list[dict], expected: int) -> dict[str, Any]:
             ],
         },
         "gaps": rows,
-        "contests": contests(table),
+        "contests": compare_arms(table),
         "law": law.summarize(table),
         "versions": _distinct([r["versions"] for r in records]),
     }

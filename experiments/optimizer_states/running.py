@@ -68,7 +68,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     head = {"versions": machine.versions(), "parameters": elements}
     try:
         found = [
-            context.remember(f"widths-{stop}", functools.partial(run.widths, stop))
+            context.cached(f"widths-{stop}", functools.partial(run.widths, stop))
             for stop in trial.stops
         ]
         run.to(trial.steps)

@@ -20,8 +20,8 @@ from experiments.optimizer_states.tasks import (
     LANGUAGE_SIZES,
     VISION_SIZES,
     Trial,
+    compile_key,
     cost,
-    kind,
     vision_config,
 )
 
@@ -267,7 +267,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=cost,
-    kind=kind,
+    compile_key=compile_key,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,
     batches=lambda config: [f"{task}_batch" for task in config.tasks],

@@ -171,8 +171,8 @@ def step_cost(trial: Trial) -> float:
     return VISION_SIZES[trial.size].block_parameters * trial.batch * trial.grid**2
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return trial.task, trial.size, trial.arm
 
 

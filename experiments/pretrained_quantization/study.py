@@ -9,7 +9,7 @@ from experiments.harness.data import images
 from experiments.harness.running import cli, trials
 from experiments.harness.running.cli import option
 from experiments.harness.study import Study
-from experiments.pretrained_quantization import report, subjects
+from experiments.pretrained_quantization import models, report
 from experiments.pretrained_quantization.arms import ARMS
 
 
@@ -99,19 +99,19 @@ def _trials(config: Config, model: str, arm: str) -> list[Trial]:
     fields = ("calibration_windows", "length", "memory_mb")
     fields += ("windows", "search_windows") if model == "smollm2" else ()
     own = {name: getattr(config, name) for name in fields}
-    return [Trial(model, arm, fingerprint=subjects.fingerprint(model), **own)]
+    return [Trial(model, arm, fingerprint=models.fingerprint(model), **own)]
 
 
 def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Quantizes, compares, judges."""
     arm = ARMS[trial.model][trial.arm]
-    subject = subjects.make(trial)
+    pretrained = models.make(trial)
     context.progress(0, f"{trial.model}: {trial.arm}")
-    model, size = subjects.quantized(subject, arm, context.scratch, trial.memory_mb * 2**20)
+    model, size = models.quantized(pretrained, arm, context.scratch, trial.memory_mb * 2**20)
     versions = {"jaxquant": jq.__version__, "jax": jax.__version__}
     head = {"versions": versions, "bytes": size, "arm": dataclasses.asdict(arm)}
     head["device"] = jax.devices()[0].device_kind
-    return head | subject.compare(model)
+    return head | pretrained.compare(model)
 
 
 def cost(trial: Trial) -> float:
@@ -121,8 +121,8 @@ def cost(trial: Trial) -> float:
     return base * (5 if arm.searched or arm.method == "gptq" else 1)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return trial.model, trial.arm
 
 
@@ -145,7 +145,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=cost,
-    kind=kind,
+    compile_key=compile_key,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,
 )

@@ -26,7 +26,9 @@ class Config:
 
     sizes: tuple[str, ...] = option(("14k", "38k"), "model sizes by N, of harness/models/lm.py")
     tokens_per_parameter: tuple[int, ...] = option((10, 30, 90), "lengths of training, D/N")
-    longest: tuple[int, ...] = option((), "the longest D/N of each of `sizes`; () sets no limit")
+    max_tokens_per_parameter: tuple[int, ...] = option(
+        (), "the largest D/N of each of `sizes`; () sets no limit"
+    )
     schedules: tuple[str, ...] = option(SCHEDULES, "of the learning rate: wsd, cosine")
     seeds: int = option(3, "runs of everything, each from its own initialization and data order")
     bits: tuple[int, ...] = option((2, 3, 4, 5, 6, 7, 8), "widths of the rounded weights, 2 to 8")
@@ -69,7 +71,7 @@ PRESETS = {
     "full": Config(
         sizes=("21k", "83k", "332k"),
         tokens_per_parameter=(20, 60, 200, 600),
-        longest=(600, 600, 60),
+        max_tokens_per_parameter=(600, 600, 60),
         peak_lr=4e-3,
         evaluation_windows=512,
     ),
@@ -180,8 +182,8 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
     return lengths.run(trial, context, corpus, trunk, measured)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return (trial.size,)
 
 
@@ -202,7 +204,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=lengths.cost,
-    kind=kind,
+    compile_key=compile_key,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,
     batches=lambda config: ("batch",),

@@ -14,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 from experiments.harness.statistics import t_half_width
-from experiments.qat_efficiency.lineage import Arm
+from experiments.qat_efficiency.stages import Arm
 from experiments.qat_efficiency.tasks import parse_width
 
 CONFIDENCE = 0.9

@@ -11,7 +11,7 @@ import pandas as pd
 from experiments.harness.reporting.report import Figure
 from experiments.qat_efficiency.analysis import METRIC_NAMES, PRIMARY, front, interval, select
 from experiments.qat_efficiency.latency import program
-from experiments.qat_efficiency.lineage import AGAIN, Arm
+from experiments.qat_efficiency.stages import AGAIN, Arm
 
 FAMILY_NAMES = {"float": "full precision", "ptq": "after training", "qat": "with training"}
 _FAMILIES = list(FAMILY_NAMES.values())

@@ -14,9 +14,9 @@ from tqdm.auto import tqdm
 
 import jaxquant as jq
 from experiments.harness.running import files, machine
-from experiments.harness.running.timing import paired_ratio, race
+from experiments.harness.running.timing import interleaved_timing, paired_ratio
 from experiments.qat_efficiency import tasks
-from experiments.qat_efficiency.lineage import Arm, Trial
+from experiments.qat_efficiency.stages import Arm, Trial
 
 FILE = "latency.json"
 _LAYOUT = 1
@@ -99,8 +99,8 @@ def _race(
         runs[width, method] = _forward(frozen, batch)
         advance()
     names = {f"{width} {method}": run for (width, method), run in runs.items()}
-    race(names, _WARM_UP, on_round=advance)
-    seconds = race(names, rounds, on_round=advance)
+    interleaved_timing(names, _WARM_UP, on_round=advance)
+    seconds = interleaved_timing(names, rounds, on_round=advance)
     return [
         {"model": settings.model, "width": width, "program": method}
         | paired_ratio(seconds[f"{width} {method}"], seconds[" float"])

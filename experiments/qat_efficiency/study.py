@@ -9,7 +9,14 @@ from experiments.harness.running import cli
 from experiments.harness.running.cli import option
 from experiments.harness.study import Finished, Study
 from experiments.qat_efficiency import latency, report, tasks
-from experiments.qat_efficiency.lineage import ESTIMATORS, METHODS, Trial, cost, kind, run_trial
+from experiments.qat_efficiency.stages import (
+    ESTIMATORS,
+    METHODS,
+    Trial,
+    compile_key,
+    cost,
+    run_trial,
+)
 
 _MOST_SEEDS = 10_000
 
@@ -267,7 +274,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=cost,
-    kind=kind,
+    compile_key=compile_key,
     report=_report,
     to_text=report.to_text,
     batches=lambda config: ("vision_batch", "language_batch"),

@@ -6,8 +6,8 @@ from pathlib import Path
 from absl import flags
 
 from experiments.harness.running import cli, files, processes, stopping
-from experiments.train import PRESETS, Config, Watching, ahead, run
-from experiments.train.ahead_table import to_text
+from experiments.train import PRESETS, Config, Watching, aot, run
+from experiments.train.aot_table import to_text
 
 FLAGS = flags.FLAGS
 
@@ -34,7 +34,7 @@ def main(config: Config) -> None:
 
 
 def _steps(text: str | None) -> tuple[int, int] | None:
-    """From "10:12" to (10, 12)."""
+    """Parses "10:12" as (10, 12)."""
     if text is None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", text)
@@ -46,7 +46,7 @@ def _steps(text: str | None) -> tuple[int, int] | None:
 def _compile(config: Config) -> None:
     if not FLAGS.topology:
         raise ValueError("--compile_only needs a --topology, as v5e:16x16")
-    record = ahead.compiled(config, FLAGS.topology)
+    record = aot.compiled(config, FLAGS.topology)
     print(to_text(record))
     if FLAGS.workdir:
         name = f"compiled_{FLAGS.topology.replace(':', '_')}.json"

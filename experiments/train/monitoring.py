@@ -1,4 +1,4 @@
-"""What a run's quantizers do, every so many steps: records, TensorBoard's histograms, and a figure over time.
+"""Monitor a run's quantizers every few steps: records, TensorBoard histograms, and a figure over time.
 
 A monitored step is the run's own: its statistics are another program's, which reads the parameters and the
 batch before the step takes them, and changes nothing.
@@ -37,7 +37,7 @@ _OF_HISTORY = 16  # records
 
 
 class Monitor:
-    """Takes statistics of a run's steps, and keeps them under ``monitor`` in its folder.
+    """Records statistics of a run's steps under ``monitor`` in its folder.
 
     Attributes:
         seconds: that it took so far.
@@ -55,7 +55,7 @@ class Monitor:
         self._workdir, self.seconds = workdir, 0.0
 
     def before(self, at: int, state: Any, batch: Any, writers: Sequence[metrics.Writer]) -> None:
-        """Records a step that is about to be taken, where it is one of those.
+        """Records the next step if it is to be monitored.
 
         Args:
             at: its number, from 1.
@@ -91,12 +91,12 @@ class Monitor:
 
 
 def tag(row: dict[str, Any]) -> str:
-    """A row's name: its product, its place in scans and its role."""
+    """Returns a row's name: its product, its place in scans and its role."""
     return "/".join((row["product"], *map(str, row["turn"]), row["role"]))
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-    """The records of a run in the order of their steps; damaged ones are set aside with a warning."""
+    """Returns the records of a run in the order of their steps; damaged ones are set aside with a warning."""
     found = [files.read_json(path) for path in sorted((workdir / "monitor").glob("[0-9]*.json"))]
     return [x for x in found if isinstance(x, dict)]
 
@@ -133,7 +133,7 @@ def write_report(workdir: Path, found: Sequence[dict[str, Any]]) -> None:
 
 
 def to_table(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row for each record, product, layer and role; ``growth`` is amax over the largest before."""
+    """Returns a row for each record, product, layer and role; ``growth`` is amax over the largest before."""
     table = pd.DataFrame(
         [
             {"step": one["step"], "layer": _layer(row), "kind": _kind(row)}
@@ -153,13 +153,13 @@ def to_table(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _layer(row: dict[str, Any]) -> str:
-    """The layer: the numbers in a product's path, or its place in scans."""
+    """Returns the layer: the numbers in a product's path, or its place in scans."""
     own = [part for part in row["product"].split("/") if part.isdecimal()]
     return ".".join([*own, *map(str, row["turn"])]) or "–"
 
 
 def _kind(row: dict[str, Any]) -> str:
-    """The product's path without the layer."""
+    """Returns the product's path without the layer."""
     path = re.sub(r"(^|/)\d+(?=/|$)", "", row["product"]).strip("/")
     return path.removesuffix("/kernel")
 

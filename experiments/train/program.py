@@ -1,4 +1,4 @@
-"""What one run trains: its settings, model, loss, optimizer and schedule."""
+"""A training run: its settings, model, loss, optimizer and schedule."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from experiments.harness.models import lm
 from experiments.harness.running import cli
 from experiments.harness.running.cli import option
 from experiments.harness.training import arms, sharding, train
-from experiments.harness.training.guarding import Guard
+from experiments.harness.training.divergence import DivergencePolicy
 
 _MOST_TOKENS = 2**31 - 1  # of a step
 
@@ -100,7 +100,7 @@ PRESETS = {
 
 
 def make_schedule(config: Config) -> train.Schedule:
-    """Ten per cent warm-up; cosine to a tenth of the peak, or a stable phase and ten per cent cooldown."""
+    """Returns a schedule with 10 % warm-up: cosine to a tenth of the peak, or stable with 10 % cooldown."""
     warmup = max(1, config.steps // 10)
     if config.schedule == "cosine":
         return train.cosine(config.peak_lr, config.steps, warmup)
@@ -111,7 +111,7 @@ def make_schedule(config: Config) -> train.Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What is trained, and how.
+    """A model, its loss and its optimizer.
 
     Attributes:
         model: its shape.
@@ -132,7 +132,7 @@ class Program:
 
 
 def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
-    """The model, its loss and its optimizer, as they lie on a mesh.
+    """Returns the model, its loss and its optimizer, as they lie on a mesh.
 
     Raises:
         ValueError: a recipe or a state that there is not; a batch or a model that the mesh does not divide.
@@ -173,26 +173,26 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
 
 
 def _monitor(graphdef: nnx.GraphDef, mesh: Mesh) -> Callable[..., Any]:
-    """A compiled monitor of the loss, whose statistics every process has."""
+    """Returns a compiled monitor of the loss, whose statistics every process has."""
     loss = functools.partial(
         train.next_token_loss_of, by_rows=functools.partial(sharding.rows, mesh=mesh)
     )
     statistics = jq.nnx.monitor(lambda model, tokens: loss(model, tokens))
 
     def monitor(params: Any, tokens: Any) -> Any:
-        with sharding.known(mesh):
+        with sharding.use_mesh(mesh):
             return statistics(nnx.merge(graphdef, params), tokens)
 
     return jax.jit(monitor, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
-def make_guard(config: Config) -> Guard:
-    """What the run does about losses that are not finite, and spikes."""
-    return Guard(config.on_spike, config.spike or math.inf, config.roll_back_steps)
+def make_divergence_policy(config: Config) -> DivergencePolicy:
+    """Returns the run's policy for spikes and for losses that are not finite."""
+    return DivergencePolicy(config.on_spike, config.spike or math.inf, config.roll_back_steps)
 
 
 def load_corpus(config: Config) -> data.Corpus:
-    """What the run reads."""
+    """Returns the run's corpus."""
     return data.load_any(
         config.data,
         config.data_path,
@@ -244,5 +244,5 @@ def check(config: Config) -> None:
             f"config.monitor_every {every} needs a quantized model, as config.recipe=int8_train; in float "
             "there is nothing to monitor"
         )
-    make_guard(config)
+    make_divergence_policy(config)
     make_schedule(config)

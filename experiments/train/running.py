@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 from experiments.harness import data
 from experiments.harness.running import files, processes, stopping
 from experiments.harness.running.checkpoints import Checkpoints
-from experiments.harness.training import metering, sharding, train
-from experiments.train import claiming
+from experiments.harness.training import sharding, throughput, train
+from experiments.train import run_identity
 from experiments.train.monitoring import Monitor
 from experiments.train.program import (
     Config,
     Program,
     check,
     load_corpus,
-    make_guard,
+    make_divergence_policy,
     make_program,
     make_schedule,
 )
@@ -61,8 +61,8 @@ def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> d
         raise ValueError(
             f"config.vocab_size is at least the corpus's {corpus.vocab_size}; got {vocabulary}"
         )
-    there = claiming.read(workdir)
-    config = dataclasses.replace(config, state_shards=claiming.page_shards(config, mesh, there))
+    there = run_identity.read(workdir)
+    config = dataclasses.replace(config, state_shards=run_identity.page_shards(config, mesh, there))
     program = make_program(config, mesh, vocabulary)
     batches = data.train_batches(
         corpus, config.sequence, config.batch, config.seed, sharding.share(mesh)
@@ -70,9 +70,9 @@ def run(config: Config, workdir: str | Path, watching: Watching = _NOTHING) -> d
     processes.agree("the config", json.dumps(dataclasses.asdict(config)))
     processes.agree("the data", corpus.fingerprint)
     flops = program.model.step_flops(config.batch, config.sequence)
-    meter = metering.Meter(config.batch * config.sequence, flops, [*mesh.devices.flat])
+    meter = throughput.Throughput(config.batch * config.sequence, flops, [*mesh.devices.flat])
     with _alone(workdir):
-        claiming.claim(workdir, config, corpus.fingerprint)
+        run_identity.check_or_write(workdir, config, corpus.fingerprint)
         content = dataclasses.asdict(config)
         monitor = Monitor(program.monitor, config.monitor_every, workdir)
         parts = batches, make_schedule(config), meter, monitor
@@ -105,14 +105,14 @@ def _alone(workdir: Path) -> Iterator[None]:
 def _trained(
     config: Config, workdir: Path, program: Program, mesh: Mesh, watch: Watch
 ) -> tuple[train.TrainState, train.History]:
-    """(state, history) after the last step."""
-    guard = make_guard(config)
+    """Returns (state, history) after the last step."""
+    guard = make_divergence_policy(config)
     # As far back as the guard may go.
     every = train.saving_interval(config.checkpoint_every, config.log_every)
     keep = 2 + (guard.steps // every if guard.action == "roll_back" else 0)
     state = train.init_state(lambda: program.init(config.seed), program.tx, mesh)
     with (
-        stopping.told_to_stop() as told_to_stop,
+        stopping.preemption_requested() as preemption_requested,
         Checkpoints(workdir / "checkpoints", keep, every) as checkpoints,
         tqdm(total=config.steps, unit="step", disable=not processes.is_first()) as bar,
     ):
@@ -135,7 +135,7 @@ def _trained(
             checkpoint_every=config.checkpoint_every,
             on_log=on_log,
             guard=guard,
-            told_to_stop=told_to_stop,
+            preemption_requested=preemption_requested,
         )
 
 
@@ -165,7 +165,7 @@ def _finish(workdir, config, corpus, program, state, history) -> dict:
 
 
 def _mean_loss(loss, params, windows: np.ndarray, batch: int) -> float:
-    """The mean over windows, a batch at a time; the last may be smaller."""
+    """Returns the mean over windows, a batch at a time; the last may be smaller."""
     parts = [windows[i : i + batch] for i in range(0, len(windows), batch)]
     total = sum(float(loss(params, jnp.asarray(part))) * len(part) for part in parts)
     return total / len(windows)

@@ -17,12 +17,12 @@ import pandas as pd
 
 from experiments.harness.running import cli, files
 from experiments.harness.training import chips
-from experiments.train import ahead_table
+from experiments.train import aot_table
 
 
 @dataclasses.dataclass
 class Config:
-    """Which records, and where the figure goes."""
+    """The records, and the figure's file."""
 
     records: str = "experiments/results/compiled"
     pattern: str = "weak_*.json"
@@ -30,7 +30,7 @@ class Config:
 
 
 def bounds(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """A row for each record: chips, bytes a chip receives, operations, and the bounds that follow.
+    """Returns a row for each record: chips, bytes a chip receives, operations, and the bounds that follow.
 
     Columns: topology, chips, tokens (a step), received (bytes), compute (seconds at least), links (seconds at
     least), utilization (of the model's operations at the int8 peak, at most).
@@ -65,13 +65,13 @@ def bounds(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
 
 
 def _seconds(product: dict[str, Any], chip: chips.Chip) -> float:
-    """At the peak of the operands' type; what has a wider operand runs at bfloat16's."""
+    """Returns seconds at the peak of the operands' type; mixed types run at bfloat16's."""
     kind = product["operands"][0] if len(set(product["operands"])) == 1 else "bf16"
     return product["flops"] / chip.peak.get(kind, chip.peak["bf16"])
 
 
 def figure(records: Sequence[dict[str, Any]]) -> alt.Chart:
-    """Bytes that a chip receives by collective, against chips."""
+    """Returns bytes that a chip receives by collective, against chips."""
     rows = [
         {
             "chips": str(record["devices"]),
@@ -109,7 +109,7 @@ def main(config: Config) -> None:
         for row in bounds(found).to_dict("records")
     ]
     head = ("topology", "chips", "GB received", "products, ms ≥", "links, ms ≥", "utilization ≤")
-    print(ahead_table.table(head, rows))
+    print(aot_table.table(head, rows))
     if config.figure:
         figure(found).save(config.figure)
 

@@ -11,7 +11,7 @@ import jax
 
 from experiments.harness.running import files, processes
 from experiments.harness.running.watchdog import Watched
-from experiments.harness.training import metering, metrics, train
+from experiments.harness.training import metrics, throughput, train
 from experiments.train.monitoring import Monitor
 
 _LONGEST = 1e9  # the system's clocks of waiting threads have an end
@@ -19,7 +19,7 @@ _LONGEST = 1e9  # the system's clocks of waiting threads have an end
 
 @dataclasses.dataclass(frozen=True)
 class Watching:
-    """What to look at.
+    """What to record of a run.
 
     Attributes:
         metrics: writers, of `metrics.WRITERS`.
@@ -59,7 +59,7 @@ class Watch:
         config: Mapping[str, Any],
         batches: Any,
         schedule: train.Schedule,
-        meter: metering.Meter,
+        meter: throughput.Throughput,
         monitor: Monitor | None = None,
     ):
         names = watching.metrics if processes.is_first() else ()
@@ -73,7 +73,7 @@ class Watch:
         self._taken: dict[str, Any] = {}
 
     def step(self, step: Any) -> Callable:
-        """A step that does the same, compiled when it is first called."""
+        """Returns a step that does the same, compiled when it is first called."""
         compiled = None
 
         def watched(state: Any, *arguments: Any) -> tuple[Any, jax.Array]:
@@ -99,8 +99,8 @@ class Watch:
             "devices": jax.device_count(),
             "compile_seconds": time.perf_counter() - start,
             "bytes": {
-                "parameters": metering.held(state.params),
-                "optimizer_state": metering.held(state.opt_state),
+                "parameters": throughput.array_bytes(state.params),
+                "optimizer_state": throughput.array_bytes(state.opt_state),
                 # Activations and all else that comes and goes: the compiler's count, nothing measured.
                 "temporaries_by_the_compiler": getattr(memory, "temp_size_in_bytes", None),
             },
@@ -108,7 +108,7 @@ class Watch:
         return compiled
 
     def on_log(self, steps: int, loss: float, saving: float) -> None:
-        """Takes what `train.fit` says of its progress.
+        """Handles a progress report of `train.fit`.
 
         Args:
             steps: done since the last call; below zero where it went back.
@@ -125,7 +125,7 @@ class Watch:
         if steps != trained:  # it went back to one
             self._meter.start()
             return
-        figures = self._meter.lap(steps, *lap)
+        figures = self._meter.interval(steps, *lap)
         rate = float(self._schedule(self._at - 1))
         self._write({"loss/train": loss, "learning_rate": rate} | figures)
 
@@ -178,7 +178,7 @@ class _Profile:
         self._is_open = False
 
     def warn(self) -> None:
-        """Says so where a run has come to its end without one, now or before."""
+        """Warns if the run has ended without a profile."""
         if (
             self._steps is not None
             and not self._begun

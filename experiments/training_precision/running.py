@@ -52,8 +52,8 @@ class Trial(lengths.Trial):
         return Precision.of(self.weights, self.activations, self.cache)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return trial.size, trial.method
 
 

@@ -10,7 +10,7 @@ from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.training_precision import report
 from experiments.training_precision.numerics import METHODS, MOST_BITS
-from experiments.training_precision.running import Trial, kind, run_trial
+from experiments.training_precision.running import Trial, compile_key, run_trial
 
 PUBLISHED = (
     Path(__file__).parents[1] / "results" / "training_precision" / "full"
@@ -27,8 +27,12 @@ class Config:
 
     sizes: tuple[str, ...] = option(("14k", "38k"), "model sizes by N, of harness/models/lm.py")
     tokens_per_parameter: tuple[int, ...] = option((10, 30, 90), "lengths of training, D/N")
-    longest: tuple[int, ...] = option((), "the longest D/N of each of `sizes`; () sets no limit")
-    thin: tuple[str, ...] = option((), "sizes that get the tied runs of the first method alone")
+    max_tokens_per_parameter: tuple[int, ...] = option(
+        (), "the largest D/N of each of `sizes`; () sets no limit"
+    )
+    reduced_sizes: tuple[str, ...] = option(
+        (), "sizes that get the tied runs of the first method alone"
+    )
     methods: tuple[str, ...] = option(
         ("ste", "lsq", "quest", "float"), "how training rounds: ste, lsq, quest, float"
     )
@@ -69,8 +73,8 @@ PRESETS = {
     "full": Config(
         sizes=("14k", "38k", "83k", "332k"),
         tokens_per_parameter=(10, 25, 60, 150),
-        longest=(150, 60, 25, 10),
-        thin=("332k",),
+        max_tokens_per_parameter=(150, 60, 25, 10),
+        reduced_sizes=("332k",),
         tied=(1, 2, 3, 4, 6, 8, 16),
         separate=("ste", "lsq", "quest"),
         single=(2, 4),
@@ -131,8 +135,8 @@ def make_trials(config: Config) -> list[Trial]:
     shared = lengths.shared_fields(config, Trial)
     made = []
     for size, of_size in lengths.lengths_by_size(config).items():
-        for method in config.methods[:1] if size in config.thin else config.methods:
-            for bits in _precisions(config, method, size in config.thin):
+        for method in config.methods[:1] if size in config.reduced_sizes else config.methods:
+            for bits in _precisions(config, method, size in config.reduced_sizes):
                 for seed in range(config.seeds):
                     own = {"size": size, "method": method, "seed": seed}
                     own |= dict(zip(("weights", "activations", "cache"), bits, strict=True))
@@ -145,10 +149,10 @@ def make_trials(config: Config) -> list[Trial]:
     return made
 
 
-def _precisions(config: Config, method: str, is_thin: bool) -> list[tuple[int, int, int]]:
+def _precisions(config: Config, method: str, is_reduced: bool) -> list[tuple[int, int, int]]:
     """(weights, activations, cache) of a method's runs."""
     found = [(b, b, b) for b in config.tied if b >= METHODS[method]]
-    if method in config.separate and not is_thin:
+    if method in config.separate and not is_reduced:
         most = MOST_BITS
         found += [
             bits
@@ -181,8 +185,10 @@ def _check(config: Config) -> None:
                 f"config.tied {config.tied} has nothing for {method!r}, which takes {METHODS[method]} bits "
                 "and more"
             )
-    if not set(config.thin) <= set(config.sizes):
-        raise ValueError(f"config.thin is of config.sizes {config.sizes}; got {config.thin}")
+    if not set(config.reduced_sizes) <= set(config.sizes):
+        raise ValueError(
+            f"config.reduced_sizes is of config.sizes {config.sizes}; got {config.reduced_sizes}"
+        )
     for size in config.sizes:
         lm.sized(size, dtype=config.dtype)
 
@@ -206,7 +212,7 @@ STUDY = Study(
     make_trials=make_trials,
     run_trial=run_trial,
     cost=lengths.cost,
-    kind=kind,
+    compile_key=compile_key,
     report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
     to_text=report.to_text,
     batches=lambda config: ("batch",),

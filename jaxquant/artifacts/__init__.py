@@ -1,4 +1,4 @@
-"""What lies on disk: frozen models with their cards, files of arrays, settings and programs."""
+"""Files: frozen models with their cards, arrays, settings and programs."""
 
 from jaxquant.artifacts.cards import Card
 from jaxquant.artifacts.folders import load, load_card, save

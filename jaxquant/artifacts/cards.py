@@ -17,7 +17,7 @@ _NOT_STATED = "not stated"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a frozen model is: how it was made, from what, and how it was judged.
+    """A frozen model's card: how it was made, from what, and how it was evaluated.
 
     Every field is given; None says that it is not stated, and is shown so.
 
@@ -67,17 +67,17 @@ class Card:
                 raise ValueError(f"a card's {name} is a dictionary or None; got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them."""
+        """Returns all fields as JSON has them."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
     @classmethod
     def empty(cls) -> "Card":
-        """A card that states nothing."""
+        """Returns a card that states nothing."""
         return cls(**dict.fromkeys(field.name for field in dataclasses.fields(cls)))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Card":
-        """The card of `to_dict`.
+        """Returns the card of `to_dict`.
 
         Raises:
             ValueError: fields that are missing, or that a card does not have.
@@ -89,7 +89,7 @@ class Card:
         return cls(**fields)
 
     def to_markdown(self) -> str:
-        """The card for people."""
+        """Returns the card for people."""
         rows = [
             ("data", self.data),
             ("licence", self.licence),
@@ -118,13 +118,13 @@ class Card:
 
 
 def versions_now() -> dict[str, str]:
-    """Versions of what runs."""
+    """Returns versions of what runs."""
     packages = {name: importlib.metadata.version(name) for name in ("jaxquant", "jax", "flax")}
     return packages | {"python": platform.python_version()}
 
 
 def _rule_texts(rules: Any) -> Any:
-    """Rules as pairs of texts."""
+    """Returns rules as pairs of texts."""
     if rules is None:
         return None
     pairs = rules.items() if isinstance(rules, Mapping) else rules
@@ -135,7 +135,7 @@ def _rule_texts(rules: Any) -> Any:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A value as JSON has it."""
+    """Returns a value as JSON has it."""
     if hasattr(value, "to_dict"):
         value = value.to_dict()
     if isinstance(value, np.generic | np.ndarray | jax.Array):
@@ -182,7 +182,7 @@ def _coverage_text(coverage: dict[str, Any] | None) -> str:
 
 
 def _flat(value: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Figures by path; intervals in one line."""
+    """Returns figures by path; intervals in one line."""
     if isinstance(value, dict) and {"estimate", "low", "high"} <= set(value):
         return [(path, f"{value['estimate']} ({value['low']} to {value['high']})")]
     if isinstance(value, dict):

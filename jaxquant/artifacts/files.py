@@ -43,7 +43,7 @@ class Missing(ValueError):
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is on storage that is no file system.
+    """Returns whether a path is on storage that is no file system.
 
     >>> is_remote("gs://bucket/study"), is_remote("runs/study")
     (True, False)
@@ -56,8 +56,10 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 
 @contextlib.contextmanager
-def opened(path: Any, most: int | None = LARGEST, name: str | None = None) -> Iterator[BinaryIO]:
-    """A regular file, open for reading; nothing waits for a writer at the other end of a pipe.
+def open_regular(
+    path: Any, most: int | None = LARGEST, name: str | None = None
+) -> Iterator[BinaryIO]:
+    """Opens a regular file for reading; a pipe is refused instead of blocking.
 
     Args:
         path: of the file.
@@ -70,10 +72,10 @@ def opened(path: Any, most: int | None = LARGEST, name: str | None = None) -> It
     """
     name = str(path) if name is None else name
     if is_remote(path):
-        with _readable(name), path.open("rb") as file:
+        with _report_unreadable(name), path.open("rb") as file:
             yield file
         return
-    with _readable(name):
+    with _report_unreadable(name):
         descriptor = os.open(path, os.O_RDONLY | _FLAGS)
         try:
             _check(os.fstat(descriptor), most, name)
@@ -85,17 +87,17 @@ def opened(path: Any, most: int | None = LARGEST, name: str | None = None) -> It
 
 
 def read_bytes(path: Any, most: int = LARGEST, name: str | None = None) -> bytes:
-    """A regular file's content.
+    """Returns a regular file's content.
 
     Raises:
-        ValueError: as of `opened`.
+        ValueError: as of `open_regular`.
 
     >>> read_bytes("/dev/zero")
     Traceback (most recent call last):
     ValueError: /dev/zero cannot be read: it is a device; it must be a regular file
     """
     name = str(path) if name is None else name
-    with opened(path, most, name) as file:
+    with open_regular(path, most, name) as file:
         # One byte more tells of one that grows, as some of the system's own do without an end.
         limit = most if is_remote(path) else os.fstat(file.fileno()).st_size
         content = file.read(limit + 1)
@@ -105,12 +107,12 @@ def read_bytes(path: Any, most: int = LARGEST, name: str | None = None) -> bytes
 
 
 def check_regular(path: Any, most: int | None = None, name: str | None = None) -> int:
-    """The size in bytes of a regular file that a library will open by its path.
+    """Returns the size in bytes of a regular file that a library will open by its path.
 
     Raises:
-        ValueError: as of `opened`.
+        ValueError: as of `open_regular`.
     """
-    with opened(path, most, name) as file:
+    with open_regular(path, most, name) as file:
         return os.fstat(file.fileno()).st_size
 
 
@@ -122,30 +124,30 @@ def check_stored(archive: zipfile.ZipFile) -> None:
 
 
 def sha256(path: Any) -> str:
-    """The SHA-256 of a regular file of any size.
+    """Returns the SHA-256 of a regular file of any size.
 
     Raises:
-        ValueError: as of `opened`.
+        ValueError: as of `open_regular`.
     """
     digest = hashlib.sha256()
-    with opened(path, None) as file:
+    with open_regular(path, None) as file:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
 
 
 def read_json(path: Any, most: int = JSON, name: str | None = None) -> Any:
-    """The value of a JSON file.
+    """Returns the value of a JSON file.
 
     Raises:
-        ValueError: as of `opened`, or it is not whole JSON, nests deeper than 100 levels, or has a key twice.
+        ValueError: as `open_regular`; or the JSON is invalid, nests deeper than 100 levels, or repeats a key.
     """
     name = str(path) if name is None else name
     return parse_json(read_bytes(path, most, name), name)
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of JSON.
+    """Returns the value of JSON.
 
     Args:
         text: of it.
@@ -163,14 +165,14 @@ def parse_json(text: str | bytes, name: str) -> Any:
         _check_depth(value)
     except (RecursionError, ValueError, TypeError) as error:
         # How deep a parser goes before it gives up differs from one Python to the next.
-        if isinstance(error, RecursionError) or _opened_at_once(text) > DEPTH:
+        if isinstance(error, RecursionError) or _nesting_depth(text) > DEPTH:
             error = f"it nests deeper than {DEPTH} levels"
         raise ValueError(f"{name} is not whole JSON: {error}") from None
     return value
 
 
-def _opened_at_once(text: str | bytes) -> int:
-    """How many brackets of a text are open at once, at most, as far as it is text."""
+def _nesting_depth(text: str | bytes) -> int:
+    """Returns the largest number of open brackets in a text."""
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"|[^\[\]{}"]+', "", text)
     depths = itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets)
@@ -197,8 +199,8 @@ def _check_depth(value: Any) -> None:
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
-    """Says of which file it is that the system refuses to read it."""
+def _report_unreadable(name: str) -> Iterator[None]:
+    """Names the file in errors of the system."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -262,7 +264,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def beside(path: Path) -> Path:
-    """A name in the same folder that nothing has: for what takes its place when it is whole."""
+    """Returns a name in the same folder that nothing has: for what takes its place when it is whole."""
     return path.with_name(f".{uuid.uuid4().hex}.tmp")
 
 
@@ -287,7 +289,7 @@ def writing(path: Any) -> Iterator[None]:
 
 
 def _system_code(text: str) -> int | None:
-    """The system's code, which libraries have somewhere in their messages."""
+    """Returns the system's code, which libraries have somewhere in their messages."""
     if match := _CODE.search(text):
         return int(match[1])
     return next((code for code in _FULL if os.strerror(code) in text), None)

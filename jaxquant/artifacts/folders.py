@@ -30,9 +30,15 @@ from orbax import checkpoint
 
 from jaxquant.artifacts import files
 from jaxquant.artifacts.cards import Card, versions_now
+from jaxquant.artifacts.checksums import (
+    check_digests,
+    check_links,
+    digests,
+    read_checked,
+    with_checksum,
+)
 from jaxquant.artifacts.files import write
-from jaxquant.artifacts.seals import check_digests, check_links, digests, sealed, unsealed
-from jaxquant.artifacts.specification import describe_operation, is_operation, operation_from
+from jaxquant.artifacts.specification import from_config, is_operation, to_config
 from jaxquant.artifacts.storage import from_arrays, to_arrays
 
 VERSION = 1
@@ -93,21 +99,21 @@ def save(
         _write_arrays(temporary / _ARRAYS[format], stored, format)
         write(temporary / TREE, json.dumps(index, indent=1, allow_nan=False))
         body = {"format": format, "files": digests(temporary), "card": card.to_dict()}
-        write(temporary / CARD, sealed(_KIND, VERSION, body))
+        write(temporary / CARD, with_checksum(_KIND, VERSION, body))
         write(temporary / CARD_TEXT, card.to_markdown())
-        if not placed(temporary, folder):
+        if not move_into_place(temporary, folder):
             raise ValueError(f"{folder} exists already; give a new folder")
 
 
 def load(folder: str | os.PathLike) -> tuple[Any, Card]:
-    """The tree and the card of a folder, both exactly as they were saved.
+    """Returns the tree and the card of a folder, both exactly as they were saved.
 
     Raises:
         ValueError: a folder that `save` did not write, of another version, or of which a file is missing,
             truncated or changed; it says which.
     """
     folder = _path(folder)
-    body = unsealed(folder / CARD, _KIND, VERSION)
+    body = read_checked(folder / CARD, _KIND, VERSION)
     card = _card(folder / CARD, body)
     if body.get("format") not in _ARRAYS:
         raise ValueError(f"{folder / CARD} names the format {body.get('format')!r}, not known here")
@@ -116,7 +122,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
     index = files.read_json(folder / TREE)
     try:
         known = index.get("not_finite")  # folders of before it was noted have none
-        arrays = _read_arrays(folder / name, _described_types(index["descriptions"]), known)
+        arrays = _read_arrays(folder / name, _parse_types(index["descriptions"]), known)
         tree = from_arrays(arrays, index["descriptions"])
         for operation in index["operations"]:
             tree = _with_operation(tree, operation["path"], operation["description"])
@@ -126,13 +132,13 @@ def load(folder: str | os.PathLike) -> tuple[Any, Card]:
 
 
 def load_card(folder: str | os.PathLike) -> Card:
-    """The card of a folder alone, of which no array is read.
+    """Returns the card of a folder alone, of which no array is read.
 
     Raises:
         ValueError: as `load`, as far as the card tells.
     """
     path = _path(folder) / CARD
-    return _card(path, unsealed(path, _KIND, VERSION))
+    return _card(path, read_checked(path, _KIND, VERSION))
 
 
 def _path(folder: Any) -> Path:
@@ -153,19 +159,19 @@ def _card(path: Path, body: Mapping[str, Any]) -> Card:
 
 
 def _without_operations(tree: Any, path: tuple, found: list[dict[str, Any]]) -> Any:
-    """The tree with each operation's arrays in its place, by number."""
+    """Returns the tree with each operation's arrays in its place, by number."""
     if isinstance(tree, Mapping):
         return {key: _without_operations(v, (*path, key), found) for key, v in tree.items()}
     if not is_operation(tree):
         return tree
-    description, arrays = describe_operation(tree)
+    description, arrays = to_config(tree)
     found.append({"path": list(path), "description": description})
     return dict(enumerate(arrays))
 
 
 def _with_operation(tree: Any, path: list, description: Any) -> Any:
     if not path:
-        return operation_from(description, [tree[i] for i in range(len(tree))])
+        return from_config(description, [tree[i] for i in range(len(tree))])
     below = _with_operation(tree[path[0]], path[1:], description)
     return {**tree, path[0]: below}
 
@@ -175,13 +181,13 @@ def _with_operation(tree: Any, path: list, description: Any) -> Any:
 
 
 def as_stored(array: Any) -> np.ndarray:
-    """An array in a type that every file format has: its own, or its bytes."""
+    """Returns an array in a type that every file format has: its own, or its bytes."""
     array = np.ascontiguousarray(array).reshape(np.shape(array))
     return array if array.dtype.name in _NATIVE else array.reshape(-1).view(np.uint8)
 
 
 def not_finite(arrays: Mapping[str, Any]) -> list[str]:
-    """The names of arrays with a NaN or an Inf, kept beside them: in the others none is to be read."""
+    """Returns the names of arrays that contain a NaN or an Inf; the other arrays must not contain any."""
     return sorted(name for name, array in arrays.items() if not _is_finite(np.asarray(array)))
 
 
@@ -193,7 +199,7 @@ def from_stored(
     *,
     finite: bool = False,
 ) -> np.ndarray:
-    """The array that `as_stored` wrote.
+    """Returns the array that `as_stored` wrote.
 
     Args:
         stored: what was read.
@@ -209,11 +215,11 @@ def from_stored(
     array([0, 1, 2], dtype=int4)
     """
     dtype, shape = jnp.dtype(dtype), tuple(shape)
-    held = _held(dtype, shape)
+    held = _stored_spec(dtype, shape)
     if (stored.dtype, stored.shape) != held:
         raise ValueError(
-            f"{name} is {_said(dtype, shape)}, held as {_said(*held)}; "
-            f"got {_said(stored.dtype, stored.shape)}"
+            f"{name} is {_spec_text(dtype, shape)}, held as {_spec_text(*held)}; "
+            f"got {_spec_text(stored.dtype, stored.shape)}"
         )
     array = stored if dtype.name in _NATIVE else stored.view(dtype).reshape(shape)
     if not _is_of_its_type(array):
@@ -228,7 +234,7 @@ def all_from_stored(
     types: Mapping[str, tuple[Any, Sequence[int]]],
     known: Sequence[str] | None = None,
 ) -> dict[str, np.ndarray]:
-    """All arrays of a file, of which each is there and no other.
+    """Returns all arrays of a file, of which each is there and no other.
 
     Args:
         stored: what was read, by name.
@@ -250,15 +256,15 @@ def all_from_stored(
     }
 
 
-def _held(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
-    """The type and shape that `as_stored` gives an array."""
+def _stored_spec(dtype: Any, shape: Sequence[int]) -> tuple[np.dtype, tuple[int, ...]]:
+    """Returns the type and shape that `as_stored` gives an array."""
     dtype = jnp.dtype(dtype)
     if dtype.name in _NATIVE:
         return dtype, tuple(shape)
     return np.dtype(np.uint8), (math.prod(shape) * dtype.itemsize,)
 
 
-def _said(dtype: Any, shape: Sequence[int]) -> str:
+def _spec_text(dtype: Any, shape: Sequence[int]) -> str:
     return f"{dtype}{list(shape)}"
 
 
@@ -267,7 +273,7 @@ def _is_finite(array: np.ndarray) -> bool:
 
 
 def _is_of_its_type(array: np.ndarray) -> bool:
-    """Whether each element's byte is one that its type has, where not every byte is."""
+    """Returns whether each element's byte is one that its type has, where not every byte is."""
     bits = _bits(array.dtype)
     if bits >= 8:
         return True
@@ -299,8 +305,8 @@ def _check_readable(arrays: Mapping[str, jax.Array], descriptions: Mapping[str, 
         ) from None
 
 
-def _described_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Each array's type and shape, by name."""
+def _parse_types(descriptions: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns each array's type and shape, by name."""
     return {
         f"{path}/{part}".rstrip("/"): (dtype, tuple(shape))
         for path, text in descriptions.items()
@@ -337,7 +343,7 @@ def write_safetensors(path: Path, stored: Mapping[str, np.ndarray]) -> None:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of a safetensors file.
+    """Returns all arrays of a safetensors file.
 
     Raises:
         ValueError: a file that is none.
@@ -353,9 +359,9 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The arrays, whose types and shapes are looked at first: Orbax would cast them to what is asked for."""
+    """Reads the arrays, after a check of types and shapes: Orbax would cast silently."""
     check_links(path)
-    held = {name: _held(*spec) for name, spec in types.items()}
+    held = {name: _stored_spec(*spec) for name, spec in types.items()}
     empty = {name: np.zeros(shape, dtype) for name, (dtype, shape) in held.items() if 0 in shape}
     wanted = {name: spec for name, spec in held.items() if name not in empty}
     with checkpoint.StandardCheckpointer() as checkpointer:
@@ -366,7 +372,7 @@ def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for name in {**wanted, **found}:
             one, other = wanted.get(name), found.get(name)
             if one != other:
-                texts = ["absent" if spec is None else _said(*spec) for spec in (one, other)]
+                texts = ["absent" if spec is None else _spec_text(*spec) for spec in (one, other)]
                 raise ValueError(f"{name} is {texts[0]} by its description; got {texts[1]}")
         like = {name: np.zeros(shape, dtype) for name, (dtype, shape) in wanted.items()}
         return empty | checkpointer.restore(path.absolute(), like)
@@ -378,7 +384,7 @@ def _read_orbax(path: Path, types: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
-    """A new folder to write in, gone afterwards unless it was `placed`."""
+    """Yields a new folder to write in; deletes it afterwards unless `move_into_place` has moved it."""
     parent.mkdir(parents=True, exist_ok=True)
     path = files.beside(parent / "folder")
     path.mkdir()
@@ -388,8 +394,8 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def placed(temporary: Path, folder: Path) -> bool:
-    """Gives a written folder its name, at once; False where something has that name."""
+def move_into_place(temporary: Path, folder: Path) -> bool:
+    """Renames a written folder atomically; returns False if the name is taken."""
     for path in (temporary, *temporary.rglob("*")):
         _sync(path)
     try:

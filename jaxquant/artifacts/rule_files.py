@@ -14,7 +14,7 @@ _NAMES = ("strip", "add")
 
 
 def rule_tree(rule: Rule) -> dict[str, Any]:
-    """A rule as a tree of arrays and operations: its texts in UTF-8.
+    """Returns a rule as a tree of arrays and operations: its texts in UTF-8.
 
     Raises:
         ValueError: an expression compiled with flags, or one that files' expressions do not have.
@@ -36,7 +36,7 @@ def _array(text: str) -> np.ndarray:
 
 
 def rules_from(folder: str, trees: Any) -> list[Rule]:
-    """The rules of a folder; their expressions are matched within a bound.
+    """Returns the rules of a folder; their expressions are matched within a bound.
 
     Raises:
         ValueError: a tree that holds none.

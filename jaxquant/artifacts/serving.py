@@ -48,7 +48,7 @@ class Program:
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Where it runs."""
+        """The platforms that it runs on."""
         return tuple(self.exported.platforms)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -63,7 +63,7 @@ def export(
     platforms: Sequence[str] | None = None,
     batch: str | None = None,
 ) -> bytes:
-    """A model's call, compiled for some inputs' shapes, with its weights.
+    """Returns a model's call, compiled for some inputs' shapes, with its weights.
 
     What it computes equals the model under `jax.jit`, with its weights as arguments, bit for bit.  Changes
     that a call makes to an NNX model's state are not kept.
@@ -121,7 +121,7 @@ def _are_platforms(platforms: Any) -> bool:
 
 
 def load(source: str | os.PathLike | bytes) -> Program:
-    """The program of a file, or of its bytes, ready to be called.
+    """Returns the program of a file, or of its bytes, ready to be called.
 
     Raises:
         ValueError: no file, or one that `export` did not write, of another version, truncated or damaged.
@@ -134,7 +134,7 @@ def load(source: str | os.PathLike | bytes) -> Program:
     name = "the program" if is_data else str(source)
     data = bytes(source) if is_data else files.read_bytes(source)
     try:
-        parts = _unpacked(data)
+        parts = _unzip(data)
         manifest = files.parse_json(parts[_MANIFEST], _MANIFEST)
     except Exception as error:  # a damaged directory can surface as almost any exception
         raise ValueError(f"{name} is no whole program of jaxquant.serving: {error}") from None
@@ -153,8 +153,8 @@ def load(source: str | os.PathLike | bytes) -> Program:
     return Program(exported, weights, jax.jit(exported.call))
 
 
-def _unpacked(data: bytes) -> dict[str, bytes]:
-    """The parts by name, each as long in the archive as it is: nothing in it grows."""
+def _unzip(data: bytes) -> dict[str, bytes]:
+    """Returns the parts by name, each as long in the archive as it is: nothing in it grows."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         names = sorted(entry.filename for entry in entries)
@@ -165,7 +165,7 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
 
 
 def _program(model: Any, weights: Any) -> tuple[list[Any], Callable[..., Any]]:
-    """A model's weights as a list, and its call as a function of that and the inputs."""
+    """Returns a model's weights as a list, and its call as a function of that and the inputs."""
     if isinstance(model, nnx.Module):
         if weights is not None:
             raise ValueError("an NNX model has its weights; give weights with a function alone")
@@ -222,7 +222,7 @@ def _archive(program: bytes, leaves: list[Any]) -> bytes:
 def _weights(
     exported: jax.export.Exported, content: bytes, known: Sequence[str] | None
 ) -> list[jax.Array]:
-    """The stored weights, in the types and shapes that the program takes."""
+    """Returns the stored weights, in the types and shapes that the program takes."""
     (arguments, _) = exported.in_tree.children()
     count = arguments.children()[0].num_leaves
     types = {str(i): (x.dtype, x.shape) for i, x in enumerate(exported.in_avals[:count])}
@@ -234,7 +234,7 @@ def _weights(
 
 
 def _type(name: str) -> np.dtype:
-    """The type that safetensors calls so: BF16, F32, I8, U8, BOOL …"""
+    """Returns the type that safetensors calls so: BF16, F32, I8, U8, BOOL …"""
     kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint", "BOOL": "bool"}
     kind = name.rstrip("0123456789")
     return jnp.dtype(kinds[kind] + name.removeprefix(kind))

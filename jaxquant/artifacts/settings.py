@@ -18,7 +18,7 @@ Types = dict[str, dict[str, str | None]]
 
 
 def types_of(module: Any) -> dict[str, str | None]:
-    """The types that a Flax module computes in, by the name of the setting.
+    """Returns the types that a Flax module computes in, by the name of the setting.
 
     >>> from flax import linen as nn
     >>> types_of(nn.Dense(8, dtype="bfloat16"))["dtype"]
@@ -36,12 +36,12 @@ def types_of(module: Any) -> dict[str, str | None]:
 
 
 def types_to_array(types: Types) -> np.ndarray:
-    """Types as an array, which is what a file holds: JSON in UTF-8."""
+    """Returns types as an array, which is what a file holds: JSON in UTF-8."""
     return np.frombuffer(json.dumps(types).encode(), np.uint8)
 
 
 def types_from_array(array: Any) -> Types:
-    """What `types_to_array` made an array of.
+    """Returns the types that `types_to_array` encoded.
 
     Raises:
         ValueError: an array of something else.
@@ -57,7 +57,7 @@ def types_from_array(array: Any) -> Types:
 
 
 def text_of(array: Any) -> str:
-    """The text that an array of bytes holds, in UTF-8.
+    """Returns the text that an array of bytes holds, in UTF-8.
 
     Raises:
         ValueError: another array, or other bytes.

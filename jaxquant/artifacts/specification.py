@@ -1,7 +1,7 @@
 """Operations as text and arrays, so that a file can hold them.
 
-`describe_operation` writes an operation as nested dictionaries that JSON takes, with its arrays (calibrated
-ranges, steps, smoothing scales) beside; `operation_from` reads it back.  Formats are written by the names
+`to_config` writes an operation as nested dictionaries that JSON takes, with its arrays (calibrated
+ranges, steps, smoothing scales) beside; `from_config` reads it back.  Formats are written by the names
 that `jaxquant.parse` takes, functions and classes by their public names here.  Nothing is pickled, so that
 reading runs no code of the file's, and a function without such a name cannot be written.
 """
@@ -26,8 +26,13 @@ from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.operands import Operands
 from jaxquant.operations.ragged import RaggedDot
 from jaxquant.operations.smoothed import Smoothed
+from jaxquant.stats import renamed_names
 
 VERSION = 1
+
+__getattr__ = renamed_names(
+    globals(), {"describe_operation": "to_config", "operation_from": "from_config"}
+)
 
 _TYPES: dict[str, type] = {
     "Attention": Attention,
@@ -62,12 +67,12 @@ _KINDS = {"calibration": "calibration.", "rounding": "rounding.", "estimator": "
 
 
 def is_operation(value: Any) -> bool:
-    """Whether a value is of a class that `describe_operation` writes."""
+    """Returns whether a value is of a class that `to_config` writes."""
     return type(value) in _TYPES.values()
 
 
-def describe_operation(operation: Any) -> tuple[dict[str, Any], list[jax.Array]]:
-    """An operation as a dictionary that JSON takes, and the arrays that it holds.
+def to_config(operation: Any) -> tuple[dict[str, Any], list[jax.Array]]:
+    """Returns an operation as a dictionary that JSON takes, and the arrays that it holds.
 
     Args:
         operation: a `DotGeneral`, `ConvGeneralDilated`, `RaggedDot`, `Attention` or
@@ -80,25 +85,25 @@ def describe_operation(operation: Any) -> tuple[dict[str, Any], list[jax.Array]]
         ValueError: a function, class or format that has no name here; a traced precision or array.
 
     >>> from jaxquant.operations.recipes import recipe
-    >>> description, arrays = describe_operation(recipe("kv8"))
+    >>> description, arrays = to_config(recipe("kv8"))
     >>> description["operation"]["fields"]["kv"]["fields"]["format"], arrays
     ({'format': 'int8'}, [])
     """
     if not is_operation(operation):
         raise ValueError(_no_name("the operation", operation))
     arrays: list[jax.Array] = []
-    return {"version": VERSION, "operation": _described(operation, "", arrays)}, arrays
+    return {"version": VERSION, "operation": _encode(operation, "", arrays)}, arrays
 
 
-def operation_from(description: Mapping[str, Any], arrays: Sequence[Any] = ()) -> Any:
-    """The operation that `describe_operation` wrote.
+def from_config(description: Mapping[str, Any], arrays: Sequence[Any] = ()) -> Any:
+    """Returns the operation that `to_config` wrote.
 
     Raises:
         ValueError: another version; a name or field that is not known, or is missing; arrays that are not
             there, or that nothing refers to; whatever the operation itself refuses.
 
     >>> from jaxquant.operations.recipes import recipe
-    >>> operation_from(*describe_operation(recipe("w4a16g128"))) == recipe("w4a16g128")
+    >>> from_config(*to_config(recipe("w4a16g128"))) == recipe("w4a16g128")
     True
     """
     if not isinstance(description, Mapping) or set(description) != {"version", "operation"}:
@@ -107,7 +112,7 @@ def operation_from(description: Mapping[str, Any], arrays: Sequence[Any] = ()) -
     if type(version) is not int or version != VERSION:
         raise ValueError(f"the operation is of version {version}; this is version {VERSION}")
     used: set[int] = set()
-    operation = _read(description["operation"], "", arrays, used)
+    operation = _decode(description["operation"], "", arrays, used)
     if not is_operation(operation):
         raise ValueError(f"the description is of no operation; got {description['operation']!r}")
     if unused := sorted(set(range(len(arrays))) - used):
@@ -115,7 +120,7 @@ def operation_from(description: Mapping[str, Any], arrays: Sequence[Any] = ()) -
     return operation
 
 
-def _described(value: Any, path: str, arrays: list[jax.Array]) -> Any:
+def _encode(value: Any, path: str, arrays: list[jax.Array]) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
@@ -128,7 +133,7 @@ def _described(value: Any, path: str, arrays: list[jax.Array]) -> Any:
         arrays.append(jnp.asarray(value))
         return {"array": len(arrays) - 1}
     if isinstance(value, tuple):
-        return {"tuple": [_described(v, f"{path}[{i}]", arrays) for i, v in enumerate(value)]}
+        return {"tuple": [_encode(v, f"{path}[{i}]", arrays) for i, v in enumerate(value)]}
     if isinstance(value, Block) or is_format(value):
         return {"format": _format_name(value, path)}
     for name, function in _FUNCTIONS.items():
@@ -137,7 +142,7 @@ def _described(value: Any, path: str, arrays: list[jax.Array]) -> Any:
     for name, cls in _TYPES.items():
         if type(value) is cls:
             fields = {
-                field.name: _described(
+                field.name: _encode(
                     getattr(value, field.name), f"{path}.{field.name}".lstrip("."), arrays
                 )
                 for field in dataclasses.fields(cls)
@@ -147,7 +152,7 @@ def _described(value: Any, path: str, arrays: list[jax.Array]) -> Any:
 
 
 def _format_name(format: Any, path: str) -> str:
-    """A format's name, which is certain to give the format again."""
+    """Returns a format's name, which is certain to give the format again."""
     if any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(format)):
         raise ValueError(
             f"{_at(path)} is {format!r}, whose precision is an array; what is saved has Python integers"
@@ -176,7 +181,7 @@ def _at(path: str) -> str:
     return path or "the operation"
 
 
-def _read(description: Any, path: str, arrays: Sequence[Any], used: set[int]) -> Any:
+def _decode(description: Any, path: str, arrays: Sequence[Any], used: set[int]) -> Any:
     if description is None or isinstance(description, bool | int | float | str):
         return description
     keys = set(description) if isinstance(description, Mapping) else set()
@@ -188,25 +193,25 @@ def _read(description: Any, path: str, arrays: Sequence[Any], used: set[int]) ->
         return arrays[index]
     if keys == {"tuple"} and isinstance(description["tuple"], list):
         parts = enumerate(description["tuple"])
-        return tuple(_read(part, f"{path}[{i}]", arrays, used) for i, part in parts)
+        return tuple(_decode(part, f"{path}[{i}]", arrays, used) for i, part in parts)
     if keys == {"format"}:
         return parse(description["format"])
     if keys == {"function"}:
-        return _known(_FUNCTIONS, "function", description["function"], path)
+        return _lookup(_FUNCTIONS, "function", description["function"], path)
     if keys == {"type", "fields"}:
-        return _read_type(description, path, arrays, used)
+        return _decode_type(description, path, arrays, used)
     raise ValueError(f"{_at(path)} is described by {description!r}, which is not understood")
 
 
-def _read_type(description: Mapping, path: str, arrays: Sequence[Any], used: set[int]) -> Any:
-    cls = _known(_TYPES, "class", description["type"], path)
+def _decode_type(description: Mapping, path: str, arrays: Sequence[Any], used: set[int]) -> Any:
+    cls = _lookup(_TYPES, "class", description["type"], path)
     fields, wanted = description["fields"], {field.name for field in dataclasses.fields(cls)}
     if not isinstance(fields, Mapping) or set(fields) != wanted:
         raise ValueError(f"{_at(path)} has the fields {sorted(wanted)}; got {fields!r}")
     if cls is Quantizer:
         _check_kinds(fields, path)
     values = {
-        name: _read(part, f"{path}.{name}".lstrip("."), arrays, used)
+        name: _decode(part, f"{path}.{name}".lstrip("."), arrays, used)
         for name, part in fields.items()
     }
     try:
@@ -223,7 +228,7 @@ def _check_kinds(fields: Mapping, path: str) -> None:
             raise ValueError(f"{f'{path}.{name}'.lstrip('.')} is one of {kind}*; got {part!r}")
 
 
-def _known(table: Mapping[str, Any], kind: str, name: Any, path: str) -> Any:
+def _lookup(table: Mapping[str, Any], kind: str, name: Any, path: str) -> Any:
     if not isinstance(name, str) or name not in table:
         raise ValueError(
             f"{_at(path)} is the {kind} {name!r}, which is not known; known are {', '.join(table)}"

@@ -26,7 +26,7 @@ _PARTS = ("scale", "zero_point", "tensor_scale")
 
 
 def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
-    """A tree's arrays and descriptions, by path.
+    """Returns a tree's arrays and descriptions, by path.
 
     Args:
         tree: nested dictionaries of arrays and `QArray`s, whose keys are strings without a slash or
@@ -66,7 +66,7 @@ def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
 
 
 def from_arrays(arrays: Mapping[str, Any], descriptions: Mapping[str, str]) -> Any:
-    """The tree that `to_arrays` flattened.
+    """Returns the tree that `to_arrays` flattened.
 
     Raises:
         ValueError: a description that is not understood, another version, an array that is missing, not
@@ -87,7 +87,7 @@ def from_arrays(arrays: Mapping[str, Any], descriptions: Mapping[str, str]) -> A
         parts = {}
         for name, (dtype, shape) in description["arrays"].items():
             full = f"{path}/{name}".rstrip("/")
-            parts[name] = _checked(full, arrays, dtype, shape)
+            parts[name] = _check_array(full, arrays, dtype, shape)
             used.add(full)
         _place(tree, path, _leaf(path, parts, description))
     if extra := sorted(set(arrays) - used):
@@ -112,8 +112,8 @@ def _check_paths(descriptions: Any) -> None:
 def _place(tree: dict, path: str, leaf: Any) -> None:
     *above, last = path.split("/")
     for key in above:
-        tree = tree.setdefault(_read(key), {})
-    tree[_read(last)] = leaf
+        tree = tree.setdefault(_decode_key(key), {})
+    tree[_decode_key(last)] = leaf
 
 
 def _leaf(path: str, parts: dict[str, jax.Array], description: dict[str, Any]) -> Any:
@@ -130,7 +130,7 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(tree, Mapping) and tree:
         found = []
         for key, value in tree.items():
-            found += _leaves(value, f"{path}/{_written(key, path)}".lstrip("/"))
+            found += _leaves(value, f"{path}/{_encode_key(key, path)}".lstrip("/"))
         return found
     if isinstance(tree, Mapping | QArray | jax.Array | np.ndarray | np.generic):
         return [(path, tree)]
@@ -140,8 +140,8 @@ def _leaves(tree: Any, path: str = "") -> list[tuple[str, Any]]:
     )
 
 
-def _written(key: Any, path: str) -> str:
-    """A key as a part of a path; integers in brackets, so that they come back as such."""
+def _encode_key(key: Any, path: str) -> str:
+    """Returns a key as a part of a path; integers in brackets, so that they come back as such."""
     if isinstance(key, int) and not isinstance(key, bool):
         return f"[{key}]"
     if not isinstance(key, str) or "/" in key or not key or _INTEGER.fullmatch(key):
@@ -152,7 +152,7 @@ def _written(key: Any, path: str) -> str:
     return key
 
 
-def _read(key: str) -> str | int:
+def _decode_key(key: str) -> str | int:
     return int(key[1:-1]) if _INTEGER.fullmatch(key) else key
 
 
@@ -166,7 +166,7 @@ def _as_array(path: str, leaf: Any) -> jax.Array:
 
 
 def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
-    """A quantized array's buffers in types that every writer takes, and what they mean."""
+    """Returns a quantized array's buffers in types that every writer takes, and what they mean."""
     packed = x.unpack() if x.ndim == 0 else x.pack()
     parts: dict[str, jax.Array] = {"qvalue": packed.qvalue}
     if packed.length is None:
@@ -312,7 +312,7 @@ def _description(path: str, text: str) -> dict[str, Any]:
     return description
 
 
-def _checked(name: str, arrays: Mapping[str, Any], dtype: str, shape: list[int]) -> jax.Array:
+def _check_array(name: str, arrays: Mapping[str, Any], dtype: str, shape: list[int]) -> jax.Array:
     if name not in arrays:
         raise ValueError(f"{name} is described and not among the arrays")
     array = arrays[name]

@@ -1,4 +1,4 @@
-"""Every product of a trace, with the parameter that feeds it: the trace is read, and nothing is computed."""
+"""Find every product of a trace and the parameter that feeds it.  The trace is read; nothing is computed."""
 
 import dataclasses
 import sysconfig
@@ -10,7 +10,7 @@ import jax
 from jax.extend import core
 
 from jaxquant.engine import derivations, scores
-from jaxquant.engine.origins import CONSTANT, Origin, common, joined, through
+from jaxquant.engine.origins import CONSTANT, Origin, common, join, through
 from jaxquant.engine.products import KINDS, Product
 
 
@@ -30,7 +30,7 @@ _OURS = str(Path(__file__).parent.parent)
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """Where an equation stands.
+    """The context of an equation.
 
     Attributes:
         reads: collects the paths of parameters that something else than a product reads, and on which line.
@@ -53,24 +53,24 @@ class Where:
     names: Any = None
 
     def tried(self) -> "Where":
-        """The same with notes of its own: what is carried may come from more than is known at first."""
+        """Returns a copy with separate notes, for a trial pass over a carry of unknown origins."""
         return dataclasses.replace(self, reads={})
 
     def notes(self, read: Sequence[Origin], line: str) -> None:
-        """What is read on a line, and not by a product."""
+        """Records parameters that an equation other than a product reads."""
         for path in (path for o in read if o.is_weight for path in o.nearest):
             self.reads.setdefault(path, line)
 
 
-def opened(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
-    """A function that an equation holds, and its constants; which ones are closed differs by version."""
+def split_closed_jaxpr(function: core.ClosedJaxpr | core.Jaxpr) -> tuple[core.Jaxpr, Sequence[Any]]:
+    """Returns an equation's function and its constants; JAX versions differ in which functions are closed."""
     if isinstance(function, core.ClosedJaxpr):
         return function.jaxpr, function.consts
     return function, ()
 
 
 def scan_places(settings: dict[str, Any]) -> tuple[int, int]:
-    """Where among a scan's operands what is carried begins and ends."""
+    """Returns where a scan's carry begins and ends among its operands."""
     if "ft_in" in settings:  # since jax 0.12
         constants, carried, _ = map(len, settings["ft_in"].unpack())
         return constants, constants + carried
@@ -78,24 +78,24 @@ def scan_places(settings: dict[str, Any]) -> tuple[int, int]:
 
 
 def inner(equation: core.JaxprEqn) -> list[core.Jaxpr]:
-    """The functions that an equation holds, in order."""
+    """Returns the functions that an equation holds, in order."""
     found = []
     for value in equation.params.values():
         for x in value if isinstance(value, tuple | list) else (value,):
             if isinstance(x, core.ClosedJaxpr | core.Jaxpr):
-                found.append(opened(x)[0])
+                found.append(split_closed_jaxpr(x)[0])
     return found
 
 
 def holds_products(equation: core.JaxprEqn) -> bool:
-    """Whether an equation is a product, or holds one however deep."""
+    """Returns whether an equation is a product, or holds one however deep."""
     if equation.primitive.name in KINDS:
         return True
     return any(holds_products(e) for jaxpr in inner(equation) for e in jaxpr.eqns)
 
 
 def _holds_lookups(equation: core.JaxprEqn) -> bool:
-    """Whether functions within it, which can be entered, may take rows of a table."""
+    """Returns whether functions within it, which can be entered, may take rows of a table."""
     if equation.primitive.name == "gather":
         return True
     if equation.primitive.name not in CALLS | REBUILT:
@@ -104,7 +104,7 @@ def _holds_lookups(equation: core.JaxprEqn) -> bool:
 
 
 def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
-    """Whether an equation takes whole rows of a parameter by integers that an input gives."""
+    """Returns whether an equation takes whole rows of a parameter by integers that an input gives."""
     if equation.primitive.name != "gather" or not operands[0].is_weight:
         return False
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
@@ -118,10 +118,10 @@ def is_lookup(equation: core.JaxprEqn, operands: Sequence[Origin]) -> bool:
     )
 
 
-def found_in(
+def analyze(
     function: core.ClosedJaxpr | core.Jaxpr, origins: Sequence[Origin], where: Where
 ) -> tuple[list[Found], list[Origin]]:
-    """What is found of each equation of a trace, and where its results come from.
+    """Finds the products of each equation of a trace, and the origins of the trace's results.
 
     Args:
         function: a trace.
@@ -131,7 +131,7 @@ def found_in(
     Raises:
         ValueError: gradients within the function, whose products are none of the model's own.
     """
-    jaxpr, consts = opened(function)
+    jaxpr, consts = split_closed_jaxpr(function)
     where = dataclasses.replace(where, names=jaxpr.debug_info)
     known: dict[core.Var, Origin] = dict(zip(jaxpr.invars, origins, strict=True))
     for v, value in zip(jaxpr.constvars, consts, strict=False):
@@ -157,25 +157,25 @@ def _of_equation(
     if name in KINDS:
         return _of_product(equation, operands, where)
     if is_lookup(equation, operands):
-        result = joined(operands)
+        result = join(operands)
         return _product(equation, operands, 0, where), [result]
     if (not holds_products(equation) and not _holds_lookups(equation)) or name == "gather":
         return None, _of_plain(equation, operands, where)
     if name in CALLS:
-        return found_in(_function(equation), operands, where)
+        return analyze(_function(equation), operands, where)
     if name not in REBUILT and not where.unreached:
         where = dataclasses.replace(where, unreached=f"it is within {name}")
     return _FUNCTIONS.get(name, _of_other)(equation, operands, where)
 
 
 def _function(equation: core.JaxprEqn) -> Any:
-    """The function that a call holds, with its constants where it has some."""
+    """Returns the function that a call holds, with its constants where it has some."""
     settings = equation.params
     return settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
 
 
 def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> list[Origin]:
-    """Of an equation without products."""
+    """Returns the origins of the results of an equation without products."""
     result = through(equation.primitive.name, operands, equation.params)
     if found := scores.through(equation, [o.scores for o in operands]):
         result = dataclasses.replace(result, scores=found)
@@ -184,15 +184,15 @@ def _of_plain(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     elif result.derivation is None:
         parts = [o.derivation for o in operands]
         if not equation.effects and all(parts):
-            run = lambda *xs: alone(equation, xs, where.names)  # noqa: E731
-            found = derivations.computed(equation, parts, run)  # pyright: ignore
+            run = lambda *xs: evaluate_equation(equation, xs, where.names)  # noqa: E731
+            found = derivations.derive(equation, parts, run)  # pyright: ignore
             return [dataclasses.replace(result, derivation=d) for d in found]
         where.notes(operands, _source(equation))
     return [result] * len(equation.outvars)
 
 
-def alone(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
-    """An equation by itself, with its own derivatives.
+def evaluate_equation(equation: core.JaxprEqn, operands: Sequence[Any], names: Any) -> list[Any]:
+    """Returns an equation by itself, with its own derivatives.
 
     Args:
         equation: of a trace.
@@ -220,14 +220,12 @@ def _of_product(
     product = _product(equation, operands, weight, where)
     # What a weight fed is of that weight; what none did is still of those above.
     if weight is not None:
-        return product, [
-            dataclasses.replace(joined(operands[:2]), nearest=operands[weight].nearest)
-        ]
+        return product, [dataclasses.replace(join(operands[:2]), nearest=operands[weight].nearest)]
     probabilities = product.probabilities
     if probabilities is not None and (found := operands[probabilities].scores):
         side = scores.summed_side(equation, probabilities, found)
         where.keys.update({} if side is None else {found.product: side})
-    return product, [dataclasses.replace(joined(operands[:2]), scores=scores.of_product(equation))]
+    return product, [dataclasses.replace(join(operands[:2]), scores=scores.of_product(equation))]
 
 
 def _product(
@@ -237,7 +235,7 @@ def _product(
     positive = [i for i in (0, 1) if operands[i].is_nonnegative and operands[i].is_input]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _types(equation)]
     return Product(
-        common(sorted(joined(pair).nearest)),
+        common(sorted(join(pair).nearest)),
         KINDS.get(equation.primitive.name, "lookup"),
         weight,
         positive[0] if len(positive) == 1 else None,
@@ -257,7 +255,7 @@ def _product(
 
 
 def _types(equation: core.JaxprEqn) -> list[Any]:
-    """Of a product's operands, and of its result."""
+    """Returns the types of a product's operands and of its result."""
     return [v.aval for v in (*equation.invars, *equation.outvars)]
 
 
@@ -273,7 +271,7 @@ def _scope(where: Where, equation: core.JaxprEqn) -> str:
 
 
 def _source(equation: core.JaxprEqn) -> str:
-    """The innermost line that is none of a library's."""
+    """Returns the innermost line that is none of a library's."""
     traceback = equation.source_info.traceback
     for frame in () if traceback is None else traceback.frames:
         name = frame.file_name
@@ -287,7 +285,7 @@ def _source(equation: core.JaxprEqn) -> str:
 
 
 def _of_remat(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    found, results = found_in(_function(equation), operands, where)
+    found, results = analyze(_function(equation), operands, where)
     return [found], results
 
 
@@ -295,7 +293,7 @@ def _of_shard_map(equation: core.JaxprEqn, operands: list[Origin], where: Where)
     # Each device has its own part there.
     where.notes(operands, _source(equation))
     where = dataclasses.replace(where, enclosed="a shard_map")
-    found, results = found_in(_function(equation), [o.without() for o in operands], where)
+    found, results = analyze(_function(equation), [o.without() for o in operands], where)
     return [found], [o.without() for o in results]
 
 
@@ -309,8 +307,8 @@ def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
     handed = [_turn_of(o, scan, length) for o in operands[last:]]
     while True:
         given, trial = [*operands[:first], *carry, *handed], where.tried()
-        found, results = found_in(settings["jaxpr"], given, trial)
-        grown = _grown(carry, results[: last - first])
+        found, results = analyze(settings["jaxpr"], given, trial)
+        grown = _merge(carry, results[: last - first])
         if grown == carry:
             where.reads.update(trial.reads)
             stacked = [_all_turns(o, handed, operands[last:]) for o in results[last - first :]]
@@ -319,7 +317,7 @@ def _of_scan(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> A
 
 
 def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
-    """Of what a scan hands to each of its turns."""
+    """Returns the origin of one turn's slice of a scan's input."""
     if origin.derivation is None:
         return origin
     turn = derivations.turn_of(origin.derivation, scan, length)
@@ -327,7 +325,7 @@ def _turn_of(origin: Origin, scan: int, length: int) -> Origin:
 
 
 def _all_turns(result: Origin, turns: Sequence[Origin], stacked: Sequence[Origin]) -> Origin:
-    """Of what a scan stacks: where each turn passes on what it was handed, that whole."""
+    """Returns a stacked output's origin: the input's, if each turn returns its slice unchanged."""
     if result.derivation is None:
         return result
     alike = [o for t, o in zip(turns, stacked, strict=True) if t.derivation == result.derivation]
@@ -342,21 +340,21 @@ def _of_while(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     carry = [o if o.is_weight else o.without() for o in operands[last:]]
     while True:
         trial = where.tried()
-        body, results = found_in(settings["body_jaxpr"], [*operands[first:last], *carry], trial)
-        grown = _grown(carry, results)
+        body, results = analyze(settings["body_jaxpr"], [*operands[first:last], *carry], trial)
+        grown = _merge(carry, results)
         if grown == carry:
             where.reads.update(trial.reads)
             break
         carry = grown
-    test, _ = found_in(settings["cond_jaxpr"], [*operands[:first], *carry], where)
+    test, _ = analyze(settings["cond_jaxpr"], [*operands[:first], *carry], where)
     return [test, body], carry
 
 
 def _of_cond(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> Any:
-    branches = [found_in(b, operands[1:], where) for b in equation.params["branches"]]
+    branches = [analyze(b, operands[1:], where) for b in equation.params["branches"]]
     results = branches[0][1]
     for _, others in branches[1:]:
-        results = _grown(results, others)
+        results = _merge(results, others)
     return [found for found, _ in branches], results
 
 
@@ -364,20 +362,20 @@ def _of_other(equation: core.JaxprEqn, operands: list[Origin], where: Where) -> 
     """A call that is not entered: its products are listed, with the reason."""
     where.notes(operands, _source(equation))
     operands = [o.without() for o in operands]
-    whole = joined(operands)
+    whole = join(operands)
     found = []
     for jaxpr in inner(equation):
         is_alike = len(jaxpr.invars) == len(operands)
         given = operands if is_alike else [whole] * len(jaxpr.invars)
-        found.append(found_in(jaxpr, given, where)[0])
+        found.append(analyze(jaxpr, given, where)[0])
     return found, [whole] * len(equation.outvars)
 
 
-def _grown(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
-    """Origins of values that are one or the other."""
+def _merge(some: Sequence[Origin], others: Sequence[Origin]) -> list[Origin]:
+    """Returns origins of values that are one or the other."""
     return [
         dataclasses.replace(
-            joined([a, b]),
+            join([a, b]),
             is_weight=a.is_weight and b.is_weight,
             is_nonnegative=a.is_nonnegative and b.is_nonnegative,
             derivation=a.derivation if a.derivation == b.derivation else None,
@@ -396,7 +394,7 @@ _FUNCTIONS = {
 
 
 def flat(found: Sequence[Found]) -> Iterator[Product]:
-    """The products in what was found, in the order of the trace."""
+    """Returns the products in what was found, in the order of the trace."""
     for x in found:
         if isinstance(x, Product):
             yield x

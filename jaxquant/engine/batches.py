@@ -12,8 +12,8 @@ from flax.errors import FlaxError
 _MISFITS = (TypeError, ValueError, AttributeError, LookupError, ZeroDivisionError, FlaxError)
 
 
-def checked(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Each batch's number and arguments.
+def check_each(batches: Iterable[Any]) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """Returns each batch's number and arguments.
 
     Raises:
         ValueError: no batches; one with something else than arrays, or with a NaN or an Inf.
@@ -53,7 +53,7 @@ def _is_array(leaf: Any) -> bool:
 
 @contextlib.contextmanager
 def fitting(index: int, arguments: Any) -> Iterator[None]:
-    """Within it, what a model says of arguments that do not fit it is a ValueError of the batch."""
+    """Turns a model's errors about arguments that do not fit into ValueErrors that name the batch."""
     try:
         yield
     except _MISFITS as error:

@@ -1,4 +1,4 @@
-"""How weights are computed from parameters alone: what a product multiplies, to be computed again by itself.
+"""Derivations: how a product's weight is computed from parameters alone, so that it can be recomputed.
 
 A model multiplies by its parameters as they are, or transposed, cast, masked, or by one layer's part of
 them in each turn of a scan.  A derivation says which, so that the weight can be found without a run.
@@ -22,7 +22,7 @@ _PLACES = frozenset({"sharding", "out_sharding", "weak_type", "name", "dst_shard
 
 @dataclasses.dataclass
 class At:
-    """Where values are computed: with which parameters, by path, in which turn of each scan."""
+    """Where a derivation is evaluated: the parameters by path, and the turn of each scan."""
 
     parameters: Mapping[str, Any]
     turns: dict[int, Any] = dataclasses.field(default_factory=dict)
@@ -65,7 +65,7 @@ class Derivation:
         return hash(self.key)
 
     def at(self, where: At) -> Any:
-        """The value in one turn of each scan."""
+        """Returns the value in one turn of each scan."""
         if id(self) not in where.known:
             where.known[id(self)] = self.compute(where)
         return where.known[id(self)]
@@ -76,7 +76,7 @@ class Derivation:
         then: Callable[[jax.Array, Any], Any] = lambda x, _: x,
         data: Any = None,
     ) -> Any:
-        """`then` of the value; where it differs from turn to turn, those of all turns, stacked in front.
+        """Returns `then` of the value; if the value differs from turn to turn, all turns stacked in front.
 
         Args:
             parameters: arrays by path.
@@ -97,19 +97,19 @@ def _each(run: Callable[[dict, Any], Any], scan: int, length: int) -> Callable[[
 
 
 def parameter(path: str) -> Derivation:
-    """A parameter itself."""
+    """Returns a parameter itself."""
     return Derivation(path, frozenset({path}), (), lambda where: where.parameters[path])
 
 
 def constant(value: Any) -> Derivation | None:
-    """A number or an array of the function's own; None of one that is being traced."""
+    """Returns a number or an array of the function's own; None of one that is being traced."""
     if isinstance(value, Tracer):
         return None
-    return Derivation(_said(value), frozenset(), (), lambda _: value)
+    return Derivation(_literal_key(value), frozenset(), (), lambda _: value)
 
 
 def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
-    """What a scan hands to each of its turns."""
+    """Returns the derivation of one turn's slice of a scan's input."""
     turns = tuple(sorted({*stacked.turns, (scan, length)}))
 
     def compute(where: At) -> Any:
@@ -118,10 +118,10 @@ def turn_of(stacked: Derivation, scan: int, length: int) -> Derivation:
     return Derivation(f"turn({stacked.key})", stacked.paths, turns, compute)
 
 
-def computed(
+def derive(
     equation: core.JaxprEqn, operands: Sequence[Derivation], run: Callable[..., Sequence[Any]]
 ) -> list[Derivation]:
-    """The results of an equation.
+    """Returns the results of an equation.
 
     Args:
         equation: of a trace.
@@ -130,7 +130,7 @@ def computed(
     """
     name = equation.primitive.name
     params = {k: v for k, v in equation.params.items() if k not in _PLACES and v is not None}
-    said = ",".join(f"{k}={_said(v)}" for k, v in params.items())
+    said = ",".join(f"{k}={_literal_key(v)}" for k, v in params.items())
     key = f"{name}[{said}]({','.join(d.key for d in operands)})"
     if len(key) > 400:  # what is long is known by its digest
         key = f"{name}:{hashlib.sha256(key.encode()).hexdigest()}"
@@ -142,17 +142,17 @@ def computed(
         of = f"{key}#{index}" if len(equation.outvars) > 1 else key
         return Derivation(of, paths, turns, lambda where: whole.at(where)[index], moved)
 
-    moved = _moved(equation, operands[0], run) if operands else None
+    moved = _transposition(equation, operands[0], run) if operands else None
     if moved is not None and list(moved[1]) == sorted(moved[1]):
         return [moved[0]]  # moved there and back
 
     return [part(index) for index in range(len(equation.outvars))]
 
 
-def _moved(
+def _transposition(
     equation: core.JaxprEqn, operand: Derivation, run: Callable[..., Sequence[Any]]
 ) -> tuple[Derivation, tuple[int, ...]] | None:
-    """What an equation moves the axes of, and to where; a cast of what is moved is moved itself."""
+    """Returns (operand, permutation) if an equation transposes an operand, or casts a transposed one."""
     name = equation.primitive.name
     if name == "transpose":
         order = tuple(equation.params["permutation"])
@@ -160,17 +160,17 @@ def _moved(
             order = tuple(operand.moved[1][a] for a in order)
         return operand.stored, order
     if name == "convert_element_type" and operand.moved is not None:
-        return computed(equation, [operand.moved[0]], run)[0], operand.moved[1]
+        return derive(equation, [operand.moved[0]], run)[0], operand.moved[1]
     return None
 
 
-def _said(value: Any) -> str:
-    """What an equation is told, in words that differ where the numbers do: arrays by their digests."""
+def _literal_key(value: Any) -> str:
+    """Returns a text that identifies a literal: equal for equal values; arrays by their digests."""
     if isinstance(value, tuple | list):
-        return f"({','.join(map(_said, value))})"
+        return f"({','.join(map(_literal_key, value))})"
     if isinstance(value, core.ClosedJaxpr):
         # Newer JAX has one class for both, whose `jaxpr` is itself.
-        return f"{_without_addresses(value.jaxpr)} with {_said(value.consts)}"
+        return f"{_without_addresses(value.jaxpr)} with {_literal_key(value.consts)}"
     if isinstance(value, jax.Array | np.ndarray | np.generic) and not isinstance(value, Tracer):
         array = np.asarray(value)
         digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]

@@ -45,25 +45,25 @@ class Expression(str):
 
     def __init__(self, text: str):
         del text
-        _parsed(str(self))
+        _parse(str(self))
 
     @property
     def pattern(self) -> str:
-        """As text, as a compiled expression of `re` has it."""
+        """The text of the expression, as in `re.Pattern`."""
         return str(self)
 
     def fullmatch(self, text: str) -> bool | None:
-        """True where it matches all of a text, else None."""
+        """Returns true where it matches all of a text, else None."""
         return _matches(str(self), text) or None
 
 
 @functools.lru_cache(maxsize=4096)
 def _matches(pattern: str, text: str) -> bool:
-    return bool(_parsed(pattern)(text, 1, {}) >> len(text))
+    return bool(_parse(pattern)(text, 1, {}) >> len(text))
 
 
 @functools.lru_cache(maxsize=256)
-def _parsed(pattern: str) -> _Ends:
+def _parse(pattern: str) -> _Ends:
     if len(pattern) > LONGEST:
         raise ValueError(
             f"rule {pattern[:40]!r}… has {len(pattern)} letters; at most {LONGEST} are read of a file"
@@ -95,13 +95,13 @@ class _Parser:
         while self.pattern.startswith("|", self.at):
             self.at += 1
             found.append(self.sequence())
-        return found[0] if len(found) == 1 else _any_of(found)
+        return found[0] if len(found) == 1 else _alternatives(found)
 
     def sequence(self) -> _Ends:
         found = []
         while self.at < len(self.pattern) and self.pattern[self.at] not in "|)":
             found.append(self.repeated())
-        return _in_turn(found)
+        return _sequence(found)
 
     def repeated(self) -> _Ends:
         found, start = self.single(), self.at
@@ -112,14 +112,14 @@ class _Parser:
             self.at += 1  # how few are tried first is no matter where all of the text is matched
         if self.pattern.startswith(("*", "+", "?"), self.at) or self.has_counts():
             self.refuse()
-        return _repeated(found, low, high)
+        return _repeat(found, low, high)
 
     def has_counts(self) -> re.Match[str] | None:
         match = _COUNTS.match(self.pattern, self.at)
         return match if match and match[0] != "{}" else None
 
     def counts(self) -> tuple[int, int | None]:
-        """How often what stands before is repeated: at least, and at most."""
+        """Parses a repetition's minimum and maximum."""
         simple = {"*": (0, None), "+": (1, None), "?": (0, 1)}
         letter = self.pattern[self.at : self.at + 1]
         if letter in simple:
@@ -153,7 +153,7 @@ class _Parser:
             self.refuse()
         self.at, self.depth = self.at + 1, self.depth - 1
         is_look = match[0] in ("(?=", "(?!")
-        return _seen(found, match[0] == "(?=") if is_look else found
+        return _lookahead(found, match[0] == "(?=") if is_look else found
 
     def refuse(self) -> NoReturn:
         re.compile(self.pattern)  # what is none at all says so itself
@@ -179,7 +179,7 @@ def _one(compiled: re.Pattern[str]) -> _Ends:
     return ends
 
 
-def _in_turn(parts: list[_Ends]) -> _Ends:
+def _sequence(parts: list[_Ends]) -> _Ends:
     def ends(text: str, places: int, known: dict) -> int:
         for part in parts:
             places = part(text, places, known)
@@ -188,7 +188,7 @@ def _in_turn(parts: list[_Ends]) -> _Ends:
     return parts[0] if len(parts) == 1 else ends
 
 
-def _any_of(parts: list[_Ends]) -> _Ends:
+def _alternatives(parts: list[_Ends]) -> _Ends:
     def ends(text: str, places: int, known: dict) -> int:
         found = 0
         for part in parts:
@@ -198,7 +198,7 @@ def _any_of(parts: list[_Ends]) -> _Ends:
     return ends
 
 
-def _repeated(part: _Ends, low: int, high: int | None) -> _Ends:
+def _repeat(part: _Ends, low: int, high: int | None) -> _Ends:
     def ends(text: str, places: int, known: dict) -> int:
         # More than one for each letter and one beside add nothing but empty ones.
         most = len(text) + 1
@@ -215,7 +215,7 @@ def _repeated(part: _Ends, low: int, high: int | None) -> _Ends:
     return ends
 
 
-def _seen(part: _Ends, is_there: bool) -> _Ends:
+def _lookahead(part: _Ends, is_there: bool) -> _Ends:
     def ends(text: str, places: int, known: dict) -> int:
         found = 0
         for at in _bits(places):
@@ -226,7 +226,7 @@ def _seen(part: _Ends, is_there: bool) -> _Ends:
 
 
 def _from_each(part: _Ends, text: str, places: int, known: dict) -> int:
-    """What is repeated, from each place once in a text, however often repetitions within each other ask."""
+    """Tries a repetition once from each position, however deeply repetitions nest."""
     found = 0
     for at in _bits(places):
         key = (part, at)

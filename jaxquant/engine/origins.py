@@ -1,4 +1,4 @@
-"""Where the values of a trace come from, found by following them through its equations."""
+"""Origins of the values of a trace, found by following them through its equations."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -41,7 +41,7 @@ _KEEP_SIGN = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a value comes from.
+    """The origin of a value.
 
     Attributes:
         nearest: paths of the parameters that it was computed from since the last product.
@@ -62,22 +62,22 @@ class Origin:
 
     @classmethod
     def parameter(cls, path: str) -> "Origin":
-        """Of a parameter."""
+        """Returns the origin of a parameter."""
         return cls(frozenset({path}), is_weight=True, derivation=derivations.parameter(path))
 
     @classmethod
     def buffer(cls, path: str) -> "Origin":
-        """Of a model's array that is none of its parameters, such as a mask."""
+        """Returns the origin of a model's array that is not a parameter, such as a mask."""
         return cls(derivation=derivations.parameter(path))
 
     @classmethod
     def constant(cls, value: Any) -> "Origin":
-        """Of a number or an array of the function's own."""
+        """Returns the origin of a literal number or array."""
         is_nonnegative = not isinstance(value, Tracer) and bool(np.all(np.asarray(value) >= 0))
         return cls(is_nonnegative=is_nonnegative, derivation=derivations.constant(value))
 
     def without(self) -> "Origin":
-        """The same without its derivation."""
+        """Returns the same without its derivation."""
         return dataclasses.replace(self, derivation=None)
 
 
@@ -85,8 +85,8 @@ CONSTANT = Origin()
 INPUT = Origin(is_input=True)
 
 
-def joined(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
-    """Of a value that is computed from others."""
+def join(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
+    """Returns the origin of a value that is computed from others."""
     origins = list(origins)
     is_input = any(o.is_input for o in origins)
     return Origin(
@@ -100,7 +100,7 @@ def joined(origins: Iterable[Origin], is_nonnegative: bool = False) -> Origin:
 def through(
     primitive: str, origins: Sequence[Origin], settings: Mapping[str, Any] = MappingProxyType({})
 ) -> Origin:
-    """Of what an equation without products puts out, from its operands'.
+    """Returns the origin of the output of an equation without products, from its operands' origins.
 
     >>> a, b = Origin.parameter("a"), Origin.parameter("b")
     >>> sorted(through("add", [a, b]).nearest), through("exp", [INPUT]).is_nonnegative
@@ -108,22 +108,22 @@ def through(
     """
     signs = [o.is_nonnegative for o in origins]
     if primitive == "gather":  # what fills places out of bounds is no operand
-        return joined(origins, signs[0] and settings.get("fill_value") is None)
+        return join(origins, signs[0] and settings.get("fill_value") is None)
     if primitive == "select_n":
         if len({o.without() for o in origins[1:]}) == 1 and origins[1].is_weight:
             return (
                 origins[1] if len(set(origins[1:])) == 1 else origins[1].without()
             )  # as in a cond under vmap
-        return joined(origins, all(signs[1:]))  # what selects has no sign of its own
+        return join(origins, all(signs[1:]))  # what selects has no sign of its own
     if primitive == "max":
-        return joined(origins, any(signs))
+        return join(origins, any(signs))
     if primitive in _MOVES:
-        return joined(origins, signs[:1] == [True])
-    return joined(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
+        return join(origins, signs[:1] == [True])
+    return join(origins, primitive in _NONNEGATIVE or (primitive in _KEEP_SIGN and all(signs)))
 
 
 def common(paths: Iterable[str]) -> str:
-    """The longest path that all have in common, by whole names.
+    """Returns the longest path that all have in common, by whole names.
 
     >>> common(["layers/0/attn/q", "layers/0/attn/k"]), common(["a/b"]), common([])
     ('layers/0/attn', 'a/b', '')

@@ -75,7 +75,7 @@ class Product:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a rule may call it: the parameter's path, and the path of what holds the parameter."""
+        """The names that a rule may match: the parameter's path, and the path of the module that holds it."""
         holder = self.path.rpartition("/")[0]
         return (self.path,) if self.weight is None or not holder else (self.path, holder)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from jaxquant.engine.analysis import CALLS, alone, opened, scan_places
+from jaxquant.engine.analysis import CALLS, evaluate_equation, scan_places, split_closed_jaxpr
 
 # For each equation: what takes a product's place, such a list for each function that it holds, or None.
 Given = Any
@@ -19,7 +19,7 @@ Data = dict[int, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """What takes a product's place.
+    """A replacement of a product.
 
     Attributes:
         index: which product's.
@@ -36,7 +36,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Within:
-    """What uses are given, and how many scans are around them.
+    """The inputs of the replacements, and the number of scans around them.
 
     Attributes:
         data: by their indices.
@@ -49,13 +49,13 @@ class Within:
     taps: Mapping[int, Any] = dataclasses.field(default_factory=dict)
 
 
-def computed(
+def evaluate(
     function: core.ClosedJaxpr | core.Jaxpr,
     arguments: Sequence[Any],
     given: Sequence[Given],
     within: Within = Within({}),
 ) -> tuple[list[Any], Data]:
-    """The results of a trace, and what its products recorded, by their numbers.
+    """Returns the results of a trace, and what its products recorded, by their numbers.
 
     What is recorded within a scan is stacked along a first axis; in a cond, what the branches that are not
     taken would have recorded is zeros.
@@ -69,7 +69,7 @@ def computed(
     Raises:
         ValueError: records of a while loop or a shard_map.
     """
-    jaxpr, consts = opened(function)
+    jaxpr, consts = split_closed_jaxpr(function)
     values: dict[core.Var, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     values.update(zip(jaxpr.invars, arguments, strict=True))
     records: Data = {}
@@ -81,16 +81,16 @@ def computed(
         operands = [read(v) for v in equation.invars]
         if any(True for _ in uses(own)):
             with jax.named_scope(str(equation.source_info.name_stack) or equation.primitive.name):
-                results, found = _replaced(equation, operands, own, within)
+                results, found = _replace(equation, operands, own, within)
             records.update(found)
         else:
-            results = alone(equation, operands, jaxpr.debug_info)
+            results = evaluate_equation(equation, operands, jaxpr.debug_info)
         values.update(zip(equation.outvars, results, strict=True))
     return [read(v) for v in jaxpr.outvars], records
 
 
 def uses(given: Given) -> Iterator[Use]:
-    """All that takes a product's place."""
+    """Yields all replacements."""
     if isinstance(given, list):
         for each in given:
             yield from uses(each)
@@ -98,7 +98,7 @@ def uses(given: Given) -> Iterator[Use]:
         yield given
 
 
-def _replaced(
+def _replace(
     equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within
 ) -> tuple[Sequence[Any], Data]:
     if isinstance(given, Use):
@@ -110,7 +110,7 @@ def _replaced(
             return [equation.primitive.bind(*taken, **equation.params)], records
         return [_fitting(equation, result)], records
     if equation.primitive.name in CALLS:
-        return _entered(equation, operands, given, within)
+        return _inline(equation, operands, given, within)
     return _FUNCTIONS[equation.primitive.name](equation, operands, given, within)
 
 
@@ -123,16 +123,16 @@ def _fitting(equation: core.JaxprEqn, result: Any) -> jax.Array:
     return result.astype(wanted.dtype)
 
 
-def _entered(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
-    """A jitted function within, as a part of the whole; where its arrays are to lie is kept."""
+def _inline(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
+    """Returns a jitted function within, as a part of the whole; where its arrays are to lie is kept."""
     settings = equation.params
     function = settings["jaxpr"] if "jaxpr" in settings else settings["call_jaxpr"]
     places = settings.get("in_shardings", ()), settings.get("out_shardings", ())
-    results, records = computed(function, _put(operands, places[0]), given, within)
-    return _put(results, places[1]), records
+    results, records = evaluate(function, _constrain(operands, places[0]), given, within)
+    return _constrain(results, places[1]), records
 
 
-def _put(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
+def _constrain(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
     if not places:
         return list(arrays)
     return [
@@ -145,7 +145,7 @@ def _put(arrays: Sequence[Any], places: Sequence[Any]) -> list[Any]:
 
 def _remat(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     settings = equation.params
-    body = lambda *xs: computed(settings["jaxpr"], xs, given[0], within)  # noqa: E731
+    body = lambda *xs: evaluate(settings["jaxpr"], xs, given[0], within)  # noqa: E731
     options = {"policy": settings["policy"], "prevent_cse": settings["prevent_cse"]}
     return jax.checkpoint(body, **options)(*operands)
 
@@ -162,7 +162,7 @@ def _scan(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Wi
         own, parts, taps = x
         inside = Within({**within.data, **parts}, within.scans + 1, taps)
         arguments = [*operands[:first], *carry, *own]
-        results, records = computed(settings["jaxpr"], arguments, given[0], inside)
+        results, records = evaluate(settings["jaxpr"], arguments, given[0], inside)
         return results[: last - first], (results[last - first :], records)
 
     options = {k: settings[k] for k in ("length", "reverse", "unroll")}
@@ -177,7 +177,7 @@ def _while(equation: core.JaxprEqn, operands: list[Any], given: Given, within: W
     last = first + settings["body_nconsts"]
 
     def run(name: str, consts: list[Any], own: Given, carry: Sequence[Any]) -> list[Any]:
-        results, records = computed(settings[name], [*consts, *carry], own, within)
+        results, records = evaluate(settings[name], [*consts, *carry], own, within)
         _no_records(records, "a while loop")
         return results
 
@@ -188,7 +188,7 @@ def _while(equation: core.JaxprEqn, operands: list[Any], given: Given, within: W
 
 def _cond(equation: core.JaxprEqn, operands: list[Any], given: Given, within: Within) -> Any:
     branches = [
-        functools.partial(lambda b, own, *xs: computed(b, xs, own, within), branch, own)
+        functools.partial(lambda b, own, *xs: evaluate(b, xs, own, within), branch, own)
         for branch, own in zip(equation.params["branches"], given, strict=True)
     ]
     if len(branches) == 1:
@@ -213,7 +213,7 @@ def _shard_map(equation: core.JaxprEqn, operands: list[Any], given: Given, withi
 
     def body(data: Data, *xs: Any) -> tuple[Any, ...]:
         within_ = dataclasses.replace(within, data=data)
-        results, records = computed(settings["jaxpr"], xs, given[0], within_)
+        results, records = evaluate(settings["jaxpr"], xs, given[0], within_)
         _no_records(records, "a shard_map")
         return tuple(results)
 

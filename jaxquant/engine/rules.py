@@ -49,7 +49,7 @@ class Rule(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What rules are about: a module or a product, by every name that it goes by, its path first."""
+    """A module or a product that rules may match, with all of its names, its path first."""
 
     names: tuple[str, ...]
     kind: str
@@ -60,7 +60,7 @@ class Subject(NamedTuple):
 
 
 def parse_rules(rules: Rules) -> list[Rule]:
-    """Rules with names looked up and expressions compiled.
+    """Returns rules with names looked up and expressions compiled.
 
     Args:
         rules: a mapping or pairs from a regular expression to a recipe's name, a `DotGeneral`, an
@@ -84,8 +84,8 @@ def parse_rules(rules: Rules) -> list[Rule]:
     return [_parse(pattern, value) for pattern, value in pairs]
 
 
-def as_parsed(rules: Rules | Sequence[Rule], may_be_empty: bool = False) -> list[Rule]:
-    """Rules as `parse_rules` gives them, which may be parsed already."""
+def ensure_parsed(rules: Rules | Sequence[Rule], may_be_empty: bool = False) -> list[Rule]:
+    """Returns rules as `parse_rules` gives them, which may be parsed already."""
     given: Any = rules
     is_parsed = isinstance(given, list) and all(isinstance(rule, Rule) for rule in given)
     return given if is_parsed and (given or may_be_empty) else parse_rules(given)
@@ -107,7 +107,7 @@ def _parse(pattern: Any, value: Any) -> Rule:
 
 
 def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
-    """What each path gets: the first rule that takes it; absent where none does.
+    """Returns the first matching rule of each path; paths without one are absent.
 
     Args:
         kinds: each path's kind of module, such as ``"linear"`` or ``"attention"``.
@@ -127,7 +127,7 @@ def assign(kinds: Mapping[str, str], rules: Rules) -> dict[str, Rule]:
 def choose(
     subjects: Sequence[Subject], rules: Rules | Sequence[Rule], is_part: bool = False
 ) -> list[Rule | None]:
-    """The first rule that takes each subject; None where none does.
+    """Returns the first rule that takes each subject; None where none does.
 
     Args:
         subjects: modules or products.
@@ -137,7 +137,7 @@ def choose(
     Raises:
         ValueError: a rule that took none, with the reason and the nearest paths.
     """
-    parsed = as_parsed(rules, may_be_empty=is_part)
+    parsed = ensure_parsed(rules, may_be_empty=is_part)
     chosen = [next((r for r in parsed if r.takes(subject)), None) for subject in subjects]
     for rule in () if is_part else parsed:
         if not rule.is_earlier and not any(rule is other for other in chosen):
@@ -176,7 +176,7 @@ _NUMBER = re.compile(r"(?:(?<=[/_])|^)\d+(?=/|$)")
 
 
 def starred(path: str) -> str:
-    """A path with ``*`` in the place of its layers' numbers.
+    """Returns a path with ``*`` in the place of its layers' numbers.
 
     >>> starred("layers/12/up/kernel"), starred("blocks_3/Dense_0"), starred("conv2d/w1")
     ('layers/*/up/kernel', 'blocks_*/Dense_*', 'conv2d/w1')
@@ -185,7 +185,7 @@ def starred(path: str) -> str:
 
 
 def expression_for(paths: Iterable[str]) -> str:
-    """A regular expression for paths that differ in nothing but their layers' numbers.
+    """Returns a regular expression for paths that differ in nothing but their layers' numbers.
 
     >>> print(expression_for(["layers/0/up", "layers/1/up"]), expression_for(["layers/0/up"]))
     layers/[0-9]+/up layers/0/up
@@ -195,7 +195,7 @@ def expression_for(paths: Iterable[str]) -> str:
 
 
 def _nearest(pattern: str, paths: Iterable[str]) -> str:
-    """The paths that look most like an expression, or all where they are few."""
+    """Returns the paths that look most like an expression, or all where they are few."""
     paths = list(paths)
     if len(paths) <= 8:
         return f"the paths are {_listed(paths)}"

@@ -26,7 +26,7 @@ class Scores:
 
 
 def of_product(equation: core.JaxprEqn) -> Scores | None:
-    """Of a product's result."""
+    """Returns the scores of a product's result."""
     if equation.primitive.name != "dot_general":
         return None
     (left, right), (batch, _) = equation.params["dimension_numbers"]
@@ -38,7 +38,7 @@ def of_product(equation: core.JaxprEqn) -> Scores | None:
 
 
 def summed_side(equation: core.JaxprEqn, operand: int, scores: Scores | None) -> int | None:
-    """The side of the scores' own axes that a product sums over in one of its operands."""
+    """Returns the side of the scores' own axes that a product sums over in one of its operands."""
     if scores is None or equation.primitive.name != "dot_general":
         return None
     summed = equation.params["dimension_numbers"][0][operand]
@@ -47,7 +47,7 @@ def summed_side(equation: core.JaxprEqn, operand: int, scores: Scores | None) ->
 
 
 def through(equation: core.JaxprEqn, scores: Sequence[Scores | None]) -> Scores | None:
-    """Of the first result of an equation without products."""
+    """Returns the scores of the first result of an equation without products."""
     operand = next((i for i, s in enumerate(scores) if s is not None), None)
     if operand is None:
         return None
@@ -74,7 +74,7 @@ def through(equation: core.JaxprEqn, scores: Sequence[Scores | None]) -> Scores 
 def _reshaped(
     before: Sequence[int], after: Sequence[int], sides: Sequence[int | None]
 ) -> list[int | None]:
-    """The sides of axes that were split or joined: of those joined, the one that all have."""
+    """Returns the sides of axes that were split or joined: of those joined, the one that all have."""
     found: list[int | None] = []
     i = j = 0
     while j < len(after):

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxquant.engine.analysis import Found, Where, flat, found_in
+from jaxquant.engine.analysis import Found, Where, analyze, flat
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.products import Product
-from jaxquant.engine.rebuilding import Use, Within, computed
+from jaxquant.engine.rebuilding import Use, Within, evaluate
 from jaxquant.numerics.stored import Stored
 
 ARRAYS = (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct, Stored)
@@ -29,7 +29,7 @@ Replacement = Callable[..., jax.Array]
 
 @jax.tree_util.register_static
 class Constant:
-    """What is no array: equal to another of the same type alone, so that True is not 1, nor 0.0 −0.0."""
+    """A value that is not an array.  It equals values of the same type only: True is not 1, nor 0.0 −0.0."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -51,15 +51,15 @@ class Call:
     constants: tuple[tuple[int, Constant], ...]
 
     def of(self, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
-        """What the function gives for such arrays."""
+        """Calls the function with these arrays."""
         constants, rest = dict(self.constants), iter(arrays)
         places = range(self.structure.num_leaves)
         leaves = [constants[i].value if i in constants else next(rest) for i in places]
         args, kwargs = jax.tree.unflatten(self.structure, leaves)
         return function(*args, **kwargs)
 
-    def traced(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
-        """The function's trace."""
+    def trace(self, function: Callable[..., Any], arrays: Sequence[Any]) -> "Trace":
+        """Returns the function's trace."""
         return Trace.of(functools.partial(self.of, function), arrays, self.origins)
 
 
@@ -91,7 +91,7 @@ class Trace:
         return where.reads
 
     def structured(self, leaves: Sequence[Any]) -> Any:
-        """A result as the function gives it, with such leaves."""
+        """Returns a result as the function gives it, with such leaves."""
         return jax.tree.unflatten(self._structure, leaves)
 
     @classmethod
@@ -101,7 +101,7 @@ class Trace:
         arrays: Sequence[Any],
         origins: Sequence[Origin],
     ) -> "Trace":
-        """The trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
+        """Returns the trace of a function of arrays, each of an origin; they may be `jax.ShapeDtypeStruct`s.
 
         Raises:
             ValueError: a function that takes gradients, or one with products whose result holds objects
@@ -112,7 +112,7 @@ class Trace:
         whole = lambda *xs: _with_constants(function(xs), opaque)  # noqa: E731
         closed, shape = jax.make_jaxpr(whole, return_shape=True)(*arrays)
         where = Where({})
-        found, results = found_in(closed, origins, where)
+        found, results = analyze(closed, origins, where)
         structure = jax.tree.structure(shape)
         found_products = [
             dataclasses.replace(p, keys=where.keys.get(p.number)) for p in flat(found)
@@ -124,14 +124,14 @@ class Trace:
             )
         return cls(tuple(found_products), tuple(results), where.reads, closed, found, structure)
 
-    def computed(
+    def evaluate(
         self,
         arrays: Sequence[Any],
         uses: Sequence[Use | None],
         data: Mapping[int, Any],
         taps: Mapping[int, Any] = MappingProxyType({}),
     ) -> tuple[Any, dict[int, Any]]:
-        """The function's result, and what was recorded.
+        """Returns the function's result, and what was recorded.
 
         Args:
             arrays: what it takes; of a `Stored` only the shape and type take part.
@@ -139,14 +139,14 @@ class Trace:
             data: what they are given, by the products' numbers.
             taps: likewise, with an axis in front for each scan around the product.
         """
-        given = _placed(self._found, iter(uses))
+        given = _assign(self._found, iter(uses))
         arrays = [jnp.zeros(x.shape, x.dtype) if isinstance(x, Stored) else x for x in arrays]
-        results, records = computed(self._closed, arrays, given, Within(data, taps=taps))
+        results, records = evaluate(self._closed, arrays, given, Within(data, taps=taps))
         return self.structured(results), records
 
 
 def _with_constants(result: Any, opaque: list[str]) -> Any:
-    """A result whose text and other objects take no part in what is traced; of objects, where they are."""
+    """Returns a result whose text and other objects are static; for an opaque object, records its path."""
 
     def own(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, (*ARRAYS, Tracer, bool, int, float, complex)):
@@ -161,13 +161,13 @@ def _with_constants(result: Any, opaque: list[str]) -> Any:
 
 
 def as_returned(result: Any) -> Any:
-    """A traced function's result with its constants as the function returned them."""
+    """Returns a traced function's result with its constants as the function returned them."""
     is_constant = lambda x: isinstance(x, Constant)  # noqa: E731
     return jax.tree.map(lambda x: x.value if is_constant(x) else x, result, is_leaf=is_constant)
 
 
 def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
-    """A call, of which the first argument holds parameters, and its arrays.
+    """Returns a call, of which the first argument holds parameters, and its arrays.
 
     Raises:
         ValueError: no positional argument, or one that is neither an array nor hashable.
@@ -202,7 +202,7 @@ def constant(path: Any, leaf: Any) -> Constant:
 
 
 def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Product, ...]:
-    """The products of a function of a pytree of parameters, in order; it is traced, not run.
+    """Returns the products of a function of a pytree of parameters, in order; it is traced, not run.
 
     Args:
         function: of a pytree of parameters first.
@@ -217,14 +217,14 @@ def products(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[P
     ['up', 'down']
     """
     call, arrays = called(args, kwargs)
-    return call.traced(function, arrays).products
+    return call.trace(function, arrays).products
 
 
 def walk(
     function: Callable[..., Any],
     visit: Callable[[tuple[Product, ...]], Sequence[Replacement | None]],
 ) -> Callable[..., Any]:
-    """The same function with other products.
+    """Returns the same function with other products.
 
     It takes what the function takes.  Arrays are traced, everything else counts as a constant, and each
     combination of shapes and constants is traced once.
@@ -241,11 +241,11 @@ def walk(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         uses = [
             use if use is None else plain(i, use) for i, use in enumerate(visit(trace.products))
         ]
-        return trace.computed(arrays, uses, {})[0]
+        return trace.evaluate(arrays, uses, {})[0]
 
     @functools.wraps(function)
     def walked(*args: Any, **kwargs: Any) -> Any:
@@ -255,13 +255,13 @@ def walk(
 
 
 def plain(index: int, replacement: Replacement) -> Use:
-    """What takes a product's place, of its operands alone."""
+    """Returns a replacement that depends on the operands alone."""
     return Use(index, lambda _, __, *operands: (replacement(*operands), None))
 
 
-def _placed(found: Sequence[Found], given: Any) -> list[Any]:
-    """What takes each product's place, in the places that the products were found in."""
+def _assign(found: Sequence[Found], given: Any) -> list[Any]:
+    """Puts each product's replacement where the product was found."""
     return [
-        next(given) if isinstance(x, Product) else None if x is None else _placed(x, given)
+        next(given) if isinstance(x, Product) else None if x is None else _assign(x, given)
         for x in found
     ]

@@ -1,4 +1,4 @@
-"""What every format has in common: the protocol that a quantizer relies on, and exact powers of two."""
+"""The protocol that all formats share, and exact powers of two."""
 
 import operator
 from collections.abc import Callable
@@ -37,23 +37,23 @@ class Format(Protocol):
     def round(
         self, x: jt.Float[jax.Array, "*shape"], rounding: Callable[[jax.Array], jax.Array]
     ) -> jt.Float[jax.Array, "*shape"]:
-        """Takes float32 values to the grid, saturating at its ends."""
+        """Rounds float32 values to the grid; saturates at its ends."""
         ...
 
     def store(self, grid: jt.Float[jax.Array, "*shape"]) -> jt.Shaped[jax.Array, "*shape"]:
-        """Grid values as an array of `dtype`."""
+        """Returns grid values as an array of `dtype`."""
         ...
 
     def load(self, stored: jt.Shaped[jax.Array, "*shape"]) -> jt.Float[jax.Array, "*shape"]:
-        """The float32 grid values of what `store` gave."""
+        """Returns the float32 grid values of what `store` gave."""
         ...
 
     def encode(self, x: jt.Float[jax.Array, "*shape"]) -> jt.UInt[jax.Array, "*shape"]:
-        """The codes of float32 values, rounded to nearest."""
+        """Returns the codes of float32 values, rounded to nearest."""
         ...
 
     def decode(self, codes: jt.UInt[jax.Array, "*shape"]) -> jt.Float[jax.Array, "*shape"]:
-        """The float32 values of codes."""
+        """Returns the float32 values of codes."""
         ...
 
 
@@ -62,7 +62,7 @@ KNOWN: dict[Any, str] = {}
 
 
 def known_name(format: Any) -> str | None:
-    """The usual name of a static format, None where it has none."""
+    """Returns the usual name of a static format, None where it has none."""
     try:
         return KNOWN.get(format)
     except TypeError:  # traced parameters have no hash
@@ -70,18 +70,18 @@ def known_name(format: Any) -> str | None:
 
 
 def is_format(value: Any) -> bool:
-    """Whether a value is a grid; asked of its type, since a traced format's dtype is an error."""
+    """Returns whether a value is a grid; asked of its type, since a traced format's dtype is an error."""
     names = ("min_value", "max_value", "dtype", "round", "store", "load", "encode", "decode")
     return all(hasattr(type(value), name) for name in names)
 
 
 def is_static(parameter: Any) -> bool:
-    """Whether a format's parameter is a Python number, known when a program is traced."""
+    """Returns whether a format's parameter is a Python number, known when a program is traced."""
     return isinstance(parameter, int | np.integer)
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether an array's numbers are known here, as they are outside of a traced function."""
+    """Returns whether an array's numbers are known here, as they are outside of a traced function."""
     is_array = isinstance(value, jax.Array) and not isinstance(value, Tracer)
     return is_array and value.is_fully_addressable
 
@@ -120,7 +120,7 @@ def check_scalar(
 
 
 def rebuild(cls: type, **fields: Any) -> Any:
-    """An instance without checks: tree transformations put batches and placeholders where arrays stood."""
+    """Returns an instance without checks: tree transformations replace arrays by batches and placeholders."""
     instance = object.__new__(cls)
     for name, value in fields.items():
         object.__setattr__(instance, name, value)
@@ -128,7 +128,7 @@ def rebuild(cls: type, **fields: Any) -> Any:
 
 
 def traced_message(owner: str, names: str, value: Any) -> str:
-    """Why a format with traced parameters cannot be stored."""
+    """Returns the error message for storing a format with traced parameters."""
     return (
         f"{owner} with traced {names} ({value}) can be simulated with fake_quant but not stored: "
         f"a stored array's type is fixed when the program is traced. Give {names} as Python integers."
@@ -136,12 +136,12 @@ def traced_message(owner: str, names: str, value: Any) -> str:
 
 
 def code_dtype(bits: Any) -> np.dtype:
-    """The unsigned integers that hold codes of so many bits."""
+    """Returns the unsigned integers that hold codes of so many bits."""
     return np.dtype(np.uint8 if bits <= 8 else np.uint16 if bits <= 16 else np.uint32)
 
 
 def divide(x: jax.Array, divisor: Any) -> jax.Array:
-    """x / divisor, correctly rounded in every program.
+    """Returns x / divisor, correctly rounded in every program.
 
     Where a divisor is broadcast, XLA multiplies by its reciprocal, and whether it is broadcast depends on
     the program around (vmap and sharding included): the same tensor would get other scales.  So the
@@ -152,7 +152,7 @@ def divide(x: jax.Array, divisor: Any) -> jax.Array:
 
 
 def in_float32(x: jax.Array) -> jax.Array:
-    """x in float32, a finite value beyond its range as the largest."""
+    """Returns x in float32, a finite value beyond its range as the largest."""
     top = float(jnp.finfo(jnp.float32).max)
     if float(jnp.finfo(x.dtype).max) <= top:
         return x.astype(jnp.float32)
@@ -160,16 +160,16 @@ def in_float32(x: jax.Array) -> jax.Array:
 
 
 def exp2(exponent: jax.Array) -> jax.Array:
-    """2^exponent exactly, for −126 ≤ exponent ≤ 127: written into the float's own exponent field."""
+    """Returns 2^exponent exactly, for −126 ≤ exponent ≤ 127: written into the float's own exponent field."""
     return jax.lax.bitcast_convert_type((jnp.int32(127) + exponent) << 23, jnp.float32)
 
 
 def times_exp2(x: jax.Array, exponent: jax.Array) -> jax.Array:
-    """x · 2^exponent for |exponent| ≤ 252, in two exact factors: one alone might not be a float32."""
+    """Returns x · 2^exponent for |exponent| ≤ 252, in two exact factors: one alone might not be a float32."""
     half = exponent // 2
     return x * exp2(half) * exp2(exponent - half)
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
-    """floor(log2 |x|) of normal float32 values, read from the exponent field; −127 for 0 and subnormals."""
+    """Returns floor(log2 |x|) of normal float32 values from their bits; −127 for 0 and subnormals."""
     return ((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 0xFF) - 127

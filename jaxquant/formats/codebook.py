@@ -107,12 +107,12 @@ class Codebook:
         return self.decode(stored)
 
     def encode(self, x):
-        """Indices of the nearest values; NaN is encoded as the first."""
+        """Returns indices of the nearest values; NaN is encoded as the first."""
         codes = self._index(jnp.nan_to_num(x, nan=self.values[0]), jnp.round)
         return codes.astype(code_dtype(self.bits))
 
     def decode(self, codes):
-        """The values at the indices; one beyond the last gives the last."""
+        """Returns the values at the indices; one beyond the last gives the last."""
         return _looked_up(self._table, jnp.minimum(codes.astype(jnp.int32), self._size - 1))
 
     def __str__(self):
@@ -127,7 +127,7 @@ class Codebook:
 
 
 def _checked(values: Any) -> tuple[float, ...]:
-    """Values as float32, which is what is computed in; a ValueError for those that make no codebook."""
+    """Returns values as float32, in which they are computed; raises a ValueError if they form no codebook."""
     try:
         with np.errstate(over="ignore"):  # an infinite value is named below
             found = tuple(float(np.float32(v)) for v in values)
@@ -145,7 +145,7 @@ def _checked(values: Any) -> tuple[float, ...]:
 
 
 def _looked_up(table: jax.Array, index: jax.Array) -> jax.Array:
-    """table[index]; of a small table by choosing bit by bit, which is elementwise, fuses and shards."""
+    """Returns table[index]; selects small tables bit by bit, which is elementwise, fuses and shards."""
     if len(table) > _COMPARE_ALL:
         return table[index]
     values = [table[i] for i in range(len(table))]
@@ -160,7 +160,7 @@ def _looked_up(table: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def dynamic_map(bits: int = 8, signed: bool = True) -> Codebook:
-    """The dynamic map: a power of ten per leading zero, linear in between.
+    """Returns the dynamic map: a power of ten per leading zero, linear in between.
 
     For each i from 0 to e − 1 with e = bits − 1: 10^(i − e + 1) times the midpoints of 2^i (signed) or
     2^(i+1) (unsigned) equal intervals of [0.1, 1], with 0 and 1, and the negatives where signed.

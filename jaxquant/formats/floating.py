@@ -28,7 +28,7 @@ ConventionName = Literal["ieee", "fn", "fnuz", "finite", "fnu"]
 
 @dataclasses.dataclass(frozen=True)
 class Convention:
-    """What the codes of a float stand for, beyond exponent and mantissa.
+    """The special codes of a float format: infinities, NaN and negative zero.
 
     Attributes:
         bias: added to the usual bias 2^(e−1) − 1.
@@ -263,7 +263,7 @@ class Float:
         return (code | sign).astype(dtype)
 
     def _specials(self, x, code, above):
-        """The magnitude's code with Inf's and NaN's put in; `above` is the top binade's first code."""
+        """Returns the magnitude's code with those of Inf and NaN; `above` is the top binade's first code."""
         rules, mantissa = self._rules, self.mantissa_bits
         if rules.nan == "binade":
             code = jnp.where(jnp.isinf(x), above, code)
@@ -273,7 +273,7 @@ class Float:
         return jnp.where(jnp.isnan(x), 0, code)
 
     def decode(self, codes):
-        """The float32 values of codes, exactly; Inf and NaN where the convention has them.
+        """Returns the float32 values of codes, exactly; Inf and NaN where the convention has them.
 
         Values below float32's normal range become zero on hardware that flushes subnormals.
         """

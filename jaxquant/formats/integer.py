@@ -112,7 +112,7 @@ class Int:
 
     @staticmethod
     def _odd(x, rounding):
-        """To odd integers by magnitude, so that ties and the neighbourhood of zero are symmetric."""
+        """Rounds to odd integers by magnitude, so that ties and values near zero are symmetric."""
         return jnp.where(x < 0, -1, 1) * (2 * rounding((jnp.abs(x) - 1) / 2) + 1)
 
     def store(self, grid):
@@ -135,7 +135,7 @@ class Int:
         return (stored & (2 * self._half - 1)).astype(code_dtype(self.bits))
 
     def decode(self, codes):
-        """The grid's value of each code; a symmetric grid's left-out code gives −2^(b−1)."""
+        """Returns the grid's value of each code; a symmetric grid's left-out code gives −2^(b−1)."""
         codes = codes.astype(jnp.int32)
         if self.levels == "unsigned":
             return codes.astype(jnp.float32)

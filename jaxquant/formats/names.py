@@ -66,7 +66,7 @@ _BLOCK = re.compile(r"block\((.*),([1-9][0-9]*),([^,()]*),([12])\)")
 
 
 def parse(name: str) -> Any:
-    """The format of a name; `str` is its inverse, and no format has two names.
+    """Returns the format of a name; `str` is its inverse, and no format has two names.
 
     ============================ ============================================================
     name                         format

@@ -20,7 +20,7 @@ from jaxquant.numerics.reductions import largest
 Seen = tuple[Any, jax.Array]
 
 
-def seen(
+def record_inputs(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
@@ -28,17 +28,17 @@ def seen(
     on_unsupported: str,
     decay: float | None,
 ) -> tuple[Any, dict[str, dict[str, list[Seen]]]]:
-    """A function's result, and what each weight's activations are like in it.
+    """Returns a function's result, and what each weight's activations are like in it.
 
     Args:
-        trace, decisions, arrays, origins, on_unsupported: as of `jaxquant.functions.quantizing.computed`.
+        trace, decisions, arrays, origins, on_unsupported: as of `jaxquant.functions.quantizing.evaluate`.
         decay: as of `jaxquant.nnx.calibrate`.
 
     Returns:
         The result; and by part of a `State` and by weight a list over its products.
     """
     how = origins, on_unsupported, _record
-    result, records = quantizing.recorded(trace, decisions, arrays, *how)
+    result, records = quantizing.evaluate_recording(trace, decisions, arrays, *how)
     found: dict[str, dict[str, list[Seen]]] = {}
     for index in sorted(records):
         decision = decisions[index]
@@ -55,7 +55,7 @@ def seen(
 
 
 def wanted_of(decision: Decision) -> Quantizer | None:
-    """A product's quantizer of activations that is still to get a range or a start; None where it has one."""
+    """Returns the activations' quantizer if its range or step must still be initialized, else None."""
     rule, state = decision.rule, decision.state
     forward = None if rule is None else getattr(rule.value, "forward", None)
     is_one = len(decision.product.parameters) == 1 and decision.product.kind != "lookup"
@@ -80,7 +80,7 @@ def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> A
         found = range_of(left, wanted, tuple(range(left.ndim)))
         return jax.tree.map(lambda r: r.reshape(()), found)
 
-    left, batch = operation.left(*operands), operation.each
+    left, batch = operation.flatten_left(*operands), operation.each
     for _ in batch:
         find = jax.vmap(find)
     found = find(jnp.moveaxis(left, batch, range(len(batch))))
@@ -88,7 +88,7 @@ def _record(decision: Decision, operation: Operation, *operands: jax.Array) -> A
 
 
 def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: Any) -> Seen:
-    """Over the turns of all scans but those in which the weight differs.
+    """Reduces a record over the turns of all scans except those in which the weight differs.
 
     Args:
         record: what was found and its weight, by turns of all scans, and of as many matrices as `each` axes.
@@ -105,8 +105,8 @@ def _over_turns(record: Any, scans: Sequence[int], each: int, part: str, decay: 
     return found, most(weight) > 0
 
 
-def added(before: Any, use: Seen, part: str, decay: float | None) -> Any:
-    """What was seen of a weight's activations, with one use of it more."""
+def accumulate(before: Any, use: Seen, part: str, decay: float | None) -> Any:
+    """Adds one use of a weight's activations to their statistics."""
     new, is_used = use
     weight = is_used.astype(jnp.float32)
     if before is None:

@@ -1,4 +1,4 @@
-"""What becomes of each product of a function under rules, as a table."""
+"""The coverage table: each product of a function under rules."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from jaxquant.engine.products import Product
 from jaxquant.engine.rules import Rules, starred
 from jaxquant.engine.walking import called
 from jaxquant.functions.freezing import stored_operand
-from jaxquant.functions.quantizing import Decision, decided
+from jaxquant.functions.quantizing import Decision, decide
 from jaxquant.numerics.stored import Stored
 
 __all__ = ["Coverage", "Row", "coverage"]
@@ -72,7 +72,7 @@ class Coverage:
         return len(self.rows)
 
     def __getitem__(self, path: str) -> Row:
-        """The first row of a weight, or of what holds it."""
+        """Returns the first row of a weight, or of what holds it."""
         names = {row.path: row for row in reversed(self.rows)}
         holders = {row.path.rpartition("/")[0]: row for row in reversed(self.rows)}
         if path not in names and path not in holders:
@@ -94,12 +94,12 @@ class Coverage:
 
     @property
     def bytes_before(self) -> int:
-        """Of all weights that products multiply."""
+        """Bytes of all weights that products multiply."""
         return sum(row.bytes_before for row in self.rows)
 
     @property
     def bytes_after(self) -> int:
-        """Of all weights that products multiply, as `freeze` stores them."""
+        """Bytes of all weights that products multiply, as `freeze` stores them."""
         return sum(row.bytes_after for row in self.rows)
 
     @property
@@ -109,7 +109,7 @@ class Coverage:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the multiplications in float, by reason."""
+        """Shares of the multiplications in float, by reason."""
         found: dict[str, float] = {}
         for row in self.rows:
             if row.reason and row.macs:
@@ -117,7 +117,7 @@ class Coverage:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as JSON can hold it."""
+        """Returns the table as JSON can hold it."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -133,7 +133,7 @@ class Coverage:
 
 
 def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
-    """Lines of a table; columns that are empty under their head are left out, and `right` ones end alike."""
+    """Returns the lines of a table without empty columns; columns in `right` are right-aligned."""
     used = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     widths = {i: max(len(row[i]) for row in rows) for i in used}
     return [
@@ -145,7 +145,7 @@ def _aligned(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
 
 
 def _percent(share: float) -> str:
-    """Rounded so that 100 % is all, and 0 % nothing."""
+    """Returns rounded so that 100 % is all, and 0 % nothing."""
     if 0 < share < 1:
         share = min(max(share, 0.001), 0.999)
     return f"{100 * share:.3g} %"
@@ -167,7 +167,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _starred(paths: Sequence[str]) -> list[str]:
-    """Paths with ``*`` in the place of numbers, each with how many there are."""
+    """Returns paths with ``*`` in the place of numbers, each with how many there are."""
     counts: dict[str, list[str]] = {}
     for path in paths:
         counts.setdefault(starred(path), []).append(path)
@@ -175,7 +175,7 @@ def _starred(paths: Sequence[str]) -> list[str]:
 
 
 def _alike(row: Row) -> tuple[Any, ...]:
-    """What products of one group have in common."""
+    """Returns the fields that the products of a group share."""
     own = row.bytes_before, row.bytes_after, row.macs
     return (
         starred(row.path),
@@ -203,7 +203,7 @@ def _together(rows: Sequence[Row]) -> Row:
 
 
 def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: Any) -> Coverage:
-    """What `jaxquant.functions.quantize` makes of each product; the function is traced, not run.
+    """Returns what `jaxquant.functions.quantize` does to each product; the function is traced, not run.
 
     A product that cannot take its recipe is a row with the reason, not an error.
 
@@ -227,7 +227,7 @@ def coverage(function: Callable[..., Any], rules: Rules, *args: Any, **kwargs: A
     ('bias',)
     """
     call, arrays = called(args, kwargs)
-    decisions = decided(call.traced(function, arrays).products, rules)
+    decisions = decide(call.trace(function, arrays).products, rules)
     pairs = zip(call.origins, arrays, strict=True)
     values = {p: x for o, x in pairs if o.is_weight for p in o.nearest}
     return table(decisions, tuple(values), values)
@@ -239,7 +239,7 @@ def table(
     values: Mapping[str, Any],
     has_inputs: bool = True,
 ) -> Coverage:
-    """The table of what was decided.
+    """Returns the table of what was decided.
 
     Args:
         decisions: one for each product.
@@ -290,7 +290,7 @@ def _bytes_after(
 
 
 def _reason(decision: Decision) -> str:
-    """Why a product stays in float."""
+    """Returns why a product stays in float."""
     if decision.operation is not None:
         return ""
     if decision.reason:
@@ -305,6 +305,6 @@ def _reason(decision: Decision) -> str:
 
 
 def _no_sum(product: Product) -> str:
-    """Why rules pass a product by."""
+    """Returns why no rule applies to a product."""
     kinds = {str(x.dtype) for x in product.operands[:2]}
     return f"products of {' and '.join(sorted(kinds))}, or that sum nothing"

@@ -15,7 +15,7 @@ from jaxquant.engine.derivations import Derivation
 from jaxquant.engine.rules import Rules
 from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
-from jaxquant.functions.quantizing import Decision, check, decided, is_read, together
+from jaxquant.functions.quantizing import Decision, check, decide, is_read, together
 from jaxquant.functions.states import State
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.qarray import QArray, quantize
@@ -23,13 +23,13 @@ from jaxquant.numerics.stacking import Stacking
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.dot import DotGeneral
 
-__all__ = ["freeze", "frozen"]
+__all__ = ["freeze", "freeze_parameters"]
 
 
 def freeze(
     function: Callable[..., Any], rules: Rules, parameters: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Parameters for serving: those that the rules quantize stored as packed integers with their scales.
+    """Returns parameters for serving: those that rules quantize are packed integers with scales.
 
     ``quantize(function, rules)`` with them gives the same results bit for bit.  What is stored is each
     product's weight as it multiplies it: transposed, cast and masked as the function does.
@@ -55,25 +55,25 @@ def freeze(
     4.5
     """
     call, arrays = called((parameters, *args), kwargs)
-    trace = call.traced(function, arrays)
-    decisions = decided(trace.products, rules)
+    trace = call.trace(function, arrays)
+    decisions = decide(trace.products, rules)
     check(decisions)
     pairs = zip(call.origins, arrays, strict=True)
     values = {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
-    stored = frozen(trace.reads, decisions, values)
+    stored = freeze_parameters(trace.reads, decisions, values)
     paths, structure = jax.tree_util.tree_flatten_with_path(parameters)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in paths]
     leaves = [stored.get(name, x) for name, (_, x) in zip(names, paths, strict=True)]
     return jax.tree.unflatten(structure, leaves)
 
 
-def frozen(
+def freeze_parameters(
     reads: Mapping[str, str],
     decisions: Sequence[Decision],
     values: Mapping[str, Any],
     donate: bool = False,
 ) -> dict[str, Stored]:
-    """What is stored in the place of each parameter.
+    """Returns the stored value of each parameter.
 
     Args:
         reads: the parameters that a function reads by something else than a product, each with the line.
@@ -106,7 +106,7 @@ def _parts(
     held: set[str],
     values: Mapping[str, Any],
 ) -> set[str]:
-    """Parameters that take part in what others hold, as gates that a layer joins do, and in nothing else."""
+    """Returns parameters that are only parts of other operands, as gates that a layer concatenates are."""
     of_held: set[str] = set()
     others = set(reads)
     for decision in decisions:
@@ -119,7 +119,7 @@ def _parts(
 
 
 def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
-    """What is stored of a product's weight.
+    """Returns a product's weight as it is stored.
 
     Args:
         decision: with an operation that quantizes its weight, which parameters alone make.
@@ -148,7 +148,7 @@ def _quantized(
     if stacking is not None:
         own = tuple(a - sum(b < a for b in stacking.axes) for a in axes)
         one = stacking.each(lambda weight, step: _quantized(own, None, weight, recipe, step))
-        return stacking.marked(one(weight, step))
+        return stacking.with_layer_axes(one(weight, step))
     forward = dataclasses.replace(recipe.forward, lhs=None)  # which takes no part
     recipe = dataclasses.replace(recipe, forward=forward)
     quantizer = State(step=step).of(recipe).forward.rhs
@@ -169,7 +169,7 @@ def _derived(
 
 
 def packed(x: QArray) -> QArray:
-    """x in as few bytes as its format's codes need."""
+    """Returns x in as few bytes as its format's codes need."""
     element = x.element
     is_whole = jnp.dtype(element.dtype).itemsize * 8 == element.bits and element.dtype != jnp.int4
     return x if is_whole else x.pack()
@@ -186,10 +186,10 @@ def check_weight(path: str, weight: Any) -> None:
 def to_store(
     reads: Mapping[str, str], decisions: Sequence[Decision], values: Mapping[str, Any]
 ) -> dict[str, dict[str, Decision]]:
-    """By parameter, and by the key of what is to be stored of it, a decision that stores it so.
+    """Returns, by parameter and storage key, a decision that stores the weight.
 
     Args:
-        reads, decisions, values: as of `frozen`.
+        reads, decisions, values: as of `freeze_parameters`.
 
     Raises:
         ValueError: as `freeze`.
@@ -222,7 +222,7 @@ def to_store(
 
 
 def _is_alike(one: Operation | None, other: Operation) -> bool:
-    """Whether two products would store a weight alike."""
+    """Returns whether two products would store a weight alike."""
     assert one is not None
     (leaves, static), (others, other_static) = map(
         jax.tree.flatten, (one.quantizer, other.quantizer)
@@ -233,13 +233,13 @@ def _is_alike(one: Operation | None, other: Operation) -> bool:
 
 
 def _holder(decision: Decision, values: Mapping[str, Any]) -> str | None:
-    """In which parameter's place a product's weight is stored: the largest of those that make it."""
+    """Returns the parameter that a product's weight is stored for: the largest that it is made of."""
     parameters = decision.product.parameters
     return max(parameters, key=lambda path: math.prod(values[path].shape), default=None)
 
 
 def _reason(decision: Decision, reads: Mapping[str, str], values: Mapping[str, Any]) -> str:
-    """Why a product's weight cannot be stored."""
+    """Returns why a product's weight cannot be stored."""
     product, operation = decision.product, decision.operation
     assert operation is not None
     where = f" ({product.source})" if product.source else ""
@@ -277,16 +277,16 @@ def _two_ways(decision: Decision) -> str:
 # What is stored, as a model's variables hold it
 
 
-def as_stored(path: str, held: Stored | QArray) -> Stored:
-    """What a stored weight is multiplied as; a `QArray` is multiplied as it is, or by its layers in turn."""
+def wrap_stored(path: str, held: Stored | QArray) -> Stored:
+    """Wraps a stored weight; a `QArray` is multiplied directly, or layer by layer."""
     if isinstance(held, Stored):
         return held
     operands = dict.fromkeys(_plain_keys(path, held.ndim), held)
     return Stored(operands, tuple(held.shape), held.dtype, held.owner)
 
 
-def as_held(path: str, stored: Stored) -> Stored | QArray:
-    """A stored weight as a variable holds it: what is multiplied as it is, or in turn, as a `QArray`."""
+def unwrap_stored(path: str, stored: Stored) -> Stored | QArray:
+    """Returns a stored weight as a variable holds it: a `QArray` if multiplied directly, or by turns."""
     if not stored.operands:
         return stored
     (key, *others), operand = stored.operands, next(iter(stored.operands.values()))
@@ -297,5 +297,5 @@ def as_held(path: str, stored: Stored) -> Stored | QArray:
 
 
 def _plain_keys(path: str, ndim: int) -> list[str]:
-    """The keys of a parameter, and of its parts along leading axes in the turns of scans."""
+    """Returns the keys of a parameter, and of its parts along leading axes in the turns of scans."""
     return [f"{'turn(' * count}{path}{')' * count}" for count in range(max(1, ndim - 1))]

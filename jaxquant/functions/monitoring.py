@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxquant.engine.rules import Rules, parse_rules
 from jaxquant.engine.walking import Call, called
-from jaxquant.functions.quantizing import Decision, decided, recorded, stored_among
+from jaxquant.functions.quantizing import Decision, decide, evaluate_recording, stored_among
 from jaxquant.operations.monitoring import Monitored, of_sums
 from jaxquant.operations.tapped import Four, blank
 
@@ -25,7 +25,7 @@ _NOTHING = (
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where the statistics of a product are.
+    """The location of a product's statistics.
 
     Attributes:
         name: of the product, like no other's.
@@ -39,7 +39,7 @@ class Place:
 
 
 def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., Monitored]:
-    """What quantizers do in one step: from a loss to a function of the same arguments that gives statistics.
+    """Transforms a loss into a function of the same arguments that returns statistics of its quantizers.
 
     For the operands of each quantized product and its incoming gradient, as the products of both gradients
     quantize it, there are SQNR, saturation, underflow, largest value and a histogram
@@ -73,15 +73,15 @@ def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., M
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Monitored:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         stored = stored_among(call.origins, arrays)
-        decisions = decided(trace.products, rules, stored=stored, is_tried=False)
+        decisions = decide(trace.products, rules, stored=stored, is_tried=False)
         found = places(decisions)
 
         def loss(taps: Mapping[str, Four]) -> jax.Array:
             given = {index: taps[place.name] for index, place in found.items()}
             how = call.origins, "error", lambda *_: None
-            return check_loss(recorded(trace, decisions, arrays, *how, taps=given)[0])
+            return check_loss(evaluate_recording(trace, decisions, arrays, *how, taps=given)[0])
 
         return differentiated(loss, list(found.values()))
 
@@ -93,7 +93,7 @@ def monitor(function: Callable[..., jax.Array], rules: Rules) -> Callable[..., M
 
 
 def places(decisions: Sequence[Decision]) -> dict[int, Place]:
-    """Where each quantized product's statistics are, by its number; those of loops without are warned of."""
+    """Returns the location of each quantized product's statistics, by number; warns of loops without any."""
     found, names = {}, dict[str, int]()
     for index, decision in enumerate(decisions):
         product, operation = decision.product, decision.operation
@@ -141,7 +141,7 @@ def differentiated(
 
 
 def check_loss(result: Any) -> jax.Array:
-    """The result of a loss.
+    """Returns the result of a loss.
 
     Raises:
         ValueError: it is no scalar of a floating-point type.

@@ -39,7 +39,7 @@ _CONV = (
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What takes a product's place, of its operands.
+    """The operation that replaces a product.
 
     The weight, or the values that probabilities are multiplied with, is a recipe's right operand, on
     whichever side the product has it.
@@ -71,24 +71,24 @@ class Operation:
 
     @property
     def quantizer(self) -> Quantizer | None:
-        """Of the weight; None where it stays in float."""
+        """The weight's quantizer; None if the weight stays in float."""
         return self.recipe.forward.rhs
 
     @property
     def activations(self) -> Quantizer | None:
-        """Of the activations; None where there are none, or where they stay in float."""
+        """The activations' quantizer; None if there are none, or if they stay in float."""
         return self.recipe.forward.lhs if self.summed else None
 
     def by(self, state: State | None) -> "Operation":
-        """The same with a state in its recipe."""
+        """Returns the same with a state in its recipe."""
         return dataclasses.replace(self, state=state)
 
-    def made(self, state: State | None) -> Any:
-        """The recipe's product with a state in it."""
-        return self.recipe if state is None else state.made(self.recipe)
+    def bind(self, state: State | None) -> Any:
+        """Returns the recipe's product with a state in it."""
+        return self.recipe if state is None else state.bind(self.recipe)
 
-    def checked(self, state: State | None) -> "Operation":
-        """The same with a state of its first turns, for one turn's operands."""
+    def check(self, state: State | None) -> "Operation":
+        """Returns the same with a state of its first turns, for one turn's operands."""
         turns = 0 if self.stored is None else len(self.stored.turns)
         return self.by(None if state is None else state.first(turns))
 
@@ -96,20 +96,20 @@ class Operation:
         return self.with_weight(self.weight(*operands), *operands)
 
     def weight(self, *operands: jax.Array) -> jax.Array:
-        """The weight among operands, with its axes as it is stored."""
+        """Returns the weight among operands, with its axes as it is stored."""
         weight = operands[self.right]
         return (
             weight if self.order is None else jnp.transpose(weight, tuple(np.argsort(self.order)))
         )
 
-    def left(self, *operands: jax.Array) -> jax.Array:
-        """The activations among operands."""
+    def flatten_left(self, *operands: jax.Array) -> jax.Array:
+        """Returns the activations among operands."""
         return operands[1 - self.right]
 
     def with_weight(self, weight: jax.Array | QArray, *operands: jax.Array) -> jax.Array:
-        """The product of operands, with a weight as it is stored in the place of theirs."""
+        """Returns the product of operands, with a weight as it is stored in the place of theirs."""
         others = [x for i, x in enumerate(operands) if i != self.right]
-        return self.compute(self.made, self.state, others[0], weight, *others[1:])
+        return self.compute(self.bind, self.state, others[0], weight, *others[1:])
 
 
 def operation(
@@ -118,7 +118,7 @@ def operation(
     state: State | None = None,
     is_tried: bool = True,
 ) -> Operation | None:
-    """What takes a product's place; None where the recipe leaves it in float.
+    """Returns the operation that replaces a product; None if the recipe leaves it in float.
 
     Args:
         product: of a function.
@@ -137,13 +137,13 @@ def operation(
         makers = {"dot": _dot, "conv": _conv, "ragged": _ragged, "lookup": _lookup}
         found = makers[product.kind](product, recipe, product.weight)  # pyright: ignore
     if found is not None and is_tried:
-        one = lambda s, *xs: found.checked(s)(*as_floats(product, xs))  # noqa: E731
+        one = lambda s, *xs: found.check(s)(*as_floats(product, xs))  # noqa: E731
         jax.eval_shape(one, state, *product.operands)
     return found
 
 
 def as_floats(product: Product, operands: Sequence[Any]) -> tuple[Any, ...]:
-    """A product's operands, integers that are multiplied by floating-point numbers as such."""
+    """Returns a product's operands, integers that are multiplied by floating-point numbers as such."""
     types = [x.dtype for x in operands[:2] if jnp.issubdtype(x.dtype, jnp.floating)]
     if product.kind == "lookup" or len(types) != 1:
         return tuple(operands)
@@ -171,19 +171,19 @@ def _of_activations(product: Product, recipe: Attention) -> Operation | None:
 def _with_cache(
     product: Product, plain: Operation, quantizer: Quantizer, is_scores: bool
 ) -> Operation:
-    """Keys or values as a cache gives them back: each token's and head's vector has its own scales."""
+    """Quantizes keys or values as a cache stores them: one scale for each token's and head's vector."""
     contracting, batch = product.settings["dimension_numbers"]
     taken = (*contracting[plain.right], *batch[plain.right])
     free = (a for a in range(product.operands[plain.right].ndim) if a not in taken)
     axes = tuple(contracting[plain.right] if is_scores else free)
 
     def compute(make: Any, state: Any, activations: jax.Array, cached: jax.Array) -> jax.Array:
-        def made(state: Any) -> Any:
+        def bind(state: Any) -> Any:
             dot = make(state)
             is_tapped = isinstance(dot, Tapped)
             return dot.of_cached(Quantized(cached, quantizer, axes)) if is_tapped else dot
 
-        return plain.compute(made, state, activations, fake_quant(cached, quantizer, axis=axes))
+        return plain.compute(bind, state, activations, fake_quant(cached, quantizer, axis=axes))
 
     return dataclasses.replace(plain, compute=compute)
 
@@ -226,7 +226,7 @@ def _dot(product: Product, dot: DotGeneral, right: int) -> Operation:
 
 
 def _of_each(numbers: Any, options: dict[str, Any]) -> Callable[..., jax.Array]:
-    """A product of several matrices, as vmap makes one of one, that is computed for each by itself."""
+    """Returns an operation that computes a product of several matrices, as vmap makes, one by one."""
     (summed, summed_right), (batch, batch_right) = numbers
 
     def inner(axes: Sequence[int], taken: Sequence[int]) -> tuple[int, ...]:
@@ -246,14 +246,14 @@ def _of_each(numbers: Any, options: dict[str, Any]) -> Callable[..., jax.Array]:
 
 
 def _sorted(left: Any, stored: Any) -> tuple[Any, Any]:
-    """Axes that are summed over in the order of the weight, along whose last one blocks lie."""
+    """Returns axes that are summed over in the order of the weight, along whose last one blocks lie."""
     pairs = sorted(zip(left[0], stored[0], strict=True), key=lambda pair: pair[1])
     summed = tuple(tuple(pair[i] for pair in pairs) for i in (0, 1))
     return (summed[0], left[1]), (summed[1], stored[1])
 
 
 def _result_order(product: Product, right: int, batch: int, free: Sequence[int]) -> tuple[int, ...]:
-    """Where the axes of a product with its weight on the right, as it is stored, go in its result."""
+    """Returns the order of the result's axes for a product whose stored weight is on the right."""
     count = len(product.result.shape) - batch - len(free)
     others = tuple(range(batch, batch + count))
     places = {a: batch + count + i for i, a in enumerate(sorted(free))}
@@ -288,7 +288,7 @@ def _conv(product: Product, dot: DotGeneral, right: int) -> Operation:
 
 
 def _has_blocks(dot: DotGeneral) -> bool:
-    """Whether a recipe quantizes a forward operand in blocks.
+    """Returns whether a recipe quantizes a forward operand in blocks.
 
     Raises:
         ValueError: one that quantizes gradients too.
@@ -304,7 +304,7 @@ def _has_blocks(dot: DotGeneral) -> bool:
 
 
 def _convolved(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any]) -> jax.Array:
-    """A convolution; products of gradients that multiply two float8 types are simulated."""
+    """Returns a convolution; products of gradients that multiply two float8 types are simulated."""
     kept = (dot.forward.rhs, dot.forward.lhs)
     pairs = zip((dot.dlhs, dot.drhs), kept, strict=True)
     gradients = [_of_one_type(operands, own) for operands, own in pairs]
@@ -321,7 +321,7 @@ def _of_one_type(operands: Operands | None, kept: Quantizer | None) -> Operands 
 
 
 def _in_blocks(dot: DotGeneral, left: Any, right: Any, settings: dict[str, Any]) -> jax.Array:
-    """A convolution of operands in blocks along input features, in their own type."""
+    """Returns a convolution of operands in blocks along input features, in their own type."""
 
     def simulated(x: Any, axes: tuple[int, ...], quantizer: Quantizer | None) -> jax.Array:
         if isinstance(x, QArray):
@@ -354,7 +354,7 @@ def _ragged(product: Product, dot: DotGeneral, right: int) -> Operation:
 
 
 def _is_plain(numbers: Any) -> bool:
-    """Whether a ragged product is `jax.lax.ragged_dot`'s: rows [m, k] by groups' matrices [g, k, n]."""
+    """Returns whether a ragged product is `jax.lax.ragged_dot`'s: rows [m, k] and matrices [g, k, n]."""
     (contracting, batch) = numbers.dot_dimension_numbers
     return (
         [tuple(x) for x in contracting] == [(1,), (1,)]
@@ -365,7 +365,7 @@ def _is_plain(numbers: Any) -> bool:
 
 
 def _lookup(product: Product, dot: DotGeneral, right: int) -> Operation:
-    """Rows of the table as it is stored: they are summed over their features, which share a scale."""
+    """Returns rows of the table as it is stored: they are summed over their features, which share a scale."""
     if dot.forward.rhs is None:
         raise ValueError("it takes rows of a table, and the recipe leaves weights in float")
     names = ("dimension_numbers", "slice_sizes", "mode", "fill_value", "indices_are_sorted")

@@ -17,8 +17,8 @@ from jaxquant.engine.rules import (
     Rule,
     Rules,
     Subject,
-    as_parsed,
     choose,
+    ensure_parsed,
     expression_for,
     parse_rules,
     starred,
@@ -31,7 +31,7 @@ from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.dot import DotGeneral
 
-__all__ = ["Decision", "decided", "quantize"]
+__all__ = ["Decision", "decide", "quantize"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +40,7 @@ T = TypeVar("T")
 def quantize(
     function: Callable[P, T], rules: Rules, *, on_unsupported: Literal["error", "float"] = "error"
 ) -> Callable[P, T]:
-    """The same function with quantized products.
+    """Returns the same function with quantized products.
 
     A product of a parameter goes by the parameter's path, as ``layers/0/attn/q/kernel``, and by the path of
     what holds it, ``layers/0/attn/q``; it takes a recipe such as ``"w8a8"``.  A product of two activations
@@ -78,10 +78,10 @@ def quantize(
 
     @functools.partial(jax.jit, static_argnums=0, inline=True)
     def run(call: Call, arrays: list[Any]) -> Any:
-        trace = call.traced(function, arrays)
+        trace = call.trace(function, arrays)
         stored = stored_among(call.origins, arrays)
-        decisions = decided(trace.products, rules, stored=stored, is_tried=False)
-        return computed(trace, decisions, arrays, call.origins, on_unsupported)
+        decisions = decide(trace.products, rules, stored=stored, is_tried=False)
+        return evaluate(trace, decisions, arrays, call.origins, on_unsupported)
 
     @functools.wraps(function)
     def quantized(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -92,7 +92,7 @@ def quantize(
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """What becomes of a product.
+    """How a product is computed under the rules.
 
     Attributes:
         product: of the function.
@@ -109,7 +109,7 @@ class Decision:
     state: State | None = None
 
 
-def decided(
+def decide(
     found: Sequence[Product],
     rules: Rules | Sequence[Rule],
     is_part: bool = False,
@@ -119,7 +119,7 @@ def decided(
     aliases: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     is_tried: bool = True,
 ) -> list[Decision]:
-    """What becomes of each product.
+    """Decides how each product is computed.
 
     Args:
         found: the products.
@@ -129,13 +129,13 @@ def decided(
         stored: paths of parameters that are stored in few bits.
         is_start: whether activations stay in float where their learned steps have no start yet.
         aliases: other names of parameters, by path.
-        is_tried: whether each operation is tried, in shapes alone; `computed` finds what it refuses too.
+        is_tried: whether each operation is tried, in shapes alone; `evaluate` finds what it refuses too.
 
     Raises:
         ValueError: a rule that takes nothing, or no product to quantize.
     """
     decisions = []
-    parsed = as_parsed(rules, may_be_empty=is_part)
+    parsed = ensure_parsed(rules, may_be_empty=is_part)
     assigned = _assigned(found, parsed, is_part, aliases)
     for product, (rule, reason) in zip(found, assigned, strict=True):
         given, state = None, _state(product, states)
@@ -158,7 +158,7 @@ def _ready(
     stored: Collection[str],
     is_start: bool,
 ) -> DotGeneral:
-    """A recipe without learned steps of what is stored, is no activation, or has yet to find its start."""
+    """Removes learned steps of stored weights, of lookups, and those that are not initialized yet."""
     lhs, rhs = recipe.forward.lhs, recipe.forward.rhs
     is_stored = any(path in stored for path in product.parameters)
     if is_stored and rhs is not None and is_learned(rhs):
@@ -171,13 +171,13 @@ def _ready(
 
 
 def stored_among(origins: Sequence[Origin], arrays: Sequence[Any]) -> dict[str, Stored]:
-    """The parameters among a function's arrays that are stored in few bits, by path."""
+    """Returns the parameters among a function's arrays that are stored in few bits, by path."""
     pairs = zip(origins, arrays, strict=True)
     return {_path(origin): x for origin, x in pairs if isinstance(x, Stored)}
 
 
 def _state(product: Product, states: Mapping[str, State]) -> State | None:
-    """That of a product's weight, where that is one parameter."""
+    """Returns the state of a product's weight, if the weight is one parameter."""
     return states.get(product.parameters[0]) if len(product.parameters) == 1 else None
 
 
@@ -192,7 +192,7 @@ def check(decisions: Sequence[Decision]) -> None:
 
 
 def together(lines: Iterable[str]) -> list[str]:
-    """Lines of an error, of which one stands for all that differ in nothing but layers' numbers."""
+    """Returns an error's lines, merging those that differ in the number of the layer alone."""
     groups: dict[str, list[str]] = {}
     for line in dict.fromkeys(lines):
         groups.setdefault(starred(line), []).append(line)
@@ -205,7 +205,7 @@ def together(lines: Iterable[str]) -> list[str]:
 
 
 def _refusal(alike: Sequence[Decision]) -> str:
-    """Why products of one line cannot take their recipe, with the rule that leaves them in float."""
+    """Returns why products of one line cannot take their recipe, and a rule that leaves them in float."""
     first, paths = alike[0], list(dict.fromkeys(d.product.path for d in alike))
     name = paths[0] if len(paths) == 1 else f"{starred(paths[0])} ×{len(paths)}"
     where = f" ({first.product.source})" if first.product.source else ""
@@ -217,14 +217,14 @@ def _refusal(alike: Sequence[Decision]) -> str:
     )
 
 
-def computed(
+def evaluate(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
     origins: Sequence[Origin],
     on_unsupported: str = "error",
 ) -> Any:
-    """A function's result with its products as decided.
+    """Returns a function's result with its products as decided.
 
     Args:
         trace: of the function.
@@ -237,14 +237,14 @@ def computed(
         ValueError: products that cannot take their recipes, all at once; a stored parameter that is read, or
             multiplied, in another way than it was stored for.
     """
-    return recorded(trace, decisions, arrays, origins, on_unsupported, lambda *_: None)[0]
+    return evaluate_recording(trace, decisions, arrays, origins, on_unsupported, lambda *_: None)[0]
 
 
 # From a decision, its operation with its state, and a product's operands to what is recorded, or None.
 Record = Callable[..., Any]
 
 
-def recorded(
+def evaluate_recording(
     trace: Trace,
     decisions: Sequence[Decision],
     arrays: Sequence[Any],
@@ -254,12 +254,12 @@ def recorded(
     watched: Collection[int] = (),
     taps: Mapping[int, Any] = MappingProxyType({}),
 ) -> tuple[Any, dict[int, Any]]:
-    """As `computed`, and what is recorded of each product that has an operation, by its number.
+    """Evaluates as `evaluate`, and returns what each product with an operation recorded, by its number.
 
     What is recorded within a scan is stacked along a first axis.
 
     Args:
-        trace, decisions, arrays, origins, on_unsupported: as of `computed`.
+        trace, decisions, arrays, origins, on_unsupported: as of `evaluate`.
         record: from (decision, operation, *operands) to what is recorded of the product, or None.
         watched: the numbers of products that stay as they are of which is recorded too; their operation is
             None.
@@ -282,7 +282,7 @@ def recorded(
         uses.append(use)
     if on_unsupported == "error" and any(decision.reason for decision in decisions):
         check([d if d.operation is None else _tried(d) for d in decisions])
-    found = trace.computed(arrays, uses, data, taps)
+    found = trace.evaluate(arrays, uses, data, taps)
     if on_unsupported == "error":
         check(refused)
     return found
@@ -298,7 +298,7 @@ def _tried(decision: Decision) -> Decision:
     operation = decision.operation
     assert operation is not None
     try:
-        one = lambda s, *xs: operation.checked(s)(*as_floats(decision.product, xs))  # noqa: E731
+        one = lambda s, *xs: operation.check(s)(*as_floats(decision.product, xs))  # noqa: E731
         jax.eval_shape(one, decision.state, *decision.product.operands)
     except ValueError as error:
         return dataclasses.replace(decision, reason=str(error))
@@ -341,7 +341,7 @@ def is_read(path: str, line: str) -> str:
 
 
 def _stored_weight(decision: Decision, stored: Mapping[str, Stored]) -> QArray | None:
-    """The stored numbers that a product multiplies; None where its weight is not stored."""
+    """Returns the stored numbers that a product multiplies; None where its weight is not stored."""
     product, operation = decision.product, decision.operation
     held = [stored[path] for path in product.parameters if path in stored]
     if not held:
@@ -363,7 +363,7 @@ def _assigned(
     is_part: bool,
     aliases: Mapping[str, tuple[str, ...]],
 ) -> list[tuple[Rule | None, str]]:
-    """The rule that each product takes, None where none does, and why the product cannot take it."""
+    """Returns the rule that each product takes, None where none does, and why the product cannot take it."""
     floats = [p for p in found if p.is_quantizable]
     if not floats:
         raise ValueError("the function has no product of floating-point numbers to quantize")
@@ -429,7 +429,7 @@ def _with_parts(
     of_parts: Mapping[tuple[str, str], Rule | None],
     rules: list[Rule],
 ) -> tuple[Rule | None, str]:
-    """A product's rule; one before it that names a part of the weight alone, and that the product cannot."""
+    """Returns a product's rule, and an earlier rule for only a part of its weight, which it cannot use."""
     before = next((i for i, other in enumerate(rules) if other is rule), len(rules))
     for part in product.parameters:
         other = of_parts.get((part, product.kind))

@@ -53,13 +53,13 @@ def save(
         raise ValueError(
             f"parameters are a tree of arrays; got none in {type(parameters).__name__}"
         )
-    arrays, note = noted(held)
+    arrays, note = describe_stored(held)
     card = artifacts.Card.empty() if card is None else card
     artifacts.save(folder, {"parameters": nested(arrays), "stored": note}, card, format=format)
 
 
 def load(folder: str | os.PathLike, parameters: Tree) -> Tree:
-    """The parameters that were saved, in the places of those of a tree.
+    """Returns the parameters that were saved, in the places of those of a tree.
 
     Args:
         folder: what `save` wrote.
@@ -87,7 +87,7 @@ def load(folder: str | os.PathLike, parameters: Tree) -> Tree:
     if not isinstance(tree, Mapping) or set(tree) != {"parameters", "stored"}:
         raise ValueError(f"{folder} is not of a function's parameters")
     values: dict[str, Any] = flat(tree["parameters"])
-    values |= stored_of(str(folder), tree["stored"], values)
+    values |= load_stored(str(folder), tree["stored"], values)
     leaves, taken = [], set[str]()
     for name, leaf in _named(parameters):
         if isinstance(leaf, ARRAYS):
@@ -104,7 +104,7 @@ def _is_stored(x: Any) -> bool:
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    """The leaves of a tree by their paths, as products have them."""
+    """Returns the leaves of a tree by their paths, as products have them."""
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_stored)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in pairs]
     return [(name or _ALONE, leaf) for name, (_, leaf) in zip(names, pairs, strict=True)]
@@ -121,8 +121,8 @@ def _of_shape(name: str, value: Any, shape: tuple[int, ...], folder: str) -> Any
 # What models' folders have too
 
 
-def noted(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
-    """Arrays by path, those of stored parameters by the numbers of their operands, and a note of these."""
+def describe_stored(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    """Returns arrays by path, those of stored parameters by operand number, and their description."""
     arrays, notes = dict[str, Any](), {}
     for name, held in values.items():
         if isinstance(held, Stored):
@@ -135,8 +135,8 @@ def noted(values: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     return arrays, np.frombuffer(json.dumps(notes).encode(), np.uint8)
 
 
-def stored_of(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
-    """The stored parameters among the values of a folder, which are taken out."""
+def load_stored(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Stored]:
+    """Returns the stored parameters among the values of a folder, which are taken out."""
     found = {}
     try:
         notes = files.parse_json(text_of(note), "the note of stored weights").items()
@@ -152,7 +152,7 @@ def stored_of(folder: str, note: Any, values: dict[str, Any]) -> dict[str, Store
 
 
 def unsupported_of(folder: str, tree: Mapping[str, Any]) -> Any:
-    """What becomes of products that cannot take their recipes, as a folder says; an error where it does not.
+    """Returns a folder's `on_unsupported`; raises an error if the folder has none.
 
     Raises:
         ValueError: a folder that says something else.
@@ -172,12 +172,12 @@ def check_shape(name: str, saved: Any, wanted: Any) -> None:
 
 
 def few(paths: Sequence[str], most: int = 5) -> str:
-    """The first of some paths, and how many more there are."""
+    """Returns the first of some paths, and how many more there are."""
     return ", ".join(paths[:most]) + (f" and {len(paths) - most} more" if paths[most:] else "")
 
 
 def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by path as nested dictionaries.
+    """Returns values by path as nested dictionaries.
 
     Raises:
         ValueError: a path that another one goes through.
@@ -195,7 +195,7 @@ def nested(by_path: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """What `nested` made, by path.
+    """Flattens what `nested` made, by path.
 
     Raises:
         ValueError: something else than arrays in it.

@@ -40,8 +40,8 @@ class State:
     lora_gain: Any = None
     tap: Any = None
 
-    def made(self, recipe: DotGeneral) -> Any:
-        """The product by a recipe with all of these."""
+    def bind(self, recipe: DotGeneral) -> Any:
+        """Returns the product by a recipe with all of these."""
         dot: Any = self.of(recipe)
         if self.tap is not None:
             dot = Tapped(dot.forward, dot.dlhs, dot.drhs, self.tap)
@@ -52,7 +52,7 @@ class State:
         return dot
 
     def of(self, recipe: DotGeneral) -> DotGeneral:
-        """A recipe with these in it; a step that training carries below zero keeps its size.
+        """Returns a recipe with these in it; a step that training carries below zero keeps its size.
 
         Raises:
             ValueError: activations with learned steps, of which none is there.
@@ -72,23 +72,23 @@ class State:
         return dataclasses.replace(recipe, forward=dataclasses.replace(forward, lhs=lhs, rhs=rhs))
 
     def axes(self, weight: int) -> "State":
-        """Where each has what belongs to one of several matrices, which are along an axis of the weight."""
+        """Returns the axis along which each array holds the values of one of several matrices."""
         places = {field.name: 0 for field in dataclasses.fields(State)} | {"step": weight}
         held = {name: getattr(self, name) for name in places}
         return State(**{n: None if held[n] is None else places[n] for n in places})
 
     def first(self, scans: int) -> "State":
-        """That of the first turn of as many scans."""
+        """Returns the state of the first turn of several scans."""
         return jax.tree.map(lambda x: x[(0,) * scans], self)
 
 
 def is_learned(quantizer: Quantizer | None) -> bool:
-    """Whether a quantizer's step is a parameter of the model's."""
+    """Returns whether a quantizer's step is a parameter of the model's."""
     return quantizer is not None and quantizer.calibration is learned
 
 
 def first_step(x: jax.Array, quantizer: Quantizer, axes: Any = None) -> jax.Array:
-    """Where LSQ starts a step: 2 · mean|x| / √Q_P.
+    """Returns LSQ's initial step: 2 · mean|x| / √Q_P.
 
     Args:
         x: values.

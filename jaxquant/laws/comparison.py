@@ -64,7 +64,7 @@ def compare(
     delta: float = DELTA,
     seed: int = 0,
 ) -> Comparison:
-    """Each law fitted to the same runs, ranked by AICc, with R² on runs held out by N, by D and by P.
+    """Returns each law fitted to the same runs, ranked by AICc, with R² on runs held out by N, by D and by P.
 
     Held out are all runs with one value of a column, in turn (or in one range of it, where it has many), so
     that a law is asked for what it has not seen.
@@ -114,7 +114,7 @@ def compare(
 
 
 def folds(column: np.ndarray) -> list[np.ndarray]:
-    """Which runs are held out together: those of one value, or of one range where there are many values."""
+    """Returns the runs to hold out together: those of one value, or of a range if there are many values."""
     values = np.unique(column)
     if len(values) > _MOST_FOLDS:
         edges = np.quantile(column, np.linspace(0, 1, _MOST_FOLDS + 1)[1:-1])
@@ -152,7 +152,7 @@ def _held_out_r2(
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """What a law gains on runs whose bits are shuffled, where it can gain nothing.
+    """A law's gain on runs with shuffled bits, which cannot be real.
 
     A p-value of 0.05 takes 19 shuffles.
 
@@ -182,7 +182,7 @@ class Control:
 def shuffled_bits(
     law: Law, baseline: Law, runs: Any, *, shuffles: int = 19, starts: int = 32, seed: int = 0
 ) -> Control:
-    """The control: bits are shuffled among runs, and the law's gain over one without bits must go.
+    """Returns the control: bits are shuffled among runs, and the law's gain over one without bits must go.
 
     Args:
         law: with columns of bits.

@@ -1,4 +1,4 @@
-"""From runs to a law's parameters, with intervals, and with warnings where runs do not identify them."""
+"""Fit a law's parameters to runs, with intervals, and with warnings if the runs do not identify them."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ class Fit:
 
     @renamed("confidence", "confidence_level")
     def interval(self, name: str, confidence_level: float | None = None) -> tuple[float, float]:
-        """The expanded percentile interval of a parameter over bootstraps; NaN where there are none.
+        """Returns the expanded percentile interval of a parameter over bootstraps; NaN where there are none.
 
         It is drawn out to the estimate itself where all resampled runs lead to one side of that.
 
@@ -73,7 +73,7 @@ class Fit:
 
     @renamed("confidence", "confidence_level")
     def expanded(self, confidence_level: float | None = None) -> float:
-        """The share of bootstraps that an interval takes in to hold what it should; see `intervals.expanded`.
+        """Returns the percentile level for an interval to hold its nominal one; see `intervals.expanded`.
 
         Raises:
             ValueError: a level outside (0, 1).
@@ -82,7 +82,7 @@ class Fit:
         return expanded(wanted, self.units, self.runs, len(self.params))
 
     def predict(self, runs: Any) -> np.ndarray:
-        """The target in nats per token, float64[runs]."""
+        """Returns the target in nats per token, float64[runs]."""
         return self.law.predict(self.params, runs)
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def fit(
     groups: str | None = None,
     seed: int = 0,
 ) -> Fit:
-    """The parameters with the least Huber loss on log L, Σ_i H_δ(log ŷ_i − log y_i), from many starts.
+    """Fits the parameters with the least Huber loss on log L, Σ_i H_δ(log ŷ_i − log y_i), from many starts.
 
     Intervals come from refitting resampled runs, each from as many starts; where one of these finds a better
     valley, the fit goes there too.  Runs that share a trunk or a seed are not independent: name the column
@@ -182,7 +182,7 @@ def fit(
 
 
 class Space:
-    """Where a law is fitted: logarithms of parameters, coefficients as terms at the runs' middle."""
+    """The space of a fit: logarithms of parameters, and coefficients as terms at the mean of log columns."""
 
     def __init__(self, law: Law, columns: Columns, target: np.ndarray):
         self.law, self.columns, self.target = law, columns, target
@@ -192,12 +192,12 @@ class Space:
         self.high = np.log([p.high for p in law.parameters])
 
     def starts(self, rng: np.random.Generator, fits: int, starts: int) -> np.ndarray:
-        """Random starts, float64[fits, starts, parameters]."""
+        """Returns random starts, float64[fits, starts, parameters]."""
         ends = np.log([p.start for p in self.law.parameters])
         return rng.uniform(ends[:, 0], ends[:, 1], (fits, starts, len(ends)))
 
     def natural(self, logs: np.ndarray) -> dict[str, np.ndarray]:
-        """The parameters of some points, each float64[points]."""
+        """Returns the parameters of some points, each float64[points]."""
         found = _natural(self.law, self._middle, self._unit, jnp.asarray(logs).T)
         return {name: np.asarray(x) for name, x in found.items()}
 
@@ -209,7 +209,7 @@ class Space:
         low: np.ndarray | None = None,
         high: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(best points [fits, parameters], objectives [fits]); call it within `x64`."""
+        """Returns (best points [fits, parameters], objectives [fits]); call it within `x64`."""
         # Middle and unit are data, so that one compilation serves every set of as many runs.
         data = self.columns, jnp.asarray(self._middle), jnp.asarray(self._unit)
         found = solve(
@@ -226,7 +226,7 @@ class Space:
 
 
 def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:
-    """The parameters from logarithms and terms, [parameters, ...]."""
+    """Returns the parameters from logarithms and terms, [parameters, ...]."""
     at = dict(zip(law.columns, middle, strict=True))
     values = dict(zip(law.names, logs, strict=True))
     found = {}
@@ -241,7 +241,7 @@ def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def _predictor(law: Law) -> Any:
-    """(logarithms and terms, data) -> log ŷ: one function for each law, so that it is compiled once."""
+    """Returns (logarithms and terms, data) -> log ŷ: one function for each law, so that it compiles once."""
 
     def predict(x: jax.Array, data: Any) -> jax.Array:
         columns, middle, unit = data
@@ -258,14 +258,14 @@ def _best(
     starts: int,
     delta: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The better of a fit and one from where bootstraps ended: they may know a valley that it missed."""
+    """Returns the better of a fit and one restarted from the bootstraps, which may escape its valley."""
     chosen = drawn[np.linspace(0, len(drawn) - 1, starts).astype(int)]
     other = space.solve(own, chosen[None], delta)
     return other if other[1][0] < found[1][0] else found
 
 
 def _resampled(rng: np.random.Generator, place: np.ndarray, bootstraps: int) -> np.ndarray:
-    """How often each run counts in each bootstrap, float64[bootstraps, runs]."""
+    """Returns how often each run counts in each bootstrap, float64[bootstraps, runs]."""
     units = int(place.max()) + 1
     drawn = rng.multinomial(units, np.full(units, 1 / units), bootstraps)
     return drawn[:, place].astype(float)
@@ -288,7 +288,7 @@ def check_numbers(starts: Any, bootstraps: Any, delta: Any, seed: Any) -> None:
 
 
 def r2(residual: np.ndarray, log_target: np.ndarray) -> float:
-    """1 − Σ r² / Σ (log y − mean)²."""
+    """Returns 1 − Σ r² / Σ (log y − mean)²."""
     total = float(np.sum((log_target - log_target.mean()) ** 2))
     return 1 - float(np.sum(residual**2)) / total if total else math.nan
 
@@ -310,7 +310,7 @@ def _warnings(
     confidence_level: float,
     target: np.ndarray,
 ) -> tuple[str, ...]:
-    """What the runs do not identify, in words."""
+    """Returns warnings about parameters that the runs do not identify."""
     said = []
     for i, parameter in enumerate(law.parameters):
         name, value = parameter.name, params[parameter.name]
@@ -344,7 +344,7 @@ def profile(
     points: int = 25,
     starts: int = 16,
 ) -> tuple[float, float]:
-    r"""The interval of a parameter within which the objective, refitted, rises too little to tell.
+    r"""Returns the interval of a parameter within which the objective, refitted, rises too little to tell.
 
     θ is inside while 2 (S(θ) − S(θ̂)) ≤ λ χ²₁, with S the objective and λ = E[ψ²] / E[ψ′] for Huber's ψ,
     which a likelihood's λ would be 1 of.  An end that is not found within the bounds is infinite, or 0.
@@ -405,7 +405,7 @@ def _fixed(space: Space, place: int, value: float, delta: float, starts: int) ->
 
 
 def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float, side: int) -> float:
-    """Where the rise passes what is allowed, between two points in the logarithm."""
+    """Returns where the rise crosses its limit, by interpolation between two points in the logarithm."""
     beyond = np.flatnonzero(rises > allowed)
     if not beyond.size:
         return math.inf if side > 0 else 0.0
@@ -428,7 +428,7 @@ def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence_lev
     return 0.5 * scale * critical(confidence_level) ** 2
 
 
-def given(law: Law, params: Values) -> dict[str, float]:
-    """Checked parameters as floats."""
+def values_of(law: Law, params: Values) -> dict[str, float]:
+    """Returns checked parameters as floats."""
     check_params(law, params)
     return {name: float(params[name]) for name in law.names}

@@ -143,8 +143,8 @@ _GAMMA_N = Parameter("gamma_N", 0.01, 2.0, (0.2, 1.0))
 _GAMMA_POST = Parameter("gamma_post", 0.05, 10.0, (0.3, 2.0), "bits")
 
 
-def _added(p: Values, r: Values, of_n: Any = 1.0) -> Any:
-    """log of C_T D^γ_D (N of_n)^−γ_N exp(−P_post/γ_post)."""
+def _add(p: Values, r: Values, of_n: Any = 1.0) -> Any:
+    """Returns log of C_T D^γ_D (N of_n)^−γ_N exp(−P_post/γ_post)."""
     size = p["gamma_N"] * (jnp.log(r["N"]) + jnp.log(of_n))
     grown = p["gamma_D"] * jnp.log(r["D"]) - size
     return jnp.log(p["C_T"]) + grown - r["P_post"] / p["gamma_post"]
@@ -154,7 +154,7 @@ KUMAR_PTQ = Law(
     name="Kumar, post-training",
     equation="δ = C_T D^γ_D N^−γ_N exp(−P_post/γ_post)",
     parameters=(_C_T, _GAMMA_D, _GAMMA_N, _GAMMA_POST),
-    log_prediction=_added,
+    log_prediction=_add,
     columns=("N", "D", "P_post"),
     source=f"{_KUMAR}, section 3",
     target="added",
@@ -166,7 +166,7 @@ def _unified(p: Values, r: Values) -> Any:
     # Zero where the weights are served as they were trained; a floor keeps the logarithm.
     apart = [1 - jnp.exp(-p[f"C_{x}"] * jnp.maximum(r[f"P_{x}"] - r["P_post"], 0)) for x in TENSORS]
     kept = functools.reduce(lambda a, b: a * b, apart)
-    return log_sum(log_loss(p, r, f), _added(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
+    return log_sum(log_loss(p, r, f), _add(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
 
 
 UNIFIED = Law(
@@ -237,7 +237,7 @@ CHEN_QAT = Law(
 
 
 def _sun(p: Values, r: Values) -> Any:
-    """Everything in logarithms: the last term's D^β / N^α is large."""
+    """Computes the law in logarithms: the last term's D^β / N^α is large."""
     of_n = jnp.log(p["n"]) - p["alpha"] * jnp.log(r["N"])
     of_d = jnp.log(p["d"]) - p["beta"] * jnp.log(r["D"])
     grown = p["beta"] * jnp.log(r["D"]) - p["alpha"] * jnp.log(r["N"])
@@ -313,7 +313,7 @@ def _efficiency(name: str) -> Parameter:
 
 
 def free_efficiency(*widths: int) -> Law:
-    """A law with an efficiency of its own for each width; what is wider counts as full precision.
+    """Returns a law with an efficiency of its own for each width; what is wider counts as full precision.
 
     Args:
         widths: the bits that are free, each once.
@@ -394,7 +394,7 @@ PANFEROV = Law(
 
 
 def state_law(place: str) -> Law:
-    """Bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
+    """Returns bits of the optimizer's state as a cost in N, in D, or in what no size takes away.
 
     With f = 1 − exp(−P_state/γ_state + n_state): A (N f)^−α + B D^−β + E, or A N^−α + B (D f)^−β + E, or
     A N^−α + B D^−β + E + C_state exp(−P_state/γ_state): two parameters of the bits each, a rate and a height.

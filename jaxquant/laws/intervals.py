@@ -10,7 +10,7 @@ from jaxquant.stats import check_confidence_level, critical
 
 @functools.lru_cache
 def expanded(confidence_level: float, units: int, runs: int, parameters: int) -> float:
-    """The level to ask of bootstraps for an interval that holds what it should with `confidence_level`.
+    """Returns the bootstrap level at which an interval holds what it should with `confidence_level`.
 
     Refits of resampled runs scatter less than fits of new runs would: by the freedom that the parameters
     take, and since the spread of few units is itself uncertain.  For a mean, Student's t sets that right, and

@@ -1,4 +1,4 @@
-"""What a law is: named parameters with bounds and units, and a pure function of them and of runs."""
+"""Laws: named parameters with bounds and units, and a pure function of them and of runs."""
 
 import contextlib
 import dataclasses
@@ -101,7 +101,7 @@ class Law:
         return tuple(p.name for p in self.parameters)
 
     def predict(self, params: Values, runs: Any) -> np.ndarray:
-        """The target in nats per token, float64[runs].
+        """Returns the target in nats per token, float64[runs].
 
         Args:
             params: a number for each parameter.
@@ -130,14 +130,14 @@ class Law:
         return found
 
     def evaluate(self, params: Values, columns: Columns) -> np.ndarray:
-        """`predict` without its checks."""
+        """Returns `predict` without its checks."""
         with x64():
             return np.exp(np.asarray(self.log_prediction(dict(params), columns)))
 
 
 @contextlib.contextmanager
 def x64() -> Iterator[None]:
-    """Arrays are float64 within, as fits of near-degenerate laws need, and broadcast as NumPy's do."""
+    """Enables float64, which near-degenerate laws need, and NumPy's broadcasting."""
     own = getattr(jax, "enable_x64", None)
     if own is None:  # before jax 0.8
         from jax.experimental import enable_x64 as own  # pyright: ignore[reportAttributeAccessIssue]
@@ -171,7 +171,7 @@ def check_params(law: Law, params: Any) -> None:
 
 
 def read_columns(runs: Any, names: tuple[str, ...]) -> Columns:
-    """Columns of runs as float64 arrays of one length.
+    """Returns columns of runs as float64 arrays of one length.
 
     Raises:
         ValueError: a column that is missing, of another length, or holds what is no positive finite number.
@@ -200,5 +200,5 @@ def read_columns(runs: Any, names: tuple[str, ...]) -> Columns:
 
 
 def log_sum(*terms: Any) -> jax.Array:
-    """log Σ exp(term)."""
+    """Returns log Σ exp(term)."""
     return jax.nn.logsumexp(jnp.stack(jnp.broadcast_arrays(*map(jnp.asarray, terms))), axis=0)

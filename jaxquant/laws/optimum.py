@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.laws.constants import Published
-from jaxquant.laws.fitting import Fit, given
+from jaxquant.laws.fitting import Fit, values_of
 from jaxquant.laws.law import Law, Values, x64
 from jaxquant.stats import percentile_interval, renamed
 
@@ -47,7 +47,7 @@ ERRATA = (
 
 
 def bits_linear(bits: Any) -> Any:
-    """c(P) = P/16: products cost as their bits, beside 16-bit ones.  Source: Kumar et al. 2024, section 4.
+    """Returns c(P) = P/16, in proportion to the bits.  Source: Kumar et al. 2024, section 4.
 
     >>> bits_linear(4)
     0.25
@@ -56,7 +56,7 @@ def bits_linear(bits: Any) -> Any:
 
 
 def throughput(relative: Mapping[int, float]) -> Callable[[Any], Any]:
-    """c(P) = 1/speed of the narrowest format that holds P bits: what hardware has, as measured.
+    """Returns c(P) = 1/speed of the narrowest format that holds P bits: what hardware has, as measured.
 
     Args:
         relative: from the bits of a format to its speed beside the 16-bit one's, 16 among them.
@@ -119,7 +119,7 @@ def optimal_precision(
     high: float = float(FULL_BITS),
     confidence_level: float | None = None,
 ) -> Optimum:
-    """P* = argmin c(P) / f(P), all tensors alike; with an interval where a fit has bootstraps.
+    """Returns P* = argmin c(P) / f(P), all tensors alike; with an interval where a fit has bootstraps.
 
     Args:
         law: a form, with `params`; or a fit, or published constants, which bring theirs.
@@ -154,7 +154,7 @@ def optimal_precision(
     drawn = np.array([])
     if samples:
         drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
-    return _optimum(float(best), drawn, grid, _asked(law, confidence_level))
+    return _optimum(float(best), drawn, grid, _resolve_confidence(law, confidence_level))
 
 
 def check_cost(cost: Any, bits: Any) -> None:
@@ -178,22 +178,22 @@ def check_number(name: str, value: Any) -> None:
         raise ValueError(f"{name} is a number above 0; got {value!r}")
 
 
-def _asked(law: Any, confidence_level: float | None) -> float:
-    """The share of bootstraps that an interval takes in."""
+def _resolve_confidence(law: Any, confidence_level: float | None) -> float:
+    """Returns the share of bootstraps that an interval takes in."""
     if isinstance(law, Fit):
         return law.expanded(confidence_level)
     return 0.9 if confidence_level is None else confidence_level
 
 
 def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]:
-    """(form, numbers, bootstraps)."""
+    """Returns (form, numbers, bootstraps)."""
     if isinstance(law, Fit):
         return law.law, dict(law.params), law.samples
     if isinstance(law, Published):
         return law.law, dict(law.params), {}
     if not isinstance(law, Law):
         raise ValueError(f"law is one of jaxquant.laws, a fit or published constants; got {law!r}")
-    return law, given(law, {} if params is None else params), {}
+    return law, values_of(law, {} if params is None else params), {}
 
 
 def _candidates(law: Law, low: float, high: float) -> np.ndarray:
@@ -230,7 +230,7 @@ def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> 
 def efficiency_from_losses(
     losses: Mapping[int, float], reference: float, *, A: float, alpha: float, N: float
 ) -> dict[int, float]:
-    """eff(P) of models of one size: A (N eff)^−α − A N^−α = L(P) − L(reference).
+    """Returns eff(P) of models of one size: A (N eff)^−α − A N^−α = L(P) − L(reference).
 
     Args:
         losses: from bits to the loss, nats per token.
@@ -270,7 +270,7 @@ def optimal_sizes(
     bits: Any = FULL_BITS,
     cost: Callable[[Any], Any] = bits_linear,
 ) -> tuple[Any, Any]:
-    """(N*, D*), the parameters and tokens with the least loss for a budget, C = 6 N D c(P).
+    """Returns (N*, D*), the parameters and tokens with the least loss for a budget, C = 6 N D c(P).
 
     Args:
         law, params: as of `optimal_precision`; with A, α, B, β.
@@ -316,7 +316,7 @@ def _sizes(law: Law, p: Any, flops: Any, bits: Any, cost: Any) -> tuple[Any, Any
 
 
 def critical_tokens(loss: Values, added: Values, *, N: Any, P_post: Any) -> Any:
-    """D_crit, the tokens beyond which more training makes the quantized model worse.
+    """Returns D_crit, the tokens beyond which more training makes the quantized model worse.
 
     D_crit = (β B N^γ_N e^(P_post/γ_post) / (γ_D C_T))^(1/(γ_D + β)), where ∂/∂D of B D^−β and of δ cancel.
 
@@ -352,7 +352,7 @@ QAT_CONSTANT = 6.7297  # Apple 2025, arXiv 2509.22935
 
 
 def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
-    """The share of training that is best spent on quantization-aware training: f* = exp(−a / ln S).
+    """Returns the share of training that is best spent on quantization-aware training: f* = exp(−a / ln S).
 
     S = D / (N bits/8) are tokens for each byte of weights; there is none for S ≤ 1.
 

@@ -1,4 +1,4 @@
-"""What to train for a budget: size, tokens, precision; what serving in few bits does; how sure it is."""
+"""Plan a run for a budget: size, tokens and precision, the cost of serving in few bits, and intervals."""
 
 import dataclasses
 import math
@@ -16,8 +16,8 @@ from jaxquant.laws.optimum import (
     LEAST_EFFICIENCY,
     MAC_FLOPS,
     Optimum,
-    _asked,
     _parts,
+    _resolve_confidence,
     _sizes,
     bits_linear,
     check_cost,
@@ -138,7 +138,7 @@ def plan(
     precisions: Sequence[float] = PRECISIONS,
     cost: Callable[[Any], Any] = bits_linear,
 ) -> Plan:
-    """The run of the least loss as it is served, at each precision, under C = 6 N D c(P).
+    """Returns the run of the least loss as it is served, at each precision, under C = 6 N D c(P).
 
     Where serving in fewer bits adds to the loss, N and D are those of the least sum: larger models bear it
     better, and longer training worse.
@@ -171,7 +171,7 @@ def plan(
             f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
         )
     check_cost(cost, precisions)
-    known, dead = _known(form, numbers, precisions)
+    known, dead = _known_points(form, numbers, precisions)
     if any(serve_bits is not None and serve_bits < bits for bits in known):
         _check_ptq(ptq, serve_bits)
     budget = _Budget(flops, N, D, serve_bits, memory, cost)
@@ -194,7 +194,7 @@ def plan(
 
 @dataclasses.dataclass(frozen=True)
 class _Budget:
-    """What is given of a run."""
+    """The given quantities of a run."""
 
     flops: float | None
     N: float | None
@@ -207,12 +207,12 @@ class _Budget:
         return bits if self.serve_bits is None else min(bits, self.serve_bits)
 
     def most(self, bits: float) -> float:
-        """N that memory holds."""
+        """Returns N that memory holds."""
         return math.inf if self.memory is None else 8 * self.memory / self.served(bits)
 
 
-def _known(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
-    """(precisions that the law says something of, those at which its efficiency is next to nothing)."""
+def _known_points(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
+    """Returns (precisions that the law covers, precisions at which its efficiency is nearly zero)."""
     assert form.efficiency is not None
     own = [b for b in precisions if form.widths is None or b in form.widths or b == FULL_BITS]
     if not own:
@@ -261,7 +261,7 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
 def _sized(
     law: Any, ptq: Any, budget: _Budget, bits: float
 ) -> tuple[float, float, tuple[str, ...]]:
-    """(N, D, notes) of the least loss as served."""
+    """Returns (N, D, notes) of the least loss as served."""
     form, numbers, _ = _parts(law, None)
     if budget.flops is None:
         assert budget.N is not None
@@ -282,7 +282,7 @@ def _sized(
 
 
 def _least(loss: Callable[[np.ndarray], np.ndarray], near: float) -> float:
-    """Where a loss is least, between 10^−_REACH and 10^_REACH times a size."""
+    """Returns the size with the least loss, between 10^−_REACH and 10^_REACH times a given size."""
     middle, reach = math.log10(near), _REACH
     for _ in range(4):  # to a part in a hundred thousand
         at = np.linspace(middle - reach, middle + reach, 401)
@@ -291,7 +291,7 @@ def _least(loss: Callable[[np.ndarray], np.ndarray], near: float) -> float:
 
 
 def _losses(law: Any, ptq: Any, bits: float, serve_bits: Any, n: Any, d: Any) -> np.ndarray:
-    """The loss as served of some sizes."""
+    """Returns the loss as served of some sizes."""
     form, numbers, _ = _parts(law, None)
     post, added, _ = _parts(ptq, None)
     run = _run_columns(form, bits, n, d)
@@ -313,15 +313,15 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
         post, post_numbers, post_samples = _parts(ptq, None)
         run = {"N": [n], "D": [d], "P_post": [served]}
         added = float(post.predict(post_numbers, run)[0])
-        drawn = _drawn(post, post_samples, run)
+        drawn = _predict_samples(post, post_samples, run)
     run = _run_columns(form, bits, n, d)
-    loss, losses = float(form.predict(numbers, run)[0]), _drawn(form, samples, run)
+    loss, losses = float(form.predict(numbers, run)[0]), _predict_samples(form, samples, run)
     if len(losses) and len(drawn):
         count = min(len(losses), len(drawn))
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = percentile_interval(losses, _asked(law, None))
+    low, high = percentile_interval(losses, _resolve_confidence(law, None))
     critical = qat = math.nan
     if served < bits:
         critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))
@@ -342,7 +342,7 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
 
 
 def _outside(law: Any, ptq: Any, bits: float, n: float, d: float, served: float) -> list[tuple]:
-    """(column, value, low, high, law) wherever a run leaves what a law was fitted over."""
+    """Returns (column, value, low, high, law) wherever a run leaves what a law was fitted over."""
     found = {}
     for source in (law, *([ptq] if served < bits else [])):
         values = {"N": n, "D": d, "P_post": served, "P_w": bits, "P_a": bits, "P_kv": bits}
@@ -352,8 +352,10 @@ def _outside(law: Any, ptq: Any, bits: float, n: float, d: float, served: float)
     return list(found.values())
 
 
-def _drawn(law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, Any]) -> np.ndarray:
-    """The law's prediction for a run over bootstraps; empty without."""
+def _predict_samples(
+    law: Law, samples: Mapping[str, np.ndarray], run: Mapping[str, Any]
+) -> np.ndarray:
+    """Returns the law's prediction for a run over bootstraps; empty without."""
     if not samples:
         return np.empty(0)
     with x64():

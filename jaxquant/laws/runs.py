@@ -13,7 +13,7 @@ _MOST_BITS = 64
 
 
 def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
-    """(the law's columns, its target), where they are fit for a fit.
+    """Returns (the law's columns, its target), where they are fit for a fit.
 
     Raises:
         ValueError: as of `fit`.
@@ -47,13 +47,13 @@ def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
 
 
 def repeated(columns: Columns, target: np.ndarray) -> int:
-    """How many runs are in every column what an earlier one is."""
+    """Returns how many runs equal an earlier one in every column."""
     table = np.stack([*columns.values(), target], axis=1)
     return len(table) - len(np.unique(table, axis=0))
 
 
 def number_column(runs: Any, name: str, count: int) -> np.ndarray:
-    """Another column of numbers, one a run.
+    """Returns a further column of numbers, one for each run.
 
     Raises:
         ValueError: it is missing, of another length, or holds what is no finite number.
@@ -71,7 +71,7 @@ def number_column(runs: Any, name: str, count: int) -> np.ndarray:
 
 
 def places(runs: Any, groups: str | None, count: int) -> np.ndarray:
-    """The number of the unit that each run belongs to: itself, or its group.
+    """Returns the number of the unit that each run belongs to: itself, or its group.
 
     Raises:
         ValueError: a column of groups that is not there, or has one group alone.
@@ -100,7 +100,7 @@ def _check_kind(runs: Any) -> None:
 
 
 def _names(runs: Any) -> Any:
-    """The fields of an array of records."""
+    """Returns the fields of an array of records."""
     return getattr(getattr(runs, "dtype", None), "names", None)
 
 

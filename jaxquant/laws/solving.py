@@ -24,7 +24,7 @@ _SCREENING, _KEPT, _POLISHING = 15, 6, ((30.0, 8), (5.0, 12), (1.0, 40))
 
 
 def huber(residual: jax.Array, delta: float) -> jax.Array:
-    """H_δ of each residual.
+    """Returns H_δ of each residual.
 
     Source: Huber 1964, "Robust Estimation of a Location Parameter".
 
@@ -45,7 +45,7 @@ def solve(
     high: jax.Array,
     delta: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The best fit of each set of weights over all starts.
+    """Returns the best fit of each set of weights over all starts.
 
     All starts take some steps, and the best few go on until they stand still.  One program serves every
     number of fits, which threads share among them: a small fit does not fill a core's vectors, let alone two
@@ -81,7 +81,7 @@ def solve(
 def _solve_one(
     predict, delta: float, columns, log_target, weights, starts, low, high
 ) -> tuple[jax.Array, jax.Array]:
-    """(best point, its objective) over all starts."""
+    """Returns (best point, its objective) over all starts."""
     improve = functools.partial(_improved, predict, columns, log_target, weights, low, high)
     screened = jax.vmap(lambda x: improve(1.0, x, _SCREENING))(starts)
     order = jnp.argsort(screened[1])[:_KEPT]
@@ -96,7 +96,7 @@ def _solve_one(
 def _improved(
     predict, columns, log_target, weights, low, high, delta, start, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """(x, objective) after some steps."""
+    """Returns (x, objective) after some steps."""
 
     def residual(x: jax.Array) -> jax.Array:
         return predict(x, columns) - log_target

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax import core
 
-from jaxquant.engine.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_each, check_range, fitting
 from jaxquant.functions import quantizing
-from jaxquant.functions.calibrating import added, seen
+from jaxquant.functions.calibrating import accumulate, record_inputs
 from jaxquant.linen.calls import RANGES, Call, called, check_variables, collection
 from jaxquant.linen.freezing import check_quantized
 from jaxquant.linen.quantizing import Quantized
 
 
 def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **options: Any) -> Any:
-    """Variables with fixed ranges of activations, in place of those found anew at each call.
+    """Returns variables with fixed ranges of activations, in place of those found anew at each call.
 
     An activation's range is its quantizer's own calibration, the largest over all batches.  Products of one
     weight share a range, and layers under one `nn.scan` or `nn.vmap` have one each.  Quantizers whose scales
@@ -50,12 +50,12 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     run = jax.jit(functools.partial(_seen, quantized), static_argnums=0)
     found = dict[str, Any]()
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         with fitting(index, arguments):
             call, _, arrays = called(kept, arguments, options)
             ranges = run(call, arrays)
         for path, use in ((path, use) for path, uses in ranges.items() for use in uses):
-            found[path] = added(found.get(path), use, "input_range", None)
+            found[path] = accumulate(found.get(path), use, "input_range", None)
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor under "
@@ -69,10 +69,10 @@ def calibrate(quantized: Quantized, variables: Any, batches: Iterable[Any], **op
 
 
 def _seen(quantized: Quantized, call: Call, arrays: list[Any]) -> dict[str, Any]:
-    """By weight, what each of its products' activations are like in a call."""
-    trace = call.traced(quantized.module, arrays)
+    """Returns, by weight, statistics of each of its products' activations in a call."""
+    trace = call.trace(quantized.module, arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantized.decided(call, trace, stored, {})
+    decisions = quantized.decide(call, trace, stored, {})
     how = call.origins, quantized.on_unsupported, None
-    _, found = seen(trace, decisions, arrays, *how)
+    _, found = record_inputs(trace, decisions, arrays, *how)
     return found.get("input_range", {})

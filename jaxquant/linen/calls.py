@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxquant.engine import walking
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import Trace
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
@@ -38,7 +38,7 @@ class Call:
 
     @property
     def origins(self) -> tuple[Origin, ...]:
-        """Where each array comes from."""
+        """The origin of each array."""
         return self.plain.origins
 
     @property
@@ -47,22 +47,20 @@ class Call:
         return [path for origin in self.origins if origin.is_weight for path in origin.nearest]
 
     def values(self, arrays: list[Any]) -> dict[str, Any]:
-        """The parameters among the arrays, by path."""
+        """Returns the parameters among the arrays, by path."""
         pairs = zip(self.origins, arrays, strict=True)
         return {path: x for origin, x in pairs if origin.is_weight for path in origin.nearest}
 
-    def traced(self, module: nn.Module, arrays: list[Any]) -> Trace:
-        """The trace of a module's call."""
+    def trace(self, module: nn.Module, arrays: list[Any]) -> Trace:
+        """Returns the trace of a module's call."""
         function = _initial if self.is_initial else nn.Module.apply
-        return self.plain.traced(
-            lambda *args, **options: function(module, *args, **options), arrays
-        )
+        return self.plain.trace(lambda *args, **options: function(module, *args, **options), arrays)
 
 
 def called(
     variables: Any, args: tuple, options: Mapping[str, Any], is_initial: bool = False
 ) -> tuple[Call, dict[str, State], list[Any]]:
-    """A call, the states of parameters among the variables, and its arrays.
+    """Returns a call, the states of parameters among the variables, and its arrays.
 
     Args:
         variables: the module's first argument, ranges among them.
@@ -76,7 +74,7 @@ def called(
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     places = list(_places(kept))
     leaves = [
-        as_stored(path, x) if isinstance(x, QArray) and path is not None else x
+        wrap_stored(path, x) if isinstance(x, QArray) and path is not None else x
         for path, x in places
     ]
     is_leaf = lambda x: isinstance(x, Stored | QArray)  # noqa: E731
@@ -90,7 +88,7 @@ def called(
 
 
 def hashable(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A call's options with filters of collections that can be hashed, as sets and lists cannot."""
+    """Returns a call's options with filters of collections that can be hashed, as sets and lists cannot."""
 
     def own(given: Any) -> Any:
         if isinstance(given, core.DenyList):
@@ -110,7 +108,7 @@ def check_variables(variables: Any) -> None:
 
 
 def _places(variables: Any) -> Iterator[tuple[str | None, Any]]:
-    """The leaves of variables, each with its path where it is a parameter; boxes have no part in it."""
+    """Returns the leaves of variables, each with its path if it is a parameter; boxes are removed."""
     for keys, held in jax.tree.leaves_with_path(variables, is_leaf=_is_box):
         inner = [held] if isinstance(held, Stored | QArray) else jax.tree.leaves(held)
         for leaf in inner:
@@ -122,13 +120,13 @@ def _is_box(x: Any) -> bool:
 
 
 def _path(keys: Any) -> str | None:
-    """The path of a parameter among variables; None of what is none."""
+    """Returns the path of a parameter among variables; None of what is none."""
     collection, *names = (jax.tree_util.keystr((key,), simple=True) for key in keys)
     return "/".join(names) if collection == "params" else None
 
 
-def replaced(variables: Any, stored: Mapping[str, Any]) -> Any:
-    """Variables with others in the places of some parameters, whose boxes are taken off.
+def replace_parameters(variables: Any, stored: Mapping[str, Any]) -> Any:
+    """Returns variables with others in the places of some parameters, whose boxes are taken off.
 
     Args:
         variables: of a module.
@@ -143,7 +141,7 @@ def replaced(variables: Any, stored: Mapping[str, Any]) -> Any:
 
 
 def states(ranges: Any) -> dict[str, State]:
-    """What a collection of ranges holds, by the path of the weight.
+    """Returns the states that a collection of ranges holds, by the path of the weight.
 
     Raises:
         ValueError: ranges of another kind.
@@ -163,7 +161,7 @@ def states(ranges: Any) -> dict[str, State]:
 
 
 def collection(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Ranges by the path of the weight as a collection has them."""
+    """Returns ranges by the path of the weight as a collection has them."""
     tree: dict[str, Any] = {}
     for path, held in found.items():
         *above, name = path.split("/")
@@ -176,7 +174,7 @@ def collection(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _initial(module: nn.Module, variables: Any, rngs: Any, *args: Any, **options: Any) -> Any:
-    """What a module's `init_with_output` gives where its parameters are there already."""
+    """Returns the result of a module's `init_with_output` for parameters that exist already."""
 
     def initializing(call: Callable[..., Any], args: Any, options: Any, context: Any) -> Any:
         scope = context.module.scope
@@ -190,6 +188,6 @@ def _initial(module: nn.Module, variables: Any, rngs: Any, *args: Any, **options
 
 
 def abstractly(function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """The shapes of what a function returns; what are no arrays among its arguments stay as they are."""
+    """Returns the shapes of a function's results; arguments that are not arrays are static."""
     call, arrays = walking.called(({}, *args), options)
     return jax.eval_shape(lambda xs: call.of(lambda _, *a, **o: function(*a, **o), xs), arrays)

@@ -5,14 +5,14 @@ from typing import Any
 from flax import core
 
 from jaxquant.functions import freezing, quantizing
-from jaxquant.linen.calls import replaced
-from jaxquant.linen.quantizing import Quantized, traced
+from jaxquant.linen.calls import replace_parameters
+from jaxquant.linen.quantizing import Quantized, trace_call
 
 
 def freeze(
     quantized: Quantized, variables: Any, *inputs: Any, donate: bool = False, **options: Any
 ) -> Any:
-    """Variables for serving: every quantized weight stored as packed integers with its scales.
+    """Returns variables for serving: every quantized weight stored as packed integers with its scales.
 
     `quantized.apply` with them gives the same outputs bit for bit.  Weights that the call does not reach stay
     as they are, and so do calibrated ranges.  In the place of an array is a `QArray`, or, of a weight that is
@@ -43,11 +43,13 @@ def freeze(
     check_quantized("freeze", quantized)
     if options.get("mutable") is True:  # which would return the parameters: a use of each
         options["mutable"] = core.DenyList("params")
-    trace, decisions, call, arrays = traced(quantized, variables, inputs, options)
+    trace, decisions, call, arrays = trace_call(quantized, variables, inputs, options)
     if quantized.on_unsupported == "error":
         quantizing.check(decisions)
-    stored = freezing.frozen(trace.reads, decisions, call.values(arrays), donate)
-    return replaced(variables, {p: freezing.as_held(p, x) for p, x in stored.items()})
+    stored = freezing.freeze_parameters(trace.reads, decisions, call.values(arrays), donate)
+    return replace_parameters(
+        variables, {p: freezing.unwrap_stored(p, x) for p, x in stored.items()}
+    )
 
 
 def check_quantized(verb: str, quantized: Any) -> None:

@@ -42,35 +42,35 @@ class Quantized:
     on_unsupported: Literal["error", "float"] = "error"
 
     def init(self, rngs: Any, *args: Any, **options: Any) -> Any:
-        """The module's variables, as `flax.linen.Module.init`."""
+        """Returns the module's variables, as `flax.linen.Module.init`."""
         variables = self.module.init(rngs, *args, **options)
         jax.eval_shape(lambda: self._initial(variables, rngs, args, options))  # what is refused
         return variables
 
     def init_with_output(self, rngs: Any, *args: Any, **options: Any) -> Any:
-        """(output, variables), as `flax.linen.Module.init_with_output`."""
+        """Returns (output, variables), as `flax.linen.Module.init_with_output`."""
         variables = self.module.init(rngs, *args, **options)
         return as_returned(self._initial(variables, rngs, args, options)), variables
 
     def apply(self, variables: Any, *args: Any, **options: Any) -> Any:
-        """The module's output, as `flax.linen.Module.apply`; variables may be those of `freeze`."""
+        """Returns the module's output, as `flax.linen.Module.apply`; variables may be those of `freeze`."""
         return as_returned(self._run(*called(variables, args, options)))
 
     def tabulate(self, rngs: Any, *args: Any, **options: Any) -> str:
-        """The module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
+        """Returns the module's table of its own, as `flax.linen.Module.tabulate`; see `coverage` for ours."""
         return self.module.tabulate(rngs, *args, **options)
 
-    def decided(
+    def decide(
         self, call: Call, trace: Trace, stored: Any, states: Any, is_tried: bool = False
     ) -> list[Decision]:
-        """What becomes of each product of a call.
+        """Decides how each product of a call is computed.
 
         Args:
             call: of the module.
             trace: its own.
             stored: paths of parameters in few bits.
             states: of parameters, by path.
-            is_tried: as of `jaxquant.functions.quantizing.decided`.
+            is_tried: as of `jaxquant.functions.quantizing.decide`.
 
         Raises:
             ValueError: a rule that no parameter or module has a path for.
@@ -79,7 +79,7 @@ class Quantized:
         check_used(call.weights, trace, rules)
         if not any(product.is_quantizable for product in trace.products):
             return [Decision(product, None) for product in trace.products]
-        decisions = quantizing.decided(
+        decisions = quantizing.decide(
             trace.products, rules, True, states, stored, is_tried=is_tried
         )
         if call.is_own:
@@ -97,11 +97,11 @@ class Quantized:
 
         @functools.partial(jax.jit, static_argnums=0, inline=True)
         def run(call: Call, states: dict[str, State], arrays: list[Any]) -> Any:
-            trace = call.traced(self.module, arrays)
+            trace = call.trace(self.module, arrays)
             stored = quantizing.stored_among(call.origins, arrays)
-            decisions = self.decided(call, trace, stored, states)
+            decisions = self.decide(call, trace, stored, states)
             how = call.origins, self.on_unsupported
-            return quantizing.computed(trace, decisions, arrays, *how)
+            return quantizing.evaluate(trace, decisions, arrays, *how)
 
         return run
 
@@ -113,7 +113,7 @@ class Quantized:
 def quantize(
     module: nn.Module, rules: Rules, *, on_unsupported: Literal["error", "float"] = "error"
 ) -> Quantized:
-    """A module with quantized matrix products; its code and its parameters stay as they are.
+    """Returns a module with quantized matrix products; its code and its parameters stay as they are.
 
     Every product goes by the path of its parameter, whoever wrote the layer, as ``blocks_0/up/kernel``, and
     by that of what holds it, ``blocks_0/up``; it takes a recipe such as ``"w8a8"``.  A product of two
@@ -193,7 +193,7 @@ def coverage(
     rngs: Any = None,
     **options: Any,
 ) -> Coverage:
-    """What each product of a model gets: a table.
+    """Returns a table of how each product of a model is computed.
 
     The model is traced, not run.  A product that cannot take its recipe is a row with the reason.
 
@@ -229,23 +229,23 @@ def coverage(
     options |= {"rngs": rngs if isinstance(rngs, Mapping) else {"params": rngs}, "mutable": True}
     if not called(variables, inputs, options)[0].weights:
         raise ValueError("the variables hold no weight under 'params', as those that init gives do")
-    decisions, call, arrays = traced(quantized, variables, inputs, options)[1:]
+    decisions, call, arrays = trace_call(quantized, variables, inputs, options)[1:]
     return table(decisions, call.parameters, call.values(arrays))
 
 
-def traced(
+def trace_call(
     quantized: Quantized, variables: Any, inputs: tuple, options: Mapping[str, Any]
 ) -> tuple[Trace, list[Decision], Call, list[Any]]:
-    """A call's trace, what becomes of its products, the call, and its arrays.
+    """Returns a call's trace, what becomes of its products, the call, and its arrays.
 
     Raises:
         ValueError: variables or inputs that do not fit the module.
     """
     call, states, arrays = called(variables, inputs, options)
     try:
-        trace = call.traced(quantized.module, arrays)
+        trace = call.trace(quantized.module, arrays)
     except (TypeError, IndexError, AttributeError, ZeroDivisionError, FlaxError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(f"the variables or inputs do not fit the module: {reason}") from error
     stored = quantizing.stored_among(call.origins, arrays)
-    return trace, quantized.decided(call, trace, stored, states, is_tried=True), call, arrays
+    return trace, quantized.decide(call, trace, stored, states, is_tried=True), call, arrays

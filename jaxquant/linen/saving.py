@@ -20,7 +20,7 @@ from jaxquant.artifacts.settings import (
     types_to_array,
 )
 from jaxquant.engine.rules import parse_rules
-from jaxquant.functions.saving import flat, nested, noted, stored_of, unsupported_of
+from jaxquant.functions.saving import describe_stored, flat, load_stored, nested, unsupported_of
 from jaxquant.linen.calls import RANGES, abstractly, states
 from jaxquant.linen.quantizing import Quantized, coverage
 from jaxquant.numerics.opaque import Owner
@@ -77,7 +77,7 @@ def save(
     with nn.intercept_methods(types := _CalledTypes()):
         table = coverage(quantized.module, quantized.rules, *inputs, variables=variables, **options)
     found = jax.tree.leaves_with_path(variables, is_leaf=_is_leaf)
-    arrays, stored = noted({_name(path): leaf for path, leaf in found})
+    arrays, stored = describe_stored({_name(path): leaf for path, leaf in found})
     rules = {i: rule_tree(rule) for i, rule in enumerate(parse_rules(quantized.rules))}
     card = artifacts.Card.empty() if card is None else card
     filled = {"coverage": table, "rules": quantized.rules}
@@ -95,7 +95,7 @@ def save(
 def load(
     folder: str | os.PathLike, module: nn.Module, *inputs: Any, rngs: Any = None, **options: Any
 ) -> tuple[Quantized, Any]:
-    """The quantized model and the variables that were saved, of the same module.
+    """Returns the quantized model and the variables that were saved, of the same module.
 
     Its outputs equal the saved model's bit for bit.  The rules' expressions, which are the folder's, are
     matched within a bound on time (`jaxquant.engine.expressions`).
@@ -138,9 +138,9 @@ def load(
 
 
 def _variables(folder: str, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables of a folder, whose stored weights know where they are from."""
+    """Returns the variables of a folder, whose stored weights know where they are from."""
     values: dict[str, Any] = flat(tree["variables"])
-    stored = stored_of(folder, tree["stored"], values) if "stored" in tree else {}
+    stored = load_stored(folder, tree["stored"], values) if "stored" in tree else {}
     for name, held in {**values, **stored}.items():
         if _is_leaf(held):
             owner = Owner(name.partition("/")[2])  # without the collection
@@ -167,7 +167,7 @@ class _CalledTypes:
 
 
 def _mark(module: nn.Module, token: object) -> None:
-    """Has what `nn.jit` traced before traced again, for it knows nothing of interceptors."""
+    """Makes `nn.jit` trace its functions again: it does not know about interceptors."""
     scope = module.scope
     if scope is not None and scope.flags.get("jaxquant") is not token:
         scope.flags = {**scope.flags, "jaxquant": token}  # pyright: ignore
@@ -182,7 +182,7 @@ def _name(path: Any) -> str:
 
 
 def _shapes(variables: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter and of what stands beside them, but for ranges, by path."""
+    """Returns the shape of each parameter and of what stands beside them, but for ranges, by path."""
     kept = {name: tree for name, tree in variables.items() if name != RANGES}
     found = jax.tree.leaves_with_path(kept, is_leaf=_is_leaf)
     return {_name(path): tuple(leaf.shape) for path, leaf in found}
@@ -202,6 +202,6 @@ def _check_same(folder: str, wanted: Mapping[str, Any], saved: Mapping[str, Any]
 
 
 def _ranges(collection: Any) -> dict[str, Any]:
-    """Calibrated ranges by weight, as a card has them."""
+    """Returns calibrated ranges by weight, as a card has them."""
     of = lambda held: jax.tree.map(lambda x: np.asarray(x).tolist(), held)  # noqa: E731
     return {path: {"range": of(state.input_range)} for path, state in states(collection).items()}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jaxquant.engine.rules import Rule, Subject, choose, parse_rules
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.operations import Operation, operation
 from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import held
@@ -30,7 +30,7 @@ from jaxquant.nnx.doors import modules as modules_of
 from jaxquant.nnx.modules import Adapter, AdapterGain, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.planning import Plan, planned
-from jaxquant.nnx.storing import replaced
+from jaxquant.nnx.storing import replace_parameters
 from jaxquant.numerics.qarray import dequantize
 from jaxquant.numerics.stored import Stored
 from jaxquant.operations.adapters import Adapted
@@ -50,7 +50,7 @@ def add_lora(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Model:
-    """The model with a trainable low-rank product beside each weight's: x · W + α / rank · (x · A) · B.
+    """Adds a trainable low-rank product to each weight's product: x · W + α / rank · (x · A) · B.
 
     A is drawn from a normal of variance 1 / n, B is zero, so that nothing changes at first.  Where the model
     is frozen this is QLoRA: the base is stored in few bits and stays as it is.  Train the adapters alone:
@@ -137,7 +137,7 @@ def add_lora(
 
 
 def _warn_of_left(model: nnx.Module, plan: Plan, wanted: Rule) -> None:
-    """Names weights that an expression matches and that none of Flax's layers multiplies."""
+    """Warns of weights that an expression matches but no Flax layer multiplies."""
     known = set(plan.parameters)
     names = [(p, p.rpartition("/")[0]) for p, _ in weights(model) if p not in known]
     if left := [n[0] for n in names if wanted.matches(Subject(n, "dot"))]:
@@ -149,7 +149,7 @@ def _warn_of_left(model: nnx.Module, plan: Plan, wanted: Rule) -> None:
 
 
 def _products(plan: Plan) -> dict[str, tuple[Operation, tuple[int, ...]]]:
-    """By weight, what takes the place of a product of matrices, and the weight's shape as it is stored."""
+    """Returns, by weight, the matrix product's replacement and the weight's shape as stored."""
     found = {}
     for decision in plan.decisions:
         product = decision.product
@@ -167,7 +167,7 @@ def _products(plan: Plan) -> dict[str, tuple[Operation, tuple[int, ...]]]:
 def merge_lora(
     model: Model, *inputs: Any, call: Callable[..., Any] | None = None, **options: Any
 ) -> Model:
-    """The model in floating point, its adapters added to its weights: W + α / rank · A · B.
+    """Returns the model in floating point, its adapters added to its weights: W + α / rank · A · B.
 
     Weights that are stored in few bits are decoded; quantize and freeze it again to serve it in few bits.
 
@@ -211,7 +211,7 @@ def merge_lora(
         )
     if not merged:
         raise ValueError(f"{type(model).__name__} has no adapters; add_lora adds them")
-    model = replaced(model, leaves)
+    model = replace_parameters(model, leaves)
     plainly(model)
     return model
 
@@ -222,7 +222,7 @@ def _adapter(model: nnx.Module, path: str) -> tuple[Any, str]:
 
 
 def unfreeze(model: Model) -> Model:
-    """The quantized model with its weights in floating point again, to train all of them on.
+    """Returns the quantized model with its weights in floating point again, to train all of them on.
 
     Each stored weight is decoded, w = s · (q − z), and quantized anew at each call by the rules that the
     model has.  Where ranges are the largest magnitudes, that finds the same numbers, and its outputs are the
@@ -252,24 +252,24 @@ def unfreeze(model: Model) -> Model:
     # Rules are asked once more which of these learn their steps.
     subjects = [Subject((name, name.rpartition("/")[0]), "weight") for name in names]
     chosen = choose(subjects, rules_within(model), is_part=True)
-    thawed = replaced(model, leaves)
+    thawed = replace_parameters(model, leaves)
     for name, rule in zip(names, chosen, strict=True):
         forward = None if rule is None else getattr(rule.value, "forward", None)
         if forward is not None and is_learned(forward.rhs):
             module, attribute = held(thawed, name)
-            stored = as_stored(name, read(at(model, name.split("/"))))
+            stored = wrap_stored(name, read(at(model, name.split("/"))))
             step = next(iter(stored.operands.values())).float_scale()
             setattr(module, f"{attribute}_step", StepSize(step))
     return thawed
 
 
 def _decoded_weights(model: nnx.Module) -> dict[Any, nnx.Param]:
-    """What is in few bits, in floating point, by its path."""
+    """Returns the quantized weights in floating point, by path."""
     found = {}
     for place, leaf in nnx.to_flat_state(nnx.split(model)[1]):
         if isinstance(leaf, StoredWeight):
             path = "/".join(map(str, place))
-            found[place] = nnx.Param(_decoded(path, as_stored(path, read(leaf))))
+            found[place] = nnx.Param(_decoded(path, wrap_stored(path, read(leaf))))
     return found
 
 

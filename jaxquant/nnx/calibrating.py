@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.engine.batches import check_range, checked, fitting
+from jaxquant.engine.batches import check_each, check_range, fitting
 from jaxquant.functions import quantizing
-from jaxquant.functions.calibrating import added, seen
+from jaxquant.functions.calibrating import accumulate, record_inputs
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.operations import operation as make_operation
 from jaxquant.functions.quantizing import Decision
@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 def add_learned(
     model: nnx.Module, inputs: tuple[Any, ...], options: Any, call: Callable[..., Any] | None
 ) -> None:
-    """Gives a quantized model the learned steps of its weights, each at LSQ's start.
+    """Adds learned weight steps to a quantized model, at LSQ's initial values.
 
     Raises:
         ValueError: a weight with learned steps whose products are not known without example inputs, that
@@ -56,7 +56,7 @@ def add_learned(
 
 
 def _unlearned(decision: Decision) -> Operation | None:
-    """A product's operation with other calibrations in the place of learned steps."""
+    """Returns a product's operation with other calibrations in the place of learned steps."""
     assert decision.rule is not None
     recipe: Any = decision.rule.value
     forward = recipe.forward
@@ -85,7 +85,7 @@ def _first(weight: jax.Array, quantizer: Quantizer, operation: Operation) -> jax
 
 
 def held(model: nnx.Module, path: str) -> tuple[Any, str]:
-    """The module of which a parameter is an attribute, and its name.
+    """Returns the module of which a parameter is an attribute, and its name.
 
     Raises:
         ValueError: one that a list or dict holds.
@@ -110,7 +110,7 @@ def calibrate(
     decay: float | None = None,
     call: Callable[..., Any] | None = None,
 ) -> Model:
-    """Gives activations fixed ranges in place of those found anew at each call; starts learned steps.
+    """Fixes activation ranges, which are otherwise computed at each call; initializes learned steps.
 
     An activation's range is its quantizer's own calibration, over all batches: the largest that was seen,
     or with `decay` an exponential average.  Products of one weight share a range.  Quantizers whose scales
@@ -137,7 +137,7 @@ def calibrate(
             f"a quantized model is wanted; got {type(model).__name__}: call jaxquant.nnx.quantize first"
         )
     working, found = copied(model), dict[tuple[str, str], Any]()
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         with fitting(index, arguments):
             how = call or "__call__"
             made, given, nodes = called(working, door.path, how, arguments, {}, door.first)
@@ -145,7 +145,7 @@ def calibrate(
             changed.write(nodes)
         for part, weights in found_here.items():
             for path, use in ((path, use) for path, uses in weights.items() for use in uses):
-                found[path, part] = added(found.get((path, part)), use, part, decay)
+                found[path, part] = accumulate(found.get((path, part)), use, part, decay)
     if not found:
         raise ValueError(
             "no activations have a range to calibrate: none is quantized per tensor (as by "
@@ -166,17 +166,17 @@ def calibrate(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _seen(door: Door, call: Call, decay: Any, rule_arrays: Any, arrays: Any) -> Any:
-    """What each weight's activations are like in a call, and what it changed.
+    """Returns statistics of each weight's activations in a call, and what the call changed.
 
     Returns:
         By part of a `State` and by weight a list over its products; and the module's variables that changed.
     """
-    trace = call.traced(arrays)
+    trace = call.trace(arrays)
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, states, stored, True, door.aliases, is_tried=False
     )
     how = call.origins, door.on_unsupported, decay
-    (_, state), found = seen(trace, decisions, arrays, *how)
+    (_, state), found = record_inputs(trace, decisions, arrays, *how)
     return found, call.changed(trace, state)

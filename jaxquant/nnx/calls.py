@@ -15,7 +15,7 @@ from jax.core import Tracer
 
 from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -52,9 +52,9 @@ class Call:
     first: tuple[tuple[str, str], ...] = ()
 
     def result(self, arrays: Sequence[Any]) -> tuple[Any, "Changes"]:
-        """What the method returns for such arrays, and what it changed."""
+        """Returns the method's result for these arrays, and what it changed."""
         held, _ = self._split(arrays)
-        (module, *others), args, kwargs = self.bound(arrays)
+        (module, *others), args, kwargs = self.bind(arrays)
         plainly(module)
         settings = _settings((module, *others))
         if isinstance(self.method, str):
@@ -77,8 +77,8 @@ class Call:
             nnx.from_flat_state(changed), nnx.from_flat_state(added), Constant(other)
         )
 
-    def bound(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
-        """For such arrays, the module with those among the arguments, and all arguments."""
+    def bind(self, arrays: Sequence[Any]) -> tuple[list[Any], tuple, dict[str, Any]]:
+        """Returns the module with its arrays, and all arguments."""
         held, given = self._split(arrays)
         nodes = list(nnx.merge(self.graph, self.state.unflatten(held)))
         args, kwargs = jax.tree.unflatten(self.structure, self._filled(nodes[1:], given))
@@ -97,47 +97,47 @@ class Call:
 
     @property
     def origins(self) -> list[Origin]:
-        """Where each array comes from."""
+        """The origin of each array."""
         count = self.state.num_leaves
         found = [INPUT] * count
         for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(count)))):
             for place in jax.tree.leaves(value(leaf)) if path[0] == 0 else ():
-                found[place] = _origin(self.named(path[1:]), leaf)
+                found[place] = _origin(self.name_of(path[1:]), leaf)
         return found + [INPUT] * sum(x is None for x in self.leaves)
 
     def states(self, arrays: Sequence[Any]) -> dict[str, State]:
-        """What was found or learned of parameters, by their paths, in such arrays."""
+        """Returns calibrated and learned states of parameters, by path."""
         held, _ = self._split(arrays)
         found: dict[str, dict[str, Any]] = {}
         for path, leaf in nnx.to_flat_state(self.state.unflatten(held)):
             if path[0] == 0 and (part := state_part(path[-1], leaf)) is not None:
                 weight = str(path[-1]).removesuffix(f"_{part}")
-                found.setdefault(self.named((*path[1:-1], weight)), {})[part] = value(leaf)
+                found.setdefault(self.name_of((*path[1:-1], weight)), {})[part] = value(leaf)
         return {path: State(**parts) for path, parts in found.items()}
 
     def with_stored(self, held: Sequence[Any]) -> list[Any]:
-        """The variables' values with a `Stored` for each weight that is held as it is multiplied."""
+        """Returns the variables' values with a `Stored` for each weight that is held as it is multiplied."""
         found = list(held)
         for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(len(held))))):
             for place in jax.tree.leaves(value(leaf)):
                 if isinstance(held[place], QArray):
-                    found[place] = as_stored(self.named(path[1:]), held[place])
+                    found[place] = wrap_stored(self.name_of(path[1:]), held[place])
         return found
 
-    def named(self, path: Sequence[Any]) -> str:
-        """A variable of the module's by its path in the model."""
+    def name_of(self, path: Sequence[Any]) -> str:
+        """Returns a variable of the module's by its path in the model."""
         name = "/".join(part for part in (self.path, *map(str, path)) if part)
         return dict(self.first).get(name, name)
 
-    def traced(self, arrays: Sequence[Any]) -> Trace:
-        """The call's trace; its result is that of `result`."""
+    def trace(self, arrays: Sequence[Any]) -> Trace:
+        """Returns the call's trace; its result is that of `result`."""
         trace = Trace.of(self.result, arrays, self.origins)
         # Loops hand on all that they are given, changed or not.
         passed = frozenset(i for _, places in self._passed(trace) for i in places)
         return dataclasses.replace(trace, passed=passed)
 
     def changed(self, trace: Trace, changes: "Changes") -> "Changes":
-        """Of what a trace's result says is changed, what is other than before."""
+        """Returns the changes in a trace's result that differ from before."""
         passed = {path for path, _ in self._passed(trace)}
         pairs = nnx.to_flat_state(changes.state)
         return changes._replace(
@@ -145,17 +145,17 @@ class Call:
         )
 
     def _passed(self, trace: Trace) -> Iterator[tuple[Any, list[int]]]:
-        """Variables among a trace's results that are what they were, and where they are."""
+        """Returns variables among a trace's results that are what they were, and where they are."""
         _, changes = trace.structured(range(len(trace.results)))
         for path, leaf in nnx.to_flat_state(changes.state):
             places = jax.tree.leaves(value(leaf))
             made = [trace.results[i].derivation for i in places]
-            if path[0] == 0 and all(d and d.key == self.named(path[1:]) for d in made):
+            if path[0] == 0 and all(d and d.key == self.name_of(path[1:]) for d in made):
                 yield path, places
 
 
 class Changes(NamedTuple):
-    """What a call changes of its modules.
+    """The changes that a call makes to its modules.
 
     Attributes:
         state: variables that are other than before.
@@ -187,7 +187,7 @@ class Changes(NamedTuple):
 
 
 def _node(nodes: Sequence[Any], path: Any) -> Any:
-    """The module that has an attribute at a path."""
+    """Returns the module that has an attribute at a path."""
     try:
         node = at(nodes, path[:-1])
     except (AttributeError, KeyError, IndexError, TypeError):
@@ -204,7 +204,7 @@ _GONE = type("Gone", (), {"__repr__": lambda _: "an attribute that is gone"})()
 
 
 def _settings(nodes: Sequence[Any]) -> dict[tuple[Any, str], Any]:
-    """The attributes of modules that are no variables, arrays or modules, by place and name."""
+    """Returns the attributes of modules that are no variables, arrays or modules, by place and name."""
     return {
         (path, name): held
         for path, node in nnx.iter_graph(tuple(nodes))
@@ -216,7 +216,7 @@ def _settings(nodes: Sequence[Any]) -> dict[tuple[Any, str], Any]:
 
 
 def _other_settings(before: dict[Any, Any], after: dict[Any, Any]) -> tuple[Any, ...]:
-    """What of some settings is other than before, and what is gone."""
+    """Returns the settings that have changed, and those that are gone."""
     found = []
     for (path, name), held in after.items():
         if (path, name) in before and _is_same(before[path, name], held):
@@ -246,21 +246,21 @@ def _origin(path: str, leaf: Any) -> Origin:
 
 
 def state_part(name: Any, variable: Any) -> str | None:
-    """Which part of a parameter's `State` a module's variable is; None where it is none."""
+    """Returns which field of a parameter's `State` a variable is; None if it is not one."""
     parts = (field.name for field in dataclasses.fields(State))
     is_one = isinstance(variable, OF_A_STATE) and isinstance(name, str)
     return next((part for part in parts if is_one and name.endswith(f"_{part}")), None)
 
 
 def at(node: Any, path: Any) -> Any:
-    """What is at a path of names and numbers in a model."""
+    """Returns the object at a path of names and numbers in a model."""
     for name in (int(p) if isinstance(p, str) and p.isdecimal() else p for p in path):
         node = getattr(node, name) if isinstance(name, str) and hasattr(node, name) else node[name]
     return node
 
 
 def value(leaf: Any) -> Any:
-    """What a leaf of a state holds."""
+    """Returns the value of a state's leaf."""
     return read(leaf) if isinstance(leaf, nnx.Variable) else leaf
 
 
@@ -272,7 +272,7 @@ def called(
     kwargs: Mapping[str, Any],
     first: tuple[tuple[str, str], ...] = (),
 ) -> tuple[Call, list[Any], tuple[Any, ...]]:
-    """A call, its arrays, and the module with those among its arguments.
+    """Returns a call, its arrays, and the module with those among its arguments.
 
     Raises:
         ValueError: an argument that is neither an array nor hashable.
@@ -303,7 +303,7 @@ def _is_node(x: Any) -> bool:
 
 
 def plainly(module: nnx.Module) -> None:
-    """Gives a module and all within it their own classes, of which quantized ones are made."""
+    """Restores the original classes of a module and its submodules, from which quantized ones were made."""
     for _, each in list(nnx.iter_graph(module)):
         own = getattr(type(each), "plain_class", None)
         if own is not None:

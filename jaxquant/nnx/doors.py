@@ -41,7 +41,7 @@ class _NothingToQuantize(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Door:
-    """What a quantized module knows: where it stands in its model, and by what rules.
+    """A quantized module's position in its model, and its rules.
 
     Attributes:
         path: of the module.
@@ -69,26 +69,26 @@ class Door:
         return f"Door({self.path!r})"
 
     def parsed(self, arrays: Any) -> list[Rule]:
-        """The rules."""
+        """Returns the rules."""
         values = jax.tree.unflatten(self.structure, arrays)
         return [Rule(p, v, *rest) for (p, *rest), v in zip(self.rules, values, strict=True)]
 
 
 def door_of(module: Any) -> Door | None:
-    """What a quantized module knows; None of any other."""
+    """Returns a quantized module's `Door`; None for any other module."""
     door = vars(module).get(DOOR[0]) if isinstance(module, nnx.Module) else None
     return door if isinstance(door, Door) else None
 
 
 def on_unsupported_of(model: nnx.Module) -> str:
-    """What becomes of products of a model that cannot take their recipes: "float" where a part says so."""
+    """Returns a model's `on_unsupported`: "float" if any part says so."""
     doors = (door_of(module) for _, module in modules(model))
     is_float = any(door is not None and door.on_unsupported == "float" for door in doors)
     return "float" if is_float else "error"
 
 
 def rules_of(module: Any) -> list[Rule]:
-    """The rules that a module is quantized by; none of one that is not."""
+    """Returns the rules that a module is quantized by; none of one that is not."""
     door = door_of(module)
     return [] if door is None else door.parsed(getattr(module, DOOR[1], ()))
 
@@ -96,7 +96,7 @@ def rules_of(module: Any) -> list[Rule]:
 def quantized_copy(
     model: Model, rules: Rules, on_unsupported: Literal["error", "float"] = "error"
 ) -> Model:
-    """The same model with quantized products, without what is learned.
+    """Returns the same model with quantized products, without what is learned.
 
     Args:
         model: an NNX model; not changed.
@@ -118,7 +118,7 @@ def quantized_copy(
 
 
 def _drop_states(model: nnx.Module, taken: set[str]) -> None:
-    """Takes off what earlier recipes of some weights found or learned."""
+    """Removes calibrated and learned states that earlier recipes left on some weights."""
     for path, module in modules(model):
         for name, held in _variables(module):
             part = state_part(name, held)
@@ -136,7 +136,7 @@ def check_model(model: Any) -> None:
 
 
 def copied(model: Model) -> Model:
-    """Another module tree, with variables of its own over the same arrays."""
+    """Copies a module tree: new variables that share the arrays."""
     graphdef, state = nnx.split(model)
     return nnx.merge(graphdef, jax.tree.map(lambda array: array, state))
 
@@ -157,13 +157,13 @@ def install(model: nnx.Module, rules: list[Rule], on_unsupported: str = "error")
 
 
 def modules(model: nnx.Module) -> list[tuple[str, Any]]:
-    """The modules of a model, by their paths."""
+    """Returns the modules of a model, by their paths."""
     found = nnx.iter_graph(model)
     return [("/".join(map(str, path)), m) for path, m in found if isinstance(m, nnx.Module)]
 
 
 def _variables(module: nnx.Module) -> list[tuple[str, nnx.Variable]]:
-    """The variables that a module's attributes hold."""
+    """Returns the variables that a module's attributes hold."""
     own = vars(module).items()
     return [(n, x) for n, x in own if isinstance(n, str) and isinstance(x, nnx.Variable)]
 
@@ -182,7 +182,7 @@ def first_places(model: nnx.Module) -> tuple[tuple[str, str], ...]:
 
 
 def aliases_of(first: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, ...]]:
-    """Other names of variables, and of what holds them there, by the path of their first place."""
+    """Returns other names of variables, and of what holds them there, by the path of their first place."""
     found: dict[str, tuple[str, ...]] = {}
     for name, path in first:
         found[path] = (*found.get(path, ()), name, name.rpartition("/")[0])
@@ -190,7 +190,7 @@ def aliases_of(first: tuple[tuple[str, str], ...]) -> dict[str, tuple[str, ...]]
 
 
 def rules_within(model: nnx.Module) -> list[Rule]:
-    """The rules that a model, or parts of it, are quantized by, with the names that paths have there."""
+    """Returns the rules of a quantized model or of its parts, with paths relative to the model."""
     found: list[Rule] = []
     for path, module in modules(model):
         door = door_of(module)
@@ -213,7 +213,7 @@ def _is_same(one: Rule, other: Rule) -> bool:
 
 
 def weights(module: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """The parameters of a module that products may multiply by, with their paths."""
+    """Returns the parameters of a module that products may multiply by, with their paths."""
     for path, leaf in nnx.iter_graph(module):
         is_one = isinstance(leaf, nnx.Param | StoredWeight) and not isinstance(leaf, OF_A_STATE)
         if is_one and len(read(leaf).shape) > 1:
@@ -221,7 +221,7 @@ def weights(module: nnx.Module) -> Iterator[tuple[str, Any]]:
 
 
 def check_used(model: nnx.Module, rules: list[Rule]) -> set[str]:
-    """The weights that rules take.
+    """Returns the weights that rules take.
 
     Raises:
         ValueError: a rule that no weight or module's path matches, or that takes a weight that is stored.
@@ -255,7 +255,7 @@ def check_used(model: nnx.Module, rules: list[Rule]) -> set[str]:
 
 @functools.cache
 def quantized_class(cls: type) -> type:
-    """A subclass in which every method of a module's class is a call with other products."""
+    """Returns a subclass in which every method of a module's class is a call with other products."""
     if hasattr(cls, "plain_class"):
         return cls
     methods = {name: _walked(name, method) for name, method in _methods(cls)}
@@ -266,14 +266,14 @@ def quantized_class(cls: type) -> type:
 
 @functools.cache
 def _made_by(metaclass: type) -> type:
-    """A metaclass whose classes are pickled by the class that each was made of: its name is that class's."""
+    """Returns a metaclass whose classes are pickled by reference to their original class."""
     made = type(metaclass.__name__, (metaclass,), {})
     copyreg.pickle(made, lambda cls: (quantized_class, (cls.plain_class,)))  # pyright: ignore
     return made
 
 
 def _methods(cls: type) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """The methods of a class that are none of Flax's bookkeeping."""
+    """Returns the methods of a class that are none of Flax's bookkeeping."""
     for name in dir(cls):
         owner = next((c for c in cls.__mro__ if name in vars(c)), object)
         is_bookkeeping = owner in nnx.Module.__mro__ or owner is nnx.List
@@ -307,7 +307,7 @@ def _warn_of_own(module: Any, name: str, error: Exception) -> None:
 
 
 def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-    """A method of a quantized module, or a function that calls it, with other products."""
+    """Returns a method of a quantized module, or a function that calls it, with other products."""
     door = door_of(module)
     assert door is not None
     call, given, nodes = called(module, door.path, method, args, kwargs, door.first)
@@ -319,19 +319,19 @@ def run(module: Any, method: str | Callable[..., Any], args: tuple, kwargs: dict
 
 
 def _computed(door: Door, call: Call, rule_arrays: Any, arrays: Any) -> Any:
-    trace = call.traced(arrays)
+    trace = call.trace(arrays)
     if not any(product.is_quantizable for product in trace.products):
         raise _NothingToQuantize
     rules, states = door.parsed(rule_arrays), call.states(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, states, stored, aliases=door.aliases, is_tried=False
     )
     if not door.path and call.method == "__call__":
         quantizing.warn_of_untaken(decisions, rules)
     taps = {} if door.taps is None else door.taps.of(decisions)
     how = call.origins, door.on_unsupported, lambda *_: None
-    (result, changes), _ = quantizing.recorded(trace, decisions, arrays, *how, taps=taps)
+    (result, changes), _ = quantizing.evaluate_recording(trace, decisions, arrays, *how, taps=taps)
     return result, call.changed(trace, changes)
 
 

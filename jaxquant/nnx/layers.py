@@ -15,7 +15,7 @@ from flax import nnx
 from jaxquant.engine.walking import Trace
 from jaxquant.nnx.calls import Call, called
 from jaxquant.nnx.modules import read
-from jaxquant.numerics.stacking import Stacking, agreeing, places
+from jaxquant.numerics.stacking import Stacking, candidate_axes, common_axes
 
 # A subclass before its base: the first that fits counts.
 _KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.ConvTranspose, nnx.Embed)
@@ -98,21 +98,21 @@ class Layer:
             ValueError: a weight that is none of a layer's own shape, nor several of them.
         """
         whole = tuple(read(self.variable).shape)
-        found = places(whole, self.shape) if len(whole) != len(self.shape) else [()]
+        found = candidate_axes(whole, self.shape) if len(whole) != len(self.shape) else [()]
         if not found:
             raise ValueError(
                 f"{self.path or 'the model'} has weights of shape {whole}, and one layer's is {self.shape}: "
                 "they are no layers that nnx.vmap has stacked"
             )
         for rank, others in self._witnesses() if len(found) > 1 else ():
-            found = agreeing(found, len(whole), others, rank) or found
+            found = common_axes(found, len(whole), others, rank) or found
         return Stacking.along(found[0], whole)
 
     def _witnesses(self) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
-        """Where other arrays of the same layers are stacked: their ranks, and the axes that may be."""
+        """Returns the ranks and the candidate stacking axes of other arrays of the same layers."""
         bias, own = getattr(self.module, "bias", None), self._bias_shape()
         if bias is not None and own is not None:
-            yield len(bias.shape), places(bias.shape, own)
+            yield len(bias.shape), candidate_axes(bias.shape, own)
         parts = self.path.split("/")
 
         def nearness(path: str) -> int:
@@ -120,12 +120,12 @@ class Layer:
             return len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
         for _, shape, own in sorted(self.weights, key=lambda w: nearness(w[0]), reverse=True):
-            found = places(shape, own)
+            found = candidate_axes(shape, own)
             if len(found) == 1 and found != [()]:
                 yield len(shape), found
 
     def _bias_shape(self) -> tuple[int, ...] | None:
-        """One layer's bias; None where the module's settings do not tell."""
+        """Returns one layer's bias; None where the module's settings do not tell."""
         module = self.module
         if isinstance(module, nnx.Einsum):
             return None
@@ -154,7 +154,7 @@ def layer_calls(
 
 
 def layers(model: nnx.Module) -> list[Layer]:
-    """Flax's layers in a model."""
+    """Returns Flax's layers in a model."""
     found: list[Layer] = []
     weights: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
     for path, module in nnx.iter_graph(model):
@@ -179,12 +179,12 @@ def _tried(
         ways: list[Any] = [method]
     else:  # biases are stacked where weights are, counted from the beginning or from the end
         ends = tuple(a - rank for a in axes)
-        ways = [Scanned(method, places, sizes) for places in (axes, ends)]
+        ways = [Scanned(method, candidate_axes, sizes) for candidate_axes in (axes, ends)]
     for how, inputs in itertools.product(ways, shapes):
         path = "/".join(part for part in (above, layer.path) if part)
         call, arrays, _ = called(layer.module, path, how, (inputs,), {}, first)
         try:
-            return call, arrays, call.traced(arrays)
+            return call, arrays, call.trace(arrays)
         except Exception:  # a method that takes something else
             continue
     return None

@@ -26,7 +26,7 @@ class InputRange(nnx.Variable):
 
 
 class ChannelScale(nnx.Variable):
-    """What the channels of a weight are multiplied with, and those of its activations divided by."""
+    """Per-channel factors: the weight is multiplied by them, its activations are divided by them."""
 
 
 class Adapter(nnx.LoRAParam):
@@ -34,11 +34,11 @@ class Adapter(nnx.LoRAParam):
 
 
 class AdapterGain(nnx.Variable):
-    """What a low-rank product is multiplied with."""
+    """The factor of a low-rank product."""
 
 
 def read(variable: nnx.Variable) -> Any:
-    """A variable's value, whatever tree it is."""
+    """Returns a variable's value, whatever tree it is."""
     # Flax before 0.12.1 has no get_value, and later versions have no value.
     return variable.get_value() if hasattr(type(variable), "get_value") else variable.value
 

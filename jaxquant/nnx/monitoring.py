@@ -21,7 +21,7 @@ __all__ = ["monitor"]
 
 
 def monitor(loss: Callable[..., jax.Array]) -> Callable[..., Monitored]:
-    """What quantizers do in one step: from a loss to a function of the same arguments that gives statistics.
+    """Transforms a loss into a function of the same arguments that returns quantizer statistics of one step.
 
     As `jaxquant.functions.monitor`, for a model that `jaxquant.nnx.quantize` made.  Neither the model nor
     what it counts (running means, streams of random numbers) changes: the step after it computes what it
@@ -67,12 +67,12 @@ def _monitored(call: Call, arrays: Sequence[Any]) -> Monitored:
     taps = Taps()
 
     def value(given: Mapping[str, Four]) -> jax.Array:
-        nodes, args, kwargs = call.bound(arrays)
+        nodes, args, kwargs = call.bind(arrays)
         for node in nodes:
             if isinstance(node, nnx.Module):
                 taps.watch(node)
         assert callable(call.method)
-        with taps.given(given):
+        with taps.use(given):
             return check_loss(call.method(nodes[0], *args, **kwargs))
 
     jax.eval_shape(value, {})
@@ -91,14 +91,14 @@ class Taps:
         self._given: Mapping[str, Four] = {}
 
     def watch(self, model: nnx.Module) -> None:
-        """Has a model's calls ask for their taps here."""
+        """Makes a model's calls request their taps here."""
         for _, module in modules(model):
             if (door := door_of(module)) is not None:
                 setattr(module, DOOR[0], nnx.static(dataclasses.replace(door, taps=self)))
 
     @contextlib.contextmanager
-    def given(self, taps: Mapping[str, Four]) -> Iterator[None]:
-        """Has these, by the names of their places; none while the places are found."""
+    def use(self, taps: Mapping[str, Four]) -> Iterator[None]:
+        """Uses these taps, by location; None while the locations are collected."""
         self._given = taps
         try:
             yield
@@ -106,7 +106,7 @@ class Taps:
             self._given = {}
 
     def of(self, decisions: Sequence[Decision]) -> dict[int, Four]:
-        """The taps of a call's products, by their numbers."""
+        """Returns the taps of a call's products, by their numbers."""
         found = {}
         for index, place in places(decisions).items():
             name = self._placed(place)
@@ -115,7 +115,7 @@ class Taps:
         return found
 
     def _placed(self, place: Place) -> str:
-        """The name of a place, which it shares with that of other calls in as many turns."""
+        """Returns the name of a place, which it shares with that of other calls in as many turns."""
         for count in itertools.count(1):
             name = place.name if count == 1 else f"{place.name}#{count}"
             own = dataclasses.replace(place, name=name)

@@ -1,4 +1,4 @@
-"""What a model's activations are like: statistics over batches, recorded where products are computed."""
+"""Statistics of a model's activations over batches, recorded where products are computed."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxquant.engine.batches import checked, fitting
+from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.functions import quantizing
 from jaxquant.functions.operations import Operation, operation
@@ -41,7 +41,7 @@ def observe(
     statistics: Callable[[Product], Statistic | None],
     call: Callable[..., Any] | None = None,
 ) -> dict[str, Any]:
-    """Statistics of the activations that weights are multiplied with, gathered over batches.
+    """Returns statistics of the activations that weights are multiplied with, gathered over batches.
 
     The model runs as it is, compiled once, and each batch's activations are gone with it.
 
@@ -71,7 +71,7 @@ def observe(
     door, states = door_of(model), dict[str, Any]()
     starts: dict[str, Statistic] = {}
     run = jax.jit(functools.partial(_seen, statistics, starts), static_argnums=(0, 1))
-    for index, arguments in checked(batches):
+    for index, arguments in check_each(batches):
         if door is None:  # there is no weight
             break
         with fitting(index, arguments):
@@ -106,11 +106,11 @@ def _seen(
     arrays: Any,
     states: dict[str, Any],
 ) -> tuple[dict[str, Any], Any]:
-    """The states after a call, and what it changed of the model; `starts` gets what is looked at."""
-    trace = call.traced(arrays)
+    """Returns the states after a call, and what it changed of the model; `starts` gets what is looked at."""
+    trace = call.trace(arrays)
     stored = quantizing.stored_among(call.origins, arrays)
     rules = door.parsed(rule_arrays)
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, True, call.states(arrays), stored, True, door.aliases, is_tried=False
     )
     watched: dict[int, _Watched] = {}
@@ -125,16 +125,16 @@ def _seen(
 
     def record(decision: Any, _: Any, *operands: jax.Array) -> Any:
         index = places.get(id(decision))
-        return None if index is None else watched[index].measured(*operands)
+        return None if index is None else watched[index].measure(*operands)
 
     how = call.origins, door.on_unsupported, record, watched
-    (_, changed), records = quantizing.recorded(trace, decisions, arrays, *how)
+    (_, changed), records = quantizing.evaluate_recording(trace, decisions, arrays, *how)
     states = dict(states)
     for index in sorted(records):
         one = watched[index]
         starts[one.name] = one.statistic
         before = states.get(one.name)
-        states[one.name] = one.added(before, *records[index])
+        states[one.name] = one.accumulate(before, *records[index])
     return states, call.changed(trace, changed)
 
 
@@ -151,19 +151,19 @@ class _Watched:
         made = self.product.derivation
         return self.product.path if made is None else made.stored.key
 
-    def measured(self, *operands: jax.Array) -> tuple[Any, jax.Array]:
-        """What is measured of each of the matrices that are multiplied, and a number for each."""
+    def measure(self, *operands: jax.Array) -> tuple[Any, jax.Array]:
+        """Returns statistics for each matrix of the product, and a count for each."""
         found = _each(self.product, self.operation, operands, self.statistic.measure)
         sizes = jax.tree.leaves(found)[0].shape[: self.matrices]
         return found, jnp.ones(sizes, jnp.int8)
 
     @property
     def matrices(self) -> int:
-        """How many axes of matrices there are."""
+        """The number of axes of matrices."""
         return 1 if self.product.kind == "ragged" else len(self.operation.each)
 
-    def added(self, before: Any, found: Any, ones: jax.Array) -> Any:
-        """The state with what was measured in all turns: of each matrix, one after the other."""
+    def accumulate(self, before: Any, found: Any, ones: jax.Array) -> Any:
+        """Returns the state with what was measured in all turns: of each matrix, one after the other."""
         made = self.product.derivation
         turns = () if made is None else made.stored.turns
         scans = [scan for scan, _ in turns]
@@ -191,8 +191,8 @@ def _each(
     operands: Sequence[jax.Array],
     measure: Callable[[jax.Array, Any], Any],
 ) -> Any:
-    """What is measured of the rows that each matrix of a product is multiplied with."""
-    left = operation.left(*operands)
+    """Returns statistics of the rows that multiply each matrix of a product."""
+    left = operation.flatten_left(*operands)
     if product.kind == "conv":
         rows = _patches(product, left)
     elif product.kind == "ragged":
@@ -209,7 +209,7 @@ def _each(
 
 
 def _each_group(rows: jax.Array, sizes: jax.Array, measure: Callable[[jax.Array, Any], Any]) -> Any:
-    """What is measured of rows by groups, which lie one after the other."""
+    """Returns statistics of rows by groups, which are contiguous."""
     places = jnp.arange(rows.shape[0])
 
     def one(bounds: tuple[jax.Array, jax.Array]) -> Any:
@@ -221,7 +221,7 @@ def _each_group(rows: jax.Array, sizes: jax.Array, measure: Callable[[jax.Array,
 
 
 def _patches(product: Product, left: jax.Array) -> jax.Array:
-    """What a convolution multiplies at each place, [k, n] in the order of its kernel [*window, c, m].
+    """Returns the patches that a convolution multiplies, [k, n] in the order of its kernel [*window, c, m].
 
     Raises:
         ValueError: a convolution in groups.

@@ -1,4 +1,4 @@
-"""What becomes of a quantized model's products: of one call's, or of those of its layers by themselves."""
+"""Plans of a quantized model's products: of one call, or of its layers separately."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from jaxquant.nnx.layers import layer_calls
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What becomes of a model's products.
+    """How a model's products are computed.
 
     Attributes:
         decisions: one for each product.
@@ -42,7 +42,7 @@ def planned(
     call: Callable[..., Any] | None = None,
     is_shown: bool = False,
 ) -> Plan:
-    """What becomes of a quantized model's products.
+    """Plans a quantized model's products.
 
     Args:
         model: as `jaxquant.nnx.quantize` made it.
@@ -78,7 +78,7 @@ def planned_call(
     is_part: bool,
     is_shown: bool = False,
 ) -> Plan:
-    """What becomes of the products of a quantized model's call; what the call raises is raised.
+    """Plans the products of a quantized model's call; errors of the call propagate.
 
     Args:
         model, inputs, options, call, is_shown: as of `planned`.
@@ -87,11 +87,11 @@ def planned_call(
     door = door_of(model)
     assert door is not None
     made, arrays, _ = called(model, door.path, call or "__call__", inputs, options, door.first)
-    return _plan(model, made, arrays, made.traced(arrays), is_part, is_shown, is_shown)
+    return _plan(model, made, arrays, made.trace(arrays), is_part, is_shown, is_shown)
 
 
 def _is_head(call: Call) -> bool:
-    """Whether a layer's method is one that its model may never call, so that nothing starts its steps."""
+    """Returns whether a model may never call this layer's method, so that nothing initializes its steps."""
     return getattr(call.method, "method", call.method) == "attend"
 
 
@@ -111,7 +111,7 @@ def _plan(
     stored: Any = quantizing.stored_among(call.origins, arrays)
     if is_shown:  # as if the weights were stored, whose steps are not looked for
         stored = {path for product in trace.products for path in product.parameters}
-    decisions = quantizing.decided(
+    decisions = quantizing.decide(
         trace.products, rules, is_part or not rules, states, stored, is_start, door.aliases
     )
     pairs = list(zip(call.origins, arrays, strict=True))

@@ -23,7 +23,7 @@ def quantize(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Model:
-    """The same model with quantized matrix products; parameters are shared, not copied.
+    """Returns the same model with quantized matrix products; parameters are shared, not copied.
 
     Every product goes by the path of its parameter, whoever wrote the layer, as ``blocks/0/up/kernel``, and
     by that of what holds it, ``blocks/0/up``; it takes a recipe such as ``"w8a8"``.  A product of two
@@ -73,7 +73,7 @@ def coverage(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Coverage:
-    """What each product of a model gets, or has: a table.
+    """Returns a table of how each product of a model is, or would be, computed.
 
     With example inputs all products of the model's call are listed, with their multiplications; without,
     those of Flax's own layers.  A product that cannot take its recipe is a row with the reason.

@@ -23,11 +23,11 @@ from jaxquant.artifacts.settings import (
 )
 from jaxquant.functions.saving import (
     check_shape,
+    describe_stored,
     few,
     flat,
+    load_stored,
     nested,
-    noted,
-    stored_of,
     unsupported_of,
 )
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
@@ -35,7 +35,7 @@ from jaxquant.nnx.doors import door_of, install, modules, on_unsupported_of, rul
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
-from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.nnx.storing import holder_of, replace_parameters
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
@@ -94,7 +94,7 @@ def save(
         is_pair = isinstance(leaf, OF_A_STATE) and isinstance(held, tuple)
         own = {f"{name}/{i}": part for i, part in enumerate(held)} if is_pair else {name: held}
         variables |= {n: x for n, x in own.items() if x is not None}
-    variables, stored = noted(variables)
+    variables, stored = describe_stored(variables)
     tree = {
         "variables": nested(variables),
         "rules": {i: rule_tree(rule) for i, rule in enumerate(rules)},
@@ -107,7 +107,7 @@ def save(
 
 
 def load(folder: str | os.PathLike, model: Model) -> Model:
-    """The model that was saved, made of the plain architecture.
+    """Returns the model that was saved, made of the plain architecture.
 
     Its outputs equal the saved model's bit for bit, in the mode that `model` is in: call `.eval()` where
     dropout must be off.  Streams of random numbers, caches and intermediates are those of `model`; where it
@@ -145,7 +145,7 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
     if not isinstance(tree, Mapping) or set(tree) | _OPTIONAL != _SAVED:
         raise ValueError(f"{folder} is not of an NNX model")
     values: dict[str, Any] = flat(tree["variables"])
-    stored = stored_of(str(folder), tree["stored"], values)
+    stored = load_stored(str(folder), tree["stored"], values)
     if "types" in tree:
         check_types(_types(model), types_from_array(tree["types"]))
     model = _filled(model, values, stored, str(folder))
@@ -156,13 +156,13 @@ def load(folder: str | os.PathLike, model: Model) -> Model:
 
 
 def _types(model: nnx.Module) -> Types:
-    """The types that each module computes in, by path."""
+    """Returns the types that each module computes in, by path."""
     found = {path: types_of(module) for path, module in modules(model)}
     return {path: types for path, types in found.items() if types}
 
 
 def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
-    """Variables by path, without those of a run and the rules'."""
+    """Returns variables by path, without those of a run and the rules'."""
     found = nnx.to_flat_state(nnx.split(model)[1])
     return [
         ("/".join(map(str, path)), leaf)
@@ -174,7 +174,7 @@ def _variables(model: nnx.Module) -> list[tuple[str, Any]]:
 def _filled(
     model: Model, values: dict[str, Any], stored: Mapping[str, Stored], folder: str
 ) -> Model:
-    """The model with the values in its variables, and what belongs to them beside them."""
+    """Returns the model with the values in its variables, and what belongs to them beside them."""
     own = dict(_variables(model))
     states = _states(values, own)
     of_states = {name for names in states.values() for name in names}
@@ -201,7 +201,7 @@ def _filled(
         elif isinstance(leaf, _OF_A_RUN):
             leaf = jax.tree.map(_started, leaf)
         filled.append((path, leaf))
-    model = replaced(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
+    model = replace_parameters(nnx.merge(graphdef, nnx.from_flat_state(filled)), leaves)
     for name, held in unmade.items():
         setattr(at(model, name.split("/")[:-1]), name.split("/")[-1], nnx.data(held))
     for (path, part), names in states.items():
@@ -215,7 +215,7 @@ def _filled(
 
 
 def _is_unmade(model: nnx.Module, name: str) -> bool:
-    """Whether it is an array that `nnx.eval_shape` left unmade, as it does where no variable holds one."""
+    """Returns whether `nnx.eval_shape` left an array abstract, as it does for one that no variable holds."""
     *above, last = name.split("/")
     try:
         module = at(model, above)
@@ -225,7 +225,7 @@ def _is_unmade(model: nnx.Module, name: str) -> bool:
 
 
 def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str, str], list[str]]:
-    """The names of values that are parts of a `State`, by the path of the weight and the part."""
+    """Returns the names of values that are parts of a `State`, by the path of the weight and the part."""
     found: dict[tuple[str, str], list[str]] = {}
     for name in (n for n in values if n not in own):
         whole = name.removesuffix("/0").removesuffix("/1")
@@ -236,7 +236,7 @@ def _states(values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[tuple[str
 
 
 def _started(value: Any) -> Any:
-    """What is of a run as it starts, where the model is abstract."""
+    """Returns the state that a run starts with, for an abstract model."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jnp.zeros(value.shape, value.dtype)  # of a key, jax.random.key(0)
     return value
@@ -254,7 +254,7 @@ def _filled_card(card: artifacts.Card | None, model: nnx.Module) -> artifacts.Ca
 
 
 def _ranges(model: nnx.Module) -> dict[str, Any]:
-    """Calibrated ranges and steps of activations, by weight."""
+    """Returns calibrated ranges and steps of activations, by weight."""
     found = {}
     for name, leaf in _variables(model):
         part = state_part(name.rpartition("/")[2], leaf)

@@ -8,7 +8,7 @@ from flax import nnx
 
 from jaxquant.engine.rules import Subject, choose
 from jaxquant.functions import freezing
-from jaxquant.functions.freezing import as_held
+from jaxquant.functions.freezing import unwrap_stored
 from jaxquant.nnx.calls import at, state_part
 from jaxquant.nnx.doors import copied, door_of, rules_of, weights
 from jaxquant.nnx.modules import Stored as StoredWeight
@@ -25,7 +25,7 @@ def freeze(
     call: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Model:
-    """The model for serving: every quantized weight stored as packed integers with its scales.
+    """Returns the model for serving: every quantized weight stored as packed integers with its scales.
 
     Its outputs equal the quantized model's bit for bit.  Ranges and steps that were calibrated or learned
     are kept.  A frozen weight is a `jaxquant.nnx.Stored` variable, which optimizers pass over.
@@ -62,17 +62,17 @@ def freeze(
         plan.check()
     if not inputs and not options:
         _warn_of_left(model, plan)
-    stored = freezing.frozen(plan.reads, plan.decisions, plan.values, donate)
+    stored = freezing.freeze_parameters(plan.reads, plan.decisions, plan.values, donate)
     leaves = {}
     for path, _ in nnx.to_flat_state(nnx.split(model)[1]):
         name = "/".join(part for part in (door.path if door else "", *map(str, path)) if part)
         if name in stored:
-            leaves[path] = StoredWeight(as_held(name, stored[name]))
-    return replaced(model, leaves)
+            leaves[path] = StoredWeight(unwrap_stored(name, stored[name]))
+    return replace_parameters(model, leaves)
 
 
 def _warn_of_left(model: nnx.Module, plan: Plan) -> None:
-    """Names weights that rules take and that none of Flax's layers multiplies."""
+    """Warns of weights that rules match but no Flax layer multiplies."""
     known = set(plan.parameters)
     names = [(p, p.rpartition("/")[0]) if "/" in p else (p,) for p, _ in weights(model)]
     chosen = choose([Subject(n, "weight") for n in names], rules_of(model), is_part=True)
@@ -89,8 +89,8 @@ def _warn_of_left(model: nnx.Module, plan: Plan) -> None:
         )
 
 
-def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
-    """Another module tree with other variables, each in all the places of the one that it replaces.
+def replace_parameters(model: Model, leaves: dict[Any, Any]) -> Model:
+    """Copies a module tree with other variables, each in all positions of the one that it replaces.
 
     Learned steps of what is stored are dropped: the stored numbers have them.
     """
@@ -114,7 +114,7 @@ def replaced(model: Model, leaves: dict[Any, Any]) -> Model:
 
 
 def holder_of(model: nnx.Module, path: str) -> tuple[Any, str] | None:
-    """The module of which a parameter is an attribute, and its name; None where a list or dict holds it."""
+    """Returns the module that has a parameter as an attribute, and its name; None inside a list or dict."""
     *above, name = path.split("/")
     try:
         module = at(model, above)

@@ -1,1 +1,1 @@
-"""How one array is quantized: rounding, scales, groups, estimators, and the `QArray` of the result."""
+"""Quantization of one array: rounding, scales, groups, estimators, and `QArray`."""

@@ -18,14 +18,17 @@ import numpy as np
 
 from jaxquant.formats import Format, Int
 from jaxquant.numerics.reductions import largest
+from jaxquant.stats import renamed_names
 
 Calibration = Callable[[jax.Array, tuple[int, ...], Format], Any]
+
+__getattr__ = renamed_names(globals(), {"sees_all": "propagates_nonfinite"})
 
 
 def absmax(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format | None = None
 ) -> jt.Float[jax.Array, "..."]:
-    """The largest magnitude over `axes`: no value is clipped.
+    """Returns the largest magnitude over `axes`: no value is clipped.
 
     Args:
         x: values.
@@ -46,7 +49,7 @@ def absmax(
 def minmax(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """The smallest and the largest value over `axes`, and zero: an asymmetric range without clipping.
+    """Returns the smallest and the largest value over `axes`, and zero: an asymmetric range without clipping.
 
     Zero is within the range so that it is represented exactly (Jacob et al. 2018, section 2.1).
 
@@ -59,7 +62,7 @@ def minmax(
 
 
 def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """√(mean x²) over `axes`, of values whose squares need not be representable."""
+    """Returns √(mean x²) over `axes`, of values whose squares need not be representable."""
     top = absmax(x, axes)
     unit = jnp.where(top >= jnp.finfo(jnp.float32).tiny, top, 1)
     count = max(1, math.prod(x.shape[a] for a in axes))
@@ -71,7 +74,7 @@ def rms(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 
 
 def _sum_by_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
-    """The sum over `axes`, which stay with size 1: the same to the bit in every program.
+    """Returns the sum over `axes`, which stay with size 1: the same to the bit in every program.
 
     A reduction adds up in an order that depends on what it is compiled with; here each addition is written
     out, of one half of the axis to the other.
@@ -88,7 +91,7 @@ def _sum_by_halves(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
 def gaussian(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format
 ) -> jt.Float[jax.Array, "..."]:
-    """The range that quantizes a zero-mean normal of x's RMS with the least squared error.
+    """Returns the range that quantizes a zero-mean normal of x's RMS with the least squared error.
 
     r = c(format) · √(mean x²), where c minimises E[(z − Q(z))²] for z ~ N(0, 1) over the range of the
     grid.  An `Int` may have traced bits (whole widths); other formats are static.
@@ -110,7 +113,7 @@ def gaussian(
 
 
 def _gaussian_range(format: Format) -> Any:
-    """c(format): for traced bits, read from the table of all widths."""
+    """Returns c(format): for traced bits, read from the table of all widths."""
     if jax.tree.leaves(format):
         if not isinstance(format, Int):
             raise ValueError(
@@ -128,7 +131,7 @@ def _gaussian_range(format: Format) -> Any:
 
 @functools.lru_cache(maxsize=128)
 def optimal_gaussian_range(format: Format) -> tuple[float, float]:
-    """The range c that a static format's grid should cover for unit normals, and the error left there.
+    """Returns the optimal range c of a static format's grid for unit normals, and the remaining error.
 
     The mean squared error is computed exactly, cell by cell, from the normal's partial moments; its
     minimum is bracketed on a logarithmic sweep of c and then narrowed by golden section.
@@ -158,7 +161,7 @@ def optimal_gaussian_range(format: Format) -> tuple[float, float]:
 
 
 def _grid(format: Format) -> np.ndarray:
-    """A static format's values in rising order."""
+    """Returns a static format's values in rising order."""
     if isinstance(
         format, Int
     ):  # without JAX, so that it works while a program is traced by shard_map
@@ -169,7 +172,7 @@ def _grid(format: Format) -> np.ndarray:
 
 
 def _gaussian_error(grid: np.ndarray) -> float:
-    """E[(z − Q(z))²] for z ~ N(0, 1) and rounding to the nearest of `grid`'s values."""
+    """Returns E[(z − Q(z))²] for z ~ N(0, 1) and rounding to the nearest of `grid`'s values."""
     edges = (grid[1:] + grid[:-1]) / 2
     distribution = np.array([0.0, *(math.erf(e / math.sqrt(2)) / 2 + 0.5 for e in edges), 1.0])
     density = np.array([0.0, *(np.exp(-(edges**2) / 2) / math.sqrt(2 * math.pi)), 0.0])
@@ -269,7 +272,7 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """What a calibration returns that finds the scale s instead of the range s · format.max_value."""
+    """A calibration's result that is the scale s, instead of the range s · format.max_value."""
 
     value: jax.Array
 
@@ -304,13 +307,13 @@ def learned(x: jax.Array, axes: tuple[int, ...], format: Format) -> Any:
     )
 
 
-def sees_all(calibration: Calibration) -> bool:
-    """Whether a NaN or an Inf anywhere in a group is certain to show in what the calibration returns."""
+def propagates_nonfinite(calibration: Calibration) -> bool:
+    """Returns whether a NaN or an Inf anywhere in a group always shows in the calibration's result."""
     return calibration in (absmax, minmax, gaussian) or isinstance(calibration, mse)
 
 
 def _over_groups(value: jax.Array, groups: tuple[int, ...]) -> jax.Array:
-    """One range for all groups, or one for each, in the view's shape."""
+    """Returns one range for all groups, or one for each, in the view's shape."""
     if value.size == 1:
         return jnp.broadcast_to(value.reshape((1,) * len(groups)), groups)
     # The view adds and leaves out axes of size 1 only.
@@ -336,7 +339,7 @@ class RunningRange:
     weight: jt.Float[jax.Array, ""]
 
     def range(self) -> Range:
-        """The average so far, as a calibration; NaN before the first update."""
+        """Returns the average so far, as a calibration; NaN before the first update."""
         return Range(jax.tree.map(lambda total: total / self.weight, self.total))
 
 

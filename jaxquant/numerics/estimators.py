@@ -13,10 +13,13 @@ import jax.numpy as jnp
 
 from jaxquant.formats import Format, Int
 from jaxquant.numerics.rounding import straight_through as _straight_through
+from jaxquant.stats import renamed_names
+
+__getattr__ = renamed_names(globals(), {"Laid": "GridTensor"})
 
 
 @dataclasses.dataclass(frozen=True)
-class Laid:
+class GridTensor:
     """A tensor x laid onto a grid.
 
     Attributes:
@@ -43,7 +46,7 @@ class Laid:
 
     @property
     def inside(self) -> jax.Array:
-        """Which elements do not lie beyond the range of the grid; where there is no range, none does.
+        """Elements within the grid's range; all of them if the range is NaN.
 
         So the gradient of a group that holds a NaN is passed on, with the NaNs that it has by then.
         """
@@ -51,24 +54,24 @@ class Laid:
         return ~((self.x < self.low * scale) | (self.x > self.high * scale))
 
 
-def straight_through(laid: Laid) -> jax.Array:
+def straight_through(tensor: GridTensor) -> jax.Array:
     """∂x̂/∂x = 1 everywhere, nothing to the scale.
 
     Source: Bengio et al. 2013, arXiv 1308.3432.
     """
-    return _straight_through(laid.x, jnp.broadcast_to(laid.value, laid.x.shape))
+    return _straight_through(tensor.x, jnp.broadcast_to(tensor.value, tensor.x.shape))
 
 
-def clipped(laid: Laid) -> jax.Array:
+def clipped(tensor: GridTensor) -> jax.Array:
     """∂x̂/∂x = 1 within the range and 0 where x is clipped, nothing to the scale.
 
     Source: Hubara et al. 2016, arXiv 1609.07061, equation 4.
     """
-    x = jnp.where(laid.inside, laid.x, jax.lax.stop_gradient(laid.x))
-    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+    x = jnp.where(tensor.inside, tensor.x, jax.lax.stop_gradient(tensor.x))
+    return _straight_through(x, jnp.broadcast_to(tensor.value, x.shape))
 
 
-def pact(laid: Laid) -> jax.Array:
+def pact(tensor: GridTensor) -> jax.Array:
     """PACT: the clipping level r = s · max learns from what it clips.
 
     ∂x̂/∂x = 1 within the range, else 0;  ∂x̂/∂r = 0 within, 1 where x ≥ r, and −1 where x ≤ −r on a
@@ -76,12 +79,12 @@ def pact(laid: Laid) -> jax.Array:
 
     Source: Choi et al. 2018, arXiv 1805.06085, equations 1 to 3 (unsigned activations).
     """
-    low, high = laid.low * laid.scale, laid.high * laid.scale
-    x = jnp.where(laid.x >= high, high, jnp.where(laid.x <= low, low, laid.x))
-    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+    low, high = tensor.low * tensor.scale, tensor.high * tensor.scale
+    x = jnp.where(tensor.x >= high, high, jnp.where(tensor.x <= low, low, tensor.x))
+    return _straight_through(x, jnp.broadcast_to(tensor.value, x.shape))
 
 
-def lsq(laid: Laid) -> jax.Array:
+def lsq(tensor: GridTensor) -> jax.Array:
     """LSQ: the step s learns from the rounding error.
 
     ∂x̂/∂x = 1 within the range, else 0;  ∂x̂/∂s = g · (q − x/s) within, g · q where x is clipped, with
@@ -90,17 +93,19 @@ def lsq(laid: Laid) -> jax.Array:
 
     Source: Esser et al. 2020, arXiv 1902.08153, equations 3 and 5 and section 2.2.
     """
-    gradient_scale = 1 / jnp.sqrt(jnp.maximum(1, laid.group) * jnp.asarray(laid.high, jnp.float32))
-    fixed = jax.lax.stop_gradient(laid.scale)
+    gradient_scale = 1 / jnp.sqrt(
+        jnp.maximum(1, tensor.group) * jnp.asarray(tensor.high, jnp.float32)
+    )
+    fixed = jax.lax.stop_gradient(tensor.scale)
     # The value of s with g times its gradient.
-    scale = fixed + gradient_scale * (laid.scale - fixed)
-    ratio = laid.x / scale
-    ratio = jnp.where(laid.inside, ratio, jnp.broadcast_to(laid.grid, ratio.shape))
-    grid = _straight_through(ratio, jnp.broadcast_to(laid.grid, ratio.shape))
+    scale = fixed + gradient_scale * (tensor.scale - fixed)
+    ratio = tensor.x / scale
+    ratio = jnp.where(tensor.inside, ratio, jnp.broadcast_to(tensor.grid, ratio.shape))
+    grid = _straight_through(ratio, jnp.broadcast_to(tensor.grid, ratio.shape))
     return grid * scale
 
 
-def trust(laid: Laid) -> jax.Array:
+def trust(tensor: GridTensor) -> jax.Array:
     """QuEST's trust mask: ∂x̂/∂x = 1 where |x̂ − x| ≤ T, else 0, with T half the step between levels.
 
     What is within the grid's range is always trusted, and so is what lies at most T beyond it.  QuEST is
@@ -112,16 +117,18 @@ def trust(laid: Laid) -> jax.Array:
 
     Source: Panferov et al. 2025, arXiv 2502.05003, section 3.2.
     """
-    if not isinstance(laid.format, Int):
-        raise ValueError(f"the trust mask needs an Int, whose steps are equal; got {laid.format!r}")
-    half_step = jax.lax.stop_gradient(laid.scale) * (laid.format.step / 2)
+    if not isinstance(tensor.format, Int):
+        raise ValueError(
+            f"the trust mask needs an Int, whose steps are equal; got {tensor.format!r}"
+        )
+    half_step = jax.lax.stop_gradient(tensor.scale) * (tensor.format.step / 2)
     # A value in the middle of a cell errs by exactly half a step, give or take its own rounding.
     slack = 1 + 8 * jnp.finfo(jnp.float32).eps
-    trusted = jnp.abs(laid.value - laid.x) <= half_step * slack
-    x = jnp.where(trusted | laid.inside, laid.x, jax.lax.stop_gradient(laid.x))
-    return _straight_through(x, jnp.broadcast_to(laid.value, x.shape))
+    trusted = jnp.abs(tensor.value - tensor.x) <= half_step * slack
+    x = jnp.where(trusted | tensor.inside, tensor.x, jax.lax.stop_gradient(tensor.x))
+    return _straight_through(x, jnp.broadcast_to(tensor.value, x.shape))
 
 
 def group_size(shape: tuple[int, ...], groups: tuple[int, ...]) -> int:
-    """How many elements of an array share one of its scales."""
+    """Returns how many elements share one scale."""
     return math.prod(shape) // max(1, math.prod(groups))

@@ -12,7 +12,7 @@ Granularity = Literal["tensor", "channel"] | int | tuple[int, int]
 def scale_shape(
     shape: tuple[int, ...], granularity: Granularity, axis: int | Sequence[int]
 ) -> tuple[int, ...]:
-    """The shape of an array's scales: one entry per group along each axis.
+    """Returns the shape of an array's scales: one entry per group along each axis.
 
     Args:
         shape: the array's.
@@ -31,7 +31,7 @@ def scale_shape(
     """
     if not shape and isinstance(granularity, str):
         return ()  # a scalar has no axes and one scale
-    axes = normalized_axes(shape, axis)
+    axes = normalize_axes(shape, axis)
     if granularity == "tensor":
         return (1,) * len(shape)
     if granularity == "channel":
@@ -41,7 +41,7 @@ def scale_shape(
             f"granularity {granularity} (a block size) needs a contracting axis; got none"
         )
     if isinstance(granularity, int):
-        return _divided(shape, {axes[-1]: granularity}, granularity)
+        return _divide(shape, {axes[-1]: granularity}, granularity)
     if len(axes) != 1:
         raise ValueError(f"a tile {granularity} needs one contracting axis; got {len(axes)}")
     (along,) = axes
@@ -50,11 +50,11 @@ def scale_shape(
         raise ValueError(
             f"a tile {granularity} needs an array of at least two axes; got shape {shape}"
         )
-    return _divided(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
+    return _divide(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
 
 
-def normalized_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
-    """Axes counted from the start, in the order given, each checked to be one of the array's."""
+def normalize_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns axes counted from the start, in the order given, each checked to be one of the array's."""
     try:
         axes = [operator.index(a) for a in (axis if isinstance(axis, Sequence) else (axis,))]
     except TypeError:
@@ -69,7 +69,7 @@ def normalized_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[
     return tuple(a % len(shape) for a in axes)
 
 
-def _divided(shape: tuple[int, ...], sizes: dict[int, int], granularity: Any) -> tuple[int, ...]:
+def _divide(shape: tuple[int, ...], sizes: dict[int, int], granularity: Any) -> tuple[int, ...]:
     for a, size in sizes.items():
         if shape[a] % size:
             raise ValueError(
@@ -79,7 +79,7 @@ def _divided(shape: tuple[int, ...], sizes: dict[int, int], granularity: Any) ->
     return tuple(n // sizes.get(a, 1) for a, n in enumerate(shape))
 
 
-def grouped(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
+def split_groups(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
     """Views each axis n that holds several groups as (groups, n / groups), and leaves the others.
 
     Axes of size 1 are not added: reductions over views that have them are slow.
@@ -90,8 +90,8 @@ def grouped(x: jax.Array, groups: tuple[int, ...]) -> jax.Array:
     return x.reshape(shape)
 
 
-def within(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of `grouped`'s view that lie within a group."""
+def axes_within_groups(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the axes of `split_groups`'s view that lie within a group."""
     axes, place = [], 0
     for n, g in zip(shape, groups, strict=True):
         split = g not in (1, n)
@@ -102,8 +102,8 @@ def within(shape: tuple[int, ...], groups: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def per_group(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Views scales so that they broadcast against `grouped`'s view of an array of such a shape."""
+def broadcast_scale(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Views scales so that they broadcast against `split_groups`'s view of an array of such a shape."""
     view: list[int] = []
     for n, g in zip(shape, scale.shape, strict=True):
         view += [g] if g in (1, n) else [g, 1]

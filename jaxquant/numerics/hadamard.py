@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 
 # What its products are named in a program, so that they can be told from a model's own.
 ROTATION = "hadamard_rotation"
@@ -17,7 +17,7 @@ _RADIX = 16
 
 
 def check_block(block: object) -> int:
-    """A power of two, as an int, or a ValueError."""
+    """Returns a power of two, as an int, or a ValueError."""
     try:
         size = operator.index(block)  # pyright: ignore[reportArgumentType]
     except TypeError:
@@ -57,11 +57,11 @@ def hadamard(
         raise ValueError(
             f"a Hadamard block of {size} does not divide axis {axis} of shape {x.shape}"
         )
-    rotated = functools.partial(_rotated, size=size, axis=axis)
-    return computed_as_auto(rotated, (x,), lambda: spec_of(x))
+    rotate = functools.partial(_transform, size=size, axis=axis)
+    return call_with_auto_axes(rotate, (x,), lambda: spec_of(x))
 
 
-def _rotated(x: jax.Array, size: int, axis: int) -> jax.Array:
+def _transform(x: jax.Array, size: int, axis: int) -> jax.Array:
     before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     inner = 1
     while inner < size:
@@ -77,10 +77,10 @@ def _rotated(x: jax.Array, size: int, axis: int) -> jax.Array:
     return x
 
 
-def rotated(x: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
+def rotate(x: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
     """`hadamard` of finite values without overflow: a coordinate saturates at the type's largest value.
 
-    >>> rotated(jnp.array([3e38, 3e38]), 2, -1)
+    >>> rotate(jnp.array([3e38, 3e38]), 2, -1)
     Array([3.4028235e+38, 0.0000000e+00], dtype=float32)
     """
     shrink, top = _shrink(block), float(jnp.finfo(x.dtype).max)
@@ -89,14 +89,14 @@ def rotated(x: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Arra
     return jnp.where(jnp.isfinite(turned), kept, turned) * (1 / shrink)
 
 
-def rotated_back(values: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
-    """What values in rotated coordinates stand for: beyond the type's largest value Inf, and never NaN."""
+def rotate_back(values: jt.Float[jax.Array, "*shape"], block: int, axis: int) -> jax.Array:
+    """Rotates back from rotated coordinates; values beyond the type's largest become Inf, never NaN."""
     shrink, top = _shrink(block), float(jnp.finfo(values.dtype).max)
     return hadamard(jnp.clip(values, -top, top) * shrink, block, axis) * (1 / shrink)
 
 
 def _shrink(block: int) -> float:
-    """The power of two that makes room for a rotation, whose coordinates may be √block times as large."""
+    """Returns the power of two that prevents overflow in a rotation: coordinates grow by up to √block."""
     return 2.0 ** -(block.bit_length() // 2)
 
 

@@ -1,4 +1,4 @@
-"""What a quantizer does to one tensor, as sums: what is clipped, what becomes zero, how much is noise."""
+"""Statistics of quantizing one tensor, as sums: clipping, underflow and noise."""
 
 import dataclasses
 import functools
@@ -11,10 +11,10 @@ import jaxtyping as jt
 from jax.sharding import PartitionSpec
 
 from jaxquant.formats.base import exp2, exponent_of, in_float32
-from jaxquant.numerics.qarray import QArray, dequantize, rotated_to, to_grid
+from jaxquant.numerics.qarray import QArray, dequantize, to_float32_rotated, to_grid
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.reductions import largest
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 
 # The histogram's bins: floor(log2 |x|) from the first to the last, which hold what lies beyond them too.
 LOWEST, BINS = -44, 64
@@ -23,7 +23,7 @@ _SLACK = 1 + 2.0**-20
 
 
 class Sums(NamedTuple):
-    """Of one tensor, all float32 and, but for the largest value, sums: those of several uses add up.
+    """Sums over one tensor, all float32; the sums of several uses add up, except for the largest value.
 
     Attributes:
         uses: 1.
@@ -48,8 +48,8 @@ class Sums(NamedTuple):
     histogram: jt.Float[jax.Array, "*turns bins"]
 
 
-def nothing(turns: tuple[int, ...] = ()) -> Sums:
-    """Of no tensor at all.
+def zero_sums(turns: tuple[int, ...] = ()) -> Sums:
+    """Returns the sums of an empty tensor.
 
     Args:
         turns: axes in front.
@@ -78,8 +78,8 @@ class Quantized:
     key: Callable[[jax.Array], jax.Array] | None = None
 
 
-def measured(tensor: Quantized) -> Sums:
-    """What a quantizer does to a tensor, in the coordinates in which it is quantized.
+def measure(tensor: Quantized) -> Sums:
+    """Measures the quantization of a tensor, in the coordinates in which it is quantized.
 
     SQNR = −10 · log10(noise) decibels, where q(x) is what the grid holds, before any rounding to x's type.
 
@@ -87,31 +87,31 @@ def measured(tensor: Quantized) -> Sums:
         tensor: with its quantizer.
 
     >>> from jaxquant.formats import INT8
-    >>> found = measured(Quantized(jnp.array([127.0, 0.2, 0.0]), Quantizer(INT8), (0,)))
+    >>> found = measure(Quantized(jnp.array([127.0, 0.2, 0.0]), Quantizer(INT8), (0,)))
     >>> found.nonzero, found.underflow, found.clipped
     (Array(2., dtype=float32), Array(1., dtype=float32), Array(0., dtype=float32))
     """
     x = dequantize(tensor.x) if isinstance(tensor.x, QArray) else tensor.x
     quantizer, axes, key = tensor.quantizer, tensor.axes, tensor.key
     if not x.size:
-        return nothing()
-    return computed_as_auto(
-        lambda x, quantizer: _measured(x, quantizer, axes, key),
+        return zero_sums()
+    return call_with_auto_axes(
+        lambda x, quantizer: _measure(x, quantizer, axes, key),
         (x, None if isinstance(tensor.x, QArray) else quantizer),
         PartitionSpec,
     )
 
 
-def _measured(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any) -> Sums:
+def _measure(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any) -> Sums:
     view = own = in_float32(x)
     clipped = underflow = noise = values = jnp.float32(jnp.nan)
     if quantizer is not None:
-        view, values, clipped = _laid(own, quantizer, axes, key)
+        view, values, clipped = _quantize_view(own, quantizer, axes, key)
         underflow = _count(jnp.isfinite(view) & (view != 0) & (values == 0))
     amax = largest(jnp.abs(jnp.where(jnp.isfinite(view), view, 0))).reshape(())
     if quantizer is not None:
         noise = _noise(view, values, amax)
-    counts = _counts(view)
+    counts = _histogram(view)
     histogram, bad = counts[:BINS], counts[BINS + 1]
     if quantizer is not None and quantizer.hadamard is not None:
         bad = _count(~jnp.isfinite(own))  # a rotation spreads it over a block
@@ -128,9 +128,9 @@ def _measured(x: jax.Array, quantizer: Quantizer | None, axes: tuple[int, ...], 
     )
 
 
-def _laid(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
-    """x in the coordinates and groups of its grid, what that has in its place, and how much it clips."""
-    grid, scales, view = to_grid(rotated_to(x, quantizer, axes), quantizer, axes, key)
+def _quantize_view(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -> Any:
+    """Returns x in the coordinates and groups of its grid, its quantized values, and the clipped count."""
+    grid, scales, view = to_grid(to_float32_rotated(x, quantizer, axes), quantizer, axes, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
         grid, low, high = (v - scales.zero for v in (grid, low, high))
@@ -140,14 +140,14 @@ def _laid(x: jax.Array, quantizer: Quantizer, axes: tuple[int, ...], key: Any) -
 
 
 def _count(mask: jax.Array) -> jax.Array:
-    """How many are true, in float32; counted in integers, as far as these reach."""
+    """Counts true elements, in float32; it counts in int32 where that suffices."""
     if mask.ndim > 1 and mask.size >= 2**31:
         return jnp.sum(jnp.sum(mask, axis=-1, dtype=jnp.int32).astype(jnp.float32))
     return jnp.sum(mask, dtype=jnp.int32).astype(jnp.float32)
 
 
 def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
-    """Σ (x − values)² / Σ x², in units of about the largest, whose square is a float32."""
+    """Returns Σ (x − values)² / Σ x², in units of about the largest, whose square is a float32."""
     exponent = jnp.clip(exponent_of(jnp.where(amax > 0, amax, 1)), -126, 126)
     unit = exp2(-exponent)
     error, own = ((x - values) * unit) ** 2, (x * unit) ** 2
@@ -158,8 +158,8 @@ def _noise(x: jax.Array, values: jax.Array, amax: jax.Array) -> jax.Array:
     return jnp.sum(error) / jnp.where(amax > 0, jnp.sum(own), jnp.nan)
 
 
-def _counts(x: jax.Array) -> jax.Array:
-    """How many of x have each floor(log2 |x|), are zero, and are not finite."""
+def _histogram(x: jax.Array) -> jax.Array:
+    """Counts the elements of x by floor(log2 |x|), and those that are zero or not finite."""
     place = jnp.clip(exponent_of(x), LOWEST, LOWEST + BINS - 1) - LOWEST
     place = jnp.where(x == 0, BINS, jnp.where(jnp.isfinite(x), place, BINS + 1))
 

@@ -1,4 +1,4 @@
-"""What stands for an array and is none: every use of it as an array is an error that says what to do."""
+"""Placeholders for arrays: using one as an array raises an error that says what to do."""
 
 import dataclasses
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Owner:
     path: str = dataclasses.field(default="", compare=False)
 
 
-def _refused(name: str) -> Callable[..., NoReturn]:
+def _refuse(name: str) -> Callable[..., NoReturn]:
     def method(self: Any, *args: Any, **options: Any) -> NoReturn:
         del args, options
         raise DirectRead(self.not_an_array(name))
@@ -39,7 +39,7 @@ class Opaque:
     __array_ufunc__ = None  # NumPy leaves operators to us
 
     def not_an_array(self, use: str) -> str:
-        """Why this cannot be used in some way, and what can be done."""
+        """Returns why this cannot be used in some way, and what to do."""
         if not self.owner.path:
             return (
                 f"a {type(self).__name__} is no array, and was used as one by {use}; "
@@ -63,8 +63,8 @@ _OPERATORS = {"add": "+", "sub": "-", "mul": "*", "matmul": "@", "truediv": "/",
 _OPERATORS |= {"mod": "%", "pow": "**", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 for _name, _sign in _OPERATORS.items():
     for _side in ("", "r"):
-        setattr(Opaque, f"__{_side}{_name}__", _refused(f"the operator {_sign}"))
+        setattr(Opaque, f"__{_side}{_name}__", _refuse(f"the operator {_sign}"))
 for _name in ("neg", "abs", "iter", "float", "int"):
-    setattr(Opaque, f"__{_name}__", _refused(f"__{_name}__"))
-Opaque.__jax_array__ = _refused("a function of jax")  # pyright: ignore
-Opaque.__array__ = _refused("a function of NumPy")  # pyright: ignore
+    setattr(Opaque, f"__{_name}__", _refuse(f"__{_name}__"))
+Opaque.__jax_array__ = _refuse("a function of jax")  # pyright: ignore
+Opaque.__array__ = _refuse("a function of NumPy")  # pyright: ignore

@@ -41,7 +41,7 @@ def pack_bits(
 
 
 def packed_bytes(length: int, bits: int) -> int:
-    """Bytes of a row of codes.
+    """Returns bytes of a row of codes.
 
     >>> packed_bytes(9, 3)
     6
@@ -52,7 +52,7 @@ def packed_bytes(length: int, bits: int) -> int:
 def unpack_bits(
     packed: jt.UInt8[jax.Array, "*rows bytes"], bits: int, length: int
 ) -> jt.UInt[jax.Array, "*rows n"]:
-    """The codes that `pack_bits` packed.
+    """Returns the codes that `pack_bits` packed.
 
     Args:
         packed: bit planes.
@@ -85,7 +85,7 @@ def unpack_bits(
 def nibble_words(
     packed: jt.UInt8[jax.Array, "*rows bytes"], bits: int, length: int
 ) -> jt.Int32[jax.Array, "*rows groups"]:
-    """Two's complement codes of at most 4 bits, eight to a 32-bit word, for `nibbles` to take out.
+    """Returns two's complement codes of at most 4 bits, eight to a 32-bit word, for `nibbles` to take out.
 
     A few operations on whole words, where `unpack_bits` takes several for each code.
 
@@ -110,7 +110,7 @@ def nibble_words(
 
 
 def nibbles(words: jt.Int32[jax.Array, "*words one"]) -> jt.Int32[jax.Array, "*words codes"]:
-    """The eight codes of each of `nibble_words`' words, in their order, along the last axis."""
+    """Returns the eight codes of each of `nibble_words`' words, in their order, along the last axis."""
     # The exchanges left code 4c + 2b + a in nibble 4b + 2a + c.
     places = [4 * (p >> 1 & 1) + 2 * (p & 1) + (p >> 2) for p in range(8)]
     left = jnp.array([28 - 4 * place for place in places], jnp.int32)
@@ -126,7 +126,7 @@ def _sum_bits(bits: jax.Array, count: int) -> jax.Array:
 
 
 def _word(bits: int) -> Any:
-    """The smallest unsigned type that is worth computing codes of so many bits in."""
+    """Returns the smallest unsigned type that is worth computing codes of so many bits in."""
     return jnp.uint16 if bits <= 16 else jnp.uint32
 
 

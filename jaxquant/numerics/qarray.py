@@ -29,13 +29,26 @@ from jaxquant.formats import Block, Codebook, Format, in_float32
 from jaxquant.numerics import calibration as calibrations
 from jaxquant.numerics import estimators
 from jaxquant.numerics import rounding as roundings
-from jaxquant.numerics.groups import grouped, normalized_axes, per_group, scale_shape, within
-from jaxquant.numerics.hadamard import rotated, rotated_back
+from jaxquant.numerics.groups import (
+    axes_within_groups,
+    broadcast_scale,
+    normalize_axes,
+    scale_shape,
+    split_groups,
+)
+from jaxquant.numerics.hadamard import rotate, rotate_back
 from jaxquant.numerics.opaque import DirectRead, Opaque, Owner
 from jaxquant.numerics.packing import pack_bits, packed_bytes, unpack_bits
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.scales import TINY, TOP, Scales, divided_by, flushed, found_scales
-from jaxquant.numerics.sharding import computed_as_auto, spec_of, unrepeated
+from jaxquant.numerics.scales import (
+    TINY,
+    TOP,
+    Scales,
+    compute_scales,
+    divide_by_scale,
+    flush_subnormal,
+)
+from jaxquant.numerics.sharding import call_with_auto_axes, drop_repeated, spec_of
 
 
 @jax.tree_util.register_dataclass
@@ -135,13 +148,13 @@ class QArray(Opaque):
         packed_axis = packed_axis - self.ndim if packed_axis >= 0 else packed_axis
 
         def taken(parts: Any, rows: jax.Array) -> Any:
-            return jax.tree.map(lambda part: _taken(part, rows, self.shape[0]), parts)
+            return jax.tree.map(lambda part: _take(part, rows, self.shape[0]), parts)
 
         def specs() -> Any:
             own = jax.tree.map(lambda part: (*spec_of(rows), *tuple(spec_of(part))[1:]), parts)
-            return tuple(None if spec is None else unrepeated(spec) for spec in own)
+            return tuple(None if spec is None else drop_repeated(spec) for spec in own)
 
-        qvalue, scale, zero_point, tensor_scale = computed_as_auto(taken, (parts, rows), specs)
+        qvalue, scale, zero_point, tensor_scale = call_with_auto_axes(taken, (parts, rows), specs)
         return dataclasses.replace(
             self,
             qvalue=qvalue,
@@ -153,7 +166,7 @@ class QArray(Opaque):
         )
 
     def pack(self) -> "QArray":
-        """The same array with its values in exactly `format.bits` bits each, rounded up to whole bytes a row.
+        """Packs the values into exactly `format.bits` bits each, rounded up to whole bytes for each row.
 
         Raises:
             ValueError: a scalar, which has no row.
@@ -164,7 +177,7 @@ class QArray(Opaque):
             raise ValueError("a scalar cannot be packed: it has no row of codes")
         element = self.element
         row = packed_bytes(self.shape[-1], element.bits)
-        packed = computed_as_auto(
+        packed = call_with_auto_axes(
             lambda stored: pack_bits(element.encode(element.load(stored)), element.bits),
             (self.qvalue,),
             lambda: spec_of(self.qvalue, (*self.shape[:-1], row)),
@@ -172,7 +185,7 @@ class QArray(Opaque):
         return dataclasses.replace(self, qvalue=packed, length=self.shape[-1])
 
     def unpack(self) -> "QArray":
-        """The same array with its values in the format's array type."""
+        """Returns the same array with its values in the format's array type."""
         if self.length is None:
             return self
         element, length, axis = self.element, self.length, self.packed_axis
@@ -183,21 +196,21 @@ class QArray(Opaque):
             stored = element.store(element.decode(unpack_bits(packed, element.bits, length)))
             return stored if is_last else jnp.moveaxis(stored, -1, axis)
 
-        stored = computed_as_auto(
+        stored = call_with_auto_axes(
             unpacked, (self.qvalue,), lambda: spec_of(self.qvalue, self.shape)
         )
         return dataclasses.replace(self, qvalue=stored, length=None, packed_axis=-1)
 
     def float_scale(self) -> jt.Float[jax.Array, "*groups"]:
-        """The scales in float32, a Block's decoded."""
+        """Returns the scales in float32, a Block's decoded."""
         if not isinstance(self.format, Block):
             return self.scale
         scale = self.format.scale.load(self.scale)
-        return flushed(scale if self.tensor_scale is None else scale * self.tensor_scale)
+        return flush_subnormal(scale if self.tensor_scale is None else scale * self.tensor_scale)
 
 
-def _taken(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
-    """Rows of what holds n of them, or one for several that share a scale."""
+def _take(part: jax.Array, rows: jax.Array, n: int) -> jax.Array:
+    """Takes rows of an array of n rows, or of one with a row for each group."""
     if part.shape[0] == n:
         return part[rows]
     return part[jnp.where(rows < 0, rows + n, rows) // (n // part.shape[0])]
@@ -211,17 +224,17 @@ def _check(x: Any, quantizer: Any) -> None:
         raise ValueError(f"quantizer is a Quantizer, as in Quantizer(Int(8)); got {quantizer!r}")
 
 
-def rotated_to(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
-    """x in float32, in the coordinates that it is quantized in."""
+def to_float32_rotated(x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int]) -> jax.Array:
+    """Returns x in float32, in the coordinates that it is quantized in."""
     x = in_float32(x)
     if quantizer.hadamard is None:
         return x
-    return rotated(x, quantizer.hadamard, _last_axis(x, axis))
+    return rotate(x, quantizer.hadamard, _last_axis(x, axis))
 
 
 def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
-    """The axis along which a rotation runs: the last of the contracting ones."""
-    axes = normalized_axes(x.shape, axis)
+    """Returns the axis along which a rotation runs: the last of the contracting ones."""
+    axes = normalize_axes(x.shape, axis)
     if not axes:
         raise ValueError("a Hadamard rotation needs a contracting axis; got none")
     return axes[-1]
@@ -230,18 +243,18 @@ def _last_axis(x: jax.Array, axis: int | Sequence[int]) -> int:
 def to_grid(
     x: jax.Array, quantizer: Quantizer, axis: int | Sequence[int], key: Any
 ) -> tuple[jax.Array, Scales, jax.Array]:
-    """The waist of the library: float32 (grid values, scales, x), all in `grouped`'s view of x."""
+    """Computes the float32 (grid values, scales, x), all in `split_groups`'s view of x."""
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
-    view, axes = grouped(x, groups), within(x.shape, groups)
+    view, axes = split_groups(x, groups), axes_within_groups(x.shape, groups)
     found = quantizer.calibration(jax.lax.stop_gradient(view), axes, quantizer.element)
-    scales = found_scales(found, quantizer)
-    if not calibrations.sees_all(quantizer.calibration):
+    scales = compute_scales(found, quantizer)
+    if not calibrations.propagates_nonfinite(quantizer.calibration):
         # Zeros are zeros, whatever range was given.
         empty = calibrations.absmax(jax.lax.stop_gradient(view), axes) < TINY
         scales = dataclasses.replace(scales, scale=jnp.where(empty, 0, scales.scale))
         finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
         scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
-    ratio = divided_by(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
+    ratio = divide_by_scale(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
     if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
         key = key(scales.scale)
 
@@ -254,7 +267,7 @@ def to_grid(
 
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:
-    """x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
+    """Returns x in another type, kept from overflowing it: s · q of the largest value may round beyond."""
     top = min(float(jnp.finfo(dtype).max), TOP)
     return jnp.clip(x, -top, top).astype(dtype)
 
@@ -262,7 +275,7 @@ def _finite(x: jax.Array, dtype: Any) -> jax.Array:
 def calibrate(
     x: jt.Float[jax.Array, "*shape"], quantizer: Quantizer, axis: int | Sequence[int] = -1
 ) -> Any:
-    """The range that a quantizer's calibration finds, one for each group.
+    """Returns the range that a quantizer's calibration finds, one for each group.
 
     Args:
         x: values, floating point.
@@ -280,13 +293,15 @@ def calibrate(
     """
     _check(x, quantizer)
     groups = scale_shape(x.shape, quantizer.granularity, axis)  # pyright: ignore[reportArgumentType]
-    calibrated = functools.partial(_calibrated, groups=groups, axis=axis)
-    return computed_as_auto(calibrated, (x, quantizer), lambda: spec_of(x, groups))
+    calibrated = functools.partial(_calibrate, groups=groups, axis=axis)
+    return call_with_auto_axes(calibrated, (x, quantizer), lambda: spec_of(x, groups))
 
 
-def _calibrated(x: jax.Array, quantizer: Quantizer, groups: tuple[int, ...], axis: Any) -> Any:
-    x = rotated_to(x, quantizer, axis)
-    found = quantizer.calibration(grouped(x, groups), within(x.shape, groups), quantizer.element)
+def _calibrate(x: jax.Array, quantizer: Quantizer, groups: tuple[int, ...], axis: Any) -> Any:
+    x = to_float32_rotated(x, quantizer, axis)
+    found = quantizer.calibration(
+        split_groups(x, groups), axes_within_groups(x.shape, groups), quantizer.element
+    )
     found = found.value if isinstance(found, calibrations.Scale) else found
     return jax.tree.map(lambda range_: range_.reshape(groups), found)
 
@@ -324,8 +339,8 @@ def quantize(
         scale = spec_of(x, groups)
         return spec_of(x), scale, scale, PartitionSpec()
 
-    stored = functools.partial(_stored, groups=groups, axis=axis)
-    parts = computed_as_auto(stored, (x, quantizer, key), specs)
+    stored = functools.partial(_quantize, groups=groups, axis=axis)
+    parts = call_with_auto_axes(stored, (x, quantizer, key), specs)
     rotation = None
     if quantizer.hadamard is not None:
         # Counted from the end, so that a leading axis may come or go.
@@ -333,12 +348,12 @@ def quantize(
     return QArray(*parts, format=quantizer.format, dtype=np.dtype(x.dtype), hadamard=rotation)
 
 
-def _stored(
+def _quantize(
     x: jax.Array, quantizer: Quantizer, key: Any, groups: tuple[int, ...], axis: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
-    """A QArray's arrays."""
+    """Returns a QArray's arrays."""
     element = quantizer.element
-    laid_out = rotated_to(x, quantizer, axis)
+    laid_out = to_float32_rotated(x, quantizer, axis)
     grid, scales, _ = to_grid(laid_out, quantizer, axis, key)
     stored = element.store(grid.reshape(x.shape))
     scale = scales.scale.reshape(groups)
@@ -353,7 +368,7 @@ def _stored(
 
 
 def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
-    """The values that a QArray stands for: x̂ = s · (q − z), computed in float32, in the original type.
+    """Returns a QArray's values in the original type: x̂ = s · (q − z), computed in float32.
 
     >>> from jaxquant.formats import Int
     >>> dequantize(quantize(jnp.array([0.2, -1.4, 7.0]), Quantizer(Int(4))))
@@ -363,17 +378,17 @@ def dequantize(qarray: QArray) -> jt.Float[jax.Array, "*shape"]:
         raise ValueError(
             f"dequantize takes a QArray, as quantize gives it; got {type(qarray).__name__}"
         )
-    return computed_as_auto(_dequantized, (qarray,), lambda: spec_of(qarray.qvalue, qarray.shape))
+    return call_with_auto_axes(_dequantize, (qarray,), lambda: spec_of(qarray.qvalue, qarray.shape))
 
 
-def _dequantized(qarray: QArray) -> jax.Array:
+def _dequantize(qarray: QArray) -> jax.Array:
     qarray = qarray.unpack()
-    view = grouped(qarray.element.load(qarray.qvalue), qarray.scale.shape)
+    view = split_groups(qarray.element.load(qarray.qvalue), qarray.scale.shape)
     if qarray.zero_point is not None:
-        view = view - per_group(qarray.element.load(qarray.zero_point), qarray.shape)
-    values = (view * per_group(qarray.float_scale(), qarray.shape)).reshape(qarray.shape)
+        view = view - broadcast_scale(qarray.element.load(qarray.zero_point), qarray.shape)
+    values = (view * broadcast_scale(qarray.float_scale(), qarray.shape)).reshape(qarray.shape)
     if qarray.hadamard is not None:
-        values = rotated_back(values, *qarray.hadamard)
+        values = rotate_back(values, *qarray.hadamard)
     return _finite(values, qarray.dtype)
 
 
@@ -404,12 +419,12 @@ def fake_quant(
     (Array([ 3., -3., 21.], dtype=float32), Array([ 0., -7., 21.], dtype=float32))
     """
     _check(x, quantizer)
-    simulated = functools.partial(_simulated, axis=axis)
-    return computed_as_auto(simulated, (x, quantizer, key), lambda: spec_of(x))
+    simulated = functools.partial(_fake_quant, axis=axis)
+    return call_with_auto_axes(simulated, (x, quantizer, key), lambda: spec_of(x))
 
 
-def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
-    laid_out = rotated_to(x, quantizer, axis)
+def _fake_quant(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
+    laid_out = to_float32_rotated(x, quantizer, axis)
     if quantizer.estimator is estimators.straight_through:
         # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.
         laid_out = jax.lax.stop_gradient(laid_out)
@@ -425,10 +440,10 @@ def _simulated(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.A
         empty = scales.whole == 0
         scale, grid = jnp.where(empty, 1, scales.whole), jnp.where(empty, 0, grid)
         laid = (view, jax.lax.stop_gradient(grid), scale, low, high, quantizer.element, group)
-        values = quantizer.estimator(estimators.Laid(*laid))
+        values = quantizer.estimator(estimators.GridTensor(*laid))
     values = values.reshape(x.shape)
     if quantizer.hadamard is not None:
-        values = rotated_back(values, quantizer.hadamard, _last_axis(x, axis))
+        values = rotate_back(values, quantizer.hadamard, _last_axis(x, axis))
     if quantizer.estimator is estimators.straight_through:
         return roundings.straight_through(x, _finite(values, x.dtype))
     return _finite(values, x.dtype)

@@ -19,7 +19,7 @@ from jaxquant.numerics.hadamard import check_block
 @functools.partial(jax.tree_util.register_pytree_node_class)
 @dataclasses.dataclass(frozen=True)
 class Quantizer:
-    """How one tensor is quantized: the grid, what shares a scale, how its range is found, how it rounds.
+    """How to quantize one tensor: format, granularity, calibration and rounding.
 
     A pytree whose leaves are the format's traced parameters and the calibration's, so a Quantizer is an
     argument of a jitted function like any array.
@@ -47,7 +47,7 @@ class Quantizer:
     granularity: Granularity | None = None
     calibration: calibrations.Calibration = calibrations.absmax
     rounding: Callable[..., jax.Array] = roundings.nearest
-    estimator: Callable[[estimators.Laid], jax.Array] = estimators.straight_through
+    estimator: Callable[[estimators.GridTensor], jax.Array] = estimators.straight_through
     hadamard: int | None = None
 
     def __post_init__(self):
@@ -92,7 +92,7 @@ class Quantizer:
 
 
 def _granularity(size: Any, format: Format | Block) -> Granularity:
-    """A checked granularity; a Block's own where none is given."""
+    """Returns a checked granularity; a Block's own where none is given."""
     if isinstance(format, Block):
         if size not in (None, format.size):
             raise ValueError(

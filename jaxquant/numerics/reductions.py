@@ -13,7 +13,7 @@ import jaxtyping as jt
 def largest(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...] | None = None
 ) -> jt.Float[jax.Array, "..."]:
-    """max(0, max x) over `axes`, which stay with size 1; NaN where a NaN or an Inf is among them.
+    """Returns max(0, max x) over `axes`, which stay with size 1; NaN where a NaN or an Inf is among them.
 
     Args:
         x: values; −Inf counts as Inf does.

@@ -8,6 +8,10 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.stats import renamed_names
+
+__getattr__ = renamed_names(globals(), {"mixed": "mix_bits"})
+
 
 def nearest(
     x: jt.Float[jax.Array, "*shape"], key: jax.Array | None = None
@@ -47,7 +51,7 @@ def stochastic(
     True
     """
     first, second = _words("stochastic", key)
-    return _up_where(x, mixed(mixed(_places(x.shape) ^ first) + second))
+    return _up_where(x, mix_bits(mix_bits(_indices(x.shape) ^ first) + second))
 
 
 def dithered(
@@ -75,14 +79,14 @@ def dithered(
     """
     first, _ = _words("dithered", key)
     golden = jnp.uint32(0x9E3779B9)  # 2^32 / φ
-    return _up_where(x, first + _places(x.shape) * golden)
+    return _up_where(x, first + _indices(x.shape) * golden)
 
 
 NEEDS_KEY = (stochastic, dithered)
 
 
 def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Two random 32-bit words from a key, the seeds of all elements' draws."""
+    """Returns two random 32-bit words from a key, the seeds of all elements' draws."""
     if key is None:
         raise ValueError(f"{name} rounding needs a PRNG key, as jax.random.key(0); got key=None")
     dtype = getattr(key, "dtype", None)
@@ -90,12 +94,15 @@ def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     if not (is_typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
         raise ValueError(f"{name} rounding takes one PRNG key, as jax.random.key(0); got {key!r}")
     words = (jax.random.key_data(key) if is_typed else key).ravel()
-    low, high = mixed(words[0] ^ jnp.uint32(0x85EBCA6B)), mixed(words[-1] ^ jnp.uint32(0xC2B2AE35))
-    return mixed(low + high), mixed(low ^ high)
+    low, high = (
+        mix_bits(words[0] ^ jnp.uint32(0x85EBCA6B)),
+        mix_bits(words[-1] ^ jnp.uint32(0xC2B2AE35)),
+    )
+    return mix_bits(low + high), mix_bits(low ^ high)
 
 
-def _places(shape: tuple[int, ...]) -> jax.Array:
-    """Each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
+def _indices(shape: tuple[int, ...]) -> jax.Array:
+    """Returns each element's place, counted row by row modulo 2^32; an iota per axis, so that it shards."""
     place, stride = jnp.zeros(shape, jnp.uint32), 1
     for axis in reversed(range(len(shape))):
         along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -104,15 +111,15 @@ def _places(shape: tuple[int, ...]) -> jax.Array:
     return place
 
 
-def mixed(word: jax.Array) -> jax.Array:
-    """A bijection of 32-bit words whose every output bit depends on every input bit."""
+def mix_bits(word: jax.Array) -> jax.Array:
+    """Returns a bijection of 32-bit words whose every output bit depends on every input bit."""
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
     word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
     return word ^ (word >> 16)
 
 
 def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
-    """⌊x⌋, plus one where the fraction exceeds the word's uppermost 24 bits taken as a number in [0, 1)."""
+    """Returns ⌊x⌋, plus one if the fraction exceeds the word's top 24 bits as a number in [0, 1)."""
     low = jnp.floor(x)
     threshold = (word >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
     # Comparing keeps integers fixed: floor(x + u) would lose them where x + u rounds up.
@@ -120,7 +127,7 @@ def _up_where(x: jax.Array, word: jax.Array) -> jax.Array:
 
 
 def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
-    """A PRNG key from the content of an array, for where no key can be passed.
+    """Returns a PRNG key from the content of an array, for where no key can be passed.
 
     The key, in JAX's raw form, is `seed` beside the wrapped sum of hashes of the values and their
     places.  Integer sums do not depend on their order, so the key is the same under any sharding; it
@@ -131,7 +138,7 @@ def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     """
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     # Mixed with their places, or powers of two, whose bits are few, would have few sums.
-    words = mixed(bits ^ mixed(_places(x.shape)))
+    words = mix_bits(bits ^ mix_bits(_indices(x.shape)))
     return jnp.stack([jnp.uint32(seed), jnp.sum(words, dtype=jnp.uint32)])
 
 

@@ -18,7 +18,7 @@ _HUGE = 2.0**100
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """What stands beside the grid's values, in `grouped`'s view.
+    """The scales of grid values, in `split_groups`'s view.
 
     Attributes:
         scale: float32, a Block's own before storage.
@@ -32,42 +32,42 @@ class Scales:
 
     @property
     def whole(self) -> jax.Array:
-        """What the grid's values are multiplied with."""
-        return flushed(self.scale if self.tensor is None else self.scale * self.tensor)
+        """The factor of the grid's values."""
+        return flush_subnormal(self.scale if self.tensor is None else self.scale * self.tensor)
 
 
-def flushed(scale: jax.Array) -> jax.Array:
-    """Scales of which none is subnormal: two levels' product, or E8M0's 2^−127, which stands for zero."""
+def flush_subnormal(scale: jax.Array) -> jax.Array:
+    """Flushes subnormal scales to zero: products of two levels, and E8M0's 2^−127, which means zero."""
     return jnp.where(scale < TINY, 0, scale)
 
 
-def found_scales(found: Any, quantizer: Quantizer) -> Scales:
-    """From a calibrated range to scales."""
+def compute_scales(found: Any, quantizer: Quantizer) -> Scales:
+    """Computes scales from a calibrated range."""
     if isinstance(found, tuple):
         low, high = found
         return _asymmetric(low, high, quantizer)
     is_scale = isinstance(found, calibrations.Scale)
     range_ = found.value if is_scale else found
     scale = range_ if is_scale else divide(range_, quantizer.element.max_value)
-    if calibrations.sees_all(quantizer.calibration):
+    if calibrations.propagates_nonfinite(quantizer.calibration):
         scale = scale + 0 * scale  # Inf becomes NaN; none is negative
     else:
         scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
     empty = (range_ < TINY) & ~jnp.isnan(scale)
     if isinstance(quantizer.format, Block):
         return Scales(*quantizer.format.scales(scale, empty))
-    return Scales(_no_smaller(scale, empty, quantizer))
+    return Scales(_raise_subnormal(scale, empty, quantizer))
 
 
-def _no_smaller(scale: jax.Array, empty: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """Scales of which none is subnormal, which most hardware flushes.  NaN stays.
+def _raise_subnormal(scale: jax.Array, empty: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Raises subnormal scales, which most hardware flushes to zero.  NaN is kept.
 
     A group that is empty, of zeros alone, gets 0: whatever the grid has nearest to zero, it stands for zero,
     and a gradient that its scale is carried over to is not widened by it.  Floats as wide as float32 hold
     values as they are, at scale 1.  A range that was given, or leaves values out, clips what lies beyond it,
     however small.
     """
-    if not calibrations.sees_all(quantizer.calibration):
+    if not calibrations.propagates_nonfinite(quantizer.calibration):
         return jnp.where(scale < TINY, TINY, scale)
     least = 1 if isinstance(quantizer.element, Float) else TINY
     return jnp.where(empty, 0, jnp.where(scale < TINY, least, scale))
@@ -88,14 +88,14 @@ def _asymmetric(low: jax.Array, high: jax.Array, quantizer: Quantizer) -> Scales
     half = divide(high / 2 - low / 2, levels)
     half = jnp.where(jnp.isinf(half), jnp.nan, half)
     scale = 2 * jnp.minimum(half, jnp.finfo(jnp.float32).max / 2)
-    scale = _no_smaller(scale, high - low < TINY, quantizer)
+    scale = _raise_subnormal(scale, high - low < TINY, quantizer)
     scale = jnp.where(ends_in_order, scale, jnp.nan)
     zero = jnp.round(element.min_value - low / jnp.where(scale == 0, 1, scale))
     return Scales(scale, None, jnp.clip(zero, element.min_value, element.max_value))
 
 
-def divided_by(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
-    """view / scale without an intermediate that is no float32, whatever the scale."""
+def divide_by_scale(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.Array:
+    """Returns view / scale without an intermediate that is no float32, whatever the scale."""
     scale = jnp.where(scale == 0, 1, scale)  # what is multiplied by 0 afterwards
     # XLA would multiply by the reciprocal anyway, in some programs and not in others (see `divide`).
     if _has_plain_reciprocal(quantizer):
@@ -105,12 +105,12 @@ def divided_by(view: jax.Array, scale: jax.Array, quantizer: Quantizer) -> jax.A
 
 
 def _has_plain_reciprocal(quantizer: Quantizer) -> bool:
-    """Whether it is known beforehand that no scale is so large that its reciprocal would be flushed."""
+    """Returns whether no scale can be so large that its reciprocal is flushed to zero."""
     top = quantizer.element.max_value
     is_one_level = not isinstance(quantizer.format, Block)
     return (
         is_one_level
-        and calibrations.sees_all(quantizer.calibration)
+        and calibrations.propagates_nonfinite(quantizer.calibration)
         and is_static(top)
         and float(top) >= 8  # a range is below 2^129, and 2^-126 is no subnormal
     )

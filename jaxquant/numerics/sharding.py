@@ -16,10 +16,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 Result = TypeVar("Result")
 
 
-def computed_as_auto(
+def call_with_auto_axes(
     function: Callable[..., Result], arguments: Sequence[Any], specs: Callable[[], Any]
 ) -> Result:
-    """function(*arguments), where axes of the type Explicit are the compiler's to use.
+    """Returns function(*arguments), where axes of the type Explicit are the compiler's to use.
 
     Without such axes it is that call and nothing else, in the program too.
 
@@ -28,7 +28,7 @@ def computed_as_auto(
         arguments: pytrees.
         specs: gives the results' PartitionSpecs, a tree or a prefix of one; called where there are such axes.
 
-    >>> computed_as_auto(lambda x: x.reshape(2, 3), (jax.numpy.zeros(6),), PartitionSpec).shape
+    >>> call_with_auto_axes(lambda x: x.reshape(2, 3), (jax.numpy.zeros(6),), PartitionSpec).shape
     (2, 3)
     """
     leaves, structure = jax.tree.flatten(arguments)
@@ -57,7 +57,7 @@ def computed_as_auto(
 
 
 def explicit_mesh(*arrays: Any) -> Any:
-    """The mesh that is set here, or else the arrays', if axes of it are Explicit; None otherwise."""
+    """Returns the mesh that is set here, or else the arrays', if axes of it are Explicit; None otherwise."""
     mesh = jax.sharding.get_abstract_mesh()
     others = (jax.typeof(x).sharding.mesh for x in arrays)
     while mesh.empty:
@@ -68,13 +68,13 @@ def explicit_mesh(*arrays: Any) -> Any:
 
 
 def explicit_axes(mesh: Any) -> tuple[str, ...]:
-    """A mesh's axes of the type Explicit."""
+    """Returns a mesh's axes of the type Explicit."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return tuple(name for name, kind in kinds if kind == AxisType.Explicit)
 
 
 def spec_of(x: jax.Array, shape: Sequence[int] | None = None) -> PartitionSpec:
-    """How an array is split by its type; for another shape, along the axes that still divide evenly.
+    """Returns an array's PartitionSpec; for another shape, only along the axes that still divide evenly.
 
     Args:
         x: the array.
@@ -95,12 +95,12 @@ def spec_of(x: jax.Array, shape: Sequence[int] | None = None) -> PartitionSpec:
 
 
 def names(part: Any) -> tuple[str, ...]:
-    """The mesh's axes along which one axis of an array is split."""
+    """Returns the mesh's axes along which one axis of an array is split."""
     return (part,) if isinstance(part, str) else tuple(part or ())
 
 
-def unrepeated(parts: Sequence[Any]) -> PartitionSpec:
-    """A spec without the parts whose mesh axes come earlier: each splits one axis of an array at most."""
+def drop_repeated(parts: Sequence[Any]) -> PartitionSpec:
+    """Drops parts whose mesh axes occur earlier: a mesh axis splits at most one axis of an array."""
     used: set[str] = set()
     found = []
     for part in parts:

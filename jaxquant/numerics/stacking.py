@@ -16,7 +16,7 @@ from jaxquant.numerics.qarray import QArray
 
 @dataclasses.dataclass(frozen=True)
 class Stacking:
-    """Where the layers lie in a weight of several.
+    """The position of the stacked layers in a weight.
 
     Attributes:
         axes: along which layers are stacked, rising; none of a single layer.
@@ -30,29 +30,29 @@ class Stacking:
 
     @classmethod
     def along(cls, axes: Sequence[int], shape: Sequence[int]) -> "Stacking":
-        """The stacking of a weight of a given shape along given axes."""
+        """Returns the stacking of a weight of a given shape along given axes."""
         return cls(tuple(axes), tuple(shape[a] for a in axes), len(shape))
 
     def own(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """One layer's part of a shape."""
+        """Returns one layer's part of a shape."""
         return tuple(n for a, n in enumerate(shape) if a not in self.axes)
 
     def each(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of one layer's arrays as one of all layers', with its results in the same places."""
+        """Maps a function of one layer's arrays over all layers; results are stacked along the same axes."""
         for axis in self.axes:
             function = jax.vmap(function, in_axes=axis, out_axes=axis)
         return function
 
     def front(self, whole: jax.Array) -> jax.Array:
-        """An array of the weight's rank with the layers' axes first."""
+        """Returns an array of the weight's rank with the layers' axes first."""
         return jnp.moveaxis(whole, self.axes, range(len(self.axes)))
 
     def back(self, array: jax.Array) -> jax.Array:
-        """What `front` gave, as it was."""
+        """Inverts `front`."""
         return jnp.moveaxis(array, range(len(self.axes)), self.axes)
 
-    def marked(self, stored: QArray) -> QArray:
-        """A stored weight of all layers, with what it says of its axes true of it and of each layer's part.
+    def with_layer_axes(self, stored: QArray) -> QArray:
+        """Returns a stored weight of all layers whose axis fields hold for it and for each layer's part.
 
         Args:
             stored: as `each` makes it of a function of one layer, whose axes it counts from the end.
@@ -62,12 +62,12 @@ class Stacking:
         """
         rotation = stored.hadamard
         if rotation is not None:
-            rotation = (rotation[0], self._counted(rotation[1]))
-        packed_axis = stored.packed_axis if stored.length is None else self._counted(-1)
+            rotation = (rotation[0], self._layer_axis(rotation[1]))
+        packed_axis = stored.packed_axis if stored.length is None else self._layer_axis(-1)
         return dataclasses.replace(stored, hadamard=rotation, packed_axis=packed_axis)
 
-    def _counted(self, axis: int) -> int:
-        """One layer's axis, given from the end, counted from where no layers are."""
+    def _layer_axis(self, axis: int) -> int:
+        """Returns one layer's axis, given from the end, counted from where no layers are."""
         whole = [a for a in range(self.rank) if a not in self.axes][axis]
         if all(a < whole for a in self.axes):
             return whole - self.rank
@@ -79,10 +79,10 @@ class Stacking:
         )
 
 
-def places(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
-    """The axes that a shape of several layers may be stacked along: those that leave one layer's shape.
+def candidate_axes(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
+    """Returns the axes along which layers may be stacked: those whose removal leaves one layer's shape.
 
-    >>> places((8, 3, 16), (8, 16)), places((3, 3, 3, 8), (3, 3, 8))
+    >>> candidate_axes((8, 3, 16), (8, 16)), candidate_axes((3, 3, 3, 8), (3, 3, 8))
     ([(1,)], [(0,), (1,), (2,)])
     """
     extra = max(0, len(whole) - len(own))
@@ -90,10 +90,10 @@ def places(whole: Sequence[int], own: Sequence[int]) -> list[tuple[int, ...]]:
     return [axes for axes in subsets if Stacking.along(axes, whole).own(whole) == tuple(own)]
 
 
-def agreeing(
+def common_axes(
     found: list[tuple[int, ...]], rank: int, others: list[tuple[int, ...]], other_rank: int
 ) -> list[tuple[int, ...]]:
-    """Those of some axes that another array of the same layers allows, counted from either end."""
+    """Returns those axes that another array of the same layers also allows, counted from either end."""
 
     def agrees(axes: tuple[int, ...]) -> bool:
         from_end = tuple(a - rank + other_rank for a in axes)

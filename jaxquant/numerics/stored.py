@@ -53,7 +53,7 @@ class Stored(Opaque):
 
     @property
     def bits_per_element(self) -> float:
-        """Of the numbers that are multiplied."""
+        """Bits for each number that is multiplied."""
         sizes = {id(x.qvalue): x.size for x in self.operands.values()}
         return 8 * self.nbytes / max(1, sum(sizes.values()))
 

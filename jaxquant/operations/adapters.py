@@ -51,7 +51,7 @@ class Adapted:
         preferred_element_type: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """As `jax.lax.dot_general`, whose arguments these are; without batch axes."""
+        """Multiplies as `jax.lax.dot_general`, with the same arguments but without batch axes."""
         (left, right), (batch, _) = as_tuples(dimension_numbers)
         if batch:
             raise ValueError("adapters are of one matrix; got a product with batch axes")
@@ -68,7 +68,7 @@ class Adapted:
         return plain + low.astype(plain.dtype)
 
     def delta(self, shape: tuple[int, ...], axes: tuple[int, ...]) -> jax.Array:
-        """gain · A · B as what a weight of a shape is added to, that is summed over along `axes`."""
+        """Returns gain · A · B as what a weight of a shape is added to, that is summed over along `axes`."""
         free = [a for a in range(len(shape)) if a not in axes]
         order = [*sorted(axes), *free]
         flat = (self.a @ self.b) * jnp.asarray(self.gain, self.a.dtype)

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jaxquant.numerics.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.sharding import computed_as_auto, spec_of, unrepeated
+from jaxquant.numerics.sharding import call_with_auto_axes, drop_repeated, spec_of
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.einsum import einsum
 
@@ -72,7 +72,7 @@ class Attention:
         module: Any = None,
         force_fp32_for_softmax: bool = True,
     ) -> jt.Float[jax.Array, "*B T H d"]:
-        """As Flax's and JAX's `dot_product_attention`, whose arguments these are.
+        """Attends as Flax's and JAX's `dot_product_attention`, with the same arguments.
 
         Args:
             query, key, value: with heads; fewer key-value heads are each shared by H / K query heads.
@@ -105,7 +105,7 @@ class Attention:
             precision=precision,
         )
         operands = (self, query, key, value, bias, mask, scale, dropout_rng)
-        return computed_as_auto(compute, operands, lambda: _spec(query, value))
+        return call_with_auto_axes(compute, operands, lambda: _spec(query, value))
 
     def _computed(
         self,
@@ -130,17 +130,17 @@ class Attention:
         return _weighted(weights.astype(value.dtype), value, dots[1], precision)
 
     def stored(self, x: jax.Array) -> jax.Array:
-        """Keys or values as the cache gives them back."""
+        """Returns keys or values as the cache gives them back."""
         return x if self.kv is None else fake_quant(x, self.kv, axis=-1)
 
 
 def _spec(query: jax.Array, value: jax.Array) -> PartitionSpec:
-    """How the result is split: as the queries, and along d as the values."""
-    return unrepeated((*tuple(spec_of(query))[:-1], tuple(spec_of(value))[-1]))
+    """Returns the result's PartitionSpec: that of the queries, and along d that of the values."""
+    return drop_repeated((*tuple(spec_of(query))[:-1], tuple(spec_of(value))[-1]))
 
 
 def _logits(query, key, dot_general: Any, scale: float | None, precision: Any) -> jax.Array:
-    """q · k, float32[*B, K, G, T, S]."""
+    """Returns q · k, float32[*B, K, G, T, S]."""
     heads, kv_heads = query.shape[-2], key.shape[-2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key-value heads evenly")
@@ -150,7 +150,7 @@ def _logits(query, key, dot_general: Any, scale: float | None, precision: Any) -
 
 
 def _probabilities(logits, bias: Any, mask: Any, is_causal: bool) -> jax.Array:
-    """Softmax over the keys that may be seen; none at all gives zeros."""
+    """Returns Softmax over the keys that may be seen; none at all gives zeros."""
     *batch, kv_heads, group, queries, keys = logits.shape
     logits = logits.reshape(*batch, kv_heads * group, queries, keys)
     if bias is not None:
@@ -170,7 +170,7 @@ def _probabilities(logits, bias: Any, mask: Any, is_causal: bool) -> jax.Array:
 
 
 def _of_rank(x: jax.Array, ndim: int) -> jax.Array:
-    """x with leading axes of size one up to a rank."""
+    """Returns x with leading axes of size one up to a rank."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
@@ -227,7 +227,7 @@ class KVCache:
         quantizer: Quantizer | None = None,
         dtype: Any = jnp.float32,
     ) -> "KVCache":
-        """An empty cache.
+        """Returns an empty cache.
 
         Args:
             batch, length, heads, size: B, the most tokens, K, d.
@@ -245,7 +245,7 @@ class KVCache:
                 "a cache's scales belong to one token: granularity is 'channel' or a block size; "
                 f"got {quantizer.granularity!r}"
             )
-        make = jax.jit(lambda: _stored(jnp.zeros(shape, dtype), quantizer))
+        make = jax.jit(lambda: _quantize(jnp.zeros(shape, dtype), quantizer))
         return cls(make(), make(), quantizer)
 
     @property
@@ -259,7 +259,7 @@ class KVCache:
         return self.key.shape[1]
 
     def update(self, key: jax.Array, value: jax.Array, position: Any) -> "KVCache":
-        """The cache with the keys and values [B, T, K, d] of tokens position … position + T − 1.
+        """Returns the cache with the keys and values [B, T, K, d] of tokens position … position + T − 1.
 
         Raises:
             ValueError: more tokens than it holds.
@@ -268,8 +268,8 @@ class KVCache:
             raise ValueError(f"{key.shape[1]} tokens do not fit a cache of {self.length}")
 
         own = (self.key, self.value)
-        found = computed_as_auto(
-            _updated,
+        found = call_with_auto_axes(
+            _update,
             (*own, key, value, self.quantizer, position),
             lambda: jax.tree.map(spec_of, own),
         )
@@ -287,23 +287,23 @@ class KVCache:
         """
         key, value = (dequantize(x) if isinstance(x, QArray) else x for x in (self.key, self.value))
         operands = (query, key, value, position, scale)
-        return computed_as_auto(_attended, operands, lambda: _spec(query, value))
+        return call_with_auto_axes(_attend, operands, lambda: _spec(query, value))
 
 
-def _updated(old_key, old_value, key, value, quantizer: Quantizer | None, position: Any) -> Any:
-    """(keys, values) with those of some more tokens from a position on."""
+def _update(old_key, old_value, key, value, quantizer: Quantizer | None, position: Any) -> Any:
+    """Returns (keys, values) with those of some more tokens from a position on."""
 
     def write(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice_in_dim(old, new, position, axis=1)
 
     def put(old: Any, new: jax.Array) -> Any:
         new = new.astype(old.dtype)
-        return jax.tree.map(write, old, new if quantizer is None else _stored(new, quantizer))
+        return jax.tree.map(write, old, new if quantizer is None else _quantize(new, quantizer))
 
     return put(old_key, key), put(old_value, value)
 
 
-def _attended(query, key, value, position: Any, scale: Any) -> jax.Array:
+def _attend(query, key, value, position: Any, scale: Any) -> jax.Array:
     queries, length = query.shape[1], key.shape[1]
     seen = jnp.arange(length)[None, :] <= position + jnp.arange(queries)[:, None]
     logits = _logits(query, key, jax.lax.dot_general, scale, None)
@@ -311,5 +311,5 @@ def _attended(query, key, value, position: Any, scale: Any) -> jax.Array:
     return _weighted(weights.astype(value.dtype), value, jax.lax.dot_general, None)
 
 
-def _stored(x: jax.Array, quantizer: Quantizer) -> QArray:
+def _quantize(x: jax.Array, quantizer: Quantizer) -> QArray:
     return quantize(x, quantizer, axis=-1).pack()

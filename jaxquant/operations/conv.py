@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxquant.numerics import rounding
 from jaxquant.numerics.qarray import QArray, dequantize, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.operations.dot import DotGeneral, as_multiplied, grad_templates, residual, simulate
 from jaxquant.operations.native import check_operands, parts, wide
 from jaxquant.operations.operands import (
@@ -23,7 +23,7 @@ from jaxquant.operations.operands import (
     forbid_second_derivative,
     result_spec,
 )
-from jaxquant.operations.product import is_float8, scaled
+from jaxquant.operations.product import apply_scale, is_float8
 from jaxquant.operations.windows import Window, all_but, towards_lhs, towards_rhs, window_of
 
 Padding = str | Sequence[tuple[int, int]]
@@ -94,7 +94,7 @@ class ConvGeneralDilated:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """As `jax.lax.conv_general_dilated`, whose arguments these are."""
+        """Convolves as `jax.lax.conv_general_dilated`, with the same arguments."""
         window = window_of(
             lhs.shape,
             rhs.shape,
@@ -110,7 +110,7 @@ class ConvGeneralDilated:
             _check_stored(name, x, getattr(self.forward, name), spec[0])
         specs = result_spec(window.convolve, lhs, rhs, out_sharding)
         compute = functools.partial(ConvGeneralDilated._computed, window=window, options=options)
-        return computed_as_auto(compute, (self, lhs, rhs), specs)
+        return call_with_auto_axes(compute, (self, lhs, rhs), specs)
 
     def _computed(self, lhs: Any, rhs: Any, window: "Window", options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
@@ -152,7 +152,7 @@ def _check_types(name: str, operands: Operands | None, kept: Quantizer | None) -
 
 
 def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
-    """The convolution of two operands: stored numbers multiplied as they are, and scales applied after."""
+    """Convolves two operands: stored numbers are multiplied directly, and scales are applied after."""
     options = dict(options)
     preferred = options.pop("preferred_element_type", None)
     dtype = preferred or jnp.result_type(lhs.dtype, rhs.dtype)
@@ -168,9 +168,9 @@ def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
     out = window.convolve(left.values, right.values, preferred_element_type=accumulator, **options)
     out = out.astype(wide(dtype))
     if left.scale is not None:
-        out = scaled(out, window.lhs_scale(left.scale, features).astype(out.dtype))
+        out = apply_scale(out, window.lhs_scale(left.scale, features).astype(out.dtype))
     if right.scale is not None:
-        out = scaled(out, window.rhs_scale(right.scale).astype(out.dtype))
+        out = apply_scale(out, window.rhs_scale(right.scale).astype(out.dtype))
     return out.astype(dtype)
 
 
@@ -239,9 +239,9 @@ def _lhs_gradient(window, options, operands, gradient, lhs_shape, rhs) -> jax.Ar
         gradient = quantize(gradient, operands.lhs, summed, rounding.key_of)
     transposed = towards_lhs(window, lhs_shape, rhs.shape, gradient.shape)
     options = {**options, "preferred_element_type": wide(gradient.dtype)}
-    result = _product(transposed, gradient, _turned_round(window, rhs), options)
+    result = _product(transposed, gradient, _transpose_kernel(window, rhs), options)
     batch, features = window.lhs_spec[:2]
-    return _regrouped(result, features, batch, window.batch_groups)
+    return _regroup(result, features, batch, window.batch_groups)
 
 
 def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Array:
@@ -265,7 +265,7 @@ def _rhs_gradient(window, options, operands, gradient, lhs, rhs_shape) -> jax.Ar
 
 
 def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
-    """The gradient, quantized and back where so asked, and the values of what was kept, in one type."""
+    """Returns the gradient, fake-quantized if asked, and the kept operand's values, in one type."""
     quantizer = None if operands is None else operands.lhs
     gradient = simulate(gradient, quantizer, summed, rounding.key_of)
     values = dequantize(kept) if isinstance(kept, QArray) else kept
@@ -273,7 +273,7 @@ def _in_floats(operands, gradient, kept, summed) -> tuple[jax.Array, jax.Array]:
 
 
 def _transposed(linear, shape, gradient) -> jax.Array:
-    """The transpose of a linear function of an array of that shape, in the gradient's type."""
+    """Returns the transpose of a linear function of an array of that shape, in the gradient's type."""
     (result,) = jax.linear_transpose(linear, jax.ShapeDtypeStruct(shape, gradient.dtype))(gradient)
     return result
 
@@ -282,13 +282,13 @@ def _without_scale(kept: QArray) -> QArray:
     return dataclasses.replace(kept, scale=jnp.ones((1,) * kept.ndim, jnp.float32))
 
 
-def _turned_round(window: Window, rhs: QArray | jax.Array) -> QArray | jax.Array:
-    """rhs with its window reversed, and with its groups moved from the output features to the input's."""
+def _transpose_kernel(window: Window, rhs: QArray | jax.Array) -> QArray | jax.Array:
+    """Reverses rhs's window, and moves its groups from the output features to the input features."""
     groups = max(window.feature_groups, window.batch_groups)
     features, inputs, *space = window.rhs_spec
 
     def turned(x):
-        return _regrouped(jax.lax.rev(x, space), features, inputs, groups)
+        return _regroup(jax.lax.rev(x, space), features, inputs, groups)
 
     if not isinstance(rhs, QArray):
         return turned(rhs)
@@ -298,7 +298,7 @@ def _turned_round(window: Window, rhs: QArray | jax.Array) -> QArray | jax.Array
     return dataclasses.replace(rhs, qvalue=turned(rhs.qvalue), scale=scale)
 
 
-def _regrouped(x: jax.Array, source: int, target: int, groups: int) -> jax.Array:
+def _regroup(x: jax.Array, source: int, target: int, groups: int) -> jax.Array:
     """Splits the groups off axis `source`, outermost within it, and puts them outermost within `target`."""
     if groups == 1:
         return x

@@ -11,7 +11,7 @@ from jaxquant.numerics import rounding
 from jaxquant.numerics.hadamard import hadamard
 from jaxquant.numerics.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.operations.operands import (
     DimensionNumbers,
     Operands,
@@ -87,7 +87,7 @@ class DotGeneral:
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """As `jax.lax.dot_general`, whose arguments these are."""
+        """Multiplies as `jax.lax.dot_general`, with the same arguments."""
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         dims = as_tuples(dimension_numbers)
         for name, x in (("lhs", lhs), ("rhs", rhs)):
@@ -95,7 +95,7 @@ class DotGeneral:
         lax_product = functools.partial(jax.lax.dot_general, dimension_numbers=dims)
         specs = result_spec(lax_product, lhs, rhs, out_sharding)
         compute = functools.partial(DotGeneral._computed, dims=dims, options=options)
-        return computed_as_auto(compute, (self, lhs, rhs), specs)
+        return call_with_auto_axes(compute, (self, lhs, rhs), specs)
 
     def _computed(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
@@ -112,7 +112,7 @@ class DotGeneral:
 def simulate(
     x: jax.Array | QArray, quantizer: Quantizer | None, axes: tuple[int, ...], key: Any = None
 ) -> jax.Array:
-    """x as its quantizer leaves it, in x's own type; x where there is none; a stored one's values."""
+    """Returns x as its quantizer leaves it, in x's own type; x where there is none; a stored one's values."""
     if isinstance(x, QArray):
         return dequantize(x)
     return x if quantizer is None else fake_quant(x, quantizer, axes, key)
@@ -143,14 +143,14 @@ def _dot_forward(dims, options, operands, lhs, rhs):
 def as_multiplied(
     x: jax.Array, original: Any, quantizer: Quantizer | None, axes: tuple[int, ...]
 ) -> Any:
-    """An operand as it is multiplied: stored already, or quantized now, or as it is."""
+    """Returns an operand as it is multiplied: stored already, or quantized now, or as it is."""
     if isinstance(original, QArray):
         return original
     return x if quantizer is None else quantize(x, quantizer, axes)
 
 
 def grad_templates(lhs: jax.Array, rhs: jax.Array, originals: Any) -> list[jax.Array | None]:
-    """Empty parts of the operands, for their gradients' types; None for one that is stored."""
+    """Returns empty parts of the operands, for their gradients' types; None for one that is stored."""
 
     def empty(x: jax.Array) -> jax.Array:
         return jax.lax.slice_in_dim(x if x.ndim else x[None], 0, 0)
@@ -160,7 +160,7 @@ def grad_templates(lhs: jax.Array, rhs: jax.Array, originals: Any) -> list[jax.A
 
 
 def residual(x: jax.Array, quantized: Any, operands: Operands | None, axes: tuple[int, ...]) -> Any:
-    """What a gradient's product needs of the other operand: as the forward had it, or quantized anew.
+    """Returns the other operand for a gradient's product: as in the forward pass, or quantized again.
 
     Args:
         x: the operand before the forward product quantized it.
@@ -204,7 +204,7 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 def gradient_numbers(dims: Any, ndims: tuple[int, int], side: int) -> Any:
-    """Dimension numbers of a gradient's product.
+    """Returns dimension numbers of a gradient's product.
 
     Args:
         dims: the forward product's.
@@ -244,7 +244,7 @@ def _rhs_gradient(dims, options, operands, gradient, lhs, rhs) -> jax.Array:
 
 
 def _in_place(result, order, kept, kept_axes, axes) -> jax.Array:
-    """A gradient with its axes in the operand's order, and out of the coordinates of the kept operand."""
+    """Returns a gradient in the operand's axis order, rotated back from the kept operand's coordinates."""
     inverse = sorted(range(len(order)), key=order.__getitem__)
     result = jnp.transpose(result, inverse)
     if isinstance(kept, QArray) and kept.hadamard is not None and _rotated_along(kept, kept_axes):
@@ -253,7 +253,7 @@ def _in_place(result, order, kept, kept_axes, axes) -> jax.Array:
 
 
 def _rotated_along(kept: QArray, axes: tuple[int, ...]) -> bool:
-    """Whether a kept operand is in coordinates rotated along what the forward product summed over."""
+    """Returns whether a kept operand is in coordinates rotated along what the forward product summed over."""
     assert kept.hadamard is not None
     return kept.hadamard[1] % kept.ndim == axes[-1]
 
@@ -261,7 +261,7 @@ def _rotated_along(kept: QArray, axes: tuple[int, ...]) -> bool:
 def _gradient_product(
     operands, gradient, kept, numbers, options, gradient_first: bool
 ) -> jax.Array:
-    """The product of the gradient with what was kept, either of them first; `numbers` say which."""
+    """Returns the product of the gradient with what was kept, either of them first; `numbers` say which."""
     side = 0 if gradient_first else 1
     axes = numbers[0][side]
     # Each of the two products draws for itself, were the scales equal.
@@ -273,7 +273,7 @@ def _gradient_product(
 
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
-        values = _unrotated(kept)
+        values = _unrotate(kept)
         gradient = simulate(gradient, quantizer, axes, key)
         return multiply(gradient, values.astype(gradient.dtype), jax.lax.dot_general)
     if isinstance(kept, QArray) and operands.rhs is None:
@@ -287,8 +287,8 @@ def _gradient_product(
     return multiply(gradient, kept, jax.lax.dot_general)
 
 
-def _unrotated(kept: QArray | jax.Array) -> jax.Array:
-    """The values of what was kept, in the coordinates that it is in."""
+def _unrotate(kept: QArray | jax.Array) -> jax.Array:
+    """Returns the values of what was kept, in the coordinates that it is in."""
     if not isinstance(kept, QArray):
         return kept
     return dequantize(dataclasses.replace(kept, hadamard=None))

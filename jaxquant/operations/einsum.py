@@ -79,7 +79,7 @@ def einsum(
 
 
 def _permuted(sharding: Any, order: list[int]) -> Any:
-    """The sharding of an array whose axes come in another order."""
+    """Returns the sharding of an array whose axes come in another order."""
     spec = sharding.spec if isinstance(sharding, NamedSharding) else sharding
     parts = [*spec, *[None] * (len(order) - len(spec))]
     spec = PartitionSpec(*(parts[a] for a in order))
@@ -87,7 +87,7 @@ def _permuted(sharding: Any, order: list[int]) -> Any:
 
 
 def _parse(subscripts: Any, lhs_ndim: int, rhs_ndim: int) -> tuple[list[str], list[str], list[str]]:
-    """One label per axis for lhs, rhs and the output; an ellipsis' axes are labelled "...0", "...1"."""
+    """Returns one label per axis for lhs, rhs and the output; the axes of an ellipsis are "...0", "...1"."""
     if not isinstance(subscripts, str):
         raise ValueError(f"subscripts is a string such as 'ij,jk->ik'; got {subscripts!r}")
     inputs, arrow, output = subscripts.replace(" ", "").partition("->")
@@ -120,7 +120,7 @@ def _hidden(labels: list[str]) -> list[str]:
 def _labels(
     subscripts: str, term: str, ndim: int | None = None, hidden: list[str] | None = None
 ) -> list[str]:
-    """One term's labels, an ellipsis expanded to what is left of `ndim`, or to the labels `hidden`."""
+    """Returns one term's labels, an ellipsis expanded to the rest of `ndim`, or to `hidden`."""
     before, dots, after = term.partition(_ELLIPSIS)
     for x in before + after:
         if x not in string.ascii_letters:
@@ -163,7 +163,7 @@ def _check_labels(subscripts: str, left: list[str], right: list[str], out: list[
 def _check_sizes(
     subscripts: str, sizes: dict[str, int], right: list[str], shape: tuple[int, ...]
 ) -> None:
-    """Axes of one label are of one size; none is broadcast."""
+    """Raises a ValueError unless all axes of a label have one size; none is broadcast."""
     for label, n in zip(right, shape, strict=True):
         if sizes.get(label, n) != n:
             raise ValueError(

@@ -24,14 +24,14 @@ _MOST_PARTS = 16  # as many as needed at least; this times as many at most
 
 
 def is_integer(format: Format) -> bool:
-    """Whether the format's values are, up to an offset, 8-bit integers."""
+    """Returns whether the format's values are, up to an offset, 8-bit integers."""
     if not isinstance(format, Int) or not is_static(format.bits):
         return False
     return int(format.bits) <= (7 if format.levels == "midrise" else 8)
 
 
 def integers(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
-    """Σ (l − z_l)(r − z_r), float32; scales and zero points do not vary along the sum.
+    """Returns Σ (l − z_l)(r − z_r), float32; scales and zero points do not vary along the sum.
 
     Args:
         lhs, rhs: unpacked.
@@ -49,12 +49,12 @@ def integers(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
     left, right = (split(x, a[which], parts) for x, a in zip((lhs, rhs), dims[0], strict=True))
     contracting, batch = (tuple(tuple(a + 1 for a in axes) for axes in both) for both in dims)
     dims = (contracting, tuple((0, *axes) for axes in batch))
-    found = _spread(_exact(left, right, dims))
+    found = _spread_parts(_exact(left, right, dims))
     return jnp.sum(found.astype(jnp.float32), axis=0)
 
 
 def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, int]:
-    """How many parts of one size, and along which of the contracting axes: the fewest that suffice."""
+    """Returns the number of equal parts, and the contracting axis to split: the fewest parts that suffice."""
     sizes = [lhs.shape[a] for a in dims[0][0]]
     most, devices = _MOST_PARTS * needed, _devices()
     # Devices share the first axis, a batch's rows.
@@ -67,19 +67,19 @@ def _division(lhs: QArray, rhs: QArray, dims: Dims, needed: int) -> tuple[int, i
 
 
 def _devices() -> int:
-    """How many devices share an array here."""
+    """Returns how many devices share an array here."""
     return math.prod(_axes().values())
 
 
 def _axes() -> dict[str, int]:
-    """The axes of the mesh that is set whose use is the compiler's to choose, and their sizes."""
+    """Returns the axes of the mesh that is set whose use is the compiler's to choose, and their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto and size > 1}
 
 
-def _spread(parts: jax.Array) -> jax.Array:
-    """Parts of sums [parts, ...], each device's share of the sums with all of their parts."""
+def _spread_parts(parts: jax.Array) -> jax.Array:
+    """Returns parts of sums [parts, ...], each device's share of the sums with all of their parts."""
     devices = _devices()
     able = [a for a in range(1, parts.ndim) if parts.shape[a] % devices == 0]
     if devices == 1 or not able:
@@ -90,26 +90,26 @@ def _spread(parts: jax.Array) -> jax.Array:
 
 
 def _exact(lhs: QArray, rhs: QArray, dims: Dims) -> jax.Array:
-    """Σ (l − z_l)(r − z_r) in int32, which holds it."""
+    """Returns Σ (l − z_l)(r − z_r) in int32, which holds it."""
     (left, left_zero), (right, right_zero) = as_int8(lhs), as_int8(rhs)
     terms = math.prod(lhs.shape[a] for a in dims[0][0])
     result = integer_dot(left, right, dims)
     left_sum = right_sum = None
     if right_zero is not None:
         left_sum = jnp.sum(left.astype(jnp.int32), dims[0][0], keepdims=True)
-        right_zero = laid_out(full(right_zero, rhs.shape), dims, False, lhs.ndim)
-        result = result - right_zero * laid_out(left_sum, dims, True, rhs.ndim)
+        right_zero = broadcast_to_product(full(right_zero, rhs.shape), dims, False, lhs.ndim)
+        result = result - right_zero * broadcast_to_product(left_sum, dims, True, rhs.ndim)
     if left_zero is not None:
         right_sum = jnp.sum(right.astype(jnp.int32), dims[0][1], keepdims=True)
-        left_zero = laid_out(full(left_zero, lhs.shape), dims, True, rhs.ndim)
-        result = result - left_zero * laid_out(right_sum, dims, False, lhs.ndim)
+        left_zero = broadcast_to_product(full(left_zero, lhs.shape), dims, True, rhs.ndim)
+        result = result - left_zero * broadcast_to_product(right_sum, dims, False, lhs.ndim)
         if right_zero is not None:
             result = result + terms * left_zero * right_zero
     return result
 
 
 def as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
-    """Values as int8, and the int32 zero point that they then have."""
+    """Returns values as int8, and the int32 zero point that they then have."""
     format = x.element
     assert isinstance(format, Int)
     zero = None if x.zero_point is None else format.load(x.zero_point).astype(jnp.int32)
@@ -136,7 +136,7 @@ def _too_long(lhs: QArray, rhs: QArray, terms: int) -> ValueError:
 
 
 def _most_terms(lhs: QArray, rhs: QArray) -> int:
-    """How many products of such numbers int32 holds the sum of, whatever they are."""
+    """Returns how many products int32 can always sum without overflow."""
 
     def largest(x: QArray) -> int:
         low, high = int(x.element.min_value), int(x.element.max_value)
@@ -147,7 +147,7 @@ def _most_terms(lhs: QArray, rhs: QArray) -> int:
 
 
 def integer_dot(lhs: jax.Array, rhs: jax.Array, dims: Dims) -> jax.Array:
-    """The int32 product of two int8 arrays, computed the way that suits the platform.
+    """Returns the int32 product of two int8 arrays, computed the way that suits the platform.
 
     The numbers are the same everywhere.  TPU and GPU multiply int8 as given.  A CPU does so only where the
     left operand's contracting axes come last; other layouts fall to a loop some thirty times slower, so
@@ -192,15 +192,15 @@ def _contracting_last(lhs: jax.Array, rhs: jax.Array, dims: Dims, plain: Any) ->
 
 
 def full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Scales with one entry per element along every axis where they have several, as tiles may need."""
+    """Returns scales with one entry per element along each axis that has several, as tiles need."""
     for axis, (groups, n) in enumerate(zip(scale.shape, shape, strict=True)):
         if groups not in (1, n):
             scale = jnp.repeat(scale, n // groups, axis=axis)
     return scale
 
 
-def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
-    """One operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
+def broadcast_to_product(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
+    """Returns one operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
 
     A scale has size 1 along its contracting axes, so those are dropped.
     """
@@ -216,7 +216,7 @@ def laid_out(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax
 
 
 def split(x: QArray, axis: int, blocks: int) -> QArray:
-    """A QArray of blocks along a new first axis, each with one scale along `axis`."""
+    """Returns a QArray of blocks along a new first axis, each with one scale along `axis`."""
 
     def cut(array):
         n = array.shape[axis] // blocks

@@ -1,4 +1,4 @@
-"""What quantizers do while a model trains: SQNR, saturation, underflow to zero, largest values, as data.
+"""Monitor quantizers during training: SQNR, saturation, underflow and largest values, as data.
 
 `jaxquant.functions.monitor` and `jaxquant.nnx.monitor` give the statistics of one step, for the operands of
 each product and both of its gradients; `history` compares largest values with those of steps before, and
@@ -25,7 +25,7 @@ ROLES = Four._fields
 
 
 class Statistics(NamedTuple):
-    """What its quantizer does to one tensor x, in the coordinates in which it is quantized; all float32.
+    """Statistics of quantizing one tensor x, in the coordinates in which it is quantized; all float32.
 
     Attributes:
         sqnr: signal-to-quantization-noise ratio, 10 · log10(Σ x² / Σ (x − q(x))²) decibels; ∞ where nothing
@@ -56,7 +56,7 @@ Monitored = dict[str, Four]
 
 
 def of_sums(sums: Sums, each: int = 0) -> Statistics:
-    """Statistics of what a tap's derivative holds.
+    """Returns statistics of what a tap's derivative holds.
 
     Args:
         sums: with axes for turns in front.
@@ -85,7 +85,7 @@ class Against(NamedTuple):
 
 
 def history(length: int = 16) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Largest values against their own history, as a pair (init, update) of pure functions.
+    """Returns largest values against their own history, as a pair (init, update) of pure functions.
 
     ratio_t = amax_t / max(amax_{t−1}, …, amax_{t−length}), and the same of their median.  A scale that is
     taken from the history, as delayed scaling does, clips where the first is above 1.
@@ -135,7 +135,7 @@ def _is_one(x: Any) -> bool:
 
 
 def rows(statistics: Monitored) -> list[dict[str, Any]]:
-    """Statistics as JSON can hold them: a row for each product, turn and role, on the host.
+    """Returns statistics as JSON can hold them: a row for each product, turn and role, on the host.
 
     What is NaN is None, and so is an SQNR without noise, whose ``exact`` is True.  A row has ``product``,
     ``turn`` (its place in the scans around it; empty where there are none), ``role`` (lhs, rhs, dlhs or

@@ -29,7 +29,7 @@ class Part(NamedTuple):
 def parts(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, terms: int
 ) -> tuple[Part, Part, np.dtype]:
-    """Both operands as they are multiplied, and the type of their sum.
+    """Returns both operands in the types to multiply, and the type of their sum.
 
     Two stored operands are multiplied in int8 with int32 sums, or in float8 with float32 sums; one stored
     operand's values in the other's type.
@@ -65,7 +65,7 @@ def parts(
 
 
 def wide(*dtypes: Any) -> np.dtype:
-    """The type that sums and scales of such types are computed in: float32, or the widest where wider."""
+    """Returns the type of sums and scales for these types: float32, or the widest of them if wider."""
     # promote_types would refuse 16-bit floats under jax_numpy_dtype_promotion="strict".
     return max(map(np.dtype, (np.float32, *dtypes)), key=lambda dtype: dtype.itemsize)
 
@@ -87,7 +87,7 @@ def _zero_message(format: Any) -> str:
 
 
 def _in_type_of(x: QArray | jax.Array, other: QArray | jax.Array) -> Part:
-    """A float operand as it is; a stored one's values in the other's type."""
+    """Returns a float operand as it is; a stored one's values in the other's type."""
     if not isinstance(x, QArray):
         return Part(x, None)
     if x.zero_point is None and isinstance(x.format, Int | Float):

@@ -22,7 +22,7 @@ DimensionNumbers = Any  # ((lhs_contracting, rhs_contracting), (lhs_batch, rhs_b
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Operands:
-    """What one matrix product takes: its two operands' quantizers, and how the product is computed.
+    """One matrix product: the quantizers of its two operands, and how it is computed.
 
     Args:
         lhs: quantizer of the left operand (activations; in a gradient's product, the incoming
@@ -98,7 +98,7 @@ def _check_pair(lhs: Quantizer | None, rhs: Quantizer | None) -> None:
 
 
 def _varying_axes(x: jax.Array) -> frozenset:
-    """The axes of a surrounding shard_map along which an array differs from device to device."""
+    """Returns the axes of a surrounding shard_map along which an array differs from device to device."""
     kind = jax.typeof(x)
     manual = getattr(kind, "manual_axis_type", None)  # what newer versions call it
     return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)
@@ -107,7 +107,7 @@ def _varying_axes(x: jax.Array) -> frozenset:
 def result_spec(
     operation: Callable[..., jax.Array], lhs: Any, rhs: Any, out_sharding: Any
 ) -> Callable[[], PartitionSpec]:
-    """How the result of lax's own operation on such operands is split, for `computed_as_auto`.
+    """Returns the PartitionSpec of lax's own result for these operands, for `call_with_auto_axes`.
 
     Args:
         operation: of two arrays, and of out_sharding where that is given.
@@ -130,7 +130,7 @@ def result_spec(
 
 
 def _shape_of(x: Any) -> jax.ShapeDtypeStruct:
-    """An operand's shape and sharding, stored or not."""
+    """Returns an operand's shape and sharding, stored or not."""
     array = x.qvalue if isinstance(x, QArray) else x
     sharding = NamedSharding(jax.typeof(array).sharding.mesh, spec_of(array, x.shape))
     return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)
@@ -153,7 +153,7 @@ def check_stored(name: str, x: Any, quantizer: Quantizer | None) -> None:
 
 
 def differentiable(*operands: jax.Array | QArray) -> list[jax.Array]:
-    """What a product is differentiated by: its operands, with nothing in the place of stored ones.
+    """Returns the differentiable operands of a product, with None for stored ones.
 
     Within shard_map an operand that is the same on all devices is marked as varying like the others, so
     that its gradient is summed over them.
@@ -175,7 +175,7 @@ def differentiable(*operands: jax.Array | QArray) -> list[jax.Array]:
 
 @jax.custom_vjp
 def forbid_second_derivative(value: jax.Array, witnesses: Any) -> jax.Array:
-    """A value whose derivative, by itself or by the witnesses, is an error.
+    """Returns a value whose derivative, by itself or by the witnesses, is an error.
 
     What a product keeps for its gradients is rounded and has no derivative, so that a second one would
     come out as zero.
@@ -195,7 +195,7 @@ forbid_second_derivative.defvjp(lambda value, witnesses: (value, None), _refuse)
 
 
 def check_rounding(product_name: str, side: str, quantizer: Any) -> None:
-    """Only a gradient, whose scales change with every step, makes its own key."""
+    """Raises a ValueError unless the rounding needs no key, or is a gradient's, which makes its own."""
     is_gradient = product_name != "forward" and side == "lhs"
     if (
         isinstance(quantizer, Quantizer)
@@ -209,7 +209,7 @@ def check_rounding(product_name: str, side: str, quantizer: Any) -> None:
 
 
 def check_reuse(name: str, operands: Operands, kept: Quantizer | None) -> None:
-    """A native gradient product multiplies what the forward product kept, or quantizes it itself."""
+    """Checks that a native gradient product multiplies the kept operand, or quantizes it itself."""
     if operands.rhs is not None or kept is None:
         return
     other = "rhs" if name == "dlhs" else "lhs"
@@ -223,7 +223,7 @@ def check_reuse(name: str, operands: Operands, kept: Quantizer | None) -> None:
 
 
 def as_tuples(dimension_numbers: DimensionNumbers) -> Any:
-    """Dimension numbers as tuples of Python ints, hashable whatever sequences they came in."""
+    """Returns dimension numbers as tuples of Python ints, hashable whatever sequences they came in."""
     dims = tuple(tuple(tuple(int(a) for a in axes) for axes in pair) for pair in dimension_numbers)
     if any(a < 0 for pair in dims for axes in pair for a in axes):
         raise ValueError(f"dimension numbers count axes from the start; got {dimension_numbers}")

@@ -20,8 +20,15 @@ import numpy as np
 from jaxquant.formats import Float, Format, Int, is_static
 from jaxquant.numerics.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.numerics.qarray import QArray, dequantize
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
-from jaxquant.operations.integers import Dims, full, integers, is_integer, laid_out, split
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
+from jaxquant.operations.integers import (
+    Dims,
+    broadcast_to_product,
+    full,
+    integers,
+    is_integer,
+    split,
+)
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
 _LARGE = 2**16  # elements from which on a pass over them is worth compiling a branch
@@ -29,7 +36,7 @@ _TERMS = 16  # products that one pass adds up
 
 
 def is_float8(format: Format) -> bool:
-    """Whether the format's values are those of an 8-bit float type that can be multiplied."""
+    """Returns whether the format's values are those of an 8-bit float type that can be multiplied."""
     if not isinstance(format, Float) or not all(
         map(is_static, (format.exponent_bits, format.mantissa_bits))
     ):
@@ -40,7 +47,7 @@ def is_float8(format: Format) -> bool:
 def product(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, **options: Any
 ) -> jax.Array:
-    """lhs · rhs, in 8-bit numbers where both operands are quantized.
+    """Returns lhs · rhs, in 8-bit numbers where both operands are quantized.
 
     Args:
         lhs: left operand.
@@ -62,11 +69,11 @@ def product(
     # No precision, which chooses among floating-point algorithms: these products are exact.
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
         return _blockwise(lhs, rhs, dims, dtype).astype(dtype)
-    return _scaled(lhs, rhs, dims, dtype).astype(dtype)
+    return _scaled_product(lhs, rhs, dims, dtype).astype(dtype)
 
 
 def result_type(lhs: Any, rhs: Any) -> np.dtype:
-    """The type of `jax.lax.dot_general`'s result for operands of two types.
+    """Returns the type of `jax.lax.dot_general`'s result for operands of two types.
 
     >>> result_type(jnp.bfloat16, jnp.float32)
     dtype('float32')
@@ -96,7 +103,7 @@ def _check_rotations(lhs: QArray, rhs: QArray, dims: Dims) -> None:
 def _one_sided(
     lhs: QArray | jax.Array, rhs: QArray | jax.Array, dims: Dims, options: dict
 ) -> jax.Array:
-    """A float operand with a quantized one: its values go through in the float operand's type, or a wider."""
+    """Multiplies a float and a quantized operand, in the float operand's type or a wider one."""
     quantized, axes = (lhs, dims[0][0]) if isinstance(lhs, QArray) else (rhs, dims[0][1])
     other: Any = rhs if isinstance(lhs, QArray) else lhs
     assert isinstance(quantized, QArray)
@@ -118,7 +125,7 @@ def _one_sided(
         return multiply(dequantize(dataclasses.replace(quantized, dtype=common)), other, **options)
     dtype = options["preferred_element_type"] or common
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
-    scale = laid_out(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+    scale = broadcast_to_product(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
 
     def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
         stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
@@ -133,11 +140,11 @@ def _one_sided(
         result = jax.lax.platform_dependent(other, rhs.qvalue, cpu=few, default=plain)
     else:
         result = plain(other, quantized.qvalue)
-    return scaled(result, scale.astype(result.dtype)).astype(dtype)
+    return apply_scale(result, scale.astype(result.dtype)).astype(dtype)
 
 
 def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
-    """Whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
+    """Returns whether a product is one that `_few_rows` computes, by its shapes and formats alone."""
     (lhs_axes, rhs_axes), (lhs_batch, _) = dims
     rows = math.prod(n for a, n in enumerate(lhs.shape) if a not in lhs_axes)
     terms = math.prod(rhs.shape[a] for a in rhs_axes)
@@ -155,7 +162,7 @@ def _has_few_rows(lhs: jax.Array, rhs: QArray, dims: Dims) -> bool:
 
 
 def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """A few rows times stored weights without their scales, reading each stored byte once.
+    """Returns a few rows times stored weights without their scales, reading each stored byte once.
 
     A library's product would have the weights written out in floating point first, which takes several
     times as long as multiplying them.  Elementwise arithmetic that adds up a few rows of weights at a
@@ -181,7 +188,7 @@ def _few_rows(lhs: jax.Array, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
 
 
 def _zero_after(x: jax.Array) -> jax.Array:
-    """An int32 zero that the compiler knows to need x, and not to be zero.
+    """Returns an int32 zero that the compiler knows to need x, and not to be zero.
 
     What depends on weights alone may be computed as soon as a program starts: the words of all layers, in
     memory at once and out of the cache again before they are multiplied.
@@ -191,13 +198,13 @@ def _zero_after(x: jax.Array) -> jax.Array:
 
 
 def _holds_nibbles(format: Format) -> bool:
-    """Whether codes are two's complement of at most four bits."""
+    """Returns whether codes are two's complement of at most four bits."""
     assert isinstance(format, Int)
     return bool(format.bits <= NIBBLE_BITS) and format.levels in ("symmetric", "full")
 
 
 def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
-    """Σ_k rows[k, r] · load(stored)[k, …], [r, …].
+    """Returns Σ_k rows[k, r] · load(stored)[k, …], [r, …].
 
     Args:
         rows: [k, r].
@@ -212,14 +219,14 @@ def _sum_products(rows: jax.Array, stored: jax.Array, load: Any) -> jax.Array:
     stored = stored.reshape(-1, terms, 1, *stored.shape[1:])
     # Each addition may become one multiply-add with its product.  Of the first two products that could be
     # either; with one of them rounded by itself, it is the same in every program.
-    total = scaled(rows[:, 0], load(stored[:, 0]))
+    total = apply_scale(rows[:, 0], load(stored[:, 0]))
     for i in range(1, terms):
         total = total + rows[:, i] * load(stored[:, i])
     return _sum_first(jax.lax.optimization_barrier(total))
 
 
 def _sum_first(x: jax.Array) -> jax.Array:
-    """The sum over the first axis, by additions of slices, which are vectorized where a sum is not."""
+    """Sums over the first axis by adding slices, which are vectorized; a reduction is not."""
     rows = x.shape[0]
     count = min(rows, _TERMS)
     step = rows // count
@@ -237,8 +244,8 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
     return math.prod(operand.scale.shape[a] for a in axes)
 
 
-def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """A product whose scales do not vary along the contracting axes, float32 or the wider type asked for."""
+def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+    """Multiplies operands whose scales are constant along the contracting axes; in float32 or wider."""
     if is_integer(lhs.element) and is_integer(rhs.element):
         result = integers(lhs, rhs, dims)
     elif is_float8(lhs.element) and is_float8(rhs.element):
@@ -251,21 +258,25 @@ def _scaled(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
     result = result.astype(_at_least_float32(dtype))
-    left = laid_out(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(result.dtype)
-    right = laid_out(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(result.dtype)
+    left = broadcast_to_product(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(
+        result.dtype
+    )
+    right = broadcast_to_product(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(
+        result.dtype
+    )
     if not isinstance(result.size, int) or result.size < _LARGE:
-        return scaled(result * left, right)
+        return apply_scale(result * left, right)
     return jax.lax.platform_dependent(
         result * left,
         right,
         # A pass of its own: what follows is often a transposition, which would multiply number by number.
         cpu=lambda x, scale: _materialized_on_cpu(x * scale),
-        default=scaled,
+        default=apply_scale,
     )
 
 
-def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
-    """result · scale, subnormal numbers flushed to zero.
+def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
+    """Returns result · scale, subnormal numbers flushed to zero.
 
     A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
     instructions that round twice, as the rest of the program has it.  With a choice between them it is two
@@ -276,12 +287,12 @@ def scaled(result: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def materialized(x: jax.Array) -> jax.Array:
-    """x, which the compiler joins with nothing after it: whatever made it, what follows has the same bits.
+    """Returns x behind a barrier: nothing is fused across it, so that what follows has the same bits.
 
     Sums of a row, as layer normalization has them, are compiled together with what makes their terms, and add
     these up in an order that depends on it.
     """
-    return computed_as_auto(_materialized, (x,), lambda: spec_of(x))
+    return call_with_auto_axes(_materialized, (x,), lambda: spec_of(x))
 
 
 def _materialized(x: jax.Array) -> jax.Array:
@@ -297,7 +308,7 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
 
 
 def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
-    """Σ over blocks of the block's product times its scales, in `_scaled`'s type."""
+    """Returns Σ over blocks of the block's product times its scales, in `_scaled_product`'s type."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
     blocks = math.lcm(_blocks(lhs, lhs_axes), _blocks(rhs, rhs_axes))
@@ -310,15 +321,15 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
     parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled(pair[0], pair[1], dims, dtype), None
+        return total + _scaled_product(pair[0], pair[1], dims, dtype), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda a, b: _scaled(a, b, dims, dtype), *first)
+    shape = jax.eval_shape(lambda a, b: _scaled_product(a, b, dims, dtype), *first)
     return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
 
 
 def _one_axis(lhs: QArray, rhs: QArray, dims: Dims) -> tuple[QArray, QArray, Dims]:
-    """The same product over one contracting axis, which then comes last in both operands."""
+    """Returns the same product over one contracting axis, which then comes last in both operands."""
     if len(dims[0][0]) == 1:
         return lhs, rhs, dims
     merged, batches = [], []

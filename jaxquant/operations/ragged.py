@@ -10,7 +10,7 @@ import jaxtyping as jt
 
 from jaxquant.numerics import rounding
 from jaxquant.numerics.qarray import QArray, dequantize, quantize
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.operations.dot import DotGeneral, as_multiplied, grad_templates, residual, simulate
 from jaxquant.operations.native import check_operands, parts, wide
 from jaxquant.operations.operands import (
@@ -88,14 +88,14 @@ class RaggedDot:
         group_offset: None = None,
         out_sharding: Any = None,
     ) -> jt.Float[jax.Array, "m n"]:
-        """As `jax.lax.ragged_dot`, whose arguments these are."""
+        """Multiplies as `jax.lax.ragged_dot`, with the same arguments."""
         _check(lhs, rhs, group_sizes, group_offset)
         _check_stored(self, rhs)
         options = {"precision": precision, "preferred_element_type": preferred_element_type}
         # Rows go where lhs has them and columns where rhs has them, as in the product with one matrix.
         specs = result_spec(_one_matrix, lhs, rhs, out_sharding)
         compute = functools.partial(RaggedDot._computed, options=options)
-        return computed_as_auto(compute, (self, lhs, rhs, group_sizes), specs)
+        return call_with_auto_axes(compute, (self, lhs, rhs, group_sizes), specs)
 
     def _computed(self, lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
         # Rows of no group are multiplied with nothing, so that they must not widen a scale either.
@@ -112,7 +112,7 @@ class RaggedDot:
 
 
 def _multiplies_stored(operands: Any) -> bool:
-    """Whether both operands' stored numbers are multiplied, and their scales applied after."""
+    """Returns whether both operands' stored numbers are multiplied, and their scales applied after."""
     is_one = isinstance(operands, Operands) and operands.arithmetic == "native"
     return is_one and None not in (operands.lhs, operands.rhs)
 
@@ -157,7 +157,7 @@ def _check_stored(dot: RaggedDot, rhs: Any) -> None:
 
 
 def _is_scaled_after(rhs: QArray) -> bool:
-    """Whether a stored rhs (g, k, n) has scales that do not vary along k, and no rotation."""
+    """Returns whether a stored rhs (g, k, n) has scales that do not vary along k, and no rotation."""
     return rhs.scale.shape[1] == 1 and rhs.hadamard is None
 
 
@@ -166,18 +166,18 @@ def _one_matrix(lhs: jax.Array, rhs: jax.Array, **options: Any) -> jax.Array:
 
 
 def _groups(group_sizes: jax.Array, rows: int) -> jax.Array:
-    """The group of each row; the number of groups for rows that belong to none."""
+    """Returns the group of each row; the number of groups for rows that belong to none."""
     return jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")
 
 
 def in_groups(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """x with zeros in the rows that belong to no group, whatever was in them."""
+    """Returns x with zeros in the rows that belong to no group, whatever was in them."""
     rows = jnp.arange(x.shape[0])[:, None]
     return jnp.where(rows < jnp.sum(group_sizes), x, jnp.zeros((), x.dtype))
 
 
 def by_row(scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
-    """The groups' scales (g, 1, n) as the product of that many rows is laid out: each row its group's."""
+    """Returns the groups' scales (g, 1, n) in the product's shape: each row gets its group's."""
     if scale.shape[0] == 1:
         return scale[0]
     groups = _groups(group_sizes, rows)
@@ -187,7 +187,7 @@ def by_row(scale: jax.Array, group_sizes: jax.Array, rows: int) -> jax.Array:
 
 
 def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
-    """Each row of lhs (m, k) times its group's rhs (g, k, n)."""
+    """Returns each row of lhs (m, k) times its group's rhs (g, k, n)."""
     options, dtype = _split(lhs, rhs, options)
     rhs = _as_multiplied(lhs, rhs)
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
@@ -205,14 +205,14 @@ def _row_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> j
 
 
 def _as_multiplied(lhs: QArray | jax.Array, rhs: QArray | jax.Array) -> QArray | jax.Array:
-    """rhs (g, k, n), or its values in the type of lhs where scales are not applied after the sum."""
+    """Returns rhs (g, k, n), or its values in the type of lhs where scales are not applied after the sum."""
     if not isinstance(rhs, QArray) or isinstance(lhs, QArray) or _is_scaled_after(rhs):
         return rhs
     return dequantize(rhs).astype(lhs.dtype)
 
 
 def _group_product(lhs: Any, rhs: Any, group_sizes: jax.Array, options: dict) -> jax.Array:
-    """For each group, its rows of lhs (m, k), transposed, times its rows of rhs (m, n)."""
+    """Multiplies, for each group, its rows of lhs (m, k), transposed, by its rows of rhs (m, n)."""
     options, dtype = _split(lhs, rhs, options)
     if not isinstance(lhs, QArray) and not isinstance(rhs, QArray):
         return jax.lax.ragged_dot_general(
@@ -308,7 +308,7 @@ def _rhs_gradient(options, operands, gradient, lhs, group_sizes) -> jax.Array:
 
 
 def _operands(operands, gradient, kept, axis, carried) -> tuple[Any, Any]:
-    """The gradient, quantized along `axis`, and what was kept of the other operand, as they are multiplied.
+    """Returns the gradient, quantized along `axis`, and the kept operand, as they are multiplied.
 
     The forward's own scales vary along what a gradient's product sums over, and not along what it leaves:
     Σ_n g_n (s_n q_n) = Σ_n (g_n s_n) q_n, so that they are carried over to the gradient, and the stored
@@ -331,7 +331,7 @@ def _operands(operands, gradient, kept, axis, carried) -> tuple[Any, Any]:
 
 
 def _matrices_transposed(rhs: QArray | jax.Array) -> QArray | jax.Array:
-    """(g, k, n) as (g, n, k), scales along."""
+    """Returns (g, k, n) as (g, n, k), scales along."""
     if not isinstance(rhs, QArray):
         return jnp.swapaxes(rhs, 1, 2)
     rhs = rhs.unpack()

@@ -19,12 +19,12 @@ _FLOAT_BITS = 16
 
 
 def _both(quantizer: Quantizer) -> DotGeneral:
-    """Both operands of the forward product alike, simulated."""
+    """Returns a recipe that simulates one quantizer for both operands of the forward product."""
     return DotGeneral(Operands(quantizer, quantizer))
 
 
 def _blocks_everywhere(forward: Block, gradient: Block) -> DotGeneral:
-    """All three products in blocks along what each sums over, so each quantizes its operands anew."""
+    """Quantizes all three products in blocks along their contracting axes, each its operands anew."""
     one, other = Quantizer(forward), Quantizer(gradient)
     backward = Operands(other, one)
     return DotGeneral(Operands(one, one), backward, backward)
@@ -87,7 +87,7 @@ RECIPES = MappingProxyType(
 
 
 def recipe(name: str) -> Any:
-    """A ready `DotGeneral`, or for attention a ready `Attention`, from its name.
+    """Returns a ready `DotGeneral`, or for attention a ready `Attention`, from its name.
 
     One of `RECIPES`, or
 
@@ -152,7 +152,7 @@ def _width(name: str, digits: str) -> int:
 
 
 def _trained(name: str, weight_bits: int, activation_bits: int, block: Any, how: str) -> DotGeneral:
-    """A recipe that is made for training: LSQ or QuEST."""
+    """Returns a recipe that is made for training: LSQ or QuEST."""
     if block:
         raise ValueError(f"recipe {name!r}: -{how} quantizes per channel and takes no block size")
     if weight_bits == activation_bits == _FLOAT_BITS:
@@ -184,7 +184,7 @@ def _attention(name: str, bits: int | None, cache_bits: int | None) -> Attention
 
 
 def describe(value: DotGeneral | Attention | None) -> str:
-    """A recipe in a few words: its name where it has one.
+    """Returns a recipe in a few words: its name where it has one.
 
     >>> describe(RECIPES["nf4"]), describe(DotGeneral(Operands(rhs=Quantizer(Int(3), 16))))
     ('nf4', 'float × int3/16 simulated')

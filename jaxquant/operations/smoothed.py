@@ -16,7 +16,7 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant.numerics.qarray import QArray
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 from jaxquant.operations.operands import DimensionNumbers, as_tuples
 
 
@@ -67,7 +67,7 @@ class Smoothed:
         preferred_element_type: Any = None,
         **options: Any,
     ) -> jax.Array:
-        """As `jax.lax.dot_general`, whose arguments these are."""
+        """Multiplies as `jax.lax.dot_general`, with the same arguments."""
         dims = as_tuples(dimension_numbers)
         if isinstance(lhs, QArray):
             raise ValueError(
@@ -109,7 +109,7 @@ class Smoothed:
 def multiplied(
     x: jt.Float[jax.Array, "*shape"], factor: jt.Float[jax.Array, " n"], axes: Sequence[int]
 ) -> jt.Float[jax.Array, "*shape"]:
-    """x with each channel multiplied by its factor, in float32 or wider, in x's own type.
+    """Returns x with each channel multiplied by its factor, in float32 or wider, in x's own type.
 
     Args:
         x: values.
@@ -131,7 +131,7 @@ def multiplied(
             f"got factors of shape {factor.shape}"
         )
     multiply = functools.partial(_multiplied, axes=tuple(axes))
-    return computed_as_auto(multiply, (x, factor), lambda: spec_of(x))
+    return call_with_auto_axes(multiply, (x, factor), lambda: spec_of(x))
 
 
 def _multiplied(x: jax.Array, factor: jax.Array, axes: tuple[int, ...]) -> jax.Array:

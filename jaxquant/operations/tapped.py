@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxquant.numerics import rounding
-from jaxquant.numerics.measuring import Quantized, Sums, measured, nothing
+from jaxquant.numerics.measuring import Quantized, Sums, measure, zero_sums
 from jaxquant.numerics.qarray import QArray, quantize
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.conv import DRHS_KEY
@@ -25,7 +25,7 @@ from jaxquant.operations.windows import Window, all_but, window_of
 
 
 class Four(NamedTuple):
-    """Of a product: its operands, and its incoming gradient as ∂lhs and as ∂rhs multiply it."""
+    """The operands of a product, and its incoming gradient as the products for ∂lhs and ∂rhs use it."""
 
     lhs: Any
     rhs: Any
@@ -34,12 +34,12 @@ class Four(NamedTuple):
 
 
 def blank(turns: tuple[int, ...] = ()) -> Four:
-    """A tap.
+    """Returns a tap.
 
     Args:
         turns: axes in front.
     """
-    return Four(*[nothing(turns)] * 4)
+    return Four(*[zero_sums(turns)] * 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,22 +63,22 @@ class Tapped(DotGeneral):
         preferred_element_type: Any = None,
         out_sharding: Any = None,
     ) -> jax.Array:
-        """As `DotGeneral`."""
+        """Multiplies as `DotGeneral`."""
         plain = DotGeneral(self.forward, self.dlhs, self.drhs)
         options = precision, preferred_element_type, out_sharding
         out = plain(lhs, rhs, dimension_numbers, *options)
         return _dot(self, out, lhs, rhs, as_tuples(dimension_numbers))
 
     def of_cached(self, cached: Quantized) -> "Tapped":
-        """The same whose right operand is what a cache gives back of another."""
+        """Returns the same whose right operand is what a cache gives back of another."""
         return dataclasses.replace(self, cached=cached)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _tapped(
+def _tap(
     incoming: Callable[[Any, jax.Array], Any], tap: Four, out: jax.Array, operands: Any, rest: Any
 ) -> jax.Array:
-    """A product's result.
+    """Returns a product's result.
 
     Args:
         incoming: from (rest, gradient) to the gradient as each of the two products quantizes it; static.
@@ -94,29 +94,29 @@ def _tapped(
 def _forward(incoming: Any, tap: Four, out: jax.Array, operands: Any, rest: Any) -> Any:
     del incoming, tap
     with jax.named_scope("monitor"):
-        return out, ([_measured(x) for x in operands], rest)
+        return out, ([_measure(x) for x in operands], rest)
 
 
 def _backward(incoming: Any, residuals: Any, gradient: jax.Array) -> Any:
     forward, rest = residuals
     with jax.named_scope("monitor"):
         return (
-            Four(*forward, *[_measured(x) for x in incoming(rest, gradient)]),
+            Four(*forward, *[_measure(x) for x in incoming(rest, gradient)]),
             gradient,
             None,
             None,
         )
 
 
-_tapped.defvjp(_forward, _backward)
+_tap.defvjp(_forward, _backward)
 
 
-def _measured(tensor: Quantized | None) -> Sums:
-    return nothing() if tensor is None else measured(tensor)
+def _measure(tensor: Quantized | None) -> Sums:
+    return zero_sums() if tensor is None else measure(tensor)
 
 
-def _as_seen(gradient: jax.Array, operands: Operands | None, axes: Any, key: Any) -> Quantized:
-    """A gradient as a product of `operands` quantizes it."""
+def _as_quantized(gradient: jax.Array, operands: Operands | None, axes: Any, key: Any) -> Quantized:
+    """Returns a gradient as a product of `operands` quantizes it."""
     return Quantized(gradient, None if operands is None else operands.lhs, tuple(axes), key)
 
 
@@ -125,7 +125,7 @@ def _as_seen(gradient: jax.Array, operands: Operands | None, axes: Any, key: Any
 
 
 def _dot(dot: Tapped, out: jax.Array, lhs: Any, rhs: Any, dims: Any) -> jax.Array:
-    """A product's result with its tap."""
+    """Returns a product's result with its tap."""
     forward = dot.forward
     left, right = Quantized(lhs, forward.lhs, dims[0][0]), Quantized(rhs, forward.rhs, dims[0][1])
     numbers = [gradient_numbers(dims, (lhs.ndim, rhs.ndim), side) for side in (0, 1)]
@@ -137,7 +137,7 @@ def _dot(dot: Tapped, out: jax.Array, lhs: Any, rhs: Any, dims: Any) -> jax.Arra
     is_stored = isinstance(lhs, QArray), isinstance(rhs, QArray)
     incoming = functools.partial(_of_dot, numbers, is_stored)
     operands = left, right if dot.cached is None else dot.cached
-    return _tapped(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
+    return _tap(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
 
 
 def _of_dot(
@@ -149,7 +149,7 @@ def _of_dot(
             continue
         own = gradient if other is None else carry_scale(gradient, other, numbers[side], side)[0]
         key = functools.partial(rounding.key_of, seed=side)  # as the product itself draws
-        yield _as_seen(own, operands, numbers[side][0][side], key)
+        yield _as_quantized(own, operands, numbers[side][0][side], key)
 
 
 def _carried(
@@ -159,7 +159,7 @@ def _carried(
     arithmetic: str,
     axes: tuple[int, ...],
 ) -> QArray | None:
-    """What a gradient's product multiplies as it is stored, so that its scales go to the gradient.
+    """Returns the operand of a gradient's product as stored, so that its scales move to the gradient.
 
     Args:
         operands: of the gradient's product.
@@ -183,7 +183,7 @@ def convolution(
     right: tuple[Any, tuple[int, ...]],
     settings: Mapping[str, Any],
 ) -> jax.Array:
-    """The result of a convolution, with the tap of the `DotGeneral` that it was made of, if that has one.
+    """Returns a convolution's result with the tap of the `DotGeneral` that it was made of, if any.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.
@@ -215,7 +215,7 @@ def convolution(
     )
     rest = (dlhs, drhs), [None if x is None else x.float_scale() for x in others]
     incoming = functools.partial(_of_conv, window, isinstance(right[0], QArray))
-    return _tapped(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
+    return _tap(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
 
 
 def _of_conv(
@@ -226,7 +226,7 @@ def _of_conv(
     own = gradient
     if rhs_scale is not None:
         own = gradient.astype(wider) * window.rhs_scale(rhs_scale).astype(wider)
-    yield _as_seen(own, dlhs, all_but(window.out_spec[0], gradient.ndim), rounding.key_of)
+    yield _as_quantized(own, dlhs, all_but(window.out_spec[0], gradient.ndim), rounding.key_of)
     if is_stored:
         yield None
         return
@@ -235,13 +235,13 @@ def _of_conv(
         own = gradient.astype(wider) * window.lhs_scale(lhs_scale, features).astype(wider)
     is_native = drhs is not None and drhs.arithmetic == "native"
     key = DRHS_KEY if is_native else rounding.key_of
-    yield _as_seen(own, drhs, all_but(window.out_spec[1], gradient.ndim), key)
+    yield _as_quantized(own, drhs, all_but(window.out_spec[1], gradient.ndim), key)
 
 
 def ragged(
     dot: DotGeneral, out: jax.Array, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array
 ) -> jax.Array:
-    """The result of a `RaggedDot`, likewise; rows of no group take no part.
+    """Returns the result of a `RaggedDot`, likewise; rows of no group take no part.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.
@@ -258,7 +258,7 @@ def ragged(
     )
     scales = [None if x is None else x.float_scale() for x in others]
     rest = (dot.dlhs, dot.drhs), scales, group_sizes
-    return _tapped(_of_ragged, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
+    return _tap(_of_ragged, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
 
 
 def _of_ragged(rest: Any, gradient: jax.Array) -> Iterator[Quantized]:
@@ -268,13 +268,13 @@ def _of_ragged(rest: Any, gradient: jax.Array) -> Iterator[Quantized]:
     if rhs_scale is not None:
         carried = by_row(rhs_scale, group_sizes, gradient.shape[0])
         own = gradient.astype(wider) * carried.astype(wider)
-    yield _as_seen(own, dlhs, (1,), functools.partial(rounding.key_of, seed=1))
+    yield _as_quantized(own, dlhs, (1,), functools.partial(rounding.key_of, seed=1))
     own = gradient if lhs_scale is None else gradient.astype(wider) * lhs_scale.astype(wider)
-    yield _as_seen(own, drhs, (0,), functools.partial(rounding.key_of, seed=0))
+    yield _as_quantized(own, drhs, (0,), functools.partial(rounding.key_of, seed=0))
 
 
 def lookup(dot: DotGeneral, out: jax.Array, table: Any) -> jax.Array:
-    """Rows of a table, likewise: the table is the right operand, and its gradient is in float.
+    """Returns rows of a table, likewise: the table is the right operand, and its gradient is in float.
 
     Args:
         dot: a `DotGeneral` or `Tapped`.
@@ -285,7 +285,7 @@ def lookup(dot: DotGeneral, out: jax.Array, table: Any) -> jax.Array:
         return out
     operands = None, Quantized(table, dot.forward.rhs, (table.ndim - 1,))
     incoming = functools.partial(_of_lookup, isinstance(table, QArray))
-    return _tapped(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, None)))
+    return _tap(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, None)))
 
 
 def _of_lookup(is_stored: bool, rest: Any, gradient: jax.Array) -> tuple[None, Quantized | None]:

@@ -48,7 +48,7 @@ class Window:
         )
 
     def lhs_scale(self, scale: jax.Array, features: int) -> jax.Array:
-        """Scales of lhs, one or one per element of its batch, as they lie over `features` of the output.
+        """Returns lhs's scales, one or one per element of its batch, in the shape of the output's `features`.
 
         Output feature o of group o // (features / groups) is made of that group's part of the batch.
         """
@@ -59,11 +59,11 @@ class Window:
         return self._over_output(by_feature)
 
     def rhs_scale(self, scale: jax.Array) -> jax.Array:
-        """Scales of rhs, one or one per output feature, as they lie over the output."""
+        """Returns scales of rhs, one or one per output feature, as they lie over the output."""
         return self._over_output(scale.reshape(1, -1))
 
     def _over_output(self, scale: jax.Array) -> jax.Array:
-        """Scales (batch, features) with the output's axes."""
+        """Returns scales (batch, features) with the output's axes."""
         ndim = len(self.out_spec)
         return jnp.moveaxis(
             scale.reshape(*scale.shape, *[1] * (ndim - 2)), range(ndim), self.out_spec
@@ -73,7 +73,7 @@ class Window:
 def window_of(
     lhs_shape, rhs_shape, strides, padding, lhs_dilation, rhs_dilation, numbers, groups
 ) -> Window:
-    """The arguments of `jax.lax.conv_general_dilated` with their defaults filled in."""
+    """Returns the arguments of `jax.lax.conv_general_dilated` with their defaults filled in."""
     numbers = jax.lax.conv_dimension_numbers(lhs_shape, rhs_shape, numbers)
     ndim = len(lhs_shape) - 2
     lhs_dilation, rhs_dilation = (
@@ -120,7 +120,7 @@ def all_but(axis: int, ndim: int) -> Axes:
 
 
 def towards_lhs(window: Window, lhs_shape: Axes, rhs_shape: Axes, out_shape: Axes) -> Window:
-    """The convolution gradient * rhs → ∂lhs.
+    """Returns the convolution gradient * rhs → ∂lhs.
 
     Each output element is a sum over the taps of the window; what an input element gets back is the sum
     over the same taps in reverse, of the gradient spread out by the strides.
@@ -147,7 +147,7 @@ def towards_lhs(window: Window, lhs_shape: Axes, rhs_shape: Axes, out_shape: Axe
 
 
 def towards_rhs(window: Window, lhs_shape: Axes, rhs_shape: Axes, out_shape: Axes) -> Window:
-    """The convolution lhs * gradient → ∂rhs: batch and features change places, and so do their groups."""
+    """Returns the convolution lhs * gradient → ∂rhs: batch and features, and their groups, are exchanged."""
     space, taps, spread = _dilated_space(window, lhs_shape, rhs_shape, out_shape)
     padding = []
     for (low, _), n, k, g in zip(window.padding, space, taps, spread, strict=True):

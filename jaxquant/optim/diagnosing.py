@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from jaxquant.numerics.sharding import computed_as_auto
+from jaxquant.numerics.sharding import call_with_auto_axes
 from jaxquant.optim.checks import trace_update
 from jaxquant.optim.state import QuantizedState, decoded, with_leaf
 
@@ -69,7 +69,7 @@ def diagnose(
     True
     """
     look = functools.partial(_diagnosed, tx, seed)
-    return computed_as_auto(look, (state, updates, params, extra), PartitionSpec)
+    return call_with_auto_axes(look, (state, updates, params, extra), PartitionSpec)
 
 
 def _diagnosed(

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxquant.artifacts import files, folders, seals
-from jaxquant.numerics.sharding import computed_as_auto, spec_of
+from jaxquant.artifacts import checksums, files, folders
+from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 from jaxquant.optim.checks import check_parameters, check_plain, check_state
 from jaxquant.optim.identity import difference, from_version_3, identity
 from jaxquant.optim.state import (
@@ -57,7 +57,7 @@ def to_optax(tx: optax.GradientTransformation, state: QuantizedState, params: An
     check_state(state)
     check_parameters(state.plan, params, "params")
     specs, structure = jax.tree.flatten(jax.eval_shape(tx.init, params))
-    leaves = computed_as_auto(_all_decoded, (state,), lambda: leaf_specs(tx, params))
+    leaves = call_with_auto_axes(_all_decoded, (state,), lambda: leaf_specs(tx, params))
     _check_alike(specs, leaves, "the state of tx for these parameters")
     return structure.unflatten(leaves)
 
@@ -91,7 +91,7 @@ def from_optax(state: QuantizedState, plain: Any, *, seed: int = 0) -> Quantized
     _check_alike(specs, leaves, "the plain state that this one quantizes")
     check_plain(state.plan, plain)
     encode = functools.partial(_all_encoded, seed=seed)
-    return computed_as_auto(encode, (state, leaves), lambda: jax.tree.map(spec_of, state))
+    return call_with_auto_axes(encode, (state, leaves), lambda: jax.tree.map(spec_of, state))
 
 
 @functools.partial(jax.jit, static_argnames="seed")
@@ -147,10 +147,10 @@ def save(folder: str | os.PathLike, state: QuantizedState) -> None:
             "state": identity(state.plan),
             "arrays": _described(state),
             "not_finite": folders.not_finite(_named(state)),
-            "files": seals.digests(temporary),
+            "files": checksums.digests(temporary),
         }
-        files.write(temporary / _HEAD, seals.sealed(_KIND, VERSION, body))
-        if not folders.placed(temporary, folder):
+        files.write(temporary / _HEAD, checksums.with_checksum(_KIND, VERSION, body))
+        if not folders.move_into_place(temporary, folder):
             raise ValueError(f"{folder} exists already; the folder must be new")
 
 
@@ -167,7 +167,7 @@ def load(folder: str | os.PathLike, like: QuantizedState) -> QuantizedState:
     """
     folder = Path(folder)
     body = _read_head(folder)
-    seals.check_digests(folder, body["files"], (_ARRAYS,))
+    checksums.check_digests(folder, body["files"], (_ARRAYS,))
     wanted = _described(like)
     if body["arrays"] != wanted:
         names = sorted(set(wanted) ^ set(body["arrays"])) or [
@@ -213,7 +213,7 @@ def _read_head(folder: Path) -> dict[str, Any]:
     For arrays of an older version, "names" maps each name to the name in the file.
     """
     path = folder / _HEAD
-    body = seals.unsealed(path, _KIND, 3, VERSION)
+    body = checksums.read_checked(path, _KIND, 3, VERSION)
     body.setdefault("not_finite", None)  # absent in early files
     for part, kind in (("arrays", dict), ("state", dict), ("plan", str)):
         if part in body and not isinstance(body[part], kind):

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxquant.numerics.sharding import computed_as_auto, explicit_axes, spec_of
+from jaxquant.numerics.sharding import call_with_auto_axes, explicit_axes, spec_of
 from jaxquant.optim.adapting import reallocate_bits
 from jaxquant.optim.checks import trace_update, transformation
 from jaxquant.optim.codecs import Codec
@@ -149,7 +149,7 @@ def quantize_state(
             plain = _first(tx, params)
             exact = without_codes(plan, plain)
             specs = functools.partial(first_specs, plan, exact, tx, params)
-            return computed_as_auto(first, (plain, params), specs)
+            return call_with_auto_axes(first, (plain, params), specs)
 
     def update(updates: Any, state: QuantizedState, params: Any = None, **extra: Any):
         def step(updates: Any, state: QuantizedState, params: Any, extra: dict[str, Any]) -> Any:
@@ -158,7 +158,7 @@ def quantize_state(
             return traced.structure.unflatten(new), placed(state)
 
         operands = (updates, state, params, extra)
-        return computed_as_auto(step, operands, lambda: jax.tree.map(spec_of, operands[:2]))
+        return call_with_auto_axes(step, operands, lambda: jax.tree.map(spec_of, operands[:2]))
 
     def placed(state: QuantizedState) -> QuantizedState:
         return state if mesh is None else jax.lax.with_sharding_constraint(state, layout(state))

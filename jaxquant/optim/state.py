@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxquant.numerics.rounding import mixed
+from jaxquant.numerics.rounding import mix_bits
 from jaxquant.optim import pages
 from jaxquant.optim.codecs import BLOCK, Codec
 from jaxquant.optim.layout import BLOCKS
@@ -359,7 +359,7 @@ def encode_blocks(
 def draw_word(seed: int, step: jax.Array, number: int, slot: int) -> jax.Array:
     """Returns a random word for each step, group and slot."""
     place = jnp.uint32(((number * 97 + slot) * 0x9E3779B9 + seed * 0x85EBCA6B) % 2**32)
-    return mixed(mixed(step.astype(jnp.uint32)) ^ place)
+    return mix_bits(mix_bits(step.astype(jnp.uint32)) ^ place)
 
 
 def draws_of(word: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:

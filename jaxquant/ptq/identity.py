@@ -1,4 +1,4 @@
-"""What a model, data or a function is, as a hash: what a folder holds is not taken for another call's.
+"""Hash models, data and functions, so that a folder's results are not reused for another call.
 
 A function is its code, constants, defaults, the values that it closes over, and, where it is of the same
 module as what is asked for, the globals that it uses.  What it reaches in other modules is known by name.
@@ -27,7 +27,7 @@ _BOOKKEEPING = ("_object__", "_pytree__", "_abc_")
 
 
 def identity(what: str, value: Any) -> str:
-    """A hash that is the same for the same content and code, in another process too.
+    """Returns a hash that is the same for the same content and code, in another process too.
 
     An object that has a string as its attribute ``fingerprint`` is known by it.
 
@@ -51,7 +51,7 @@ def identity(what: str, value: Any) -> str:
 
 
 def difference(known: Any, parts: Mapping[str, str]) -> str | None:
-    """The first part that is another than the one that is known; None where all are alike.
+    """Returns the first part that is another than the one that is known; None where all are alike.
 
     >>> difference({"model": "a", "loss": "b"}, {"model": "a", "loss": "c"})
     'loss'
@@ -202,7 +202,7 @@ class _Walk:
 
 
 def _items(value: Any) -> Any:
-    """What an object of a subclass of a container, a number or a text holds as such."""
+    """Returns the builtin value of an instance of a subclass of a container, number or string."""
     if isinstance(value, Mapping):
         return [*value.items()]
     if isinstance(value, list | tuple | set | frozenset):
@@ -218,13 +218,13 @@ def _content(cell: types.CellType) -> Any:
 
 
 def _names(code: types.CodeType) -> list[str]:
-    """What code, and the code within it, may look up among the globals."""
+    """Returns the global names that code, and code nested in it, may look up."""
     within = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
     return [*dict.fromkeys([*code.co_names, *within])]
 
 
 def _is_own(name: str, value: Any) -> bool:
-    """Whether a class's attribute was written with it."""
+    """Returns whether a class's attribute was written with it."""
     is_dunder = name.startswith("__") and name.endswith("__")
     is_code = isinstance(value, types.FunctionType | property | staticmethod | classmethod)
     return is_code if is_dunder else not (name.startswith(_BOOKKEEPING) or _is_slot(value))

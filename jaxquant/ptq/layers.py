@@ -59,13 +59,13 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """What errors call it."""
+        """The name in errors."""
         return self.name if "/" in self.path else "the model"
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrices:
-    """How a weight becomes matrices, inputs by outputs, and stored ones become a weight again.
+    """The conversion of a weight to matrices, inputs by outputs, and back.
 
     Attributes:
         own: shape of one matrix's part of the weight.
@@ -83,7 +83,7 @@ class Matrices:
 
     @classmethod
     def of(cls, decision: Decision) -> "Matrices":
-        """Those of a product's weight."""
+        """Returns the matrices of a product's weight."""
         product, one = decision.product, operation_of(decision)
         assert one.stored is not None
         order = one.order or tuple(range(product.operands[one.right].ndim))
@@ -99,12 +99,12 @@ class Matrices:
 
     @property
     def inputs(self) -> int:
-        """How many numbers one matrix's products sum over."""
+        """The number of terms of each sum."""
         return math.prod(self.own[a] for a in self.axes)
 
     @property
     def count(self) -> int:
-        """How many matrices there are, those of all turns of scans."""
+        """The number of matrices, over all turns of scans."""
         return self.turns * math.prod(self.stacking.sizes)
 
     @property
@@ -114,7 +114,7 @@ class Matrices:
         return [*self.axes, *rest]
 
     def flat(self, weight: Any) -> Any:
-        """A turn's weight as matrices [..., inputs, outputs]."""
+        """Returns a turn's weight as matrices [..., inputs, outputs]."""
         count = len(self.stacking.sizes)
         places = (*range(count), *(count + a for a in self.order))
         moved = jnp.transpose(self.stacking.front(weight), places)
@@ -122,13 +122,13 @@ class Matrices:
 
 
 def operation_of(decision: Decision) -> Operation:
-    """What takes the place of a product whose weight is quantized."""
+    """Returns the operation that replaces a product whose weight is quantized."""
     assert decision.operation is not None
     return decision.operation
 
 
 def quantizer_of(decision: Decision) -> Quantizer:
-    """How a product's weight is quantized."""
+    """Returns the quantizer of a product's weight."""
     quantizer = operation_of(decision).quantizer
     assert quantizer is not None
     return quantizer
@@ -137,7 +137,7 @@ def quantizer_of(decision: Decision) -> Quantizer:
 def layers_of(
     model: nnx.Module, arguments: tuple[Any, ...], call: Callable[..., Any] | None
 ) -> tuple[list[Layer], list[Decision]]:
-    """The weights that are quantized, in the order of their products; those that are not called last.
+    """Returns the weights that are quantized, in the order of their products; those that are not called last.
 
     Args:
         model: as `jaxquant.nnx.quantize` made it.
@@ -178,7 +178,7 @@ def layers_of(
 
 
 def _with_uncalled(model: nnx.Module, plan: Plan) -> Plan:
-    """A call's plan with those of Flax's layers that it leaves out; other weights left out are named."""
+    """Returns a call's plan with the Flax layers that the call omits; other omitted weights are named."""
     names = [(p, p.rpartition("/")[0]) if "/" in p else (p,) for p, _ in weights(model)]
     chosen = choose([Subject(n, "weight") for n in names], rules_of(model), is_part=True)
     known = {path for d in plan.decisions for path in d.product.parameters} | set(plan.reads)

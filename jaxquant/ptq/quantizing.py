@@ -12,16 +12,16 @@ import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
-from jaxquant.engine.batches import checked, fitting
+from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rules import Rule, Rules
-from jaxquant.functions.freezing import as_held
+from jaxquant.functions.freezing import unwrap_stored
 from jaxquant.functions.quantizing import Decision
 from jaxquant.nnx.doors import copied, install, quantized_copy, rules_of, rules_within
 from jaxquant.nnx.modules import ChannelScale
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.observing import Statistic, observe
-from jaxquant.nnx.storing import holder_of, replaced
+from jaxquant.nnx.storing import holder_of, replace_parameters
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.stored import Stored
@@ -58,7 +58,7 @@ def quantize(
     workdir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Model:
-    """The model frozen, its weights rounded with regard to the inputs that each layer gets.
+    """Returns the model frozen, its weights rounded with regard to the inputs that each layer gets.
 
     Layers are taken in the order in which they are called, as many at once as their statistics fit into
     `memory`; each sees its inputs as the layers quantized before it leave them.  A batch's activations are
@@ -117,7 +117,7 @@ def quantize(
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
     target = quantized_copy(model, rules)
-    index, arguments = next(checked(series(batches)))
+    index, arguments = next(check_each(series(batches)))
     with fitting(index, arguments):
         layers, decisions = layers_of(target, arguments, call)
     for layer in layers:
@@ -181,7 +181,7 @@ def check_batches(batches: Any) -> None:
 
 
 def series(batches: Any) -> Iterable[Any]:
-    """The batches from their beginning."""
+    """Returns the batches from their beginning."""
     started: Any = batches() if callable(batches) else batches
     return started
 
@@ -209,7 +209,7 @@ def _check(layer: Layer, chosen: Method, method: str) -> None:
 
 
 def _unsuited(layer: Layer, chosen: Method) -> str:
-    """What a layer has that solvers do not take, which round matrices of all inputs; "" where nothing."""
+    """Returns what solvers cannot handle in a layer (they round matrices of all inputs), or ""."""
     for decision in layer.decisions.values():
         settings = decision.product.settings
         groups = settings.get("feature_group_count", 1) * settings.get("batch_group_count", 1)
@@ -225,7 +225,7 @@ def _unsuited(layer: Layer, chosen: Method) -> str:
 
 
 def _is_masked(layer: Layer, decision: Decision) -> bool:
-    """Whether a weight is zero where its parameter is not: rounding that makes up for errors fills it."""
+    """Returns whether a weight is zero where its parameter is not: error feedback would fill such zeros."""
     made = operation_of(decision).stored
     assert made is not None
     if made.key.replace("turn(", "").rstrip(")") == layer.path:
@@ -236,7 +236,7 @@ def _is_masked(layer: Layer, decision: Decision) -> bool:
 
 
 def _rotated(layer: Layer) -> Rule:
-    """A layer's rule in Hadamard coordinates, in the largest blocks that divide its inputs."""
+    """Returns a layer's rule in Hadamard coordinates, in the largest blocks that divide its inputs."""
     size = _LARGEST_ROTATION
     for matrices in layer.matrices.values():
         size = math.gcd(size, matrices.own[matrices.axes[-1]])
@@ -265,7 +265,7 @@ def _recipe(layer: Layer) -> DotGeneral:
 
 
 def _rule(layer: Layer, recipe: DotGeneral) -> Rule:
-    """A rule for one layer alone."""
+    """Returns a rule for one layer alone."""
     rule = next(iter(layer.decisions.values())).rule
     assert rule is not None
     return Rule(re.compile(re.escape(layer.path)), recipe, rule.label, is_earlier=True)
@@ -288,7 +288,7 @@ def _stages(ordered: Sequence[Layer], memory: int, chosen: Method) -> list[list[
 def _statistics(
     model: nnx.Module, stage: Sequence[Layer], batches: Any, chosen: Method, call: Any
 ) -> dict[str, InputStatistics]:
-    """By how each weight of a stage is made."""
+    """Returns statistics by the derivation of each weight of a stage."""
     wanted = {
         key: statistic(matrices.inputs, chosen)
         for layer in stage
@@ -309,15 +309,15 @@ def _statistics(
 
 
 def _with_layers(model: Model, stage: Sequence[Layer], solved: Mapping[str, Any]) -> Model:
-    """The model with layers' weights as they are stored, and their channels' scales beside them."""
+    """Returns the model with layers' weights as they are stored, and their channels' scales beside them."""
     paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(nnx.split(model)[1])}
     leaves = {}
     for layer in stage:
         found, plain = solved[layer.path], layer.values[layer.path]
         operands = {key: found[f"weight{place}"] for place, key in enumerate(layer.decisions)}
         stored = Stored(operands, plain.shape, plain.dtype, Owner(layer.path))
-        leaves[paths[layer.path]] = StoredWeight(as_held(layer.path, stored))
-    model = replaced(model, leaves)
+        leaves[paths[layer.path]] = StoredWeight(unwrap_stored(layer.path, stored))
+    model = replace_parameters(model, leaves)
     for layer in stage:
         if "scale" in solved[layer.path]:
             holder = holder_of(model, layer.path)

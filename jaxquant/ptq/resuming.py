@@ -49,7 +49,7 @@ class Store:
         if self.folder is None or not self._path().exists():
             return None
         try:
-            with files.opened(self._path()) as opened, np.load(opened) as file:
+            with files.open_regular(self._path()) as opened, np.load(opened) as file:
                 files.check_stored(file.zip)
                 arrays = {name: file[name] for name in file.files}
             descriptions = files.parse_json(str(arrays.pop("descriptions")), "what they are")

@@ -32,7 +32,7 @@ class Allocation:
 
     @property
     def gap(self) -> float:
-        """How much less the best choices could lose, at most: loss − bound."""
+        """The optimality gap, loss − bound: an upper bound on what better choices could gain."""
         return self.loss - self.bound
 
 
@@ -54,7 +54,7 @@ class _States:
 
 
 def allocate(costs: Any, losses: Any, budget: int, *, states: int = 100_000) -> Allocation:
-    """The choices, one for each layer, that lose least within a budget.
+    """Returns the choices, one for each layer, that lose least within a budget.
 
         min Σ_l losses[l, c_l]    with    Σ_l costs[l, c_l] ≤ budget.
 
@@ -93,24 +93,24 @@ def allocate(costs: Any, losses: Any, budget: int, *, states: int = 100_000) -> 
             f"a budget of {budget!r} bytes is not feasible: the cheapest choices need {least}"
         )
     relaxations = _relaxations(layers)
-    known = _rounded_down(layers, budget)
+    known = _round_down(layers, budget)
     # The sums of losses are rounded: a bound that is no less than so is not to rule out an equal.
     slack = 1e-12 * sum(float(np.abs(layer.losses).max()) for layer in layers)
     # The whole problem's relaxation is the first bound; what is cut off for room may be as good as its own.
     best, missed, history = _loss(layers, known), np.inf, []
     current = _States(*(np.zeros(1, t) for t in (np.int64, np.float64, np.int64, np.int64)))
     for layer, relaxation in zip(layers, relaxations[1:], strict=True):
-        current, dropped = _extended(current, layer, relaxation, budget, best + slack, states)
+        current, dropped = _extend(current, layer, relaxation, budget, best + slack, states)
         missed = min(missed, dropped)
         history.append(current)
-    chosen = _traced_back(history) if len(current.losses) else known
+    chosen = _trace_back(history) if len(current.losses) else known
     if _loss(layers, chosen) > best:
         chosen = known
     return _allocation(layers, chosen, missed)
 
 
 def _choices(costs: Any, losses: Any) -> list[_States]:
-    """For each layer, its choices that none beats in both, by rising bytes."""
+    """Returns, for each layer, its Pareto-optimal choices, by rising bytes."""
     bytes_, lost = np.asarray(costs, np.float64), np.asarray(losses, np.float64)
     if bytes_.ndim != 2 or bytes_.shape != lost.shape or 0 in bytes_.shape:
         raise ValueError(
@@ -134,19 +134,19 @@ def _choices(costs: Any, losses: Any) -> list[_States]:
 
 
 def _undominated(states: _States) -> _States:
-    """Those that no other beats in both bytes and loss; of equals, the first."""
+    """Returns the Pareto-optimal states in bytes and loss; of equal ones, the first."""
     order = np.lexsort((states.losses, states.bytes))
     losses = states.losses[order]
     before = np.concatenate(([np.inf], np.minimum.accumulate(losses)))
-    return _taken(states, order[losses < before[:-1]])
+    return _select(states, order[losses < before[:-1]])
 
 
-def _taken(states: _States, index: np.ndarray) -> _States:
+def _select(states: _States, index: np.ndarray) -> _States:
     return _States(*(getattr(states, f.name)[index] for f in dataclasses.fields(states)))
 
 
 def _hull(layer: _States) -> list[int]:
-    """The choices on the lower convex hull of loss over bytes, from the cheapest to the best."""
+    """Returns the choices on the lower convex hull of loss over bytes, from the cheapest to the best."""
     corners: list[int] = []
     for i in range(len(layer.bytes)):
         while len(corners) > 1 and _slope(layer, corners[-2], i) <= _slope(
@@ -158,12 +158,12 @@ def _hull(layer: _States) -> list[int]:
 
 
 def _slope(layer: _States, i: int, j: int) -> float:
-    """The loss that a byte more brings between two choices; negative."""
+    """Returns the loss that a byte more brings between two choices; negative."""
     return float((layer.losses[j] - layer.losses[i]) / (layer.bytes[j] - layer.bytes[i]))
 
 
 def _steps(layers: Sequence[_States]) -> list[tuple[float, int, int, int]]:
-    """Every layer's steps along its hull, the most worth a byte first: (slope, layer, from, to)."""
+    """Returns every layer's steps along its convex hull, the steepest first: (slope, layer, from, to)."""
     found = []
     for place, layer in enumerate(layers):
         corners = _hull(layer)
@@ -172,7 +172,7 @@ def _steps(layers: Sequence[_States]) -> list[tuple[float, int, int, int]]:
 
 
 def _relaxations(layers: Sequence[_States]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For each number of layers left out in front, what the others lose at least, by their bytes.
+    """Returns, for each number of leading layers left out, a lower bound on the others' loss by bytes.
 
     With fractions of steps allowed, the best is to take the steps in order of their worth, so that the
     least loss is convex and piecewise linear in bytes: (bytes, losses) of its corners.
@@ -191,8 +191,8 @@ def _relaxations(layers: Sequence[_States]) -> list[tuple[np.ndarray, np.ndarray
     return found
 
 
-def _rounded_down(layers: Sequence[_States], budget: int) -> list[int]:
-    """A first solution: the steps in order of their worth, each layer's as far as the budget goes."""
+def _round_down(layers: Sequence[_States], budget: int) -> list[int]:
+    """Returns a first solution: the steps in order of their worth, each layer's as far as the budget goes."""
     chosen = [0] * len(layers)
     left = budget - sum(int(layer.bytes[0]) for layer in layers)
     for _, place, _, to in _steps(layers):
@@ -203,7 +203,7 @@ def _rounded_down(layers: Sequence[_States], budget: int) -> list[int]:
     return chosen
 
 
-def _extended(
+def _extend(
     current: _States,
     layer: _States,
     relaxation: tuple[np.ndarray, np.ndarray],
@@ -211,7 +211,7 @@ def _extended(
     best: float,
     limit: int,
 ) -> tuple[_States, float]:
-    """The states with one layer more, and the least bound of those that were left out for room."""
+    """Returns the states with one layer more, and the least bound of those that were left out for room."""
     count, choices = len(current.bytes), len(layer.bytes)
     grown = _States(
         (current.bytes[:, None] + layer.bytes[None, :]).ravel(),
@@ -220,18 +220,18 @@ def _extended(
         np.tile(np.arange(choices), count),
     )
     left = budget - grown.bytes
-    grown, left = _taken(grown, left >= relaxation[0][0]), left[left >= relaxation[0][0]]
+    grown, left = _select(grown, left >= relaxation[0][0]), left[left >= relaxation[0][0]]
     bounds = grown.losses + np.interp(left, *relaxation)
-    grown = _undominated(_taken(grown, bounds <= best))
+    grown = _undominated(_select(grown, bounds <= best))
     if len(grown.bytes) <= limit:
         return grown, np.inf
     bounds = grown.losses + np.interp(budget - grown.bytes, *relaxation)
     order = np.argsort(bounds, kind="stable")
-    return _taken(grown, np.sort(order[:limit])), float(bounds[order[limit]])
+    return _select(grown, np.sort(order[:limit])), float(bounds[order[limit]])
 
 
-def _traced_back(history: Sequence[_States]) -> list[int]:
-    """The choices of the last layer's state with the least loss."""
+def _trace_back(history: Sequence[_States]) -> list[int]:
+    """Returns the choices of the last layer's state with the least loss."""
     chosen, state = [], int(np.argmin(history[-1].losses))
     for states in reversed(history):
         chosen.append(int(states.choice[state]))

@@ -15,7 +15,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant.artifacts import files
-from jaxquant.engine.batches import checked, fitting
+from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
 from jaxquant.functions.freezing import stored_operand
@@ -33,7 +33,7 @@ Loss = Callable[..., jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         rules: one for each layer, for `jaxquant.ptq.quantize` or `jaxquant.nnx.quantize`.
@@ -75,7 +75,7 @@ def search(
     workdir: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> Search:
-    """Which recipe each layer should get, so that the weights take at most `budget` bytes.
+    """Finds a recipe for each layer, so that the weights take at most `budget` bytes.
 
     Each group of layers is quantized alone in each recipe, its weights rounded to nearest, and what the model
     then loses on the batches is measured; the losses are taken to add up, and `search.allocate` spends the
@@ -117,7 +117,7 @@ def search(
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
     known = _Known(workdir, lambda: _identities(model, batches, loss))
     reference, first = _references(model, batches, loss)
-    layers, costs = _found(model, choices, modules, first, loss)
+    layers, costs = _search_result(model, choices, modules, first, loss)
     paths = list(layers)
     named = {p: p if group is None else group(p) for p in paths}
     if odd := [(p, name) for p, name in named.items() if not isinstance(name, str)]:
@@ -153,10 +153,10 @@ def search(
     return Search(rules, groups, tuple(choices), total, losses, allocation)
 
 
-def _found(
+def _search_result(
     model: nnx.Module, choices: Sequence[str], modules: str, arguments: Any, loss: Loss | None
 ) -> tuple[dict[str, list[Layer]], dict[str, list[int]]]:
-    """Each layer in all recipes, by its name in the model's order, and its bytes in them."""
+    """Returns each layer in all recipes, by its name in the model's order, and its bytes in them."""
     found: dict[str, list[Layer]] = {}
     order = [path for path, _ in weights(model)]
     for choice in choices:
@@ -174,7 +174,7 @@ def _found(
 
 
 def _bytes(layer: Layer) -> int:
-    """Of a layer once it is frozen, of which only the shapes are computed."""
+    """Returns a frozen layer's bytes, from shapes alone."""
     found = [
         jax.eval_shape(lambda d=d: stored_operand(d, layer.values))
         for d in layer.decisions.values()
@@ -183,7 +183,7 @@ def _bytes(layer: Layer) -> int:
 
 
 class _Measure:
-    """What the model loses with some of its weights quantized: one program for all."""
+    """The model's loss with some of its weights quantized: one program for all."""
 
     def __init__(
         self,
@@ -212,13 +212,13 @@ class _Measure:
         for name in names:
             layer = self._layers[name][choice]
             for key, decision in layer.decisions.items():
-                stored = _decoded(operation_of(decision), stored_operand(decision, layer.values))
+                stored = _decode(operation_of(decision), stored_operand(decision, layer.values))
                 changed[key] = stored.astype(self._weights[key].dtype)
         return self._mean(changed) - self._base
 
     def _mean(self, changed: Mapping[str, jax.Array]) -> float:
         found, weights = [], {**self._weights, **changed}
-        for index, arguments in checked(series(self._batches)):
+        for index, arguments in check_each(series(self._batches)):
             with fitting(index, arguments):
                 known = () if self._reference is None else (self._reference[index],)
                 given = (*known, *arguments)
@@ -228,8 +228,8 @@ class _Measure:
         return float(np.mean(found))
 
 
-def _decoded(operation: Operation, stored: QArray) -> jax.Array:
-    """A layer's weight as it comes back from storage."""
+def _decode(operation: Operation, stored: QArray) -> jax.Array:
+    """Returns a layer's weight as it comes back from storage."""
     decode = dequantize if operation.stacking is None else operation.stacking.each(dequantize)
     for _ in operation.stored.turns if operation.stored is not None else ():
         decode = jax.vmap(decode)
@@ -237,8 +237,8 @@ def _decoded(operation: Operation, stored: QArray) -> jax.Array:
 
 
 def _with_weights(call: Call, arrays: Any, weights: Mapping[str, jax.Array]) -> jax.Array:
-    """A call's result with other weights in its products, by how each is made of parameters."""
-    trace = call.traced(arrays)
+    """Returns a call's result with other weights in its products, by how each is made of parameters."""
+    trace = call.trace(arrays)
     uses: list[Use | None] = []
     data = {}
     for index, product in enumerate(trace.products):
@@ -247,12 +247,12 @@ def _with_weights(call: Call, arrays: Any, weights: Mapping[str, jax.Array]) -> 
         uses.append(None if given is None else _use(index, product))
         if given is not None:
             data[index] = given
-    (result, _), _ = trace.computed(arrays, uses, data)
+    (result, _), _ = trace.evaluate(arrays, uses, data)
     return result
 
 
 def _use(index: int, product: Product) -> Use:
-    """The product of other operands: with another weight in the place of its own."""
+    """Returns the product of other operands: with another weight in the place of its own."""
     place, made = product.weight, product.derivation
     assert made is not None
 
@@ -266,11 +266,11 @@ def _use(index: int, product: Product) -> Use:
 def _references(
     model: nnx.Module, batches: Any, loss: Loss | None
 ) -> tuple[list[jax.Array] | None, tuple[Any, ...]]:
-    """What the model gives for the batches, which a loss of one's own needs not; and the first of them."""
+    """Returns the model's outputs for the batches (a custom loss needs none), and the first of them."""
     if loss is not None:
-        return None, next(checked(series(batches)))[1]
+        return None, next(check_each(series(batches)))[1]
     found, first = [], ()
-    for index, arguments in checked(series(batches)):
+    for index, arguments in check_each(series(batches)):
         with fitting(index, arguments):
             found.append(_logits(model, arguments))
         first = first or arguments
@@ -296,7 +296,7 @@ def _logits(model: nnx.Module, arguments: tuple[Any, ...]) -> jax.Array:
 
 
 def _divergence(logits: jax.Array, reference: jax.Array) -> jax.Array:
-    """Mean Kullback-Leibler divergence of softmax(logits) from softmax(reference)."""
+    """Returns mean Kullback-Leibler divergence of softmax(logits) from softmax(reference)."""
     log_p, log_q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
     return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
 

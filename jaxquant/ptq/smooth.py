@@ -29,7 +29,7 @@ def awq_scale(
     *,
     grid: int = 20,
 ) -> jt.Float[jax.Array, " n"]:
-    """Activation-aware scales: input channels that are large are given the finer share of the grid.
+    """Returns activation-aware scales: input channels that are large are given the finer share of the grid.
 
     s_j = (mean |x_j| / g)^α with g the geometric mean over channels, and α among 0, 1/grid, …, 1 the one
     with the least objective of Ŵ = Q(s W) / s, for inputs divided by s.  Equal objectives take the smaller
@@ -68,7 +68,7 @@ def _awq_scale(
     weight: jax.Array, absmean: jax.Array, hessian: jax.Array, quantizer: Quantizer, grid: int
 ) -> jax.Array:
     weight = weight.astype(jnp.float32)
-    logs = jnp.log(_floored(absmean))
+    logs = jnp.log(_floor(absmean))
     logs = logs - jnp.mean(logs)
 
     def loss(exponent: jax.Array) -> jax.Array:
@@ -82,7 +82,7 @@ def _awq_scale(
 def smoothquant_scale(
     weight: jt.Float[jax.Array, "n m"], state: InputStatistics, alpha: float = 0.5
 ) -> jt.Float[jax.Array, " n"]:
-    """Scales that move the difficulty of quantizing from the inputs to the weight:
+    """Returns scales that move the difficulty of quantizing from the inputs to the weight:
 
         s_j = max |x_j|^α / max |W_j|^(1 − α).
 
@@ -115,24 +115,24 @@ def smoothquant_scale(
     if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha is from 0 to 1; got {alpha!r}")
     rows = largest(jnp.abs(weight.astype(jnp.float32)), (1,))[:, 0]
-    return _floored(state.absmax) ** alpha / _floored(rows) ** (1 - alpha)
+    return _floor(state.absmax) ** alpha / _floor(rows) ** (1 - alpha)
 
 
-def _floored(magnitudes: jax.Array) -> jax.Array:
+def _floor(magnitudes: jax.Array) -> jax.Array:
     """Magnitudes of channels, none less than a small share of the largest; ones where all are zero."""
     top = largest(magnitudes)
     return jnp.where(top == 0, 1, jnp.maximum(magnitudes, _LEAST_SHARE * top))
 
 
-def rescaled(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
-    """The statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
+def rescale(state: InputStatistics, scale: jt.Float[jax.Array, " n"]) -> InputStatistics:
+    """Returns the statistics of x / scale, of those of x: what a smoothed layer's weight is multiplied with.
 
     Args:
         state: of x.
         scale: positive, one for each channel.
 
     >>> from jaxquant.ptq.statistics import statistics, update
-    >>> rescaled(update(statistics(1), jnp.array([[6.0]])), jnp.array([2.0])).hessian
+    >>> rescale(update(statistics(1), jnp.array([[6.0]])), jnp.array([2.0])).hessian
     Array([[9.]], dtype=float32)
     """
     inverse = 1 / scale

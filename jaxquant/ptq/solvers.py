@@ -32,7 +32,7 @@ def objective(
     values: jt.Float[jax.Array, "n m"] | QArray,
     hessian: jt.Float[jax.Array, "n n"],
 ) -> jt.Float[jax.Array, ""]:
-    """What a layer's output loses in squares, a token's mean: tr((W − Ŵ)ᵀ H (W − Ŵ)).
+    """Computes a layer's mean squared output error for each token: tr((W − Ŵ)ᵀ H (W − Ŵ)).
 
     Args:
         weight: W.
@@ -47,12 +47,12 @@ def objective(
 
 
 def _energy(error: jax.Array, hessian: jax.Array) -> jax.Array:
-    """What each element of the error has in tr(ΔᵀHΔ)."""
+    """Returns each element's share of tr(ΔᵀHΔ)."""
     return error * matmul(hessian.astype(jnp.float32), error)
 
 
 def rtn(weight: jt.Float[jax.Array, "n m"], quantizer: Quantizer) -> QArray:
-    """Round to nearest: the weight quantized along its inputs, whatever these are.
+    """Returns round to nearest: the weight quantized along its inputs, whatever these are.
 
     Raises:
         ValueError: as `jaxquant.quantize`; a weight that has not two axes.
@@ -130,19 +130,19 @@ def _gptq(
     block: int,
 ) -> QArray:
     stored = quantize(weight, quantizer, axis=0)
-    weight, hessian = _rotated(weight, hessian, quantizer)
+    weight, hessian = _rotate(weight, hessian, quantizer)
     n, m = weight.shape
     # Sorting is stable, so that equal channels go as they come.
     place = jnp.where(order, jnp.argsort(-jnp.diagonal(hessian)), jnp.arange(n))
-    feedback = _feedback(_damped(hessian, damping)[place][:, place])
+    feedback = _feedback(_damp(hessian, damping)[place][:, place])
     grid = _sweep(weight[place], feedback, _RowGrid.of(stored, quantizer), place, block)
     grid = jnp.zeros((n, m), jnp.float32).at[place].set(grid)
     solved = dataclasses.replace(stored, qvalue=quantizer.element.store(grid))
     return _none_unless(jnp.all(jnp.isfinite(feedback)), solved)
 
 
-def _damped(hessian: jax.Array, damping: Any) -> jax.Array:
-    """H + λI, with the mean in place of a zero on the diagonal: of a channel that had no inputs."""
+def _damp(hessian: jax.Array, damping: Any) -> jax.Array:
+    """Returns H + λI, with the mean in place of a zero on the diagonal: of a channel that had no inputs."""
     diagonal = jnp.diagonal(hessian)
     mean = jnp.mean(diagonal)
     unit = jnp.where(mean > 0, mean, 1)
@@ -150,7 +150,7 @@ def _damped(hessian: jax.Array, damping: Any) -> jax.Array:
 
 
 def _feedback(hessian: jax.Array) -> jax.Array:
-    """The lower triangular F with F_ij = R_ji / R_ii, where H = R Rᵀ and R is upper triangular.
+    """Returns the lower triangular F with F_ij = R_ji / R_ii, where H = R Rᵀ and R is upper triangular.
 
     The ones on its diagonal meet the error of a row that is not rounded yet, which is zero.
     """
@@ -185,7 +185,7 @@ class _RowGrid:
         return _RowGrid(scale, zero, quantizer, max(1, n // scale.shape[0]))
 
     def __call__(self, row: jax.Array, place: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The grid's values nearest to the row that stands at `place`, and what they stand for."""
+        """Returns the grid's values nearest to the row that stands at `place`, and what they stand for."""
         scale = self.scale[place // self.size]
         zero = None if self.zero is None else self.zero[place // self.size]
 
@@ -202,7 +202,7 @@ class _RowGrid:
 def _sweep(
     weight: jax.Array, feedback: jax.Array, to_grid: _RowGrid, place: jax.Array, block: int
 ) -> jax.Array:
-    """The grid values of all rows, in order of `place`, each with the errors of those before it."""
+    """Returns the grid values of all rows, in order of `place`, each with the errors of those before it."""
     n, m = weight.shape
     block = min(block, n)
     rows = -(-n // block) * block
@@ -238,17 +238,17 @@ def _sweep(
 
 
 def _none_unless(is_solved: jax.Array, stored: QArray) -> QArray:
-    """The same array, or one that decodes to NaN where the solution is none."""
+    """Returns the same array, or one that decodes to NaN where the solution is none."""
     nothing = jnp.full(stored.scale.shape, jnp.nan, jnp.float32)
     if isinstance(stored.format, Block):
         nothing = stored.format.scale.store(nothing)
     return dataclasses.replace(stored, scale=jnp.where(is_solved, stored.scale, nothing))
 
 
-def _rotated(
+def _rotate(
     weight: jax.Array, hessian: jax.Array, quantizer: Quantizer
 ) -> tuple[jax.Array, jax.Array]:
-    """The weight and the inputs' products, float32, in the coordinates that the weight is quantized in."""
+    """Returns the weight and the inputs' products, float32, in the coordinates of quantization."""
     weight, hessian = weight.astype(jnp.float32), hessian.astype(jnp.float32)
     size = quantizer.hadamard
     if size is None:
@@ -257,7 +257,7 @@ def _rotated(
 
 
 def least_of(losses: jax.Array) -> jax.Array:
-    """Where the first of the least losses is; a NaN is none."""
+    """Returns the index of the first smallest loss; NaN never counts."""
     return jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses), axis=0)
 
 
@@ -269,7 +269,7 @@ def awq_clip(
     grid: int = 20,
     least: float = 0.5,
 ) -> Range:
-    """Ranges that clip: each group's own is shrunk to where the group's outputs lose least.
+    """Returns ranges that clip: each group's own is shrunk to where the group's outputs lose least.
 
     r_g = c·r, c among grid + 1 even steps from 1 to `least`, with the least Σ Δ_gᵀ H_gg Δ_g over the
     group's outputs, where r is the range of the quantizer's calibration and H_gg are the products of the
@@ -314,7 +314,7 @@ def awq_clip(
 def _awq_clip(
     weight: jax.Array, hessian: jax.Array, quantizer: Quantizer, grid: int, least: Any
 ) -> Range:
-    weight, hessian = _rotated(weight, hessian, quantizer)
+    weight, hessian = _rotate(weight, hessian, quantizer)
     quantizer = dataclasses.replace(quantizer, hadamard=None)
     whole = calibrate(weight, quantizer, 0)
     groups = scale_shape(weight.shape, quantizer.granularity, 0)  # pyright: ignore[reportArgumentType]
@@ -334,7 +334,7 @@ def _awq_clip(
 
 
 def _group_losses(error: jax.Array, hessian: jax.Array, groups: tuple[int, ...]) -> jax.Array:
-    """Σ Δ_gᵀ H_gg Δ_g of each group."""
+    """Returns Σ Δ_gᵀ H_gg Δ_g of each group."""
     (n, m), (down, across) = error.shape, groups
     by_rows = error.reshape(down, n // down, m)
     own = jnp.arange(down)

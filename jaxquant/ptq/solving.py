@@ -16,43 +16,43 @@ from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.smoothed import multiplied
 from jaxquant.ptq.layers import Layer, Matrices, operation_of, quantizer_of
-from jaxquant.ptq.smooth import awq_scale, rescaled, smoothquant_scale
+from jaxquant.ptq.smooth import awq_scale, rescale, smoothquant_scale
 from jaxquant.ptq.solvers import gptq, rtn
-from jaxquant.ptq.statistics import InputStatistics, joined, statistics, update
+from jaxquant.ptq.statistics import InputStatistics, merge, statistics, update
 
 Method = frozenset[str]
 
 
 def needs_statistics(layer: Layer, method: Method) -> bool:
-    """Whether a layer's inputs are looked at."""
+    """Returns whether a layer's inputs are looked at."""
     return not layer.is_table and bool(method - {"rtn", "hadamard"})
 
 
 def statistics_bytes(layer: Layer, method: Method) -> int:
-    """Bytes of the statistics of a layer's inputs."""
+    """Returns bytes of the statistics of a layer's inputs."""
     if not needs_statistics(layer, method):
         return 0
     return sum(4 * m.inputs * (m.inputs + 2) * m.count for m in layer.matrices.values())
 
 
 def statistic(inputs: int, method: Method) -> Statistic:
-    """What is gathered of one matrix's inputs."""
+    """Returns the statistic of one matrix's inputs."""
     start = statistics(inputs, bool(method & {"gptq", "awq"}))
 
     def measure(rows: jax.Array, count: Any) -> Any:
         if start.products is not None and rows.shape[0] < inputs:
             return rows, count  # which are fewer numbers
-        return _counted(update(start, rows), count)
+        return _add_count(update(start, rows), count)
 
     def add(state: InputStatistics, found: Any) -> InputStatistics:
         if isinstance(found, InputStatistics):
-            return joined(state, found)
-        return _counted(update(state, found[0]), state.count + found[1])
+            return merge(state, found)
+        return _add_count(update(state, found[0]), state.count + found[1])
 
     return Statistic(start, measure, add)
 
 
-def _counted(state: InputStatistics, count: Any) -> InputStatistics:
+def _add_count(state: InputStatistics, count: Any) -> InputStatistics:
     return dataclasses.replace(state, count=jnp.asarray(count, jnp.int32))
 
 
@@ -80,7 +80,7 @@ def not_called(layer: Layer) -> str:
 
 
 def solve(layer: Layer, states: Mapping[str, InputStatistics], method: Method) -> dict[str, Any]:
-    """What is stored of a layer, and the scales of its channels where it has such.
+    """Returns a layer's stored weight, and its channel scales if the method has any.
 
     Args:
         layer: of which
@@ -96,13 +96,13 @@ def solve(layer: Layer, states: Mapping[str, InputStatistics], method: Method) -
         assert made is not None
         how = Matrices.of(decision), quantizer_of(decision), method, layer.is_dot
         needed = {path: layer.values[path] for path in made.paths}
-        found = made.of(needed, functools.partial(_solved, *how), states[key])
+        found = made.of(needed, functools.partial(_solve, *how), states[key])
         solved[f"weight{place}"] = found.pop("weight")
         solved |= found
     return solved
 
 
-def _solved(
+def _solve(
     matrices: Matrices,
     quantizer: Quantizer,
     method: Method,
@@ -110,7 +110,7 @@ def _solved(
     weight: jax.Array,
     state: InputStatistics,
 ) -> dict[str, Any]:
-    """What is stored of one turn's weight, and the scales of its channels where it has such."""
+    """Returns the stored weight of one turn, and its channel scales if the method has any."""
 
     def each(function: Callable[..., Any], *arguments: Any) -> Any:
         for _ in matrices.stacking.axes:
@@ -119,27 +119,27 @@ def _solved(
 
     flat, scales = matrices.flat(weight), {}
     order = np.argsort(matrices.batch).tolist()  # as the weight has its matrices
-    state = jax.tree.map(lambda x: _permuted(x, order), state)
+    state = jax.tree.map(lambda x: _permute(x, order), state)
     if is_scaled and method & {"awq", "smoothquant"}:
         find = functools.partial(awq_scale, quantizer=quantizer)
         scale = each(find if "awq" in method else smoothquant_scale, flat, state)
-        scales = {"scale": _permuted(scale, matrices.batch)}
+        scales = {"scale": _permute(scale, matrices.batch)}
         flat = each(lambda w, s: multiplied(w, s, (0,)), flat, scale)
-        state = each(rescaled, state, scale)
+        state = each(rescale, state, scale)
     if "gptq" in method:
         stored = each(lambda w, s: gptq(w, s.hessian, quantizer), flat, state)
     else:
         stored = each(lambda w: rtn(w, quantizer), flat)
-    return {"weight": _whole(matrices, stored), **scales}
+    return {"weight": _merge_parts(matrices, stored), **scales}
 
 
-def _permuted(x: jax.Array, order: Sequence[int]) -> jax.Array:
-    """x with its first axes in another order."""
+def _permute(x: jax.Array, order: Sequence[int]) -> jax.Array:
+    """Returns x with its first axes in another order."""
     return jnp.transpose(x, (*order, *range(len(order), x.ndim)))
 
 
-def _whole(matrices: Matrices, x: QArray) -> QArray:
-    """Stored matrices with the weight's own axes, packed."""
+def _merge_parts(matrices: Matrices, x: QArray) -> QArray:
+    """Returns stored matrices with the weight's own axes, packed."""
     own, axes, order, stacking = matrices.own, matrices.axes, matrices.order, matrices.stacking
     sizes, count, lead = [own[a] for a in order], len(axes), stacking.sizes
     back = [order.index(a) for a in range(len(own))]
@@ -148,7 +148,7 @@ def _whole(matrices: Matrices, x: QArray) -> QArray:
         if part is None:
             return None
         rows, columns = part.shape[len(lead) :]
-        shape = [*_split(rows, sizes[:count]), *_split(columns, sizes[count:])]
+        shape = [*_split_groups(rows, sizes[:count]), *_split_groups(columns, sizes[count:])]
         view = part.reshape(*lead, *shape)
         view = jnp.transpose(view, (*range(len(lead)), *(len(lead) + a for a in back)))
         return stacking.back(view)
@@ -162,11 +162,11 @@ def _whole(matrices: Matrices, x: QArray) -> QArray:
     assert qvalue is not None
     assert scale is not None
     unpacked = QArray(qvalue, scale, zero_point, tensor_scale, x.format, x.dtype, hadamard=rotation)
-    return stacking.marked(stacking.each(packed)(unpacked))
+    return stacking.with_layer_axes(stacking.each(packed)(unpacked))
 
 
-def _split(groups: int, sizes: Sequence[int]) -> list[int]:
-    """How groups of flattened axes lie over these axes: one for all, or blocks along the last."""
+def _split_groups(groups: int, sizes: Sequence[int]) -> list[int]:
+    """Splits groups of flattened axes over the axes: one group for all, or blocks along the last."""
     if groups == 1:
         return [1] * len(sizes)
     first = math.prod(sizes[:-1])

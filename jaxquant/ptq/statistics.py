@@ -1,4 +1,4 @@
-"""What a layer is given, gathered over batches: the second moment and the magnitude of its inputs."""
+"""Statistics of a layer's inputs over batches: their second moment and magnitudes."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class InputStatistics:
-    """What one layer's inputs x tell, in sums, so that batch after batch is added.
+    """Sums over one layer's inputs x, so that batches can be added.
 
     Attributes:
         products: Σ x xᵀ, or None where it was not asked for.
@@ -75,7 +75,7 @@ def statistics(n: int, hessian: bool = True) -> InputStatistics:
 
 
 def update(state: InputStatistics, x: jt.Float[jax.Array, "*batch n"]) -> InputStatistics:
-    """Statistics that have seen x too; pure, and to be jitted by the caller.
+    """Adds x to the statistics; pure, and to be jitted by the caller.
 
     Args:
         state: what `statistics` or `update` gave.
@@ -104,11 +104,11 @@ def update(state: InputStatistics, x: jt.Float[jax.Array, "*batch n"]) -> InputS
     )
 
 
-def joined(one: InputStatistics, other: InputStatistics) -> InputStatistics:
-    """The statistics of what either has seen.
+def merge(one: InputStatistics, other: InputStatistics) -> InputStatistics:
+    """Returns the statistics of what either has seen.
 
     >>> seen = update(statistics(1), jnp.array([[3.0], [-1.0]]))
-    >>> joined(seen, seen).hessian, joined(seen, seen).count
+    >>> merge(seen, seen).hessian, merge(seen, seen).count
     (Array([[5.]], dtype=float32), Array(4, dtype=int32))
     """
     return InputStatistics(

@@ -90,7 +90,7 @@ def compare(
 
 @renamed("level", "confidence_level")
 def summarize(examples: Examples, groups: Any = None, *, confidence_level: float = 0.9) -> Report:
-    """The report of examples' figures.
+    """Returns the report of examples' figures.
 
     Args:
         examples: from `per_example`, perhaps concatenated.
@@ -169,7 +169,7 @@ def _scores(
 def calibration_error(
     confidence: jt.Float[np.ndarray, " n"], correct: jt.Float[np.ndarray, " n"]
 ) -> float:
-    """Expected calibration error over 15 bins of equal width, each open below and closed above.
+    """Returns expected calibration error over 15 bins of equal width, each open below and closed above.
 
     ECE = Σ_b n_b/n · |accuracy_b − confidence_b|.  Source: Guo et al. 2017, section 2.
 
@@ -228,7 +228,7 @@ def _groups(
 def _loss_p_value(
     after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, change: Interval
 ) -> float:
-    """One-sided p of accuracy lost: exact for independent examples."""
+    """Returns one-sided p of accuracy lost: exact for independent examples."""
     lost, gained = int(np.sum(before > after)), int(np.sum(after > before))
     if clusters is None:
         return sign_tail(lost, lost + gained)

@@ -28,7 +28,7 @@ class CorruptionReport:
     relative_by_corruption: dict[str, float] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them."""
+        """Returns all fields as JSON has them."""
         return plain(self)
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ def corruption_error(
     clean: float | None = None,
     reference_clean: float | None = None,
 ) -> CorruptionReport:
-    """Mean corruption error: errors summed over severities, as a share of the reference's, averaged.
+    """Returns mean corruption error: errors summed over severities, as a share of the reference's, averaged.
 
     mCE = mean_c (Σ_s E_s,c / Σ_s E_ref_s,c), and with the clean errors E and E_ref
     relative mCE = mean_c (Σ_s (E_s,c − E) / Σ_s (E_ref_s,c − E_ref)).

@@ -50,7 +50,7 @@ class JudgmentReport:
 @renamed("level", "confidence_level")
 @dataclasses.dataclass(frozen=True)
 class EmbeddingReport:
-    """What `compare_embeddings` found; print it, or take `to_dict()`.
+    """The result of `compare_embeddings`; print it, or call `to_dict()`.
 
     Attributes:
         confidence_level: of the intervals, two-sided.
@@ -79,7 +79,7 @@ class EmbeddingReport:
         return 1 - self.distance.estimate
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them, None where a figure is not finite."""
+        """Returns all fields as JSON has them, None where a figure is not finite."""
         return plain(self) | {"cosine": self.cosine}
 
     def __str__(self) -> str:
@@ -174,7 +174,7 @@ def compare_embeddings(
     if scores is not None and pairs is None:
         raise ValueError("scores are judgments of pairs; give pairs too")
     if pairs is not None:
-        rows = _checked_pairs(pairs, len(a))
+        rows = _check_pairs(pairs, len(a))
         before, after = (np.sum(e[rows[:, 0]] * e[rows[:, 1]], axis=1) for e in (a, b))
         change = after - before
         pair_report = PairReport(
@@ -220,7 +220,7 @@ def _check_embeddings(reference: Any, embeddings: Any) -> None:
         )
 
 
-def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
+def _check_pairs(pairs: Any, n: int) -> np.ndarray:
     rows = as_array("pairs", pairs)
     if rows.ndim != 2 or rows.shape[1] != 2 or not len(rows):
         raise ValueError(f"pairs have shape [pairs, 2], at least one; got {rows.shape}")
@@ -234,7 +234,7 @@ def _checked_pairs(pairs: Any, n: int) -> np.ndarray:
 
 
 def _texts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """A number for each row, the same where both models give the same embedding."""
+    """Returns a number for each row, the same where both models give the same embedding."""
     seen: dict[bytes, int] = {}
     return np.array(
         [seen.setdefault(x.tobytes() + y.tobytes(), len(seen)) for x, y in zip(a, b, strict=True)]
@@ -281,7 +281,7 @@ def _judgments(
 
 
 def _correlations(columns: np.ndarray) -> np.ndarray:
-    """[reference, quantized] × [Pearson, Spearman] with the first row; NaN where a row is constant."""
+    """Returns [reference, quantized] × [Pearson, Spearman] with the first row; NaN for a constant row."""
     both = columns, _ranks(columns)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.stack([np.corrcoef(rows)[0, 1:] for rows in both], axis=-1)
@@ -295,7 +295,7 @@ def _ranks(columns: np.ndarray) -> np.ndarray:
 
 
 def _influences(columns: np.ndarray, ranked: bool) -> np.ndarray:
-    """What each pair adds to n·(the correlation of each column after the first with it).
+    """Returns each pair's influence on n · (the correlation of each column after the first with it).
 
     Pearson's: z_x·z_y − r/2·(z_x² + z_y²), of standardized columns.  Spearman's is that of the ranks, and
     what a pair adds to the ranks of those above it.
@@ -316,7 +316,7 @@ def _influences(columns: np.ndarray, ranked: bool) -> np.ndarray:
 
 
 def _above(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """For each value, the weights of those above it, and half of those that equal it."""
+    """Returns, for each value, the weight of larger values plus half of that of equal ones."""
     _, index = np.unique(values, return_inverse=True)
     totals = np.bincount(index.reshape(-1), weights)
     return (totals[::-1].cumsum()[::-1] - totals / 2)[index.reshape(-1)]
@@ -325,7 +325,7 @@ def _above(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _influence_interval(
     found: np.ndarray, influences: np.ndarray, pairs: np.ndarray, confidence_level: float
 ) -> Interval:
-    """Of quantized less reference, from what each pair adds to it."""
+    """Returns the interval of quantized minus reference, from each pair's influence."""
     estimate, added = float(found[1] - found[0]), influences[1] - influences[0]
     if not np.all(np.isfinite(added)):
         return Interval(estimate, np.inf, -np.inf, np.inf)
@@ -336,7 +336,7 @@ def _influence_interval(
 def _bootstrap_interval(
     found: np.ndarray, sampled: np.ndarray, confidence_level: float
 ) -> Interval:
-    """The percentile interval of quantized less reference."""
+    """Returns the percentile interval of quantized less reference."""
     differences = sampled[:, 1] - sampled[:, 0]
     differences = differences[np.isfinite(differences)]
     if not len(differences):

@@ -1,4 +1,4 @@
-"""From two models' logits to a few figures per example, after which the logits may be dropped."""
+"""Reduce two models' logits to a few figures per example; the logits can then be dropped."""
 
 import dataclasses
 import reprlib
@@ -32,7 +32,7 @@ _FIGURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What `summarize` needs of each example: arrays of length n, made by `per_example`.
+    """The input of `summarize`: arrays of length n, made by `per_example`.
 
     Fields named ``reference_*`` are of the reference, those beside them of the quantized model.
 
@@ -74,7 +74,7 @@ class Examples:
 
     @staticmethod
     def concatenate(parts: Sequence["Examples"]) -> "Examples":
-        """The examples of several batches as one.
+        """Returns the examples of several batches as one.
 
         Clusters that were given keep their names; those that `per_example` numbered (one per window)
         are numbered on, so that windows of different batches stay apart.
@@ -131,7 +131,7 @@ def per_example(
     mask: jt.Bool[jax.Array | np.ndarray, "*batch"] | None = None,
     clusters: jt.Integer[jax.Array | np.ndarray, "*batch"] | None = None,
 ) -> Examples:
-    """A batch's figures, one per example (or token).
+    """Returns a batch's figures, one per example (or token).
 
     KL(p ‖ q) is summed as Σ p (eᵈ − 1 − d) with d = log q − log p, whose terms are not negative, so that
     divergences far below float32's rounding of a logit are still positive and right.
@@ -231,7 +231,7 @@ def _clusters(clusters: Any, labels: np.ndarray) -> np.ndarray | None:
 
 
 def _in_chunks(reference_logits: Any, logits: Any, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Figures by name, some rows at a time; the last chunk overlaps another, so one shape compiles."""
+    """Computes figures by name in chunks; the last chunk overlaps another, so one shape compiles."""
     n, n_classes = labels.size, logits.shape[-1]
     rows = min(max(1, _CHUNK // n_classes), n)
     flat = [array.reshape(n, n_classes) for array in (reference_logits, logits)]
@@ -246,7 +246,7 @@ def _in_chunks(reference_logits: Any, logits: Any, labels: np.ndarray) -> dict[s
 
 
 def _rows(array: jax.Array | np.ndarray, first: int, rows: int) -> jax.Array:
-    """Rows from `first`; on the device without a compilation for each place."""
+    """Returns rows from `first`; on the device without a compilation for each place."""
     if isinstance(array, np.ndarray):
         return jnp.asarray(array[first : first + rows])
     return jax.lax.dynamic_slice_in_dim(array, first, rows)

@@ -107,7 +107,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What `gate` decided.  True only for a pass.
+    """The decision of `gate`.  True only for a pass.
 
     Attributes:
         status: "pass", "fail" or "inconclusive".
@@ -132,7 +132,7 @@ class Verdict:
         return self.status == "pass"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them."""
+        """Returns all fields as JSON has them."""
         return plain(self) | {"reasons": list(self.reasons)}
 
     def __str__(self) -> str:
@@ -234,7 +234,7 @@ def _twin_checks(report: EmbeddingReport, tier: Tier) -> list[Check]:
 
 
 def _weights_check(weights: WeightReport, tier: Tier) -> Check:
-    """All of a layer's weights are looked at, so that nothing is uncertain."""
+    """Judges a layer by all of its weights, so that nothing is uncertain."""
     if not isinstance(weights, WeightReport):
         raise ValueError(f"weights is a WeightReport; got {type(weights).__name__}")
     worst, bound = weights.worst, tier.weight_gain
@@ -256,7 +256,7 @@ def _within(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> Check:
-    """Whether the interval lies within the bounds, outside, or across one."""
+    """Returns whether the interval lies within the bounds, outside, or across one."""
     status: Status = "inconclusive"
     if interval.low >= at_least and interval.high <= at_most:
         status = "pass"
@@ -276,7 +276,7 @@ def _within(
 
 
 def _examples_needed(interval: Interval, bound: float, n: int) -> str:
-    """How many examples would decide, should the estimate hold: widths shrink as 1/√n."""
+    """Returns how many examples would decide if the estimate holds: widths shrink as 1/√n."""
     gap = abs(interval.estimate - bound)
     side = interval.low if bound < interval.estimate else interval.high
     half = abs(side - interval.estimate)
@@ -325,7 +325,7 @@ def _worst_group(report: Report, tier: Tier) -> Check:
 def _against_baseline(
     report: Report | EmbeddingReport, baseline: Report | EmbeddingReport, tier: Tier
 ) -> Check:
-    """The ratio of divergences; their errors are taken as independent, which is on the careful side."""
+    """Returns the ratio of divergences; their errors are taken as independent, which is conservative."""
     if isinstance(report, Report) and isinstance(baseline, Report):
         if baseline.n != report.n or not math.isclose(
             baseline.reference.nll, report.reference.nll, rel_tol=1e-4, abs_tol=1e-6

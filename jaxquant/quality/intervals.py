@@ -36,7 +36,7 @@ class Interval:
 
 
 def as_array(name: str, values: Any, dtype: Any = None) -> np.ndarray:
-    """Values as a NumPy array.
+    """Returns values as a NumPy array.
 
     Raises:
         ValueError: rows of several lengths, or what is of another type; it names the argument.
@@ -53,7 +53,7 @@ def as_array(name: str, values: Any, dtype: Any = None) -> np.ndarray:
 
 
 def sign_tail(successes: int, trials: int) -> float:
-    """P(X ≥ successes) for X ~ Binomial(trials, ½).
+    """Returns P(X ≥ successes) for X ~ Binomial(trials, ½).
 
     >>> sign_tail(9, 10)  # 11 / 1024
     0.0107...
@@ -62,7 +62,7 @@ def sign_tail(successes: int, trials: int) -> float:
 
 
 def mcnemar(lost: int, gained: int) -> tuple[float, float, bool]:
-    """McNemar's test of b losses against c gains, both counted over the same examples.
+    """Returns mcNemar's test of b losses against c gains, both counted over the same examples.
 
     χ² = (|b − c| − 1)²/(b + c) with one degree of freedom (zero where |b − c| < 1); under 25 changes the
     p-value is the exact binomial one.  Examples are taken as independent.
@@ -85,7 +85,7 @@ def mcnemar(lost: int, gained: int) -> tuple[float, float, bool]:
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted so that the chance of any false rejection among them stays below the level.
+    """Returns p-values adjusted so that the chance of any false rejection among them stays below the level.
 
     Source: Holm 1979.
 
@@ -101,7 +101,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def _spread(residuals: np.ndarray, clusters: np.ndarray | None) -> tuple[float, int]:
-    """The standard error of Σ residuals, and how many clusters it rests on.
+    """Returns the standard error of Σ residuals, and how many clusters it rests on.
 
     √(G/(G − 1) · Σ_g (Σ_{i in g} r_i)²): for clusters of one, √(n/(n − 1) · Σ r²).
     """
@@ -122,7 +122,7 @@ def _around(estimate: float, se: float, degrees: int, confidence_level: float) -
 def mean_interval(
     values: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
-    """The mean, with Student's interval on (clusters − 1) degrees of freedom.
+    """Returns the mean, with Student's interval on (clusters − 1) degrees of freedom.
 
     Args:
         values: [n].
@@ -140,7 +140,7 @@ def mean_interval(
 
 
 def pairs_interval(values: np.ndarray, pairs: np.ndarray, confidence_level: float) -> Interval:
-    """The mean over pairs of items that were drawn independently: pairs that share an item are not.
+    """Returns the mean over pairs of items that were drawn independently: pairs that share an item are not.
 
     With s_i the sum of the residuals of the n_i pairs that item i is in, and t_d that of the n_d pairs of the
     same two items d: se² = (Σ_i s_i²/(1 − n_i/n) − Σ_d t_d²/(1 − n_d/n))/n², the second sum over pairs of two
@@ -184,7 +184,7 @@ def ratio_interval(
     clusters: np.ndarray | None,
     confidence_level: float,
 ) -> Interval:
-    """Σ numerator / Σ denominator, with the jackknife's interval.
+    """Returns Σ numerator / Σ denominator, with the jackknife's interval.
 
     R = Σ_i u_i / Σ_i v_i, se² = G/(G − 1)·Σ_g (u_g − R·v_g)²/(1 − v_g/Σv)²/(Σv)², over clusters g, with
     1/Σ_g (v_g/Σv)² − 1 degrees of freedom: few of them where few clusters carry the denominator.
@@ -217,7 +217,7 @@ def ratio_interval(
 def _with_a_flip_each_way(
     after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Two examples more, one lost and one gained, each a cluster of its own."""
+    """Adds two examples, one lost and one gained, each its own cluster."""
     after, before = np.append(after, [1.0, 0.0]), np.append(before, [0.0, 1.0])
     if clusters is not None:
         clusters = np.append(clusters, [clusters.max() + 1, clusters.max() + 2])
@@ -227,7 +227,7 @@ def _with_a_flip_each_way(
 def paired_difference(
     after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
-    """The difference of two proportions over the same examples.
+    """Returns the difference of two proportions over the same examples.
 
     The estimate is the plain difference.  The interval is that of the mean after one example lost and
     one gained are added, so that it has a width where nothing flipped.
@@ -251,7 +251,7 @@ def paired_difference(
 def paired_ratio(
     after: np.ndarray, before: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval | None:
-    """The ratio of two proportions over the same examples; None where `before` is zero throughout.
+    """Returns the ratio of two proportions over the same examples; None where `before` is zero throughout.
 
     As `paired_difference`, with one example lost and one gained added for the interval.
 
@@ -267,7 +267,7 @@ def paired_ratio(
 def proportion(
     values: np.ndarray, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
-    """A proportion with Wilson's score interval.
+    """Returns a proportion with Wilson's score interval.
 
     With clusters, n becomes the number of independent examples that would have the clustered standard
     error.  Where all values are alike that cannot be told, and examples count as independent.
@@ -297,7 +297,7 @@ def proportion(
 def quantile_interval(
     values: np.ndarray, share: float, clusters: np.ndarray | None, confidence_level: float
 ) -> Interval:
-    """A quantile, and the interval that inverts the test of the share below it.
+    """Returns a quantile, and the interval that inverts the test of the share below it.
 
     The limits are the quantiles at share ± z·√(share(1 − share)/n); a limit is infinite where that lies
     outside (0, 1).  With clusters, the standard error of the share is the clustered one if larger.

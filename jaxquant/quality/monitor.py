@@ -23,7 +23,7 @@ Range = Any
 
 
 class ActivationStatistics(NamedTuple):
-    """What was seen of one activation: extremes in the shape of its range, shares of all values.
+    """Statistics of one activation: extremes in the shape of its range, and shares of all values.
 
     Attributes:
         low, high: the least and largest finite values.
@@ -78,7 +78,7 @@ class Alarm:
             )
 
     def level(self, ratio: float, saturation: float, nonfinite: float) -> Level:
-        """The level of one activation."""
+        """Returns the level of one activation."""
         if nonfinite > 0 or ratio > self.alarm_ratio or saturation > self.alarm_saturation:
             return "alarm"
         if (
@@ -119,7 +119,7 @@ class DriftReport:
     alarm: Alarm
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them, None where a ratio is infinite."""
+        """Returns all fields as JSON has them, None where a ratio is infinite."""
         return plain(self)
 
     def __str__(self) -> str:
@@ -141,7 +141,7 @@ class DriftReport:
 def activation_statistics(
     calibrated: Mapping[str, Range],
 ) -> tuple[Callable[[], State], Callable[[State, Mapping[str, jax.Array]], State]]:
-    """Running statistics of activations, as a pair (init, update) of pure functions.
+    """Returns running statistics of activations, as a pair (init, update) of pure functions.
 
     Args:
         calibrated: by name, a magnitude r for [−r, r] or a pair (low, high) with low ≤ 0 ≤ high, as
@@ -242,7 +242,7 @@ def _ranges(calibrated: Mapping[str, Range]) -> dict[str, tuple[np.ndarray, np.n
 
 
 def _sides(value: Range) -> tuple[np.ndarray, np.ndarray]:
-    """A range's (low, high), whatever raises where it is none."""
+    """Returns a range's (low, high), whatever raises where it is none."""
     if not isinstance(value, tuple | list):
         high = np.asarray(value, np.float32)
         return -high, high
@@ -255,7 +255,7 @@ def drift(
     calibrated: Mapping[str, Range],
     alarm: Alarm | None = None,
 ) -> DriftReport:
-    """Live activations against the ranges they were calibrated for.
+    """Returns live activations against the ranges they were calibrated for.
 
     ratio = max(high_live/high, low_live/low), over channels; a share `saturated` lies beyond.
 

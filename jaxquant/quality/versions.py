@@ -21,8 +21,8 @@ from flax import nnx
 
 from jaxquant.artifacts import files
 from jaxquant.artifacts.cards import Card, versions_now
-from jaxquant.artifacts.folders import load_card, placed, temporary_folder
-from jaxquant.artifacts.seals import check_digests, digests, sealed, unsealed
+from jaxquant.artifacts.checksums import check_digests, digests, read_checked, with_checksum
+from jaxquant.artifacts.folders import load_card, move_into_place, temporary_folder
 from jaxquant.nnx import saving
 from jaxquant.quality.gates import Check, Verdict
 
@@ -98,22 +98,22 @@ class Versions:
             if not body["files"]:
                 raise ValueError(f"{model!r} wrote nothing to the path that it was given")
             number = 1 + max((int(name) for name in self.names()), default=0)
-            while not self._placed(temporary, f"{number:04}", body):
+            while not self._publish(temporary, f"{number:04}", body):
                 number += 1  # another process was first
         return f"{number:04}"
 
-    def _placed(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
-        record = sealed(_KIND, VERSION, {"name": name, **body})
+    def _publish(self, temporary: Path, name: str, body: dict[str, Any]) -> bool:
+        record = with_checksum(_KIND, VERSION, {"name": name, **body})
         files.write(temporary / _RECORD, record)
-        return placed(temporary, self.root / name)
+        return move_into_place(temporary, self.root / name)
 
     def names(self) -> tuple[str, ...]:
-        """All versions, the earliest first; other folders with a number for a name are not among them."""
+        """Returns all versions, the earliest first; other folders with a numeric name are skipped."""
         named = self._numbered()
         return tuple(name for name in named if os.path.lexists(self.root / name / _RECORD))
 
     def path(self, name: str) -> Path:
-        """Where a version's model is.
+        """Returns the folder of a version's model.
 
         Raises:
             ValueError: no such version.
@@ -121,7 +121,7 @@ class Versions:
         return self._folder(name) / _MODEL
 
     def card(self, name: str) -> Card:
-        """A version's card.
+        """Returns a version's card.
 
         Raises:
             ValueError: no such version, or one whose record is damaged.
@@ -129,7 +129,7 @@ class Versions:
         return Card.from_dict(self._record(name).get("card", {}))
 
     def verdict(self, name: str) -> Verdict | None:
-        """A version's verdict, None where it was not judged.
+        """Returns a version's verdict, None where it was not judged.
 
         Raises:
             ValueError: as `card`.
@@ -144,7 +144,7 @@ class Versions:
             raise ValueError(f"the verdict of {name} is none of a gate: {error!r}") from None
 
     def withdraw(self, name: str, reason: str) -> None:
-        """Takes a version out of service, for good.
+        """Withdraws a version for good.
 
         Raises:
             ValueError: no such version, no reason, or one that was withdrawn before.
@@ -168,7 +168,7 @@ class Versions:
             raise
 
     def withdrawn(self, name: str) -> str | None:
-        """Why a version was withdrawn; None where it was not.
+        """Returns why a version was withdrawn; None if it was not.
 
         Raises:
             ValueError: no such version.
@@ -181,7 +181,7 @@ class Versions:
             return "for a reason that cannot be read"
 
     def problem(self, name: str) -> str | None:
-        """Why a version does not serve; None where it may.  Reads all of its files.
+        """Returns why a version cannot serve; None if it can.  Reads all of its files.
 
         Raises:
             ValueError: no such version.
@@ -200,7 +200,7 @@ class Versions:
         return None
 
     def latest_passing(self) -> str:
-        """The version that serves: the latest without a `problem`.
+        """Returns the version that serves: the latest without a `problem`.
 
         Raises:
             ValueError: there is none; it says what is wrong with each.
@@ -217,7 +217,7 @@ class Versions:
         )
 
     def roll_back(self, reason: str) -> str:
-        """Withdraws the version that serves.
+        """Withdraws the serving version.
 
         Args:
             reason: why, in words.
@@ -237,7 +237,7 @@ class Versions:
         return self.latest_passing()
 
     def _numbered(self) -> list[str]:
-        """What is named as versions are, by number."""
+        """Returns the paths that are named as versions, by number."""
         if not self.root.is_dir():
             return []
         return sorted(filter(_NAME.fullmatch, os.listdir(self.root)), key=int)
@@ -252,7 +252,7 @@ class Versions:
 
     def _record(self, name: str) -> dict[str, Any]:
         path = self._folder(name) / _RECORD
-        record = unsealed(path, _KIND, VERSION, _WITHOUT_NAME)
+        record = read_checked(path, _KIND, VERSION, _WITHOUT_NAME)
         if record["version"] != _WITHOUT_NAME and record.get("name") != name:
             raise ValueError(f"{path} is the record of {record.get('name')!r}, not of {name!r}")
         return record

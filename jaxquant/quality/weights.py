@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jaxquant.artifacts.plain import plain
-from jaxquant.functions.freezing import as_stored
+from jaxquant.functions.freezing import wrap_stored
 from jaxquant.nnx.calls import value
 from jaxquant.nnx.doors import quantized_copy
 from jaxquant.nnx.planning import planned
@@ -52,7 +52,7 @@ class WeightReport:
         return max(self.rows, key=lambda row: np.nan_to_num(abs(row.gain - 1), nan=np.inf))
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them."""
+        """Returns all fields as JSON has them."""
         return plain(self)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class WeightReport:
 
 
 def compare_weights(reference: Any, quantized: Any) -> WeightReport:
-    """What storing did to each layer's weights, whatever data the model is given.
+    """Measures the error of each layer's stored weight, without data.
 
     A mistake in one layer's scales can be too small to show in outputs that rounding changes too; here it
     shows as a gain.  Scales of channels (`jaxquant.ptq.Smoothed`) and rotations are taken off.  In a
@@ -107,7 +107,7 @@ def _of_nnx(reference: nnx.Module, quantized: nnx.Module) -> Iterator[tuple[str,
             raise ValueError(f"{path} is stored, and the reference has no such weight in float")
         held, holder = frozen[path], path.rpartition("/")[0]
         label = holder if holders.count(holder) == 1 else path
-        operands = as_stored(path, held).operands
+        operands = wrap_stored(path, held).operands
         known = {key: operand for key, operand in operands.items() if key in operations}
         if not known or (isinstance(held, Stored) and len(known) < len(operands)):
             raise ValueError(
@@ -124,7 +124,7 @@ def _variables(model: nnx.Module) -> dict[str, Any]:
 
 
 def _pair(operation: Any, values: Mapping[str, Any], operand: QArray, scale: Any) -> Any:
-    """A weight with the number of axes of its layers, and what is stored of it without channels' scales."""
+    """Returns a weight with as many axes as its layers, and its stored value without channel scales."""
 
     def one(operand: QArray, scale: Any) -> jax.Array:
         found = dequantize(operand)
@@ -151,7 +151,7 @@ def _of_linen(reference: Any, quantized: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _as_it_is(path: str, leaf: QArray | Stored) -> QArray:
-    """What is stored of a parameter that is multiplied as it is, or in another type."""
+    """Returns the stored value of a parameter that is multiplied as it is, or in another type."""
     if isinstance(leaf, QArray):
         return leaf
     own = re.escape(path.removeprefix("params/"))

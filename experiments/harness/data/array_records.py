@@ -82,7 +82,7 @@ class _Others(grain.RandomAccessDataSource):
 
 
 def example_field(message: bytes, name: str) -> bytes:
-    """The first value of a field of bytes in a serialized tf.train.Example.
+    """Returns the first value of a field of bytes in a serialized tf.train.Example.
 
     Example {features = 1 {map feature = 1 {key = 1, value = 2 {bytes_list = 1 {value = 1}}}}}.
 
@@ -108,7 +108,7 @@ def example_field(message: bytes, name: str) -> bytes:
 
 
 def _fields(message: bytes, number: int) -> Iterator[bytes]:
-    """The length-delimited fields of a number in a protocol buffer, which has no others here."""
+    """Returns the length-delimited fields of a number in a protocol buffer, which has no others here."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -123,7 +123,7 @@ def _fields(message: bytes, number: int) -> Iterator[bytes]:
 
 
 def _varint(message: Sequence[int], at: int) -> tuple[int, int]:
-    """(a number of seven bits a byte, the least first; where the next one begins)."""
+    """Returns (a number of seven bits a byte, the least first; where the next one begins)."""
     value, shift = 0, 0
     while True:
         byte = message[at]

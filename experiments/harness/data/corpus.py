@@ -1,4 +1,4 @@
-"""What a run reads: token sequences by split, and what is known of them."""
+"""Corpora: token sequences by split, and their metadata."""
 
 import dataclasses
 import hashlib
@@ -32,11 +32,11 @@ class Documents(Protocol):
     """Documents that are read, and tokenized, as they are wanted."""
 
     def batches(self, length: int, batch_size: int, seed: int, share: tuple[int, int]) -> Any:
-        """As `windows.train_batches`."""
+        """Returns batches as `windows.train_batches` does."""
         ...
 
     def in_order(self, start: int) -> Iterator[np.ndarray]:
-        """One pass over all from document `start` on: the tokens of each, its separator last."""
+        """Yields the tokens of each document from `start` on, each with its separator."""
         ...
 
 
@@ -74,7 +74,7 @@ class Corpus:
 def of_splits(
     name: str, train: Tokens, valid: Tokens, shift: Tokens | None, vocab_size: int
 ) -> Corpus:
-    """A corpus of tokens at hand."""
+    """Returns a corpus of tokens at hand."""
     nothing = np.empty(0, train.dtype)
     shift = nothing if shift is None else shift
     evaluation = {"valid": valid} | ({"shift": shift} if shift.size else {})
@@ -86,7 +86,7 @@ def of_splits(
 
 
 def _sample(tokens: Tokens) -> np.ndarray:
-    """Of a large sequence a part; every so manieth token would touch all pages of a file."""
+    """Returns a part of a large sequence; a strided sample would touch all pages of a file."""
     if isinstance(tokens, Shards):
         return tokens.sample(_HASHED_TOKENS)
     return tokens[:: 1 + tokens.size // _HASHED_TOKENS]

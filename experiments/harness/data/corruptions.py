@@ -51,19 +51,19 @@ def _range(size: int) -> jax.Array:
 
 
 def gaussian_noise(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """x + σ · n, n standard normal."""
+    """Returns x + σ · n, n standard normal."""
     sigma = _level((0.06, 0.12, 0.18, 0.26, 0.38), severity)
     return _unit(image + sigma * jax.random.normal(key, image.shape))
 
 
 def shot_noise(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """Poisson(λ · x) / λ: photons counted, λ of them at full brightness."""
+    """Returns poisson(λ · x) / λ: photons counted, λ of them at full brightness."""
     rate = _level((60.0, 25.0, 12.0, 5.0, 3.0), severity)
     return _unit(_poisson(jax.random.uniform(key, image.shape), rate * image) / rate)
 
 
 def _poisson(u: jax.Array, mean: jax.Array) -> jax.Array:
-    """The count whose distribution function first exceeds u; for means up to 60.
+    """Returns the count whose distribution function first exceeds u; for means up to 60.
 
     jax.random.poisson, which serves any mean, takes several times as long to compile and to run.
     """
@@ -79,7 +79,7 @@ def _poisson(u: jax.Array, mean: jax.Array) -> jax.Array:
 
 
 def impulse_noise(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """Each pixel becomes, with probability p, black or white."""
+    """Makes each pixel black or white with probability p."""
     p = _level((0.03, 0.06, 0.1, 0.17, 0.27), severity)
     u = jax.random.uniform(key, image.shape)
     return jnp.where(u < p, (u < p / 2).astype(jnp.float32), image)
@@ -90,7 +90,7 @@ def impulse_noise(image: jax.Array, severity: jax.Array | int, key: jax.Array) -
 
 
 def gaussian_blur(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """A normal kernel of standard deviation σ; the border's pixels continue outside."""
+    """Returns a normal kernel of standard deviation σ; the border's pixels continue outside."""
     del key
     sigma = _pixels(image, _level((0.5, 0.8, 1.1, 1.5, 2.0), severity))
     offset = _range(2 * _BLUR_RADIUS + 1) - _BLUR_RADIUS
@@ -104,17 +104,17 @@ def gaussian_blur(image: jax.Array, severity: jax.Array | int, key: jax.Array) -
 
 
 def motion_blur(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """The mean over a straight movement of length L in a random direction, centred on the image."""
+    """Returns the mean over a straight movement of length L in a random direction, centred on the image."""
     length = _pixels(image, _level((2.0, 4.0, 6.0, 8.0, 10.0), severity))
     angle = jax.random.uniform(key, maxval=jnp.pi)
     direction = jnp.stack([jnp.sin(angle), jnp.cos(angle)])
     along = jnp.linspace(-0.5, 0.5, _MOTION_STEPS) * length
-    moved = jax.vmap(lambda t: _moved(image, jnp.eye(2), t * direction, "nearest"))(along)
+    moved = jax.vmap(lambda t: _move(image, jnp.eye(2), t * direction, "nearest"))(along)
     return _unit(moved.mean(axis=0))
 
 
 def pixelate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """Each cell of an n × n grid becomes its mean."""
+    """Replaces each cell of an n × n grid by its mean."""
     del key
     share = _level((0.72, 0.5, 0.36, 0.25, 0.18), severity)
 
@@ -133,14 +133,14 @@ def pixelate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax
 
 
 def contrast(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """m + c · (x − m), m the image's mean."""
+    """Returns m + c · (x − m), m the image's mean."""
     del key
     mean = image.mean()
     return _unit(mean + _level((0.75, 0.5, 0.35, 0.2, 0.1), severity) * (image - mean))
 
 
 def brightness(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
-    """x + b."""
+    """Returns x + b."""
     del key
     return _unit(image + _level((0.1, 0.2, 0.3, 0.4, 0.5), severity))
 
@@ -149,8 +149,8 @@ def brightness(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> j
 # Position
 
 
-def _moved(image: jax.Array, turn: jax.Array, offset: jax.Array, mode: str) -> jax.Array:
-    """What stood at turn · (p − centre) + centre + offset comes to p; linear between pixels."""
+def _move(image: jax.Array, turn: jax.Array, offset: jax.Array, mode: str) -> jax.Array:
+    """Moves turn · (p − centre) + centre + offset to p, with linear interpolation between pixels."""
     height, width, _ = image.shape
     centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
     at = jnp.stack(jnp.meshgrid(_range(height), _range(width), indexing="ij"), -1)
@@ -166,7 +166,7 @@ def translate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> ja
     distance = _pixels(image, _level((1.5, 3.0, 4.5, 6.0, 8.0), severity))
     angle = jax.random.uniform(key, maxval=2 * jnp.pi)
     offset = distance * jnp.stack([jnp.sin(angle), jnp.cos(angle)])
-    return _unit(_moved(image, jnp.eye(2), offset, "constant"))
+    return _unit(_move(image, jnp.eye(2), offset, "constant"))
 
 
 def rotate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
@@ -175,7 +175,7 @@ def rotate(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.A
     angle = jnp.where(jax.random.bernoulli(key), angle, -angle)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     turn = jnp.stack([jnp.stack([cos, sin]), jnp.stack([-sin, cos])])
-    return _unit(_moved(image, turn, jnp.zeros(2), "constant"))
+    return _unit(_move(image, turn, jnp.zeros(2), "constant"))
 
 
 def occlusion(image: jax.Array, severity: jax.Array | int, key: jax.Array) -> jax.Array:
@@ -216,7 +216,7 @@ def corrupt(
     seed: int = 0,
     indices: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Corrupted copies of images.
+    """Returns corrupted copies of images.
 
     Args:
         images: [N, H, W, C] in [0, 1].

@@ -15,13 +15,13 @@ import numpy as np
 
 from experiments.harness.data.corpus import Corpus
 from experiments.harness.data.tokenizers import Tokenizer
-from experiments.harness.data.windows import checked
+from experiments.harness.data.windows import check_tokens
 
 HELD_OUT = 500  # documents, at most
 
 
 class Source(Protocol):
-    """Where documents come from, as UTF-8.
+    """A source of documents, as UTF-8.
 
     Attributes:
         name: for reports.
@@ -34,11 +34,11 @@ class Source(Protocol):
     def held_out(self) -> Iterator[bytes]: ...
 
     def in_order(self, start: int) -> Iterator[bytes]:
-        """The others, once, from the one with this number on."""
+        """Returns the others, once, from the one with this number on."""
         ...
 
     def shuffled(self, seed: int) -> grain.IterDataset:
-        """The others, again and again, each time in another order."""
+        """Returns the others, again and again, each time in another order."""
         ...
 
 
@@ -54,7 +54,7 @@ class TokenizedDocuments:
         rows = batch_size // shares
         own = slice(index * rows, (index + 1) * rows)
         vocab_size = self._tokenizer.vocab_size
-        batches = windows.batch(batch_size).map(lambda batch: checked(batch[own], vocab_size))
+        batches = windows.batch(batch_size).map(lambda batch: check_tokens(batch[own], vocab_size))
         return iter(batches)
 
     def in_order(self, start: int) -> Iterator[np.ndarray]:
@@ -66,7 +66,7 @@ class TokenizedDocuments:
 
 
 def of_source(source: Source, tokenizer: Tokenizer) -> Corpus:
-    """A corpus of documents, of which some are held out.
+    """Returns a corpus of documents, of which some are held out.
 
     Raises:
         ValueError: there are none.

@@ -67,17 +67,17 @@ class HubDataset:
         return experimental.WindowShuffleIterDataset(_Stream(self), window_size=_WINDOW, seed=seed)
 
     def _rows(self) -> Any:
-        """The rows from the first on; opened anew, for the library's datasets keep where they are."""
+        """Returns the rows from the first on; opened anew, for the library's datasets keep where they are."""
         library: Any = importlib.import_module("datasets")
         library.disable_progress_bars()
         return library.load_dataset(**self._arguments, split="train", streaming=True)
 
     def others(self) -> Any:
-        """The rows that are not held out, as the library has them."""
+        """Returns the rows that are not held out, as the library has them."""
         return self._rows().filter(lambda row, i: not _is_held_out(i), with_indices=True)
 
     def unbroken(self, rows: Iterable[Any]) -> Iterator[Any]:
-        """The rows; the library itself tries again, for minutes, where a connection is lost.
+        """Returns the rows; the library itself tries again, for minutes, where a connection is lost.
 
         Raises:
             RuntimeError: they cannot be read on.
@@ -91,7 +91,7 @@ class HubDataset:
             ) from error
 
     def text(self, row: dict[str, Any]) -> bytes:
-        """A row's document."""
+        """Returns a row's document."""
         text = row[self._field]
         if not isinstance(text, str):
             raise ValueError(
@@ -105,7 +105,7 @@ def _is_held_out(index: int) -> bool:
 
 
 def _arguments(path: str) -> dict[str, Any]:
-    """Of `load_dataset`: files here by their kind, or else a name on the hub."""
+    """Returns the arguments of `load_dataset`: local files by their type, or a name on the hub."""
     is_here = Path(path).exists() or Path(path).suffix in _KINDS or any(c in path for c in "*?[")
     if not is_here:
         name, _, configuration = path.partition(":")

@@ -15,7 +15,7 @@ import grain.python as grain
 import numpy as np
 
 from experiments.harness.running import files, packages
-from jaxquant.artifacts.files import Missing, opened
+from jaxquant.artifacts.files import Missing, open_regular
 
 SOURCES = ("fashion_mnist", "digits")
 FOLDER = "/usr/share/datasets/fashion-mnist"  # where Debian's dataset-fashion-mnist puts the files
@@ -193,7 +193,7 @@ def _read_split(folder: Path, prefix: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_idx(file: Path, rank: int) -> np.ndarray:
-    """An array of bytes: two zeros, type 8, the rank, each size in 4 bytes (big-endian), the items."""
+    """Reads an array of bytes: two zeros, type 8, the rank, each size in 4 bytes (big-endian), the items."""
     start = 4 + 4 * rank
     content = _decompress(file, start)
     if content[:4] != bytes([0, 0, 8, rank]) or len(content) < start:
@@ -211,10 +211,10 @@ def _read_idx(file: Path, rank: int) -> np.ndarray:
 
 
 def _decompress(file: Path, start: int) -> bytes:
-    """What the sizes at its beginning announce, and a byte more where there is: packed, it is small."""
+    """Decompresses as many bytes as the header's sizes announce, and at most one more."""
     try:
         with (
-            opened(file, _LARGEST, f"image file '{file}'") as packed,
+            open_regular(file, _LARGEST, f"image file '{file}'") as packed,
             gzip.GzipFile(fileobj=packed) as content,
         ):
             head = content.read(start)
@@ -277,7 +277,7 @@ class Augmentation:
             raise ValueError(f"an augmentation's shift is at least 0; got {self.shift}")
 
     def __call__(self, image_HxWxC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A changed copy, determined by the generator's state.
+        """Returns a changed copy, determined by the generator's state.
 
         >>> image = np.eye(3, dtype=np.float32)[..., None]
         >>> Augmentation(shift=1)(image, np.random.default_rng(0))[..., 0].sum()
@@ -310,7 +310,7 @@ def train_batches(
     augmentation: Augmentation | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> grain.DatasetIterator:
-    """An endless iterator of ``{"pixels": float32[B, H, W, 1], "labels": int32[B]}``.
+    """Returns an endless iterator of ``{"pixels": float32[B, H, W, 1], "labels": int32[B]}``.
 
     B is batch_size / shares.  Images are shuffled anew in each epoch, and changed anew too.  The global
     batch holds the same images, changed alike, for any number of shares, one after another.  ``get_state()``

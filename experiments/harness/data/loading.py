@@ -1,4 +1,4 @@
-"""From a source's name to its corpus."""
+"""Load a corpus by the name of its source."""
 
 import hashlib
 from typing import Protocol, TypeVar
@@ -104,7 +104,7 @@ def load_documents(source: str, path: str, tokenizer: str = "", field: str = "")
 def load_any(
     source: str, path: str, shift_path: str, tokenizer: str, field: str, vocab_size: int = 0
 ) -> Corpus:
-    """`load` or `load_documents`.
+    """Returns `load` or `load_documents`.
 
     Raises:
         ValueError: as they do, or an argument that the source does not take.

@@ -48,7 +48,7 @@ class MarkovSource:
         return float(self.stationary @ -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1))
 
     def window_entropy(self, length: int) -> float:
-        """The least mean loss of predicting tokens 1 … length of a window from those before, in nats.
+        """Returns the least mean loss of predicting tokens 1 … length of a window from those before, in nats.
 
         It lies above the rate since the window's first prediction knows one token, not two.
         """
@@ -59,7 +59,7 @@ class MarkovSource:
         return float((entropy + (length - 1) * self.entropy_rate) / length)
 
     def window(self, index: int, length: int) -> np.ndarray:
-        """`length` tokens, determined by the stream and the index alone."""
+        """Returns `length` tokens, determined by the stream and the index alone."""
         rng = np.random.Generator(np.random.Philox(key=[self.stream, index]))
         v = self.vocab_size
         state = int(np.searchsorted(np.cumsum(self.stationary), rng.random(), side="right"))
@@ -72,7 +72,7 @@ class MarkovSource:
 
 @functools.lru_cache(maxsize=4)
 def markov_source(stream: int = 0) -> MarkovSource:
-    """The generated source; every stream has the same law and tokens of its own."""
+    """Returns the generated source; every stream has the same law and tokens of its own."""
     rng = np.random.Generator(np.random.Philox(key=20241104))
     v, half = _MARKOV_VOCAB, RESOLUTION // 2
     # Zipf-like shares of `half` draws, handed to tokens in an order of each context's own.

@@ -15,7 +15,7 @@ _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__
 
 
 def code_text(size: int) -> np.ndarray:
-    """The first `size` bytes of the Python standard library's sources, uint8[size].
+    """Returns the first `size` bytes of the Python standard library's sources, uint8[size].
 
     Files stand in the order of a hash of their names, so that a short excerpt already mixes topics;
     tests and generated files are left out.  The content depends on the installed Python alone.
@@ -45,7 +45,7 @@ def code_text(size: int) -> np.ndarray:
 
 
 def _sources(root: str) -> Iterator[str]:
-    """The files' names from the root, with forward slashes."""
+    """Returns the files' names from the root, with forward slashes."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _LEFT_OUT]
         for name in files:
@@ -62,7 +62,7 @@ def _is_text(source: bytes) -> bool:
 
 
 def with_code_text(corpus: data.Corpus, size: int = 1_000_000) -> data.Corpus:
-    """The corpus with `code_text` as a further evaluation split, ``code``, and a fingerprint to match.
+    """Returns the corpus with `code_text` as a further evaluation split, ``code``, and a new fingerprint.
 
     Args:
         corpus: of byte tokens.

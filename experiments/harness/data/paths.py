@@ -8,7 +8,7 @@ from jaxquant.artifacts.files import Missing, check_regular, read_bytes
 
 
 def files_at(path: str, *suffixes: str) -> list[Path]:
-    """The files, sorted.
+    """Returns the files, sorted.
 
     Args:
         path: of a file, a folder (with all below it) or a glob.
@@ -43,7 +43,7 @@ def files_at(path: str, *suffixes: str) -> list[Path]:
 
 
 def read(file: Path) -> bytes:
-    """A file's content, of which there is some.
+    """Returns a file's content, of which there is some.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -55,7 +55,7 @@ def read(file: Path) -> bytes:
 
 
 def size(file: Path) -> int:
-    """A file's bytes, for what reads it piece by piece.
+    """Returns a file's bytes, for what reads it piece by piece.
 
     Raises:
         ValueError: it is none, is empty, or cannot be read.

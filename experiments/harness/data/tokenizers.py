@@ -1,4 +1,4 @@
-"""From text to tokens: bytes, or a tokenizer of Hugging Face's library by file or hub name."""
+"""Tokenizers: bytes, or one of Hugging Face's library by file or hub name."""
 
 import functools
 import hashlib
@@ -46,7 +46,7 @@ class Tokenizer(Protocol):
     def encode(self, text: bytes) -> np.ndarray: ...
 
     def joined(self, texts: Sequence[bytes]) -> np.ndarray:
-        """Documents one after another, a separator between any two."""
+        """Returns documents one after another, a separator between any two."""
         ...
 
 
@@ -102,7 +102,7 @@ class Learned:
 
 @functools.lru_cache(maxsize=4)
 def load(name: str) -> Tokenizer:
-    """The tokenizer of a name.
+    """Returns the tokenizer of a name.
 
     Args:
         name: empty for bytes; a ``tokenizer.json``, or a folder with one; else a name on Hugging Face's hub.

@@ -28,7 +28,7 @@ _READ_THROUGH = 2**30  # more tokens than these are not read to find the largest
 
 
 def load_tokens(path: str, shift_path: str, vocab_size: int = 0) -> Corpus:
-    """A file of tokens, or several one after another.
+    """Returns a file of tokens, or several one after another.
 
     Of several, those with the word "val" or "valid" in their name are held out, as nanoGPT and llm.c name
     them; where none is, the last tenth of the tokens.
@@ -64,7 +64,7 @@ def load_tokens(path: str, shift_path: str, vocab_size: int = 0) -> Corpus:
 
 
 def _cut(tokens: Tokens) -> tuple[Tokens, Tokens]:
-    """All but the last tenth, and that."""
+    """Splits off the last tenth."""
     at = tokens.size - tokens.size // HELD_OUT_EVERY
     if isinstance(tokens, Shards):
         return tokens.cut(0, at), tokens.cut(at, tokens.size)
@@ -72,13 +72,13 @@ def _cut(tokens: Tokens) -> tuple[Tokens, Tokens]:
 
 
 def _beside(found: Sequence[Path], name: str) -> Path | None:
-    """A file of the name in the folder of ``.bin`` files, where there is one."""
+    """Returns a file of the name in the folder of ``.bin`` files, where there is one."""
     path = found[0].parent / name
     return path if found[0].suffix == ".bin" and path.exists() else None
 
 
 def _vocab_of(found: Sequence[Path]) -> int | None:
-    """What ``meta.json`` says."""
+    """Returns the vocabulary size that ``meta.json`` gives."""
     meta = _beside(found, META)
     if meta is None:
         return None
@@ -92,7 +92,7 @@ def _vocab_of(found: Sequence[Path]) -> int | None:
 
 
 def _vocab_size(path: str, parts: Sequence[Tokens], stated: int) -> int:
-    """One more than the largest token; of files that are too large to be read for that, what is stated."""
+    """Returns the vocabulary size: the largest token plus one, or the stated size for large files."""
     total = sum(part.size for part in parts)
     if total > _READ_THROUGH and all(isinstance(part, Shards) for part in parts):
         if not stated:
@@ -142,7 +142,7 @@ def _read_npy(file: Path) -> np.ndarray:
 
 
 def _read_bin(file: Path) -> np.ndarray:
-    """llm.c's, known by its magic number, or else nanoGPT's: uint16 and nothing else."""
+    """Returns llm.c's, known by its magic number, or else nanoGPT's: uint16 and nothing else."""
     size = paths.size(file)
     with file.open("rb") as opened:
         header = np.frombuffer(opened.read(4 * HEADER), np.int32, count=min(HEADER, size // 4))

@@ -20,11 +20,11 @@ class _TextWindows(grain.RandomAccessDataSource):
 
     def __getitem__(self, index) -> np.ndarray:
         start = int(index) * self._length
-        return checked(self._tokens[start : start + self._length + 1], self._vocab_size)
+        return check_tokens(self._tokens[start : start + self._length + 1], self._vocab_size)
 
 
-def checked(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Tokens as int32; an embedding would clip those that are beyond the vocabulary, silently."""
+def check_tokens(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Returns tokens as int32; an embedding would clip those that are beyond the vocabulary, silently."""
     if tokens.max() >= vocab_size:
         raise ValueError(
             f"a vocabulary of {vocab_size} has no token {tokens.max()}, which was read"
@@ -33,7 +33,7 @@ def checked(tokens: np.ndarray, vocab_size: int) -> np.ndarray:
 
 
 class _MarkovWindows(grain.RandomAccessDataSource):
-    """As many fresh windows as a run could want, a range of its own for each seed."""
+    """Fresh windows without end, from a range of their own for each seed."""
 
     def __init__(self, source: MarkovSource, length: int, seed: int):
         self._source, self._length, self._first = source, length, seed * len(self)
@@ -52,7 +52,7 @@ def train_batches(
     seed: int,
     share: tuple[int, int] = (0, 1),
 ) -> Any:
-    """An endless iterator of training batches, int32[batch_size / shares, length + 1].
+    """Returns an endless iterator of training batches, int32[batch_size / shares, length + 1].
 
     Text is read in windows, shuffled anew in each epoch; documents are shuffled, and packed into windows.
     The global batch holds the same windows for any number of shares, one after another.  ``get_state()`` and
@@ -97,7 +97,7 @@ def check_length(corpus: Corpus, length: int) -> None:
 
 
 def evaluation_windows(corpus: Corpus, split: str, length: int, count: int) -> np.ndarray:
-    """Up to `count` windows spread evenly over an evaluation split, int32[count, length + 1]."""
+    """Returns up to `count` evenly spaced windows of an evaluation split, int32[count, length + 1]."""
     check_length(corpus, length)
     source = corpus.evaluation[split]
     if isinstance(source, MarkovSource):

@@ -69,7 +69,7 @@ class LMConfig:
         return self.non_embedding_parameters + self.width * self.vocab_size
 
     def step_flops(self, batch: int, sequence: int) -> int:
-        """Operations of a training step that the model needs: what is computed twice counts once.
+        """Returns operations of a training step that the model needs: what is computed twice counts once.
 
         Six for each weight and token, and 12 · layers · width · T for attention, in which no mask is seen.
 
@@ -83,7 +83,7 @@ class LMConfig:
 
 
 def _shape(layers: int, width: int, heads: int) -> LMConfig:
-    """The usual proportions: a SwiGLU of about 8/3 the width makes N about 12 · layers · width²."""
+    """Returns the usual proportions: a SwiGLU of about 8/3 the width makes N about 12 · layers · width²."""
     return LMConfig(layers, width, heads, heads, width * 8 // 3 // 8 * 8)
 
 
@@ -107,7 +107,7 @@ SIZES = {
 
 
 def sized(name: str, **changes) -> LMConfig:
-    """The model of a named size, with any fields changed.
+    """Returns the model of a named size, with any fields changed.
 
     Raises:
         ValueError: an unknown name.
@@ -211,14 +211,14 @@ class LM(nnx.Module):
             rngs=rngs,
         )
         self.config = config
-        self.blocks = _stacked(config, rngs) if config.scan else _listed(config, rngs)
+        self.blocks = _stack(config, rngs) if config.scan else _listed(config, rngs)
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
         self.head = _linear(config.width, config.vocab_size, config, rngs)
 
     def __call__(
         self, tokens_BxT: jax.Array, constrain: Callable[[jax.Array], jax.Array] = lambda x: x
     ) -> jax.Array:
-        """Logits of the next token, float32[B, T, vocabulary].
+        """Returns logits of the next token, float32[B, T, vocabulary].
 
         Args:
             tokens_BxT: integers below the vocabulary's size.
@@ -244,8 +244,8 @@ def _listed(config: LMConfig, rngs: nnx.Rngs) -> Any:
     return nnx.List([Block(config, rngs) for _ in range(config.layers)])
 
 
-def _stacked(config: LMConfig, rngs: nnx.Rngs) -> Any:
-    """All blocks as one module, its parameters with an axis of layers in front."""
+def _stack(config: LMConfig, rngs: nnx.Rngs) -> Any:
+    """Returns all blocks as one module, its parameters with an axis of layers in front."""
 
     @nnx.split_rngs(splits=config.layers)
     @nnx.vmap(in_axes=0, out_axes=0)

@@ -93,7 +93,7 @@ SIZES = {
 
 
 def sized(name: str, **changes: Any) -> ViTConfig:
-    """The model of a named size, with any fields changed.
+    """Returns the model of a named size, with any fields changed.
 
     Raises:
         ValueError: an unknown name.
@@ -204,7 +204,7 @@ class ViT(nnx.Module):
     def __call__(
         self, pixels_BxHxWxC: jax.Array, constrain: Callable[[jax.Array], jax.Array] = lambda x: x
     ) -> jax.Array:
-        """Logits of the classes, float32[B, classes], from pixels in [0, 1].
+        """Returns logits of the classes, float32[B, classes], from pixels in [0, 1].
 
         Args:
             pixels_BxHxWxC: images.
@@ -234,7 +234,7 @@ class ViT(nnx.Module):
 def classification_loss(
     graphdef: nnx.GraphDef, mesh: Mesh | None = None
 ) -> Callable[..., jax.Array]:
-    """Mean cross-entropy, in nats, of a batch's labels: (params, batch of `images.train_batches`)."""
+    """Returns mean cross-entropy, in nats, of a batch's labels: (params, batch of `images.train_batches`)."""
     by_rows = functools.partial(sharding.rows, mesh=mesh)
 
     def loss(params, batch: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""How the peers store optimizer state: blocks of codes with a scale, to the bit.
+"""The optimizer state of other libraries, bit for bit: blocks of codes with a scale.
 
 A moment is cut into blocks of consecutive elements, row by row.  A block keeps its largest magnitude as its
 scale, and of each element x the index of the codebook value next to x / scale:
@@ -68,7 +68,7 @@ class Rounding:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Peer:
-    """What tells one peer's state from another's.
+    """The properties that distinguish one library's optimizer state from another's.
 
     Attributes:
         name: as reports call it.
@@ -94,7 +94,7 @@ class Peer:
 
 
 def dynamic_map(bits: int, signed: bool) -> jt.Float32[np.ndarray, " values"]:
-    """The dynamic map to the peers' last bit, which is float32's in every operation.
+    """Returns the dynamic map to the peers' last bit, which is float32's in every operation.
 
     For i from 0 to e − 1 with e = bits − 1: 10^(i − e + 1) times the midpoints of 2^i equal intervals of
     [0.1, 1], of 2^(i+1) where unsigned; with 0 and 1, and the negatives of all but 1 where signed.
@@ -119,7 +119,7 @@ def dynamic_map(bits: int, signed: bool) -> jt.Float32[np.ndarray, " values"]:
 
 
 def _linspace(start: float, end: float, count: int) -> np.ndarray:
-    """As torch has it: from both ends to the middle, each number with one rounding."""
+    """Returns torch's linspace: from both ends to the middle, each number with one rounding."""
     first, last = np.float32(start), np.float32(end)
     step, i = np.float64((last - first) / np.float32(count - 1)), np.arange(count)
     rising, falling = first + step * i, last - step * (count - 1 - i)
@@ -148,7 +148,7 @@ def _bitsandbytes_rounding(values: np.ndarray, signed: bool) -> Rounding:
 
 @functools.cache
 def torchao(bits: int = 4) -> Peer:
-    """torchao's state: `AdamW4bit`'s or `AdamW8bit`'s.
+    """Returns torchao's state: `AdamW4bit`'s or `AdamW8bit`'s.
 
     At 4 bits: the signed dynamic map, and k/16 from k = 1, which has no zero, in blocks of 128; at 8: both
     dynamic maps in blocks of 256.
@@ -179,7 +179,7 @@ def torchao(bits: int = 4) -> Peer:
 
 @functools.cache
 def bitsandbytes() -> Peer:
-    """bitsandbytes' state, `AdamW8bit`'s: both dynamic maps of 8 bits, blocks of 256.
+    """Returns bitsandbytes' state, `AdamW8bit`'s: both dynamic maps of 8 bits, blocks of 256.
 
     A negative first moment is never rounded to zero, a positive one may be: the kernel compares sign bits,
     and zero's is a positive number's.
@@ -203,7 +203,7 @@ def bitsandbytes() -> Peer:
 
 
 def eligible(shape: Sequence[int], peer: Peer) -> bool:
-    """Whether the moments of a leaf of this shape are coded; the others are float32.
+    """Returns whether the moments of a leaf of this shape are coded; the others are float32.
 
     >>> eligible((64, 64), torchao(4)), eligible((63, 65), torchao(4)), eligible((63, 67), bitsandbytes())
     (True, False, True)
@@ -213,7 +213,7 @@ def eligible(shape: Sequence[int], peer: Peer) -> bool:
 
 
 def zeros(shape: Sequence[int], peer: Peer) -> Coded | jt.Float32[jax.Array, "..."]:
-    """A moment before the first step: all scales are zero, so that every code is decoded to zero.
+    """Returns a moment before the first step: all scales are zero, so that every code is decoded to zero.
 
     >>> zeros((64, 64), torchao(4)).codes.nbytes, zeros((64, 64), torchao(4)).scale.nbytes
     (2048, 128)
@@ -226,7 +226,7 @@ def zeros(shape: Sequence[int], peer: Peer) -> Coded | jt.Float32[jax.Array, "..
 
 
 def encode(x: jt.Float32[jax.Array, "..."], peer: Peer, rounding: Rounding) -> Coded:
-    """A moment's codes and scales.
+    """Returns a moment's codes and scales.
 
     Args:
         x: of an eligible shape.
@@ -254,7 +254,7 @@ def encode(x: jt.Float32[jax.Array, "..."], peer: Peer, rounding: Rounding) -> C
 def decode(
     coded: Coded, shape: Sequence[int], peer: Peer, rounding: Rounding
 ) -> jt.Float32[jax.Array, "..."]:
-    """The moment that is stored.
+    """Returns the moment that is stored.
 
     Args:
         coded: its codes and scales.
@@ -262,30 +262,30 @@ def decode(
         peer: whose blocks and packing.
         rounding: the peer's `mu` or `nu`.
     """
-    codes = _unpacked(coded.codes) if peer.bits == 4 else coded.codes
+    codes = _unpack(coded.codes) if peer.bits == 4 else coded.codes
     values = rounding.codebook.decode(_blocked(codes, peer)) * coded.scale[:, None]
     return values.ravel()[: math.prod(shape)].reshape(shape)
 
 
 def _packed(codes_N: jax.Array) -> jax.Array:
-    """Two codes to a byte.  Taken as a word, both are there at once: slices would compute all codes twice."""
+    """Returns two codes for each byte, as one word; slices would compute all codes twice."""
     words = jax.lax.bitcast_convert_type(codes_N.reshape(-1, 2), jnp.uint16)
     return (((words & 15) << 4) | (words >> 8)).astype(jnp.uint8)
 
 
-def _unpacked(codes: jax.Array) -> jax.Array:
-    """[bytes, 2] of the codes, the upper half first, which is a word's lower byte."""
+def _unpack(codes: jax.Array) -> jax.Array:
+    """Returns [bytes, 2] of the codes, the upper half first, which is a word's lower byte."""
     words = codes.astype(jnp.uint16)
     return jax.lax.bitcast_convert_type((words >> 4) | ((words & 15) << 8), jnp.uint8)
 
 
 def _blocked(x: jax.Array, peer: Peer) -> jax.Array:
-    """[blocks, block] of the elements row by row, the last block filled up with zeros."""
+    """Returns [blocks, block] of the elements row by row, the last block filled up with zeros."""
     return jnp.pad(x.ravel(), (0, -x.size % peer.block)).reshape(-1, peer.block)
 
 
 def _rounded(x: jax.Array, thresholds: np.ndarray) -> jax.Array:
-    """How many thresholds lie at or below each element; uint8."""
+    """Returns how many thresholds are at or below each element; uint8."""
     if len(thresholds) <= _COMPARE_ALL:
         below = [(x >= threshold).astype(jnp.uint8) for threshold in thresholds]
         return functools.reduce(jnp.add, below)

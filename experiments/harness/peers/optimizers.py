@@ -44,7 +44,7 @@ from experiments.harness.peers.codes import (
 def scale_by_coded_adam(
     peer: Peer, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` whose moments are a peer's codes between steps.
+    """Returns `optax.scale_by_adam` whose moments are a peer's codes between steps.
 
     Args:
         peer: `torchao(bits)` or `bitsandbytes()`.

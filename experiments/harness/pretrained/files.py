@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 
 def packaged(package: str, member: str, install: str, sha256: str = "") -> Path:
-    """The path of a file inside an installed package, which is found but not imported.
+    """Returns the path of a file inside an installed package, which is found but not imported.
 
     Args:
         package: top-level name as imported.
@@ -69,7 +69,7 @@ class Weights:
     read: Callable[[str], np.ndarray]
 
     def value(self, key: str, kind: type) -> Any:
-        """The metadata's value under `key`.
+        """Returns the metadata's value under `key`.
 
         Raises:
             ValueError: there is none, or it is not of this kind.
@@ -86,7 +86,7 @@ class Weights:
 
 def _head(path: Path, size: int) -> bytes:
     try:
-        with regular.opened(path, None, f"weight file '{path}'") as file:
+        with regular.open_regular(path, None, f"weight file '{path}'") as file:
             return file.read(size)
     except regular.Missing:
         raise ValueError(f"weight file '{path}' does not exist") from None
@@ -159,7 +159,7 @@ def build(
     convert: Callable[[str, np.ndarray], np.ndarray],
     unused: Set[str] = frozenset(),
 ) -> Model:
-    """A model whose parameters are a file's arrays; no initial values are drawn.
+    """Returns a model whose parameters are a file's arrays; no initial values are drawn.
 
     Arrays are read and moved to the device one after another, so at most one is held twice.
 

@@ -1,4 +1,4 @@
-"""What a GGUF file declares, held to what it has before a reader believes it: counts, lengths, shapes.
+"""Read the header of a GGUF file, and check its counts, lengths and shapes against the file's size.
 
 Source: the format's specification, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
@@ -10,7 +10,7 @@ from typing import IO
 
 import gguf
 
-from jaxquant.artifacts.files import opened
+from jaxquant.artifacts.files import open_regular
 
 MOST_VALUES = 2**22  # of metadata, in all; the largest vocabularies have 2^18 words
 MOST_TENSORS = 2**20
@@ -34,7 +34,7 @@ _SIZES = {
 
 def check(path: Path) -> None:
     """Raises a ValueError where a file declares more than it has, or than any model needs."""
-    with opened(path, None) as file:
+    with open_regular(path, None) as file:
         _Header(file).check()
 
 
@@ -83,7 +83,7 @@ class _Header:
             raise ValueError(f"a value of metadata is of type {kind}, which is none")
 
     def _tensor(self) -> int:
-        """Bytes of an array."""
+        """Returns bytes of an array."""
         self._skip(self._number(8))
         axes = self._number(4)
         if axes > MOST_AXES:

@@ -140,7 +140,7 @@ class MiniLM(nnx.Module):
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
 
     def __call__(self, tokens_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-        """Unit vectors, float32[B, D].
+        """Returns unit vectors, float32[B, D].
 
         Args:
             tokens_BxT: token numbers; padding may hold any.
@@ -197,7 +197,7 @@ def encode(
 def padded(
     tokenizer: tokenizers.Tokenizer, texts: Sequence[str], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Texts as the model takes them: tokens int32[texts, length], cut or padded, and where there are any.
+    """Returns the model's inputs: tokens int32[texts, length], truncated or padded, and the padding mask.
 
     Raises:
         ValueError: no texts, or a length beyond `LONGEST`.
@@ -241,7 +241,7 @@ _UNUSED = {"pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"
 
 
 def load(path: Path | str | None = None) -> tuple[MiniLM, tokenizers.Tokenizer]:
-    """The model, float32, and its tokenizer.
+    """Returns the model, float32, and its tokenizer.
 
     Args:
         path: a folder with model.safetensors, config.json and tokenizer.json; None takes

@@ -1,4 +1,4 @@
-"""What pretrained models are measured by: bits per byte of text, and agreement with human judgements."""
+"""Metrics of pretrained models: bits per byte of text, and agreement with human judgements."""
 
 import csv
 import dataclasses
@@ -42,7 +42,7 @@ class TextWindows:
 def text_windows(
     tokenizer: tokenizers.Tokenizer, corpus: data.Corpus, split: str, length: int, count: int
 ) -> TextWindows:
-    """`count` windows spread evenly over a split, none of which spans two documents.
+    """Returns `count` windows spread evenly over a split, none of which spans two documents.
 
     Each document is cut into windows from its beginning; what is left at its end is not used.  No token is
     put before a window.
@@ -80,14 +80,14 @@ def text_windows(
 
 
 def token_bytes(tokenizer: tokenizers.Tokenizer) -> np.ndarray:
-    """UTF-8 bytes that each token stands for, int[vocabulary], under a byte-level tokenizer."""
+    """Returns UTF-8 bytes that each token stands for, int[vocabulary], under a byte-level tokenizer."""
     # Such a tokenizer writes every byte as a character of its own.
     size = tokenizer.get_vocab_size()
     return np.array([len(tokenizer.id_to_token(i) or "") for i in range(size)])
 
 
 def bits_per_byte(model: nnx.Module, windows: TextWindows) -> np.ndarray:
-    """Bits that a model needs per byte of each window, float64[windows].
+    """Returns bits that a model needs per byte of each window, float64[windows].
 
     −Σ_{t ≥ 1} log₂ p(token t | tokens 0 … t − 1) / the bytes of tokens 1 … length − 1.
 
@@ -111,7 +111,7 @@ def _window_nats(graphdef, state, tokens_WxT: jax.Array) -> jax.Array:
 
 
 def residual_sizes(model: smollm2.SmolLM2, tokens_BxT: jax.Array) -> np.ndarray:
-    """Largest and median |x| of the residual stream, float[layers + 1, 2]: embedded, then per block."""
+    """Returns the largest and median |x| of the residual stream, float[layers + 1, 2]."""
     stream = model.embed(tokens_BxT)
     streams = [stream]
     for block in model.blocks:
@@ -199,14 +199,14 @@ def _words(name: str, file: Path) -> Judgements:
 
 
 def similarities(judged: Judgements, encode: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    """The cosine of each pair under an encoder that gives unit vectors, float[pairs]."""
+    """Returns the cosine of each pair under an encoder that gives unit vectors, float[pairs]."""
     vectors = encode(judged.texts)
     first, second = (vectors[judged.pairs[:, side]] for side in (0, 1))
     return np.sum(first * second, axis=1)
 
 
 def correlation(judged: Judgements, cosines: np.ndarray) -> float:
-    """Agreement with people as each set is usually reported: Pearson for lee, Spearman for words."""
+    """Returns agreement with people as each set is usually reported: Pearson for lee, Spearman for words."""
     human = judged.human
     if judged.name != "lee":
         human, cosines = scipy.stats.rankdata(human), scipy.stats.rankdata(cosines)

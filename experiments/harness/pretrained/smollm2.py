@@ -41,7 +41,7 @@ class Cache(Protocol):
     def update(
         self, key_BxTxKxd: jax.Array, value_BxTxKxd: jax.Array, position: jax.Array | int
     ) -> "Cache":
-        """The cache with these keys and values at position … position + T − 1."""
+        """Returns the cache with these keys and values at position … position + T − 1."""
         ...
 
     def attend(self, query_BxTxHxd: jax.Array, position: jax.Array | int) -> jax.Array:
@@ -167,7 +167,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BxTxD: jax.Array, cache: Cache | None = None, position: jax.Array | int = 0
     ) -> tuple[jax.Array, Cache | None]:
-        """The residual stream after the block, and the layer's cache where one was given."""
+        """Returns the residual stream after the block, and the layer's cache where one was given."""
         attended_BxTxD, cache = self.attention(self.attention_norm(x_BxTxD), cache, position)
         x_BxTxD = x_BxTxD + attended_BxTxD
         return x_BxTxD + self.mlp(self.mlp_norm(x_BxTxD)), cache
@@ -199,7 +199,7 @@ class SmolLM2(nnx.Module):
         cache: Sequence[Cache] | None = None,
         position: jax.Array | int = 0,
     ) -> Any:
-        """Logits of the next token.
+        """Returns logits of the next token.
 
         Args:
             tokens_BxT: token numbers.
@@ -241,7 +241,7 @@ _CONTROL = 3  # ggml's type of a token that stands for no text
 
 
 def load(path: Path | str | None = None) -> tuple[SmolLM2, tokenizers.Tokenizer]:
-    """The model, float32, and its tokenizer.
+    """Returns the model, float32, and its tokenizer.
 
     Args:
         path: a GGUF file of a Llama-type model with tied embedding; None takes SmolLM2-135M-Instruct
@@ -258,7 +258,7 @@ def load(path: Path | str | None = None) -> tuple[SmolLM2, tokenizers.Tokenizer]
 
     def convert(parameter: str, array: np.ndarray) -> np.ndarray:
         if parameter.endswith(("/query/kernel", "/key/kernel")):
-            array = _half_split(array, config.head_size)
+            array = _split_halves(array, config.head_size)
         return array.T if parameter.endswith("/kernel") else array
 
     model = files.build(lambda: SmolLM2(config, nnx.Rngs(0)), weights, _name_of, convert)
@@ -272,8 +272,8 @@ def _name_of(parameter: str) -> str:
     return f"blk.{layer}.{_BLOCK[rest]}.weight"
 
 
-def _half_split(array_OxD: np.ndarray, head_size: int) -> np.ndarray:
-    """Rows of each head from ggml's interleaved order (pairs 2i, 2i + 1) to half-split (i, i + d/2)."""
+def _split_halves(array_OxD: np.ndarray, head_size: int) -> np.ndarray:
+    """Reorders each head's rows from ggml's interleaved pairs (2i, 2i + 1) to split halves (i, i + d/2)."""
     pairs = array_OxD.reshape(-1, head_size // 2, 2, array_OxD.shape[-1])
     return pairs.swapaxes(1, 2).reshape(array_OxD.shape)
 
@@ -309,7 +309,7 @@ def _config(weights: files.Weights) -> Config:
 
 
 def _tokenizer(weights: files.Weights) -> tokenizers.Tokenizer:
-    """Byte-level BPE; SmolLM's pre-tokenizer parts digits from each other, then words as GPT-2 does."""
+    """Returns byte-level BPE; SmolLM's pre-tokenizer splits digits, then words as GPT-2 does."""
     kind = weights.value("tokenizer.ggml.model", str), weights.value("tokenizer.ggml.pre", str)
     if kind != ("gpt2", "smollm"):
         raise ValueError(

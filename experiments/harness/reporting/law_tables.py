@@ -10,7 +10,7 @@ CONFIDENCE = 0.9
 
 
 def fit_summary(fitted: laws.Fit) -> dict:
-    """A fit as JSON values."""
+    """Returns a fit as JSON values."""
     return {
         "law": fitted.law.name,
         "equation": fitted.law.equation,
@@ -26,12 +26,12 @@ def fit_summary(fitted: laws.Fit) -> dict:
 
 
 def _is_held(fitted: laws.Fit, name: str) -> bool:
-    """Whether a bound keeps a parameter where it is, so that its interval says nothing."""
+    """Returns whether a bound keeps a parameter where it is, so that its interval says nothing."""
     return any(w.startswith(f"{name} = ") and "sits on its" in w for w in fitted.warnings)
 
 
 def control_summary(control: laws.Control) -> dict:
-    """A control as JSON values."""
+    """Returns a control as JSON values."""
     return {
         "gain": control.gain,
         "largest_shuffled": float(control.shuffled.max()),
@@ -41,7 +41,7 @@ def control_summary(control: laws.Control) -> dict:
 
 
 def control_text(control: dict) -> str:
-    """What the control says, in a sentence."""
+    """Returns the control's result as a sentence."""
     kept = "is rejected" if control["is_rejected"] else "stays"
     return (
         f"Control: the term of precision gains {control['gain']:.1f} in AICc over Chinchilla's law; with "
@@ -65,19 +65,19 @@ def laws_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def fit_table(fit: dict) -> pd.DataFrame:
-    """A fit's parameters with intervals."""
+    """Returns a fit's parameters with intervals."""
     return pd.DataFrame(
         [{"parameter": p["name"], "value [90 %]": interval(p)} for p in fit["parameters"]]
     )
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """A number, or a dash for none."""
+    """Returns a number, or a dash for none."""
     return "—" if value is None or math.isnan(value) else format(value, form)
 
 
 def interval(row: dict, form: str = ".3g") -> str:
-    """A value with its ends, where it has any that say something."""
+    """Returns a value with its ends, where it has any that say something."""
     if row.get("is_held"):
         return f"{row['value']:{form}}, its bound: not determined"
     if row.get("low") is None or math.isnan(row["low"]):

@@ -1,4 +1,4 @@
-"""From tables and charts to ``summary.json``, one self-contained ``report.html``, and figures as SVG and PNG.
+"""Write tables and charts to ``summary.json``, a self-contained ``report.html``, and SVG and PNG figures.
 
 A report reads records only; nothing here knows what a study is about.
 """
@@ -62,7 +62,7 @@ def write(workdir: Path, title: str, lead: str, sections: Sequence[Section], sum
 
 
 def still(figure: Figure, columns: int = 2) -> alt.ConcatChart:
-    """A figure's panels as one image of fixed size."""
+    """Returns a figure's panels as one image of fixed size."""
     sized = [panel.properties(width=340, height=230) for panel in figure.panels]
     chart = alt.concat(*sized, columns=min(columns, len(sized)), title=figure.title)
     return chart.configure(**_CONFIG).resolve_scale(color="shared")
@@ -104,7 +104,7 @@ for (const [id, spec] of Object.entries(JSON.parse(document.getElementById("spec
 
 
 def to_html(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """The page, with its scripts, styles and data inside: it needs no network."""
+    """Returns the page, with its scripts, styles and data inside: it needs no network."""
     specs: dict[str, dict] = {}
     body = "\n".join(_section(section, specs) for section in sections)
     # "</" would end the script element early wherever it stood in a string.

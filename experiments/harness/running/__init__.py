@@ -1,1 +1,1 @@
-"""How trials run: in processes or on Ray, each once, stopped at any point and gone on with."""
+"""Run trials in processes or on Ray, each once; an interrupted run resumes."""

@@ -26,13 +26,13 @@ import orbax.checkpoint as ocp
 from experiments.harness.running import files, processes
 
 _LAYOUT = 2  # raised when what a checkpoint holds changes
-_SET_ASIDE = "set-aside"
-_SEAL = "seal.json"
-_UNSEALED = ".unsealed"  # after a step: what is being written, or removed
+_QUARANTINE = "set-aside"
+_MANIFEST = "seal.json"
+_TEMPORARY = ".unsealed"  # after a step: what is being written, or removed
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds: arrays, (step, loss) so far, and the losses since the last of these."""
+    """The content of a checkpoint: arrays, (step, loss) so far, and the losses since the last of these."""
 
     state: Any
     history: list[tuple[int, float]]
@@ -85,22 +85,22 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._sealing: _Sealing | None = None
+        self._sealing: _ManifestWriter | None = None
 
     def _steps(self) -> list[int]:
-        """Those of the checkpoints that are in their place, the newest first."""
+        """Returns the steps of the complete checkpoints, the newest first."""
         names = (p.name for p in self._folder.iterdir() if p.name.isdecimal())
         return sorted(map(int, names), reverse=True)
 
     def _remove(self, step: int) -> None:
         """Deletes a checkpoint: out of its place at once."""
-        old = self._folder / f"{step}{_UNSEALED}-old"
+        old = self._folder / f"{step}{_TEMPORARY}-old"
         shutil.rmtree(old, ignore_errors=True)
         (self._folder / str(step)).rename(old)
         shutil.rmtree(old)
 
-    def _unsealed(self, step: int) -> Path:
-        return self._folder / f"{step}{_UNSEALED}"
+    def _temporary(self, step: int) -> Path:
+        return self._folder / f"{step}{_TEMPORARY}"
 
     def _prune(self) -> None:
         """Deletes what is older than all that stay, and what no process finished."""
@@ -111,7 +111,7 @@ class Checkpoints:
         regular = [s for s in steps if s % self._every == 0]
         for step in {*steps} - {*steps[:1], *regular[: self._keep]}:
             self._remove(step)
-        for pattern in (f"*{_UNSEALED}*", "*.orbax-checkpoint-tmp*"):
+        for pattern in (f"*{_TEMPORARY}*", "*.orbax-checkpoint-tmp*"):
             for path in self._folder.glob(pattern):
                 shutil.rmtree(path)
 
@@ -127,7 +127,7 @@ class Checkpoints:
             raise sealing.error
 
     def is_due(self, step: int, last: int, every: int, ends: bool) -> bool:
-        """Whether a run saves here by its interval of steps, and by time where its saves are spaced so.
+        """Returns whether a run saves at this step, by its interval of steps or the time between its saves.
 
         Args:
             step: where the run is.
@@ -156,13 +156,13 @@ class Checkpoints:
             pending: losses since the last entry.
         """
         start = time.perf_counter()
-        with _full_disk_named(self._folder):
+        with _report_full_disk(self._folder):
             self._save(step, state, batches, history, pending)
         self.seconds += time.perf_counter() - start
         self._count(0.0)
 
     def _count(self, worked: float) -> None:
-        """Goes on counting the seconds of work from here."""
+        """Restarts the clock of the seconds of work."""
         self._since = time.monotonic()
         if self._spacing is not None:
             self._spacing.worked = worked
@@ -181,7 +181,7 @@ class Checkpoints:
             "history": list(history),  # written later, when the caller's has grown
             "pending": [repr(float(x)) for x in pending],  # NaN is no JSON
         }
-        unsealed = self._unsealed(step)
+        unsealed = self._temporary(step)
         self._checkpointer.save(
             unsealed,
             args=ocp.args.Composite(
@@ -189,33 +189,33 @@ class Checkpoints:
             ),
         )
         if processes.is_first():
-            self._sealing = _Sealing(unsealed, lambda: self._commit(step))
+            self._sealing = _ManifestWriter(unsealed, lambda: self._commit(step))
 
     def _commit(self, step: int) -> None:
         """Seals what has been written, and puts it in its place."""
-        unsealed, place = self._unsealed(step), self._folder / str(step)
-        files.write_json(unsealed / _SEAL, _digests(unsealed))
+        unsealed, place = self._temporary(step), self._folder / str(step)
+        files.write_json(unsealed / _MANIFEST, _digests(unsealed))
         if place.exists():  # of a run that went on from an earlier step
             self._remove(step)
         unsealed.rename(place)
 
     def restore(self, state: Any, batches: Any, at_most: int) -> Restored | None:
-        """The newest usable one up to step `at_most`, laid out as `state` is, or None.
+        """Returns the newest usable one up to step `at_most`, laid out as `state` is, or None.
 
         Sets `batches` to the position that goes with it.
         """
-        return self._restored(state, batches, at_most, 1)
+        return self._restore(state, batches, at_most, 1)
 
-    def _restored(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
+    def _restore(self, state: Any, batches: Any, at_most: int, every: int) -> Restored | None:
         for step in (s for s in self._steps() if s <= at_most and s % every == 0):
-            restored, problem = None, self._broken(step)
+            restored, problem = None, self._find_damage(step)
             if not processes.any_of(problem is not None):
                 try:
                     restored = self._read(step, state)
                 except Exception as error:  # a damaged file can surface as almost any exception
                     problem = error
             if processes.any_of(restored is None) or restored is None:
-                self._set_aside(step, problem or RuntimeError("another process could not read it"))
+                self._quarantine(step, problem or RuntimeError("another process could not read it"))
                 continue
             position = restored["extra"]["batches"]
             batches.set_state(
@@ -228,30 +228,30 @@ class Checkpoints:
         return None
 
     def roll_back(self, state: Any, batches: Any, at_most: int) -> Restored | None:
-        """The newest usable regular one up to a step, later ones dropped; `batches` stay where they are."""
+        """Returns the newest usable regular checkpoint up to a step; deletes later ones, keeps `batches`."""
         self._wait()
         processes.wait_for_all("roll back")
         position = copy.deepcopy(batches.get_state())
-        found = self._restored(state, batches, at_most, self._every)
+        found = self._restore(state, batches, at_most, self._every)
         batches.set_state(position)
         if processes.is_first() and found is not None:
             for step in (s for s in self._steps() if s > int(found.state.step)):
                 self._remove(step)
         return found
 
-    def _broken(self, step: int) -> Exception | None:
-        """What is wrong with a checkpoint's files, by the first process's look at them."""
+    def _find_damage(self, step: int) -> Exception | None:
+        """Returns the error that the first process finds in a checkpoint's files, or None."""
         if not processes.is_first():
             return None
         folder = self._folder / str(step)
         try:
-            sealed = json.loads((folder / _SEAL).read_bytes())
+            sealed = json.loads((folder / _MANIFEST).read_bytes())
         except OSError as error:
-            return ValueError(f"{_SEAL} cannot be read: {error.strerror}")
+            return ValueError(f"{_MANIFEST} cannot be read: {error.strerror}")
         except (ValueError, RecursionError):
             sealed = None
         if not isinstance(sealed, dict):
-            return ValueError(f"{_SEAL} is damaged")
+            return ValueError(f"{_MANIFEST} is damaged")
         found = _digests(folder)
         if sealed == found:
             return None
@@ -274,13 +274,13 @@ class Checkpoints:
         )["state"]
         return {"state": arrays, "extra": extra}
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _quarantine(self, step: int, error: Exception) -> None:
         if processes.is_first():
             self._move(step, error)
         processes.wait_for_all(f"set aside {step}")
 
     def _move(self, step: int, error: Exception) -> None:
-        target = self._folder.parent / _SET_ASIDE / f"{self._folder.name}-{step}-{time.time_ns()}"
+        target = self._folder.parent / _QUARANTINE / f"{self._folder.name}-{step}-{time.time_ns()}"
         target.parent.mkdir(exist_ok=True)
         (self._folder / str(step)).rename(target)
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -297,7 +297,7 @@ class Checkpoints:
         if self._spacing is not None:
             self._count(self._spacing.worked + time.monotonic() - self._since)
         try:
-            with _full_disk_named(self._folder):
+            with _report_full_disk(self._folder):
                 self._wait()
         finally:
             self._checkpointer.close()
@@ -309,7 +309,7 @@ class Checkpoints:
         self.close()
 
 
-class _Sealing:
+class _ManifestWriter:
     """Does something in the background once Orbax has written a folder.
 
     Attributes:
@@ -339,8 +339,8 @@ class _Sealing:
 
 
 @contextlib.contextmanager
-def _full_disk_named(folder: Path) -> Iterator[None]:
-    """Gives a full disk its name, which what Orbax raises has somewhere in a long text."""
+def _report_full_disk(folder: Path) -> Iterator[None]:
+    """Raises an OSError for a full disk, which Orbax reports somewhere within a long text."""
     try:
         yield
     except Exception as error:
@@ -351,9 +351,9 @@ def _full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """The SHA-256 of each file but the seal."""
+    """Returns the SHA-256 of each file but the seal."""
     found = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _SEAL):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
         with path.open("rb") as file:
             found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

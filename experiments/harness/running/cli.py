@@ -30,7 +30,7 @@ _BAD_PATH = (
 
 
 def option(default: Any, meaning: str) -> Any:
-    """A field of a config, with its meaning and choices for --help."""
+    """Returns a field of a config, with its meaning and choices for --help."""
     return dataclasses.field(default=default, metadata={"meaning": meaning})
 
 
@@ -122,7 +122,7 @@ def main(
 
 
 def _parse(argv: list[str], presets: Mapping[str, Any], about: str | None) -> list[str]:
-    """Two passes: the preset first, for it is what --config.FIELD changes."""
+    """Parses flags in two passes: the preset first, because --config.FIELD changes its fields."""
     if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
         named = [a.partition("=")[2] for a in argv[1:] if a.lstrip("-").startswith("preset=")]
         chosen = next((name for name in named if name in presets), str(FLAGS["preset"].default))
@@ -167,7 +167,7 @@ def _define_config(preset: Any) -> None:
 
 
 def _quiet() -> None:
-    """Leaves warnings of our own on the screen and drops the libraries' chatter."""
+    """Keeps our own warnings on the screen and drops the libraries' messages."""
     # Orbax logs at length, here and through asyncio, what it then raises.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -17,7 +17,7 @@ from jaxquant.artifacts.files import is_remote
 
 
 def at(path: str | os.PathLike) -> Any:
-    """A path as of pathlib, here or on shared storage."""
+    """Returns a path as of pathlib, here or on shared storage."""
     return epath.Path(path) if is_remote(path) else Path(path)
 
 
@@ -31,12 +31,12 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write` of JSON whose floats read back as the same numbers; NaN and Inf are refused."""
+    """Writes JSON whose floats read back as the same numbers; NaN and Inf raise a ValueError."""
     write(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any | None:
-    """The value of a JSON file, or None where there is none; a damaged file is set aside with a warning.
+    """Returns the value of a JSON file; None if it does not exist, or is damaged (it is then moved away).
 
     Raises:
         ValueError: something else than a file is there, or one that cannot be read.
@@ -49,7 +49,7 @@ def read_json(path: Path) -> Any | None:
     try:
         return regular.parse_json(content, "it")
     except ValueError as error:
-        set_aside(path, str(error))
+        quarantine(path, str(error))
         return None
 
 
@@ -81,7 +81,7 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def open_lock(path: Path) -> IO[str]:
-    """A file to lock, made where there is none; nothing waits for the other end of a pipe.
+    """Returns a file to lock, made where there is none; nothing waits for the other end of a pipe.
 
     Raises:
         OSError: as the system says.
@@ -96,7 +96,7 @@ def open_lock(path: Path) -> IO[str]:
     return os.fdopen(descriptor, "r+")
 
 
-def set_aside(path: Path, reason: str) -> None:
+def quarantine(path: Path, reason: str) -> None:
     """Moves a file that must not be used into ``set-aside`` beside it, with a warning."""
     target = path.parent / "set-aside" / f"{path.name}.{time.time_ns()}"
     target.parent.mkdir(exist_ok=True)

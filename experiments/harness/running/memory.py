@@ -20,31 +20,31 @@ _last: Any = _NONE
 _trimmed = float("-inf")
 
 
-def make_room(kind: Any) -> None:
-    """Gives back what no later trial uses: called before each.
+def clear_compiled(compile_key: Any) -> None:
+    """Frees what no later trial uses; call it before each trial.
 
     Args:
-        kind: trials of equal kinds run the same compiled programs, which are dropped where
-            another kind begins.
+        compile_key: trials of equal kinds run the same compiled programs, which are dropped where
+            another compile_key begins.
     """
     global _last
     _have_few_arenas()
-    if _last is not _NONE and kind != _last:
+    if _last is not _NONE and compile_key != _last:
         jax.clear_caches()
-    _last = kind
+    _last = compile_key
     gc.collect()
     trim()
 
 
 def _have_few_arenas() -> None:
-    """One arena for eight cores, and two at least, from here on; those that there are stay."""
+    """Limits new malloc arenas to one for each eight cores, and at least two."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # the GNU C library's alone
     if mallopt is not None:
         mallopt(_M_ARENA_MAX, max(2, (os.cpu_count() or 1) // 8))
 
 
 def trim(at_most_every: float = 0.0) -> None:
-    """Gives the pages of what was freed back to the system, within a trial too, which may take an hour.
+    """Returns freed pages to the system; also called within a trial, which may take an hour.
 
     Args:
         at_most_every: seconds within which a second call does nothing.

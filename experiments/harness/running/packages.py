@@ -18,7 +18,7 @@ _LOST = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPE
 
 
 def fetch(url: str, sha256: str) -> bytes:
-    """A package, if it is the pinned one; a connection that fails is tried again twice.
+    """Returns a package, if it is the pinned one; a connection that fails is tried again twice.
 
     Args:
         url: of the package on any mirror; also ``file://``.
@@ -61,7 +61,7 @@ def _read(url: str) -> bytes:
 
 
 def contents(package: bytes) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of each file that a package installs; paths have no slash in front.
+    """Returns (path, content) of each file that a package installs; paths have no slash in front.
 
     Raises:
         ValueError: it is no package.
@@ -74,7 +74,7 @@ def contents(package: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _ar_member(archive: bytes, prefix: str) -> bytes:
-    """The first member of an ar archive whose name begins so: 60 bytes of header, padded to even."""
+    """Returns the first member of an ar archive whose name begins so: 60 bytes of header, padded to even."""
     at = len(b"!<arch>\n")
     while at < len(archive):
         name, size = archive[at : at + 16].decode("ascii"), int(archive[at + 48 : at + 58])

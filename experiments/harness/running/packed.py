@@ -38,18 +38,18 @@ class Row:
 
 
 def checksum(record: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits of the hash of a record without its checksum."""
+    """Returns sixteen hexadecimal digits of the hash of a record without its checksum."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def is_whole(record: dict[str, Any]) -> bool:
-    """Whether a record is what its checksum says."""
+    """Returns whether a record is what its checksum says."""
     content = {name: x for name, x in record.items() if name != "checksum"}
     return record.get("checksum") == checksum(content)
 
 
 def read(workdir: str | os.PathLike) -> dict[str, Row]:
-    """The rows of a workdir's table, by the trials' ids; none where there is no table.
+    """Returns the rows of a workdir's table, by the trials' ids; none where there is no table.
 
     A line that is no record is left out with a warning, and so its trial is run again.
 

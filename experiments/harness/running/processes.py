@@ -72,7 +72,7 @@ def _address(text: str) -> tuple[str, int]:
 
 
 def _receive(port: int, count: int, seconds: float) -> None:
-    """The first process: hears from all others, and tells them whether they fit together."""
+    """Receives all reports in the first process, and answers whether the settings agree."""
     deadline, others, numbers = time.monotonic() + seconds, [], set[int]()
     problem = ""
     with contextlib.ExitStack() as open_, _listening(port) as server:
@@ -113,7 +113,7 @@ def _listening(port: int) -> socket.socket:
 
 
 def _report(host: str, port: int, count: int, index: int, seconds: float) -> None:
-    """Another process: tells the first that it is there, and hears whether all fit together."""
+    """Reports from another process to the first, and receives whether all settings agree."""
     deadline = time.monotonic() + seconds
     while True:
         left = deadline - time.monotonic()
@@ -161,7 +161,7 @@ def _give_up(where: str, seconds: float) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what one alone must write."""
+    """Returns whether this process writes what one alone must write."""
     return jax.process_index() == 0
 
 
@@ -182,7 +182,7 @@ def agree(what: str, value: str) -> None:
 
 
 def any_of(condition: bool) -> bool:
-    """Whether it holds in any of the processes."""
+    """Returns whether it holds in any of the processes."""
     if jax.process_count() == 1:
         return condition
     return bool(np.any(multihost_utils.process_allgather(np.int32(condition))))

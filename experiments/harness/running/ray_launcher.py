@@ -1,6 +1,6 @@
 """A study's trials on a Ray cluster: one task each, tried again where its machine was lost.
 
-The ledger lies where all machines see it.  Ray is imported when it is asked for.
+The store lies where all machines see it.  Ray is imported when it is asked for.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.harness.running.ledgers import Ledger
+from experiments.harness.running.record_store import RecordStore
 
 LOCAL = "local"
 _SECONDS = 10  # for a cluster to answer
@@ -32,7 +32,7 @@ class Ray:
 
 
 def parse_resources(text: str) -> tuple[tuple[str, float], ...]:
-    """Ray's resources from text.
+    """Returns Ray's resources from text.
 
     Raises:
         ValueError: anything but names with numbers.
@@ -55,7 +55,7 @@ def parse_resources(text: str) -> tuple[tuple[str, float], ...]:
 def run(
     pending: Sequence[Any],
     run_one: Callable[[Any, Path], None],
-    ledger: Ledger,
+    store: RecordStore,
     cluster: Ray,
     finished: Callable[[Any], None],
 ) -> list[tuple[Any, str, str]]:
@@ -64,7 +64,7 @@ def run(
     Args:
         pending: the trials.
         run_one: from (trial, its scratch folder); runs a trial and writes its record.
-        ledger: where records lie.
+        store: where records lie.
         cluster: where they run.
         finished: called with each trial when it is.
 
@@ -74,14 +74,14 @@ def run(
     Raises:
         ValueError: Ray is not installed, or no cluster is there.
     """
-    ray = _connected(cluster.address)
+    ray = _connect(cluster.address)
     try:
         known = {name: n for name, n in cluster.resources if name in ("num_cpus", "num_gpus")}
         others = {name: n for name, n in cluster.resources if name not in known}
-        task = ray.remote(_claimed).options(
+        task = ray.remote(_run_locked).options(
             max_retries=cluster.retries, resources=others, **({"num_cpus": 1} | known)
         )
-        waiting = {task.remote(run_one, trial, ledger): trial for trial in pending}
+        waiting = {task.remote(run_one, trial, store): trial for trial in pending}
         failures = []
         while waiting:
             done, _ = ray.wait(list(waiting), num_returns=1)
@@ -98,14 +98,14 @@ def run(
         ray.shutdown()
 
 
-def _claimed(run_one: Callable[[Any, Path], None], trial: Any, ledger: Ledger) -> None:
-    """On a machine of the cluster."""
-    with ledger.claim(trial) as scratch:
+def _run_locked(run_one: Callable[[Any, Path], None], trial: Any, store: RecordStore) -> None:
+    """Runs a trial on a machine of the cluster, under its lock."""
+    with store.lock(trial) as scratch:
         run_one(trial, scratch)
 
 
-def _connected(address: str) -> Any:
-    """Ray, with a connection to a cluster."""
+def _connect(address: str) -> Any:
+    """Returns Ray, with a connection to a cluster."""
     if importlib.util.find_spec("ray") is None:
         raise ValueError("--launcher=ray needs Ray: pip install -e '.[ray]'")
     ray = importlib.import_module("ray")

@@ -1,4 +1,4 @@
-"""Being told to stop: a preempted machine's SIGTERM, answered with a checkpoint and an exit status."""
+"""Preemption: on SIGTERM, a run saves a checkpoint and exits with a status that asks for a restart."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ RESTART = 75  # the exit status "a temporary failure, try again" (EX_TEMPFAIL)
 
 
 class Preempted(RuntimeError):
-    """A run was told to stop, and has saved where it was."""
+    """A run received SIGTERM and saved its state."""
 
     def __init__(self, step: int):
         super().__init__(
@@ -23,9 +23,9 @@ class Preempted(RuntimeError):
 
 
 def end_to_restart() -> None:
-    """From here on SIGTERM ends this process with the status `RESTART`, but while `told_to_stop` is open.
+    """Makes SIGTERM end this process with status `RESTART`, except inside `preemption_requested`.
 
-    It is of the main thread, and of runs that write whole files or none.
+    Call it in the main thread, and only for runs that write each file atomically.
     """
 
     def end(*_: Any) -> None:
@@ -37,29 +37,29 @@ def end_to_restart() -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[Callable[[int], bool]]:
-    """While it is open, SIGTERM stops nothing: the function that it gives says whether one has come.
+def preemption_requested() -> Iterator[Callable[[int], bool]]:
+    """Defers SIGTERM, and yields a function that returns whether one has arrived.
 
-    It is called with each step.  With several processes, of which any may be told, it answers all of them
-    alike, at a step that all have yet to reach.
+    Call that function with each step.  Any of several processes may receive the signal; all of them get the
+    same answer, at a step that none has reached yet.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point
         return
-    came, heard = threading.Event(), threading.Event()
+    arrived, reported = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield lambda step: False
         return
 
-    def asked(step: int) -> bool:
-        if came.is_set():
-            heard.set()
-        return came.is_set()
+    def requested(step: int) -> bool:
+        if arrived.is_set():
+            reported.set()
+        return arrived.is_set()
 
-    before: Any = signal.signal(signal.SIGTERM, lambda *_: came.set())
+    before: Any = signal.signal(signal.SIGTERM, lambda *_: arrived.set())
     try:
-        yield asked
+        yield requested
     finally:
         signal.signal(signal.SIGTERM, before)
-        if came.is_set() and not heard.is_set():  # nobody asked any more
+        if arrived.is_set() and not reported.is_set():  # nobody asked any more
             signal.raise_signal(signal.SIGTERM)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 LEVEL = 0.9  # of every interval
 
 
-def race(
+def interleaved_timing(
     runs: Mapping[str, Callable[[], None]],
     rounds: int,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round.
+    """Returns seconds of each contestant in each round.
 
     Every round runs every contestant once; the order is rotated by one place from round to round, so
     that no one has the same place always.
@@ -38,7 +38,7 @@ def race(
 def median_interval(
     values: Sequence[float], level: float = LEVEL
 ) -> tuple[float | None, float | None]:
-    """An interval of the median that supposes nothing of the distribution (the sign test's).
+    """Returns an interval of the median that supposes nothing of the distribution (the sign test's).
 
     [x₍ₖ₎, x₍ₙ₊₁₋ₖ₎] of the ordered values, with the largest k for which P(Binomial(n, ½) < k) is at most
     (1 − level) / 2: of independent values it holds the median with at least the probability `level`.
@@ -60,7 +60,7 @@ def median_interval(
 
 
 def paired_ratio(seconds: Sequence[float], reference: Sequence[float]) -> dict:
-    """Median and interval of the ratio within each round.
+    """Returns median and interval of the ratio within each round.
 
     >>> paired_ratio([2.0, 9.0, 4.0], [1.0, 3.0, 2.0])
     {'median': 2.0, 'low': None, 'high': None}

@@ -1,7 +1,7 @@
-"""Trials: data in, one record each out; finished ones are skipped, started ones go on.
+"""Run trials: each returns one record.  Finished trials are skipped, and interrupted ones resume.
 
-Where they run is a `Launch`: in this process, in several of this machine, in one of several jobs, or on a Ray
-cluster (`harness.ray_launcher`).
+A `Launch` says where they run: in this process, in several processes of this machine, in one of several jobs,
+or on a Ray cluster (`harness.ray_launcher`).
 """
 
 import contextlib
@@ -24,19 +24,19 @@ from tqdm.auto import tqdm
 
 from experiments.harness.running import files, memory, ray_launcher
 from experiments.harness.running.checkpoints import Checkpoints, Spacing
-from experiments.harness.running.ledgers import Ledger, trial_id
 from experiments.harness.running.ray_launcher import Ray
+from experiments.harness.running.record_store import RecordStore, trial_id
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a running trial may use of its surroundings.
+    """The resources of a running trial.
 
     Attributes:
-        scratch: a folder of its own, kept until its record is written.
-        progress: called with (work done since the last call, a few words on how it goes).
-        keeps_checkpoints: whether the folder stays, and with it the state that each run ends in.
-        seconds_between_saves: of a run, at least; each save loses memory, as `Spacing` says.
+        scratch: the trial's folder, kept until its record is written.
+        progress: called with (work done since the last call, a short status).
+        keeps_checkpoints: whether the folder is kept, with the final state of each run.
+        seconds_between_saves: at least, for each run; each save leaks memory (see `Spacing`).
     """
 
     scratch: Path
@@ -46,13 +46,13 @@ class Context:
     _spacings: dict[str, Spacing] = dataclasses.field(default_factory=dict, compare=False)
 
     def checkpoints(self, name: str) -> Checkpoints:
-        """Where one of the trial's runs is saved: steps apart, and `seconds_between_saves`."""
+        """Opens the checkpoints of one of the trial's runs, `seconds_between_saves` apart."""
         spacing = Spacing(self.seconds_between_saves, self.keeps_checkpoints)
         spacing = self._spacings.setdefault(name, spacing)
         return Checkpoints(self.scratch / name, spacing=spacing)
 
-    def remember(self, name: str, compute: Callable[[], dict]) -> dict:
-        """compute(), or what it gave before the trial was interrupted."""
+    def cached(self, name: str, compute: Callable[[], dict]) -> dict:
+        """Returns compute(), or its saved result from before the trial was interrupted."""
         path = self.scratch / f"{name}.json"
         value = files.read_json(path)
         if value is None:
@@ -68,13 +68,13 @@ _SECONDS_BETWEEN_TRIMS = 30.0
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a study's trials run.
+    """Where to run a study's trials.
 
     Attributes:
-        workers: processes on this machine; the config's number where not given.
-        shard: (i, n) runs every n-th trial from the i-th, as one of n jobs; reports cover what is finished.
-        keep_checkpoints: whether scratch folders stay after their record is written.
-        ray: the cluster that takes the place of workers, if any.
+        workers: processes on this machine; None uses the config's number.
+        shard: (i, n) runs every n-th trial from the i-th, as one of n jobs; reports cover finished trials.
+        keep_checkpoints: whether scratch folders are kept after their record is written.
+        ray: the cluster to use instead of workers, if any.
     """
 
     workers: int | None = None
@@ -89,89 +89,91 @@ HERE = Launch()
 def run(
     trials: Sequence[Any],
     run_trial: RunTrial,
-    ledger: Ledger,
+    store: RecordStore,
     *,
     cost: Callable[[Any], float],
-    kind: Callable[[Any], Any],
+    compile_key: Callable[[Any], Any],
     launch: Launch = HERE,
     workers: int = 1,
 ) -> list[dict]:
-    """Runs the trials that have no record yet, kind by kind, the costly ones first.
+    """Runs the trials that have no record yet, grouped by compile key, the most expensive first.
 
     Args:
         trials: distinct trials.
-        run_trial: a module's function; from (trial, context) to the record's results.
-        ledger: where records lie.
-        cost: work of a trial, in any unit; a trial's progress should add up to it.
-        kind: a module's function; trials of which it gives the same run the same compiled programs, which are
-            dropped, with all else that JAX has cached, when this process comes to another kind; of several
-            processes each runs trials of one kind.
+        run_trial: a module-level function from (trial, context) to the record's results.
+        store: the records.
+        cost: work of a trial, in any unit; the trial's progress should sum to it.
+        compile_key: a module-level function of a trial.  Trials with equal keys run the same compiled
+            programs.  A process clears JAX's caches when the key changes; a worker process runs trials of
+            one key only.
         launch: where they run.
-        workers: processes on this machine where `launch` names no number; each has its share of the cores.
+        workers: processes on this machine if `launch` gives no number; the cores are divided among them.
 
     Returns:
-        The records of all trials that have one, in the order of the trials.
+        The records of all finished trials, in the order of the trials.
 
     Raises:
-        ValueError: a negative number of workers, or a cluster that is not there.
-        RuntimeError: trials failed in processes or on a cluster; the others are finished and recorded.  In
-            this process the first that fails ends the run with its own error.
+        ValueError: the number of workers is negative, or no cluster answers.
+        RuntimeError: trials failed in worker processes or on a cluster; all others were run and recorded.
+            In this process the first failure raises its own error.
         OSError: a record could not be written.
     """
     workers = worker_count(launch.workers, workers)
     index, count = launch.shard
     mine = sorted(trials, key=trial_id)[index::count]
-    pending = _in_order([t for t in mine if ledger.read(t) is None], cost, kind)
-    one = functools.partial(_run_one, run_trial, kind, ledger, launch.keep_checkpoints)
+    pending = _in_order([t for t in mine if store.read(t) is None], cost, compile_key)
+    one = functools.partial(_run_one, run_trial, compile_key, store, launch.keep_checkpoints)
     with _Bar(mine, pending, cost) as bar:
         if launch.ray is not None:
             quiet = functools.partial(_run_quietly, one)
-            failures = ray_launcher.run(pending, quiet, ledger, launch.ray, bar.finish)
+            failures = ray_launcher.run(pending, quiet, store, launch.ray, bar.finish)
             if failures:
                 raise RuntimeError(_failure_message(failures))
         elif workers == 1:
             for trial in pending:
-                with ledger.claim(trial) as scratch:
+                with store.lock(trial) as scratch:
                     one(trial, scratch, functools.partial(bar.add, trial))
                 bar.finish(trial)
         else:
-            _run_in_processes(pending, one, kind, ledger, workers, bar)
-    return [record for trial in trials if (record := ledger.read(trial)) is not None]
+            _run_in_processes(pending, one, compile_key, store, workers, bar)
+    return [record for trial in trials if (record := store.read(trial)) is not None]
 
 
 def _in_order(
-    trials: Sequence[Any], cost: Callable[[Any], float], kind: Callable[[Any], Any]
+    trials: Sequence[Any], cost: Callable[[Any], float], compile_key: Callable[[Any], Any]
 ) -> list[Any]:
-    """The kind of the costliest trial first; within a kind, the costly ones."""
+    """Sorts by compile key, the key of the most expensive trial first; then by decreasing cost."""
     most: dict[Any, float] = {}
     for trial in trials:
-        most[kind(trial)] = max(most.get(kind(trial), 0.0), cost(trial))
-    return sorted(trials, key=lambda t: (-most[kind(t)], repr(kind(t)), -cost(t), trial_id(t)))
+        most[compile_key(trial)] = max(most.get(compile_key(trial), 0.0), cost(trial))
+    return sorted(
+        trials, key=lambda t: (-most[compile_key(t)], repr(compile_key(t)), -cost(t), trial_id(t))
+    )
 
 
 def worker_count(asked: int | None, configured: int) -> int:
-    """How many processes to run: what was asked for, else what the config says; 0 is one per core on a CPU.
+    """Returns how many processes to run: `asked`, else `configured`; 0 means one per core on a CPU.
 
     Raises:
-        ValueError: a negative number.
+        ValueError: the number is negative.
     """
     count = configured if asked is None else asked
     if count < 0:
-        raise ValueError(f"workers is at least 1, or 0 for one per core; got {count}")
+        raise ValueError(f"workers must be at least 1, or 0 for one per core; got {count}")
     if count or jax.default_backend() != "cpu":
         return count or 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Bar:
-    """One line of progress for the whole study."""
+    """The progress bar of the whole study."""
 
     def __init__(self, trials: Sequence[Any], pending: Sequence[Any], cost: Callable[[Any], float]):
         self._cost, self._note = cost, "starting" if pending else "nothing left to run"
         self._trials, self._finished = len(trials), len(trials) - len(pending)
         total = sum(map(cost, trials))
         self._done = total - sum(map(cost, pending))
-        self._under_way: dict[Any, float] = {}
+        self._running: dict[Any, float] = {}
         self._bar = tqdm(
             total=total,
             initial=self._done,
@@ -183,21 +185,21 @@ class _Bar:
 
     def add(self, trial: Any, amount: float, note: str) -> None:
         self._note = note or self._note
-        so_far = self._under_way.get(trial, 0.0) + amount
-        self._under_way[trial] = min(so_far, self._cost(trial))
+        so_far = self._running.get(trial, 0.0) + amount
+        self._running[trial] = min(so_far, self._cost(trial))
         self._show()
 
     def finish(self, trial: Any) -> None:
         self._finished += 1
         self._done += self._cost(trial)
-        self._under_way.pop(trial, None)
+        self._running.pop(trial, None)
         self._show(refresh=True)
 
     def _show(self, refresh: bool = False) -> None:
         self._bar.set_description_str(
             f"{self._finished} of {self._trials} trials done, {self._note}", refresh=False
         )
-        self._bar.update(self._done + sum(self._under_way.values()) - self._bar.n)
+        self._bar.update(self._done + sum(self._running.values()) - self._bar.n)
         if refresh:
             self._bar.refresh()
 
@@ -208,42 +210,42 @@ class _Bar:
         self._bar.close()
 
 
-def _run_one(run_trial, kind, ledger, keep_checkpoints, trial, scratch, progress) -> None:
-    """Runs a trial in its scratch folder and writes its record, unless another process has."""
-    if ledger.read(trial) is None:  # another process may have finished it meanwhile
-        memory.make_room(kind(trial))
+def _run_one(run_trial, compile_key, store, keep_checkpoints, trial, scratch, progress) -> None:
+    """Runs a trial in its scratch folder and write its record, unless another process has."""
+    if store.read(trial) is None:  # another process may have finished it meanwhile
+        memory.clear_compiled(compile_key(trial))
 
-        def trimmed(amount: float, note: str) -> None:
+        def trim_and_report(amount: float, note: str) -> None:
             memory.trim(at_most_every=_SECONDS_BETWEEN_TRIMS)
             progress(amount, note)
 
         start = time.monotonic()
-        results = run_trial(trial, Context(scratch, trimmed, keep_checkpoints))
-        ledger.write(trial, results, time.monotonic() - start)
+        results = run_trial(trial, Context(scratch, trim_and_report, keep_checkpoints))
+        store.write(trial, results, time.monotonic() - start)
     if not keep_checkpoints:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run_quietly(one: Callable[..., None], trial: Any, scratch: Path) -> None:
-    """A trial of a machine elsewhere, of whose progress nobody hears."""
+    """Runs a trial on another machine, without progress."""
     one(trial, scratch, lambda amount, note: None)
 
 
-def _run_in_processes(pending, one, kind, ledger, workers, bar) -> None:
-    """The parent hands out trials one by one over pipes; a lost worker costs its own trial only.
+def _run_in_processes(pending, one, compile_key, store, workers, bar) -> None:
+    """Sends trials one by one to worker processes over pipes; a lost worker loses only its own trial.
 
-    A process takes trials of one kind, and another one those of the next: what a kind's compiler and programs
-    leave behind, of which 20 to 70 MB are not given back, goes with it.
+    A process runs trials of one compile key.  Compiling and running them leaks 20 to 70 MB, which the system
+    gets back when the process ends.
     """
     context = multiprocessing.get_context("spawn")
     queue, busy, failures = list(pending), {}, []
 
-    # A worker's share of the cores is the same however few trials are left: on some versions of XLA the
-    # number of threads changes the last bits of a sum.
+    # A worker's share of the cores does not depend on how many trials are left: on some versions of XLA
+    # the number of threads changes the last bits of a sum.
     def begin(number: int) -> None:
         here, there = context.Pipe()
         process = context.Process(
-            target=_work, args=(there, number, workers, one, ledger), daemon=True
+            target=_work, args=(there, number, workers, one, store), daemon=True
         )
         _start(process)
         there.close()
@@ -255,9 +257,9 @@ def _run_in_processes(pending, one, kind, ledger, workers, bar) -> None:
             begin(number)
         while busy:
             for pipe in wait(list(busy)):
-                gone = _listen(pipe, kind, queue, busy, failures, bar)
-                if gone is not None and queue:
-                    begin(gone)
+                ended = _listen(pipe, compile_key, queue, busy, failures, bar)
+                if ended is not None and queue:
+                    begin(ended)
     finally:
         for worker in busy.values():
             worker.process.kill()
@@ -266,7 +268,7 @@ def _run_in_processes(pending, one, kind, ledger, workers, bar) -> None:
 
 
 def _start(process: Any) -> None:
-    """Starts a worker deaf to Ctrl-C from its first moment; that is the parent's to handle."""
+    """Starts a worker that ignores Ctrl-C from the start; the parent handles it."""
     if threading.current_thread() is not threading.main_thread():
         process.start()
         return
@@ -279,18 +281,18 @@ def _start(process: Any) -> None:
 
 @dataclasses.dataclass
 class _Busy:
-    """A worker, its number among them, and the trial that it was handed last."""
+    """A worker process, its number, and its current trial."""
 
     process: Any
     number: int
     trial: Any = None
 
 
-def _hand_out(pipe, kind, queue: list, busy: dict) -> int | None:
-    """The next trial, where it is of this worker's kind; else ends the worker, and returns its number."""
+def _hand_out(pipe, compile_key, queue: list, busy: dict) -> int | None:
+    """Sends the next trial if it has this worker's key; otherwise end the worker and return its number."""
     worker = busy[pipe]
-    is_of_its_kind = queue and kind(queue[0]) == kind(worker.trial)
-    worker.trial = queue.pop(0) if is_of_its_kind else None
+    has_same_key = queue and compile_key(queue[0]) == compile_key(worker.trial)
+    worker.trial = queue.pop(0) if has_same_key else None
     _send(pipe, worker)
     if worker.trial is not None:
         return None
@@ -300,12 +302,14 @@ def _hand_out(pipe, kind, queue: list, busy: dict) -> int | None:
 
 
 def _send(pipe: Any, worker: _Busy) -> None:
-    with contextlib.suppress(OSError):  # it is gone: `_listen` hears that next
+    with contextlib.suppress(OSError):  # the worker has ended; `_listen` sees that next
         pipe.send(worker.trial)
 
 
-def _listen(pipe: Any, kind, queue: list, busy: dict, failures: list, bar: _Bar) -> int | None:
-    """Hears one word of a worker; returns its number where it has gone, with its kind or before."""
+def _listen(
+    pipe: Any, compile_key, queue: list, busy: dict, failures: list, bar: _Bar
+) -> int | None:
+    """Handles one message of a worker; return the worker's number if it has ended, else None."""
     worker = busy[pipe]
     process, trial = worker.process, worker.trial
     try:
@@ -325,24 +329,24 @@ def _listen(pipe: Any, kind, queue: list, busy: dict, failures: list, bar: _Bar)
         failures.append((trial, *content))
     else:
         bar.finish(trial)
-    return _hand_out(pipe, kind, queue, busy)
+    return _hand_out(pipe, compile_key, queue, busy)
 
 
 def _failure_message(failures: list) -> str:
-    """Of (trial, reason, trace) of each that failed."""
+    """Returns the error message for a list of (trial, reason, trace)."""
     trial, reason, trace = failures[0]
     return f"{trace}{len(failures)} trial(s) failed; the first, {trial}: {reason}"
 
 
-def _work(pipe: Connection, number: int, workers: int, one, ledger: Ledger) -> None:
-    """A worker process: takes trials until it is handed None or its parent is gone."""
+def _work(pipe: Connection, number: int, workers: int, one, store: RecordStore) -> None:
+    """Runs a worker process: take trials until None arrives or the parent ends."""
     _take_share_of_cores(number, workers)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
     def progress(amount: float, note: str) -> None:
         try:
             pipe.send(("progress", amount, note))
-        except OSError:  # the parent is gone; what is checkpointed stays
+        except OSError:  # the parent has ended; checkpoints are kept
             os._exit(1)
 
     while True:
@@ -353,21 +357,19 @@ def _work(pipe: Connection, number: int, workers: int, one, ledger: Ledger) -> N
         if trial is None:
             return
         try:
-            with ledger.claim(trial) as scratch:
+            with store.lock(trial) as scratch:
                 one(trial, scratch, progress)
             pipe.send(("done",))
         except OSError as error:
-            pipe.send(
-                ("system", error.errno, error.strerror, str(error.filename or ledger.workdir))
-            )
+            pipe.send(("system", error.errno, error.strerror, str(error.filename or store.workdir)))
         except Exception as error:
             pipe.send(("failed", f"{type(error).__name__}: {error}", traceback.format_exc()))
 
 
 def _end_with_parent() -> None:
-    """Ends this process at once when its parent does, whatever it is at: compiling, or waiting for a lock.
+    """Ends this process as soon as its parent ends, even while it compiles or waits for a lock.
 
-    What is checkpointed stays; a worker that outlived its parent would keep trials from the next run.
+    Checkpoints are kept.  A worker that outlived its parent would hold the locks that the next run needs.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -376,7 +378,7 @@ def _end_with_parent() -> None:
 
 
 def _take_share_of_cores(number: int, workers: int) -> None:
-    """Pins a worker to its own cores, as many as every other has, before JAX sizes its threads by them."""
+    """Pins a worker to an equal share of the cores, before JAX sizes its thread pool."""
     if not hasattr(os, "sched_setaffinity"):
         return
     cores = sorted(os.sched_getaffinity(0))

@@ -83,7 +83,7 @@ class Watched:
                 self._given.put((None, error))
 
     def _place(self) -> str:
-        """Where the reader is."""
+        """Returns the reader's position."""
         frames = sys._current_frames()
         frame = frames.get(self._reader.ident or 0) if self._reader else None
         if frame is None:

@@ -38,7 +38,7 @@ KNOWN = (
 
 
 def budget_of(arm: str) -> tuple[str, float] | None:
-    """How an arm spends its budget, and the budget in bits; None of an arm without one.
+    """Returns an arm's allocation and its budget in bits; None for an arm without a budget.
 
     >>> budget_of("felt-loss-4.5"), budget_of("fixed-8")
     (('felt-loss', 4.5), None)
@@ -50,7 +50,7 @@ def budget_of(arm: str) -> tuple[str, float] | None:
 
 
 def fixed_bits(arm: str) -> int | None:
-    """The bits of both moments of an arm where they are one and stay.
+    """Returns the bits of both moments of an arm where they are one and stay.
 
     >>> fixed_bits("fixed-8"), fixed_bits("fixed-5-4"), fixed_bits("felt-5.0")
     (8, None, None)
@@ -60,7 +60,7 @@ def fixed_bits(arm: str) -> int | None:
 
 
 def moments(arm: str, interval: int, **layout: Any) -> Any:
-    """The transformation that has the arm's state: Adam's, without decay, rate or clipping.
+    """Returns the transformation that has the arm's state: Adam's, without decay, rate or clipping.
 
     Args:
         arm: its name.
@@ -85,12 +85,12 @@ def moments(arm: str, interval: int, **layout: Any) -> Any:
 
 
 def optimizer(arm: str, interval: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW with the arm's state."""
+    """Returns AdamW with the arm's state."""
     return train.adamw(B1, B2, moments=moments(arm, interval))
 
 
 def state_of(opt_state: Any) -> Any:
-    """The moments' state within `optimizer`'s."""
+    """Returns the moments' state within `optimizer`'s."""
     return opt_state[1]
 
 

@@ -1,4 +1,4 @@
-"""What is published of TPU and GPU chips: memory, peak rates and links.  Nothing here is measured."""
+"""Published figures of TPU and GPU chips: memory, peak rates and links.  None of them is measured here."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ CHIPS = {
 
 
 def of_kind(device_kind: str) -> Chip:
-    """The chip of a JAX device.
+    """Returns the chip of a JAX device.
 
     Raises:
         ValueError: one of which nothing is written here.

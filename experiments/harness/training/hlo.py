@@ -1,4 +1,4 @@
-"""What a compiled program multiplies and sends between devices, read from its text.
+"""Read matrix products and collectives from a compiled program's text.
 
 The compiler's own totals count a loop's body once.  Here each instruction comes with the number of times that
 it is executed, from the bounds of the loops around it.
@@ -24,7 +24,7 @@ _COLLECTIVES = (
 
 
 def _bits(kind: str) -> int:
-    """Of an element in memory."""
+    """Returns the bits of an element in memory."""
     digits = re.search(r"\d+", kind)
     return int(digits[0]) if digits else 8  # pred
 
@@ -46,7 +46,7 @@ class Array:
         return math.prod(self.shape) * _bits(self.kind) / 8
 
     def of(self, kind: str) -> "Array":
-        """The same bytes as numbers of another type, in line.
+        """Returns the same bytes as numbers of another type, in line.
 
         >>> Array("u32", (2, 3)).of("s8")
         Array(kind='s8', shape=(24,))
@@ -77,12 +77,12 @@ class Instruction:
         return found[1] if found else ""
 
     def attribute(self, name: str) -> str:
-        """The value of a plain attribute, as ``index=4`` has one."""
+        """Returns the value of a plain attribute, as ``index=4`` has one."""
         found = re.search(rf"\b{name}=([\w.-]+)", self.attributes)
         return found[1] if found else ""
 
     def called(self, attribute: str) -> str | None:
-        """The computation that an attribute such as ``body`` names."""
+        """Returns the computation that an attribute such as ``body`` names."""
         found = re.search(rf"\b{attribute}=%?([\w.-]+)", self.attributes)
         return found[1] if found else None
 
@@ -159,7 +159,7 @@ class Collective:
 
 
 def arrays(text: str) -> list[Array]:
-    """Every array type in a piece of compiled text.
+    """Returns every array type in a piece of compiled text.
 
     >>> arrays("(s8[256,512]{1,0:T(32,128)(4,1)}, f32[])")
     [Array(kind='s8', shape=(256, 512)), Array(kind='f32', shape=())]
@@ -183,13 +183,13 @@ class Program:
     times: Mapping[str, int]
 
     def instructions(self) -> Iterator[tuple[Instruction, Mapping[str, Instruction], int]]:
-        """(instruction, the computation that it stands in, times) of all that are executed."""
+        """Returns (instruction, the computation that it stands in, times) of all that are executed."""
         for name, own in self.computations.items():
             if times := self.times.get(name, 0):
                 yield from ((x, own, times) for x in own.values())
 
     def products(self) -> list[Product]:
-        """The matrix products."""
+        """Returns the matrix products."""
         found = []
         for x, own, times in self.instructions():
             if x.opcode in ("convolution", "dot"):
@@ -199,7 +199,7 @@ class Program:
         return found
 
     def collectives(self) -> list[Collective]:
-        """What travels between devices.
+        """Returns the collectives.
 
         An asynchronous one appears in each fusion that it overlaps with, under one channel: it is counted
         once.
@@ -215,7 +215,7 @@ class Program:
 
 
 def parse(text: str) -> Program:
-    """A program from the text that a compiler gives of it.
+    """Returns a program from the text that a compiler gives of it.
 
     Raises:
         ValueError: no entry computation, or a loop whose bounds cannot be read.
@@ -246,7 +246,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis is that closes one before the text."""
+    """Returns the index of the parenthesis that closes the one before the text."""
     depth = 1
     for place, letter in enumerate(text):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -275,7 +275,7 @@ def _count(
 
 
 def _callees(x: Instruction) -> list[str]:
-    """The computations that an instruction executes once, alternatives each."""
+    """Returns the computations that an instruction executes once, alternatives each."""
     if x.opcode == "conditional":
         listed = re.search(r"branch_computations=\{([^}]*)\}", x.attributes)
         names = (
@@ -293,7 +293,7 @@ def _callees(x: Instruction) -> list[str]:
 def _trips(
     computations: Mapping[str, Mapping[str, Instruction]], loop: Instruction, condition: str
 ) -> int:
-    """How often a loop's body is executed: as the text says, or from what it counts, how far and by what.
+    """Returns how often a loop's body runs: as the text says, or from its counter's bounds and step.
 
     Loops count from 0: a compiler that unrolls one leaves it there and counts by more than one.
     """
@@ -313,7 +313,7 @@ def _trips(
 
 
 def _added(body: Mapping[str, Instruction], name: str, place: str) -> int:
-    """What a loop's body adds to the element of its state at a place, to get what has this name."""
+    """Returns what a loop's body adds to an element of its state to get the value of this name."""
     x = body[name]
     if x.opcode == "get-tuple-element" and x.attribute("index") == place:
         return 0
@@ -328,7 +328,7 @@ def _added(body: Mapping[str, Instruction], name: str, place: str) -> int:
 
 
 def _multiplications(x: Instruction, left: Array) -> int:
-    """Multiplications of numbers, those with padding left out, when a product is executed once."""
+    """Returns multiplications of numbers, those with padding left out, when a product is executed once."""
     size = math.prod(x.results[0].shape)
     if x.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
@@ -347,7 +347,7 @@ def _multiplications(x: Instruction, left: Array) -> int:
 
 
 def _window(x: Instruction, place: int) -> dict[str, tuple[int, ...]]:
-    """A window's size, stride, pad and so on along one of its axes."""
+    """Returns a window's size, stride, pad and so on along one of its axes."""
     found = re.search(r"window=\{([^}]*)\}", x.attributes)
     fields = dict(part.split("=") for part in found[1].split()) if found else {}
     own = {name: text.split("x")[place] for name, text in fields.items()}
@@ -355,7 +355,7 @@ def _window(x: Instruction, place: int) -> dict[str, tuple[int, ...]]:
 
 
 def _taps(before: int, after: int, window: Mapping[str, tuple[int, ...]]) -> int:
-    """How often a window along one axis meets a number, over all of its positions.
+    """Returns how often a window along one axis meets a number, over all of its positions.
 
     >>> _taps(8, 1, {"size": (8,)}), _taps(1, 8, {"size": (8,), "pad": (7, 7)})
     (8, 8)
@@ -370,7 +370,7 @@ def _taps(before: int, after: int, window: Mapping[str, tuple[int, ...]]) -> int
 
 
 def _results(x: Instruction, own: Mapping[str, Instruction]) -> tuple[Array, ...]:
-    """A collective's results; those of the same bytes in other words are what they were before."""
+    """Returns a collective's results; those of the same bytes in other words are what they were before."""
     results, count = list(x.results), len(x.operands)
     if x.opcode.endswith("-start") and len(results) >= 2 * count:
         results = results[count : 2 * count]
@@ -384,7 +384,7 @@ def _results(x: Instruction, own: Mapping[str, Instruction]) -> tuple[Array, ...
 
 
 def _group(x: Instruction) -> int:
-    """How many devices take part in each group of a collective."""
+    """Returns how many devices take part in each group of a collective."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", x.attributes)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))

@@ -1,4 +1,4 @@
-"""Where a run's figures go while it runs: TensorBoard and Weights & Biases, behind one small interface."""
+"""Write a run's metrics to TensorBoard and Weights & Biases through one small interface."""
 
 import importlib
 import importlib.util
@@ -16,19 +16,19 @@ Counts = Sequence[Sequence[int]]  # pairs (floor(log2 |x|), how many)
 
 
 class Writer(Protocol):
-    """Takes figures by name, with steps that may start again at an earlier one."""
+    """A writer of metrics by name; steps may go back to an earlier one."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def write_histograms(self, step: int, counts: Mapping[str, Counts]) -> None:
-        """Takes by name how many magnitudes there are from each power of two."""
+        """Writes, by name, the count of magnitudes from each power of two."""
         ...
 
     def close(self) -> None: ...
 
 
 def make_writers(names: Sequence[str], workdir: Path, config: Mapping[str, Any]) -> list[Writer]:
-    """The writers of a run.
+    """Returns the writers of a run.
 
     Args:
         names: of `WRITERS`.
@@ -145,7 +145,7 @@ class WeightsAndBiases:
 
 
 def _identity(path: Path) -> str:
-    """What the service knows a run by, kept in its folder."""
+    """Returns the service's id of the run, kept in the run's folder."""
     if not path.exists():
         files.write(path, uuid.uuid4().hex[:16])
     return read_bytes(path, 1024).decode()

@@ -1,4 +1,4 @@
-"""Where arrays lie on a mesh: all rules, for language and vision models and their optimizers' state.
+"""Sharding rules for language and vision models and their optimizers' state.
 
 The mesh has the axes ``data``, ``fsdp`` and ``tensor``.  A batch's rows are spread over data and fsdp.  Of a
 parameter, the axis that `_TENSOR` names is split over tensor, as Megatron does it (Shoeybi et al. 2019, arXiv
@@ -37,7 +37,7 @@ _TENSOR = (
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over all devices with the axes (data, fsdp, tensor); one of them may be −1, "what is left".
+    """Returns a mesh over all devices with the axes (data, fsdp, tensor); one of them may be −1, "the rest".
 
     Args:
         data, fsdp, tensor: sizes.
@@ -49,9 +49,9 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     count, sizes = len(devices), [data, fsdp, tensor]
     open_ = [i for i, size in enumerate(sizes) if size == -1]
-    known = int(np.prod([size for size in sizes if size != -1]))
-    if len(open_) == 1 and known > 0 and count % known == 0:
-        sizes[open_[0]] = count // known
+    use_mesh = int(np.prod([size for size in sizes if size != -1]))
+    if len(open_) == 1 and use_mesh > 0 and count % use_mesh == 0:
+        sizes[open_[0]] = count // use_mesh
     if min(sizes) < 1 or int(np.prod(sizes)) != count:
         raise ValueError(
             f"a mesh of data={data} × fsdp={fsdp} × tensor={tensor} does not cover {count} device(s) exactly"
@@ -60,12 +60,12 @@ def make_mesh(
 
 
 def batch_size(mesh: Mesh) -> int:
-    """How many parts a batch is cut into."""
+    """Returns the number of parts that a batch is split into."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def of_state(mesh: Mesh, state: Any) -> Any:
-    """The sharding of each array of a train state, real or abstract.
+    """Returns the sharding of each array of a train state, real or abstract.
 
     Raises:
         ValueError: a parameter that tensor does not divide.
@@ -83,7 +83,7 @@ def of_state(mesh: Mesh, state: Any) -> Any:
 
 
 def of_pages(mesh: Mesh, shards: Sequence[int] = ()) -> dict[str, Any]:
-    """How state in pages lies: `quantize_state`'s arguments for it.
+    """Returns `quantize_state`'s arguments for the sharding of state in pages.
 
     Args:
         mesh: whose devices share the state.
@@ -100,7 +100,7 @@ def of_pages(mesh: Mesh, shards: Sequence[int] = ()) -> dict[str, Any]:
 
 
 def spec(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> P:
-    """How one array is split.
+    """Returns the PartitionSpec of one array.
 
     Args:
         mesh: with `AXES`.
@@ -135,13 +135,13 @@ def spec(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int]) -> P:
 
 
 def _name(path: Any) -> str:
-    """A path's words with slashes between."""
+    """Returns a path's words with slashes between."""
     words = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
     return "/".join(words)
 
 
-def known(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """While it is open, what is traced knows the mesh: long integer sums then have a part for each device.
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Sets the mesh for tracing: long integer sums then have one part for each device.
 
     Versions of JAX that cannot say so within a compiled function, as 0.7, add up fewer and longer parts: the
     same numbers to float32's rounding, and more bytes between devices.
@@ -158,7 +158,7 @@ def rows(x: Any, mesh: Mesh | None) -> Any:
 
 
 def share(mesh: Mesh) -> tuple[int, int]:
-    """(which, of how many) equal parts of a batch's rows this process's devices hold.
+    """Returns (which, of how many) equal parts of a batch's rows this process's devices hold.
 
     Raises:
         ValueError: a mesh on which they hold no such part.

@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 from experiments.harness.running.checkpoints import Checkpoints, Restored
 from experiments.harness.running.stopping import Preempted
 from experiments.harness.training import sharding
-from experiments.harness.training.guarding import Diverged, Guard
+from experiments.harness.training.divergence import Diverged, DivergencePolicy
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
 History = list[tuple[int, float]]  # (step, mean loss since the entry before)
 
-STOP = Guard()
+STOP = DivergencePolicy()
 _NEVER = 2**30
 
 
@@ -58,7 +58,7 @@ class Schedule:
 
 
 def cosine(peak: float, steps: int, warmup: int, floor: float = 0.1) -> Schedule:
-    """Warm-up, then a cosine to floor · peak at `steps`.
+    """Returns warm-up, then a cosine to floor · peak at `steps`.
 
     >>> [round(float(cosine(1.0, 110, 10, 0.0)(t)), 3) for t in (0, 9, 60, 110)]
     [0.1, 1.0, 0.5, 0.0]
@@ -67,12 +67,12 @@ def cosine(peak: float, steps: int, warmup: int, floor: float = 0.1) -> Schedule
 
 
 def stable(peak: float, warmup: int) -> Schedule:
-    """Warm-up, then constant for as long as wanted: the trunk that WSD branches leave."""
+    """Returns warm-up, then constant for as long as wanted: the trunk that WSD branches leave."""
     return Schedule(peak, warmup, _NEVER, _NEVER + 1, 0.0, False)
 
 
 def cooldown(peak: float, warmup: int, start: int, steps: int) -> Schedule:
-    """`stable` until `start`, then linear to zero at `steps`: a warm-up-stable-decay (WSD) run.
+    """Returns `stable` until `start`, then linear to zero at `steps`: a warm-up-stable-decay (WSD) run.
 
     Source: Hu et al. 2024, arXiv 2404.06395; Hägele et al. 2024, arXiv 2405.18392.
     """
@@ -101,7 +101,7 @@ def adamw(
     clip: float = 1.0,
     moments: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping by global norm; weight decay on matrices only; the schedule comes as data.
+    """Returns AdamW with clipping by global norm; weight decay on matrices only; the schedule comes as data.
 
     `moments` stands for Adam's own where it is given, as with its state in few bits.
     """
@@ -119,7 +119,7 @@ _STEP_RATE = 0.1
 
 @functools.lru_cache
 def adamw_and_steps() -> optax.GradientTransformationExtraArgs:
-    """`adamw`, but learned step sizes do not decay and move at a tenth of the weights' rate.
+    """Returns `adamw`, but learned step sizes do not decay and move at a tenth of the weights' rate.
 
     A step size is a parameter with "step" in its path.
     """
@@ -149,7 +149,7 @@ def adamw_and_steps() -> optax.GradientTransformationExtraArgs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """What a checkpoint holds, besides the data's position."""
+    """The content of a checkpoint, besides the data's position."""
 
     step: jax.Array
     params: Any
@@ -159,7 +159,7 @@ class TrainState:
 def init_state(
     make_params: Callable[[], Any], tx: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
-    """A fresh state, made in place on the mesh: no device ever holds more than its share.
+    """Returns a fresh state, made in place on the mesh: no device ever holds more than its share.
 
     The numbers do not depend on the mesh.
     """
@@ -167,7 +167,7 @@ def init_state(
 
 
 def fresh(make_params: Callable[[], Any], tx: optax.GradientTransformation) -> TrainState:
-    """A state of no steps."""
+    """Returns a state of no steps."""
     params = make_params()
     return TrainState(jnp.int32(0), params, tx.init(params))
 
@@ -175,7 +175,7 @@ def fresh(make_params: Callable[[], Any], tx: optax.GradientTransformation) -> T
 def make_init(
     make_params: Callable[..., Any], tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[..., TrainState]:
-    """A compiled `init_state`: (*data) -> state, so that one compilation serves every seed that is data."""
+    """Returns a compiled `init_state`, (*data) -> state: one compilation serves all seeds that are data."""
 
     def init(*data):
         state = fresh(lambda: make_params(*data), tx)
@@ -189,7 +189,7 @@ def make_init(
 
 
 def next_token_loss(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Loss:
-    """Mean cross-entropy, in nats, of tokens 1 … T given those before; activations spread over a mesh."""
+    """Returns the loss: mean cross-entropy, in nats, of tokens 1 … T; activations are sharded."""
     by_rows = functools.partial(sharding.rows, mesh=mesh)
 
     def loss(params, tokens_BxT1: jax.Array) -> jax.Array:
@@ -199,7 +199,7 @@ def next_token_loss(graphdef: nnx.GraphDef, mesh: Mesh | None = None) -> Loss:
 
 
 def next_token_loss_of(model: Any, tokens_BxT1: jax.Array, by_rows: Callable) -> jax.Array:
-    """The same of a model itself.
+    """Returns the same of a model itself.
 
     Args:
         model: from (tokens, by_rows) to logits.
@@ -213,7 +213,7 @@ def next_token_loss_of(model: Any, tokens_BxT1: jax.Array, by_rows: Callable) ->
 def make_step(
     loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, skips: bool = False
 ) -> Callable:
-    """A compiled update: (state, tokens, schedule, data, limit) -> (state, loss). The state is donated.
+    """Returns a compiled (state, tokens, schedule, data, limit) -> (state, loss), which donates the state.
 
     Args:
         loss: (params, tokens, *data) to a scalar; `data` is traced, so that bits, say, may vary.
@@ -225,7 +225,7 @@ def make_step(
     tx = optax.with_extra_args_support(tx)
 
     def step(state: TrainState, tokens, schedule: Schedule, data: tuple = (), limit: Any = jnp.inf):
-        with sharding.known(mesh):
+        with sharding.use_mesh(mesh):
             value, gradients = jax.value_and_grad(loss)(state.params, tokens, *data)
         # Each device sums its own part of a gradient and no more.
         gradients = jax.lax.with_sharding_constraint(gradients, sharding.of_state(mesh, gradients))
@@ -244,7 +244,7 @@ def make_step(
 
 
 def copy_state(state: TrainState) -> TrainState:
-    """A copy that outlives the donation of the original."""
+    """Returns a copy that outlives the donation of the original."""
     return jax.tree.map(jnp.copy, state)
 
 
@@ -272,8 +272,8 @@ def fit(
     checkpoint_every: int = 500,
     on_log: Callable[[int, float], None] = lambda steps, loss: None,
     data: tuple = (),
-    guard: Guard = STOP,
-    told_to_stop: Callable[[int], bool] = lambda step: False,
+    guard: DivergencePolicy = STOP,
+    preemption_requested: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, History]:
     """Trains to step `steps`, going on from the newest usable checkpoint.
 
@@ -292,8 +292,8 @@ def fit(
             where `checkpoints` are spaced in time.
         on_log: called with (steps done since the last call, mean loss) for progress.
         data: further arguments of the loss.
-        guard: what to do about losses that are not finite, and spikes; the step `skips` where it does.
-        told_to_stop: asked after each step whether to save and end, as of `stopping.told_to_stop`.
+        guard: what to do about spikes and losses that are not finite; "skip" needs a step with `skips`.
+        preemption_requested: called with each step; True saves and ends the run (see `stopping`).
 
     Returns:
         The state at `steps` and the history, (step, mean loss since the entry before).
@@ -322,9 +322,11 @@ def fit(
                 mean = _mean_loss(losses, at, guard, history)
             except Diverged as error:
                 rollbacks += 1
-                back = _rolled_back(guard, rollbacks, checkpoints, state, batches, at)
+                back = _roll_back(guard, rollbacks, checkpoints, state, batches, at)
                 if back is None:
-                    raise Diverged(error.step, error.loss, _tried(guard, rollbacks)) from None
+                    raise Diverged(
+                        error.step, error.loss, _rollback_message(guard, rollbacks)
+                    ) from None
                 state, history, losses = back
                 at = int(state.step)
                 on_log(at - logged, history[-1][1] if history else math.nan)
@@ -333,7 +335,7 @@ def fit(
             on_log(at - logged, mean)
             history.append((at, mean))
             losses, logged = [], at
-        stops = told_to_stop(at) and at < steps
+        stops = preemption_requested(at) and at < steps
         if checkpoints is not None and (
             stops or (logged == at and checkpoints.is_due(at, saved, checkpoint_every, at == steps))
         ):
@@ -344,8 +346,8 @@ def fit(
     return state, history
 
 
-def _mean_loss(losses: Sequence[Any], at: int, guard: Guard, history: History) -> float:
-    """The mean over the steps that were not skipped.
+def _mean_loss(losses: Sequence[Any], at: int, guard: DivergencePolicy, history: History) -> float:
+    """Returns the mean over the steps that were not skipped.
 
     Raises:
         Diverged: there is none, or it is a spike.
@@ -361,22 +363,22 @@ def _mean_loss(losses: Sequence[Any], at: int, guard: Guard, history: History) -
     return mean
 
 
-def _rolled_back(
-    guard: Guard,
+def _roll_back(
+    guard: DivergencePolicy,
     rollbacks: int,
     checkpoints: Checkpoints | None,
     state: TrainState,
     batches: Any,
     at: int,
 ) -> Restored | None:
-    """What to go on from with the data that follows; None where there is nothing to do."""
+    """Returns the checkpoint to continue from with the data that follows, or None."""
     if guard.action != "roll_back" or checkpoints is None or rollbacks > guard.most:
         return None
     return checkpoints.roll_back(state, batches, at - guard.steps)
 
 
-def _tried(guard: Guard, rollbacks: int) -> str:
-    """What a guard that rolls back could not do any more, in words."""
+def _rollback_message(guard: DivergencePolicy, rollbacks: int) -> str:
+    """Returns why rolling back did not help, as text."""
     if guard.action != "roll_back":
         return ""
     if rollbacks > guard.most:

@@ -26,7 +26,7 @@ _BREAK = 1.1
 _TIER = "99"
 
 
-class Subject(Protocol):
+class PretrainedModel(Protocol):
     """A model in floating point, and what is needed to quantize and to judge it."""
 
     model: Any
@@ -45,7 +45,7 @@ def fingerprint(model: str) -> str:
     return f"{total:.6e}-{data.load('sotu').fingerprint}"
 
 
-def make(trial: Any) -> Subject:
+def make(trial: Any) -> PretrainedModel:
     """A trial's model."""
     if trial.model == "smollm2":
         return _SmolLM2(
@@ -57,20 +57,20 @@ def make(trial: Any) -> Subject:
 
 
 def quantized(
-    subject: Subject, arm: Arm, scratch: Path, memory: int
+    pretrained: PretrainedModel, arm: Arm, scratch: Path, memory: int
 ) -> tuple[nnx.Module, dict[str, Any]]:
     """The model in an arm, and its bytes: the weights that rules reached, before and after."""
     rules = list(arm.rules)
     if arm.method is None:
-        return jq.nnx.quantize(subject.model, rules), {"before": 0, "after": 0}
+        return jq.nnx.quantize(pretrained.model, rules), {"before": 0, "after": 0}
     modules = rules[0][0]
     if arm.searched:
-        budget = jq.nnx.coverage(subject.model, rules)
+        budget = jq.nnx.coverage(pretrained.model, rules)
         allowed = sum(row.bytes_after for row in budget if row.recipe != "float")
         found = jq.ptq.search(
-            subject.model,
+            pretrained.model,
             arm.searched,
-            subject.search_batches,
+            pretrained.search_batches,
             allowed,
             modules=modules,
             group=None if arm.by_layer else _halves_of_blocks,
@@ -79,9 +79,9 @@ def quantized(
         )
         rules = list(found.rules)
     model = jq.ptq.quantize(
-        subject.model,
+        pretrained.model,
         rules,
-        subject.batches,
+        pretrained.batches,
         arm.method,
         memory=memory,
         workdir=scratch / "layers",
@@ -89,7 +89,7 @@ def quantized(
     )
     if arm.broken:
         _break(model)
-    rows = jq.nnx.coverage(subject.model, rules)
+    rows = jq.nnx.coverage(pretrained.model, rules)
     before = sum(row.bytes_before for row in rows if row.recipe != "float")
     return model, {"before": before, "after": _stored_bytes(model)}
 

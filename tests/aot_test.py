@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.harness.models import lm
-from experiments.train import PRESETS, ahead, ahead_table, scaling
+from experiments.train import PRESETS, aot, aot_table, scaling
 
 pytestmark = pytest.mark.exhaustive
 needs_tpu_compiler = pytest.mark.skipif(
@@ -69,11 +69,11 @@ def test_a_step_that_does_not_fit_says_by_how_much_and_what_to_change():
 
 def test_advice_goes_by_what_takes_the_memory():
     config = PRESETS["tpu"]
-    said = ahead._advice(used=40.0, usable=16.0, state=12.0, config=config)
+    said = aot._advice(used=40.0, usable=16.0, state=12.0, config=config)
     assert "--config.state=fixed-5" in said
     assert f"--config.batch={config.batch * 16 // 40} or fewer" in said
     assert "3 times as many chips" in said
-    assert "state=" not in ahead._advice(used=40.0, usable=16.0, state=0.1, config=config)
+    assert "state=" not in aot._advice(used=40.0, usable=16.0, state=0.1, config=config)
 
 
 @pytest.mark.first(1)
@@ -100,15 +100,15 @@ def test_memory_that_is_not_enough_is_read_from_what_the_compiler_says():
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.50G of 15.75G hbm. "
         "Exceeded hbm capacity by 5.75G."
     )
-    found = ahead._out_of_memory(said, PRESETS["pod"], 1e9)
+    found = aot._out_of_memory(said, PRESETS["pod"], 1e9)
     assert (found["used"], found["beyond"]) == (21.5 * 2**30, 5.75 * 2**30)
     assert found["advice"].startswith(
         "the step does not fit: 5.75 GiB too much; try --config.mesh_tensor=2"
     )
     with pytest.raises(RuntimeError, match="something else"):
-        ahead._out_of_memory("something else", PRESETS["pod"], 1e9)
+        aot._out_of_memory("something else", PRESETS["pod"], 1e9)
 
 
 def test_tables_are_aligned():
-    text = ahead_table.table(("what", "how much"), [("a", "1.5"), ("longer", "12")])
+    text = aot_table.table(("what", "how much"), [("a", "1.5"), ("longer", "12")])
     assert text.splitlines()[2:] == ["| a      |      1.5 |", "| longer |       12 |"]

@@ -99,8 +99,8 @@ def cost(trial: Trial) -> float:
     return trial.steps + sum(_arm_cost(trial, arm) for arm in trial.arms)
 
 
-def kind(trial: Trial) -> tuple:
-    """Trials of one kind run the same compiled programs."""
+def compile_key(trial: Trial) -> tuple:
+    """Return a key that is equal for trials that run the same compiled programs."""
     return (trial.task,)
 
 
@@ -128,23 +128,23 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
             "device": jax.devices()[0].device_kind,
         }
     }
-    lineage = _Lineage(trial, context)
+    runner = TrialRunner(trial, context)
     try:
-        lineage.train_reference()
+        runner.train_reference()
     except train.Diverged as error:
         return head | {"status": "diverged", "step": error.step, "arms": []}
     arms = []
     for arm in trial.arms:
         name = arm.name.replace(" ", "-")
-        result = context.remember(name, functools.partial(lineage.result, arm))
+        result = context.cached(name, functools.partial(runner.result, arm))
         context.progress(_arm_cost(trial, arm), arm.name)
         arms.append({**dataclasses.asdict(arm), **result})
     widths = (None, *trial.widths)
-    derived = {width or "": bit_operations(lineage.task, width) for width in widths}
+    derived = {width or "": bit_operations(runner.task, width) for width in widths}
     return head | {"status": "done", "derived": derived, "arms": arms}
 
 
-class _Lineage:
+class TrialRunner:
     """A trial under way."""
 
     def __init__(self, trial: Trial, context: trials.Context):

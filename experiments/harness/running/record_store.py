@@ -26,7 +26,7 @@ SCHEMA = 2  # raised when the form of a record changes, or the arithmetic behind
 
 
 def trial_id(trial: Any) -> str:
-    """Twelve hexadecimal digits of the hash of the trial's fields.
+    """Returns twelve hexadecimal digits of the hash of the trial's fields.
 
     >>> @dataclasses.dataclass(frozen=True)
     ... class Trial:
@@ -38,7 +38,7 @@ def trial_id(trial: Any) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
-class Ledger:
+class RecordStore:
     """A study's folder: ``study.json``, ``trials/*.json``, and scratch space for what is under way."""
 
     def __init__(self, workdir: str | Path, study: str):
@@ -71,7 +71,7 @@ class Ledger:
             )
 
     def _recorded_study(self) -> dict | None:
-        """Whose records lie here, where study.json was lost."""
+        """Returns the study that the records belong to, for a folder without study.json."""
         for path in sorted(self.workdir.glob("trials/*.json")):
             record = files.read_json(path)
             if isinstance(record, dict) and "study" in record:
@@ -88,13 +88,13 @@ class Ledger:
         return self.workdir / "trials" / f"{trial_id(trial)}.json"
 
     def read(self, trial: Any) -> dict | None:
-        """The trial's record, or None; a damaged one is set aside, or left out where it lies in a table."""
+        """Returns the trial's record, or None; a damaged one is moved away, or skipped in a table."""
         path = self.path(trial)
         record = files.read_json(path)
         if record is not None:
             reason = self._damage(record, trial)
             if reason:
-                files.set_aside(path, reason)
+                files.quarantine(path, reason)
                 return None
         elif (row := self._packed.get(trial_id(trial))) is not None:
             record = dict(row.record)
@@ -105,7 +105,7 @@ class Ledger:
         return record
 
     def _damage(self, record: Any, trial: Any) -> str:
-        """What is wrong with a record, whose checksum is taken off; "" where nothing is."""
+        """Removes a record's checksum and returns what is wrong with the record, or ""."""
         expected = {"study": self.study, "trial": _as_json(trial)}
         if not isinstance(record, dict) or any(record.get(k) != v for k, v in expected.items()):
             return "it is not this trial's record"
@@ -127,10 +127,10 @@ class Ledger:
         )
 
     @contextlib.contextmanager
-    def claim(self, trial: Any) -> Iterator[Path]:
+    def lock(self, trial: Any) -> Iterator[Path]:
         """Holds the trial's scratch folder; waits while another process, perhaps dying, holds it.
 
-        Where the ledger is on shared storage that has no locks, scratch lies on this machine and goes with
+        Where the store is on shared storage that has no locks, scratch lies on this machine and goes with
         the claim: a trial that is tried again starts anew.
         """
         if files.is_remote(self.workdir):
@@ -150,7 +150,7 @@ class Ledger:
 
 
 def read_records(workdir: str | Path, study: str) -> list[dict]:
-    """All whole records of a study that lie in a folder, whichever grid they are of.
+    """Returns all whole records of a study that lie in a folder, whichever grid they are of.
 
     Raises:
         ValueError: no such record lies there.

@@ -1,4 +1,4 @@
-"""What a run takes: the time of a step and what follows from it, and the bytes of its arrays."""
+"""Throughput and memory: the time of a step, the rates that follow from it, and the bytes of arrays."""
 
 import statistics
 import time
@@ -9,7 +9,7 @@ import jax
 from experiments.harness.training import chips
 
 
-class Meter:
+class Throughput:
     """Times the steps between looks at the loss, the compilation and all that is not training left out."""
 
     def __init__(self, tokens: int, flops: int, devices: list[Any]):
@@ -25,11 +25,11 @@ class Meter:
         self._laps: list[dict[str, float]] = []
 
     def start(self) -> None:
-        """What comes from here on counts."""
+        """Starts the measurement."""
         self._started = time.perf_counter()
 
-    def lap(self, steps: int, saving: float, waiting: float) -> dict[str, float]:
-        """The figures of the steps since `start`, which it calls again.
+    def interval(self, steps: int, saving: float, waiting: float) -> dict[str, float]:
+        """Returns the figures of the steps since `start`, which it calls again.
 
         Args:
             steps: how many.
@@ -49,7 +49,7 @@ class Meter:
         return found
 
     def medians(self) -> dict[str, float]:
-        """Of the time of a step and of the wait for input, over all laps; what follows from that time."""
+        """Returns the medians of the step time and of the wait for input, and the rates for that time."""
         if not self._laps:
             return {}
         seconds, wait = (
@@ -69,7 +69,7 @@ class Meter:
 
 
 def peak(devices: list[Any]) -> float | None:
-    """Operations a second of all devices together, in bfloat16; None where no peak is published here.
+    """Returns operations a second of all devices together, in bfloat16; None where no peak is published here.
 
     Model FLOPs utilization is a share of this, whatever type the products really have: in int8 it can
     pass 1.
@@ -84,11 +84,11 @@ def peak(devices: list[Any]) -> float | None:
     return sum(rates) if len(rates) == len(devices) else None
 
 
-def held(tree: Any) -> dict[str, int]:
-    """Bytes of real arrays: ``all`` together, and those on this process's first ``device``.
+def array_bytes(tree: Any) -> dict[str, int]:
+    """Returns bytes of real arrays: ``all`` together, and those on this process's first ``device``.
 
     >>> import jax.numpy as jnp
-    >>> held({"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.int8)})
+    >>> array_bytes({"a": jnp.zeros(3), "b": jnp.zeros(2, jnp.int8)})
     {'all': 14, 'device': 14}
     """
     leaves = jax.tree.leaves(tree)

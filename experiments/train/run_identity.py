@@ -1,4 +1,4 @@
-"""What a folder says of the run that it holds, and what one that goes on there has in common with it."""
+"""The identity of the run in a folder: a resumed run must match it."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ _SETTINGS = {field.name for field in dataclasses.fields(Config)} - {*_LAYOUT, *_
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
-    """Of the run that a folder holds: its settings and what its data was; None where nothing is saved yet.
+    """Returns the settings and data fingerprint of the run in a folder; None if nothing is saved yet.
 
     Raises:
         ValueError: it holds something else, or checkpoints of nobody knows what.
@@ -46,7 +46,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
 def page_shards(
     config: Config, mesh: Mesh | AbstractMesh, there: dict[str, Any] | None
 ) -> tuple[int, ...]:
-    """Parts of the state's pages along fsdp and tensor: those that the run began with.
+    """Returns parts of the state's pages along fsdp and tensor: those that the run began with.
 
     Args:
         config: the run.
@@ -70,7 +70,7 @@ def page_shards(
     return parts
 
 
-def claim(workdir: Path, config: Config, fingerprint: str) -> None:
+def check_or_write(workdir: Path, config: Config, fingerprint: str) -> None:
     """Marks the folder as this run's, or finds that it is.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a compiled step takes of each chip, as text."""
+"""Format the cost of a compiled step on each chip as text."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ _GIB, _MIB = 2**30, 2**20
 
 
 def to_text(record: Mapping[str, Any]) -> str:
-    """Tables of memory, products, collectives and operations, from `ahead.compiled`'s record."""
+    """Returns tables of memory, products, collectives and operations, from `aot.compiled`'s record."""
     mesh = " × ".join(f"{name} {size}" for name, size in record["mesh"].items() if size > 1)
     config = record["config"]
     head = (
@@ -96,7 +96,7 @@ def _gib(nbytes: float) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """In Markdown, aligned."""
+    """Returns an aligned Markdown table."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
 
     def lines() -> Iterator[str]:

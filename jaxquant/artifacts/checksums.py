@@ -13,7 +13,7 @@ from jaxquant.artifacts import files
 
 
 def digests(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file in a folder, by its path there.
+    """Returns size in bytes and SHA-256 of every file in a folder, by its path there.
 
     Raises:
         ValueError: something else lies there than folders and files, or a link that leads out of it.
@@ -56,7 +56,7 @@ def check_digests(folder: Path, listed: Any, needed: tuple[str, ...] = ()) -> No
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a name in a folder.
+    """Returns the path of a name in a folder.
 
     Raises:
         ValueError: the name, or a link by that name, leads out of the folder.
@@ -77,14 +77,14 @@ def check_links(folder: Path) -> None:
             _inside(folder, path.relative_to(folder).as_posix())
 
 
-def sealed(kind: str, version: int, body: Mapping[str, Any]) -> str:
-    """JSON that says what it is, with its own SHA-256."""
+def with_checksum(kind: str, version: int, body: Mapping[str, Any]) -> str:
+    """Returns JSON that says what it is, with its own SHA-256."""
     content = {"kind": kind, "version": version, **body}
-    return json.dumps({**content, "sha256": _seal(content)}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False) + "\n"
 
 
-def unsealed(path: Path, kind: str, *versions: int) -> dict[str, Any]:
-    """What `sealed` wrote to a file, in one of these versions.
+def read_checked(path: Path, kind: str, *versions: int) -> dict[str, Any]:
+    """Reads a file of `with_checksum`, in one of these versions.
 
     Raises:
         ValueError: no such file, or one of another kind or version, or one that was changed.
@@ -98,11 +98,11 @@ def unsealed(path: Path, kind: str, *versions: int) -> dict[str, Any]:
     version = content.get("version")
     if type(version) is not int or version not in versions:
         raise ValueError(f"{path} is of version {version}; this is version {max(versions)}")
-    seal = content.pop("sha256", None)
-    if seal != _seal(content):
+    expected = content.pop("sha256", None)
+    if expected != _checksum(content):
         raise ValueError(f"{path} is damaged: its SHA-256 is not that of what was written")
     return content
 
 
-def _seal(content: Mapping[str, Any]) -> str:
+def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

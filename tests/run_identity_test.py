@@ -15,7 +15,7 @@ from conftest import ROOT
 from jax.sharding import AbstractMesh
 
 from experiments.harness.training import sharding
-from experiments.train import PRESETS, claiming
+from experiments.train import PRESETS, run_identity
 
 pytestmark = pytest.mark.exhaustive  # looks at our folders, not at versions of others
 CONFIG = dataclasses.replace(PRESETS["smoke"], state_shards=(4, 2), state="fixed-5")
@@ -31,18 +31,18 @@ def saved(folder, step="20"):
 
 
 def test_a_run_goes_on_where_it_has_saved(tmp_path):
-    assert claiming.read(tmp_path) is None
-    claiming.claim(tmp_path, CONFIG, "data")
-    claiming.claim(saved(tmp_path), CONFIG, "data")
-    there = claiming.read(tmp_path)
+    assert run_identity.read(tmp_path) is None
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
+    run_identity.check_or_write(saved(tmp_path), CONFIG, "data")
+    there = run_identity.read(tmp_path)
     assert there is not None
     assert there["data_fingerprint"] == "data"
     assert there["state_shards"] == [4, 2]
 
 
 def test_a_run_that_saved_nothing_leaves_its_folder_to_another(tmp_path):
-    claiming.claim(tmp_path, CONFIG, "data")
-    claiming.claim(tmp_path, dataclasses.replace(CONFIG, size="14k"), "others")
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
+    run_identity.check_or_write(tmp_path, dataclasses.replace(CONFIG, size="14k"), "others")
     assert json.loads((tmp_path / "config.json").read_text())["size"] == "14k"
 
 
@@ -55,14 +55,14 @@ def test_a_run_that_saved_nothing_leaves_its_folder_to_another(tmp_path):
     ],
 )
 def test_another_run_is_refused_by_what_differs(tmp_path, change, data, words):
-    claiming.claim(tmp_path, CONFIG, "data")
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
     saved(tmp_path)
     with pytest.raises(ValueError, match=words):
-        claiming.claim(tmp_path, dataclasses.replace(CONFIG, **change), data)
+        run_identity.check_or_write(tmp_path, dataclasses.replace(CONFIG, **change), data)
 
 
 def test_layout_and_policy_may_change(tmp_path):
-    claiming.claim(tmp_path, CONFIG, "data")
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
     saved(tmp_path)
     change = {
         "mesh_data": 2,
@@ -71,8 +71,8 @@ def test_layout_and_policy_may_change(tmp_path):
         "on_spike": "skip",
         "spike": 3.0,
     }
-    claiming.claim(tmp_path, dataclasses.replace(CONFIG, **change), "data")
-    there = claiming.read(tmp_path)
+    run_identity.check_or_write(tmp_path, dataclasses.replace(CONFIG, **change), "data")
+    there = run_identity.read(tmp_path)
     assert there is not None
     assert there["on_spike"] == "skip"
 
@@ -83,27 +83,27 @@ def test_checkpoints_of_an_unknown_run_are_not_continued(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"no whole config.json"):
-        claiming.claim(tmp_path, CONFIG, "data")
+        run_identity.check_or_write(tmp_path, CONFIG, "data")
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"model_type": "llama"}', '"text"'])
 def test_what_is_not_a_runs_is_left_alone(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match="is not a training run's"):
-        claiming.claim(tmp_path, CONFIG, "data")
+        run_identity.check_or_write(tmp_path, CONFIG, "data")
     assert (tmp_path / "config.json").read_text() == content
 
 
 def test_pages_keep_the_parts_that_they_began_with():
     unsaid = dataclasses.replace(CONFIG, state_shards=())
-    assert claiming.page_shards(unsaid, mesh(4, 2), None) == (4, 2)
-    assert claiming.page_shards(unsaid, mesh(2, 1), {"state_shards": [4, 2]}) == (4, 2)
+    assert run_identity.page_shards(unsaid, mesh(4, 2), None) == (4, 2)
+    assert run_identity.page_shards(unsaid, mesh(2, 1), {"state_shards": [4, 2]}) == (4, 2)
     with pytest.raises(ValueError, match=r"4 x 2 parts .* as the run began .* fsdp 8 and tensor 1"):
-        claiming.page_shards(unsaid, mesh(8, 1), {"state_shards": [4, 2]})
+        run_identity.page_shards(unsaid, mesh(8, 1), {"state_shards": [4, 2]})
     with pytest.raises(ValueError, match=r"4 x 2 parts along fsdp and tensor, which"):
-        claiming.page_shards(CONFIG, mesh(8, 1), None)
+        run_identity.page_shards(CONFIG, mesh(8, 1), None)
     exact = dataclasses.replace(CONFIG, state="fp32", state_shards=())
-    assert claiming.page_shards(exact, mesh(8, 1), None) == ()
+    assert run_identity.page_shards(exact, mesh(8, 1), None) == ()
 
 
 def command(workdir, *flags):
@@ -184,6 +184,6 @@ def test_sigterm_outside_the_loop_asks_for_a_restart_too(tmp_path):
 def test_a_damaged_config_is_set_aside_where_nothing_is_saved(tmp_path, caplog):
     (tmp_path / "config.json").write_text('{"si')
     logging.getLogger("experiments").propagate = True
-    claiming.claim(tmp_path, CONFIG, "data")
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
     assert "set aside" in caplog.text
     assert json.loads((tmp_path / "config.json").read_text())["size"] == "3k"

@@ -1,4 +1,4 @@
-"""What a run does about a loss that is not finite, or far above what it was: as data."""
+"""Policies for spikes and for losses that are not finite."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ class Diverged(RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Guard:
+class DivergencePolicy:
     """A policy for losses and gradients that are not finite, and for spikes.
 
     Attributes:
@@ -52,9 +52,9 @@ class Guard:
             )
 
     def limit(self, history: Sequence[tuple[int, float]]) -> float:
-        """The loss above which a step is a spike, after (step, loss) so far.
+        """Returns the loss above which a step is a spike, after (step, loss) so far.
 
-        >>> Guard(spike=2.0).limit([(10, 5.0), (20, 3.0), (30, 4.0)])
+        >>> DivergencePolicy(spike=2.0).limit([(10, 5.0), (20, 3.0), (30, 4.0)])
         8.0
         """
         if len(history) < _FEWEST:

@@ -44,14 +44,14 @@ _ENVIRONMENT = {
 
 
 def compiled(config: Config, topology: str) -> dict[str, Any]:
-    """What the step of a run takes of each chip of a topology.
+    """Compiles a run's step for a topology, and returns what it takes of each chip.
 
     Args:
         config: of the run.
         topology: of TPUs, as ``v5e:16x16``.
 
     Returns:
-        A record for `ahead_table.to_text`: bytes, products, collectives and operations on each device, and
+        A record for `aot_table.to_text`: bytes, products, collectives and operations on each device, and
         whether they fit.
 
     Raises:
@@ -65,7 +65,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
     check(config)
     request = json.dumps({"config": dataclasses.asdict(config), "topology": topology})
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.train.ahead"],
+        [sys.executable, "-m", "experiments.train.aot"],
         input=request,
         capture_output=True,
         text=True,
@@ -84,7 +84,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
 
 
 def _answer(text: str) -> dict[str, Any] | None:
-    """The JSON on the last line."""
+    """Returns the JSON on the last line."""
     with contextlib.suppress(ValueError, IndexError):
         found = json.loads(text.splitlines()[-1])
         return found if isinstance(found, dict) else None
@@ -101,13 +101,13 @@ def _main() -> None:
         k: tuple(v) if isinstance(v, list) else v for k, v in request["config"].items()
     }
     try:
-        found = _measured(Config(**fields), request["topology"])
+        found = _measure(Config(**fields), request["topology"])
     except ValueError as error:
         found = {"error": " ".join(str(error).split())}
     print(json.dumps(found))
 
 
-def _measured(config: Config, topology: str) -> dict[str, Any]:
+def _measure(config: Config, topology: str) -> dict[str, Any]:
     devices = _devices(topology)
     mesh = sharding.make_mesh(
         config.mesh_data, config.mesh_fsdp, config.mesh_tensor, devices=devices
@@ -131,13 +131,13 @@ def _measured(config: Config, topology: str) -> dict[str, Any]:
     step: Any = train.make_step(program.loss, program.tx, mesh)
     traced = step.trace(*arguments)
     try:
-        return found | {"fits": True} | _compiled(traced.lower().compile())
+        return found | {"fits": True} | _analyze(traced.lower().compile())
     except jax.errors.JaxRuntimeError as error:
         return found | _out_of_memory(str(error), config, found["bytes"]["state"])
 
 
 def _devices(topology: str) -> list[Any]:
-    """The devices of a topology.
+    """Returns the devices of a topology.
 
     Raises:
         ValueError: none that the compiler knows.
@@ -160,23 +160,23 @@ def _devices(topology: str) -> list[Any]:
 
 
 def _arguments(config: Config, program: Program, mesh: Mesh) -> tuple[Any, ...]:
-    """The step's arguments, as shapes with their shardings."""
+    """Returns the step's arguments, as shapes with their shardings."""
     state = jax.eval_shape(lambda: train.fresh(lambda: program.init(config.seed), program.tx))
-    state = jax.tree.map(_placed, state, sharding.of_state(mesh, state))
+    state = jax.tree.map(_with_sharding, state, sharding.of_state(mesh, state))
     alike = NamedSharding(mesh, P())
     tokens = jax.ShapeDtypeStruct(
         (config.batch, config.sequence + 1), jnp.int32, sharding=NamedSharding(mesh, sharding.ROWS)
     )
     schedule = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, make_schedule(config)))
-    return state, tokens, jax.tree.map(lambda x: _placed(x, alike), schedule)
+    return state, tokens, jax.tree.map(lambda x: _with_sharding(x, alike), schedule)
 
 
-def _placed(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+def _with_sharding(x: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def _argument_bytes(state: Any) -> dict[str, float]:
-    """Bytes on one device of the parameters, of the optimizer's state, and of it in float32."""
+    """Returns bytes on one device of the parameters, of the optimizer's state, and of it in float32."""
 
     def held(tree: Any) -> int:
         return sum(
@@ -191,7 +191,7 @@ def _argument_bytes(state: Any) -> dict[str, float]:
     return {"parameters": parameters, "state": held(state.opt_state), "state_float32": 8 * elements}
 
 
-def _compiled(executable: Any) -> dict[str, Any]:
+def _analyze(executable: Any) -> dict[str, Any]:
     memory, costs = executable.memory_analysis(), executable.cost_analysis()
     program = hlo.parse(executable.as_text())
     held = {
@@ -234,7 +234,7 @@ def _collectives(program: hlo.Program) -> Iterator[dict[str, Any]]:
 
 
 def _out_of_memory(message: str, config: Config, state: float) -> dict[str, Any]:
-    """What a compiler that ran out of memory says, and what to change.
+    """Parses the compiler's out-of-memory error, and adds advice.
 
     Raises:
         RuntimeError: it failed for another reason.
@@ -261,7 +261,7 @@ def _bytes(number: str, unit: str) -> float:
 
 
 def _advice(used: float, usable: float, state: float, config: Config) -> str:
-    """What would take less memory, the cheapest first; what could not matter is left out."""
+    """Returns settings that take less memory, the cheapest first, without those that cannot matter."""
     changes, beyond = [], used - usable
     if not config.remat:
         changes.append("--config.remat=True (blocks are computed again instead of kept)")
