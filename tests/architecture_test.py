@@ -67,7 +67,9 @@ EXPERIMENTS = [
             "hub images text tokens loading ood"
         ),
         "harness.peers": "codes optimizers",
-        "harness.reporting": "law_tables report",
+        "harness.reporting": (
+            "values findings charts provenance prose layout law_tables page report"
+        ),
     },
     {
         "harness.training": "guarding sharding train arms chips hlo metering metrics wsd",

@@ -12,9 +12,9 @@ import pandas as pd
 from scipy import stats
 
 from experiments.harness.models import lm
+from experiments.harness.reporting.values import CONFIDENCE, rows_of, versions_of
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
-CONFIDENCE = 0.9
 HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
 KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
 SPLIT_NAMES = {"valid": "like training", "shift": "shifted"}
@@ -182,25 +182,17 @@ def summarize(records: list[dict], expected: int) -> dict:
             "question": "Does the loss added by 4-bit per-tensor weights grow with D/N?",
             "kumar_2024_gamma_D": KUMAR_EXPONENT,
             "confidence": CONFIDENCE,
-            "rows": _records(growth(added)),
+            "rows": rows_of(growth(added)),
             "cosine_minus_wsd": schedule_effect(added),
         },
-        "exponents": _records(exponents(added)),
-        "added_loss": _records(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
-        "base_loss": _records(
-            over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])
-        ),
+        "exponents": rows_of(exponents(added)),
+        "added_loss": rows_of(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
+        "base_loss": rows_of(over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])),
         "parameters": {s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))},
-        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+        "versions": versions_of(records),
     }
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     grouped = table.groupby(keys, sort=False)["mean"]
     return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
-
-
-def _records(table: pd.DataFrame) -> list[dict]:
-    """Rows as JSON values: NaN becomes null."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in rows]

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from experiments.harness.reporting.values import CONFIDENCE, rows_of, versions_of
 from experiments.qat_efficiency.lineage import Arm
 from experiments.qat_efficiency.tasks import parse_width
 
-CONFIDENCE = 0.9
 FEWEST_SEEDS = 3  # for an interval over seeds; below, intervals are over examples
 LOW_BITS = 4
 # What a model is judged by, and whether more of it is better.
@@ -322,16 +322,10 @@ def summarize(records: list[dict], expected: int) -> dict:
         "confidence": CONFIDENCE,
         "primary": {model: metric for model, (metric, _) in PRIMARY.items()},
         "comparisons": comparisons(table),
-        "arms": _json(means),
+        "arms": rows_of(means),
         "pareto": {m: sorted(front(means, m)) for m in dict.fromkeys(table["model"])},
         "hidden": hidden(means, elsewhere(records)) if len(table) else [],
-        "broken": _json(broken),
+        "broken": rows_of(broken),
         "derived": derived,
-        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+        "versions": versions_of(records),
     }
-
-
-def _json(table: pd.DataFrame) -> list[dict]:
-    """Rows as JSON values: NaN becomes null."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in rows]

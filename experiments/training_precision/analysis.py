@@ -6,11 +6,11 @@
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
 import pandas as pd
-from scipy import stats
 from tqdm.auto import tqdm
 
 from experiments.harness.models import lm
-from experiments.harness.reporting.law_tables import CONFIDENCE, control_summary, fit_summary
+from experiments.harness.reporting.law_tables import control_summary, fit_summary
+from experiments.harness.reporting.values import mean_interval, versions_of
 from jaxquant import laws
 from jaxquant.artifacts.plain import plain
 
@@ -208,11 +208,8 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
 
 def _over_seeds(values: pd.Series) -> dict:
     means = values.groupby("seed").mean().to_numpy()
-    mean, count = float(means.mean()), len(means)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None, "seeds": count}
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * means.std(ddof=1) / count**0.5)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": count}
+    mean, low, high = mean_interval(means)
+    return {"mean": mean, "low": low, "high": high, "seeds": len(means)}
 
 
 def entropy_check(table: pd.DataFrame, methods: list[dict]) -> list[dict]:
@@ -255,6 +252,6 @@ def summarize(records: list[dict], expected: int) -> dict:
             "parameters": {
                 s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))
             },
-            "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+            "versions": versions_of(records),
         }
     )
