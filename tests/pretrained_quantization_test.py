@@ -60,7 +60,7 @@ def test_findings_say_what_the_records_say():
         )
         return {" ".join(f.question.split()[:2]): f.answer for f in findings(rows)}
 
-    assert said(0.5, 0.5)["How much"] == "50 %"
+    assert said(0.5, 0.5)["How much"] == "half or more"
     assert said(0.5, 0.5)["Does a"] == "better"
     assert said(0.5, 2.0)["Does a"] == "worse"
     assert said(0.5, 1.0)["Does a"] == "unresolved"
@@ -75,7 +75,7 @@ def test_a_search_is_judged_by_what_it_minimises_too():
     accuracy, divergence, _ = findings(rows_of(records))
     assert accuracy.answer == "unresolved"
     half = 2.919986 * 0.01 / 3**0.5  # differences of 0.05, 0.06 and 0.07
-    assert divergence.value_text() == f"+0.0600 [{0.06 - half:+.4f}, {0.06 + half:+.4f}] nats less"
+    assert divergence.value_text() == f"+0.0600 [{0.06 - half:+.4f}, {0.06 + half:+.4f}] nats"
 
 
 def test_the_report_is_of_what_is_finished(tmp_path):

@@ -97,7 +97,7 @@ def test_what_is_unresolved_says_what_could_have_been_shown():
     row = {"mean": 0.1, "low": -0.2, "high": 0.4}
     found = findings.from_mean("?", "gain", row, "better", "worse", unit="nats")
     assert (found.answer, found.least_effect) == (UNRESOLVED, pytest.approx(0.3))
-    assert "the least effect that these seeds could show is 0.30 nats" in findings.sentence(found)
+    assert "the least effect that these runs could show is 0.30 nats" in findings.sentence(found)
     resolved = findings.from_mean("?", "gain", row | {"low": 0.01}, "better", "worse")
     assert (resolved.answer, resolved.power_text()) == ("better", "")
     single = findings.from_mean("?", "gain", row | {"low": None}, "better", "worse")

@@ -121,8 +121,9 @@ def findings(rows: list[dict]) -> list[Finding]:
     rtn, gptq = by.get(("smollm2", "w3 rtn")), by.get(("smollm2", "w3 gptq"))
     if rtn and gptq:
         share = 100 * (1 - gptq["change"] / rtn["change"])
+        part = "half or more" if share >= 50 else "less than half" if share > 0 else "none"
         quantity = "SmolLM2-135M, bits per byte"
-        found.append(Finding(_GPTQ, quantity, f"{share:.0f} %", share, unit="%", form=".0f"))
+        found.append(Finding(_GPTQ, quantity, part, share, unit="%", form=".0f"))
     ways = [by[k] for k in by if k[0] == "smollm2" and k[1].startswith("w8a8")]
     for row in sorted(ways, key=lambda row: row["change"]) if len(ways) > 1 else ():
         options = {"unit": "%", "form": "+.2f"}
@@ -142,14 +143,16 @@ def _beats(model: str, searched: dict, uniform: dict) -> list[Finding]:
     """Whether the search is better than one width for all, paired over windows or seeds."""
     sign = -1 if model == "smollm2" else 1  # fewer bits per byte are better
     gain = sign * (np.array(searched["units"]) - np.array(uniform["units"]))
-    unit = "bits per byte fewer" if model == "smollm2" else "points more"
+    unit, gained = (
+        ("bits per byte", "saved") if model == "smollm2" else ("points", "of accuracy gained")
+    )
     sizes = f"{searched['bytes_after']:,} against {uniform['bytes_after']:,} bytes"
     name = _NAMES[model]
-    found = [_gain(name, gain, unit, "+.3f", sizes)]
+    found = [_gain(f"{name}, {unit} {gained}", gain, unit, "+.3f", sizes)]
     if searched["divergence"]:
         gain = np.array(uniform["divergence"]) - np.array(searched["divergence"])
         what = "which the search minimises"
-        found.append(_gain(f"{name}, mean KL divergence", gain, "nats less", "+.4f", what))
+        found.append(_gain(f"{name}, mean KL divergence saved", gain, "nats", "+.4f", what))
     return found
 
 
@@ -189,36 +192,41 @@ def _table(rows: list[dict], model: str) -> pd.DataFrame:
                 "change, 90 % interval": _shown(row),
                 "on 50 examples": row["few"],
                 **{k: f"{v:.4f}" for k, v in row["values"].items()},
-                "bytes, before": row["bytes_before"],
-                "after": row["bytes_after"],
+                "MB, of the float model's": " of ".join(
+                    f"{row[f'bytes_{k}'] / 1e6:.2f}" for k in ("after", "before")
+                ),
             }
             for row in chosen
         ]
     )
 
 
+_COLORS = {"pass": "#23845a", "fail": "#c2481c"}
 _AXES = {"smollm2": "bits per byte, %", "minilm": "Spearman's ρ", "vit": "accuracy, points"}
 
 
 def _figure(rows: list[dict], model: str) -> Figure:
     """The change of each arm, named beside it, the largest first."""
     chosen = pd.DataFrame([row for row in rows if row["model"] == model])
-    chosen = chosen.assign(kB=chosen["bytes_after"] / 1000)
+    chosen = chosen.assign(kB=chosen["bytes_after"] / 1000).sort_values("change", ascending=False)
+    order, verdicts = list(chosen["arm"]), tuple(dict.fromkeys(chosen["verdict"]))
+    colors = tuple(_COLORS.get(verdict, "#777777") for verdict in verdicts)
+    scale = Scale("verdict of the gate", verdicts, own=colors)
     drawn = with_intervals(
         chosen[["arm", "change", "low", "high", "verdict", "kB"]],
         "change",
         f"change of {_AXES[model]}",
         is_across=True,
         tooltip=["arm", "change", "verdict", "kB"],
-        y=alt.Y("arm:N", title=None, sort="-x", axis=alt.Axis(labelLimit=180)),
-        color=Scale.of("verdict of the gate", chosen["verdict"]).of_field("verdict"),
+        y=alt.Y("arm:N", title=None, sort=order, axis=alt.Axis(labelLimit=180)),
+        color=scale.of_field("verdict"),
     )
     return Figure(
         f"{model}_change",
         f"{_NAMES[model]}: what each way costs",
         "Points are the paired change; bars are 90 % intervals; the line is no change.",
         [alt.layer(reference(0.0, "", "x"), drawn).properties(title=_NAMES[model])],
-        [Scale.of("verdict of the gate", chosen["verdict"])],
+        [scale],
     )
 
 
@@ -231,6 +239,7 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         "trials": trials,
         "findings": list(map(said.sentence, found)),
         "rows": plain(rows),
+        "versions": versions_of(r for r in records if "versions" in r),
     }
     sections = [
         Section(
@@ -241,7 +250,7 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         )
         for model in dict.fromkeys(row["model"] for row in rows)
     ]
-    sections.append(method_section(text["Measured"], summary | {"versions": _versions(records)}))
+    sections.append(method_section(text["Measured"], summary))
     made = Report(
         "What quantizing real models costs",
         found,
@@ -252,7 +261,3 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         findings_key="findings_data",  # "findings" has been their sentences from the start
     )
     return report.write(Path(workdir), made)
-
-
-def _versions(records: list[dict]) -> list[dict]:
-    return versions_of(r for r in records if "versions" in r)

@@ -21,7 +21,6 @@ from experiments.ptq_overtraining.analysis import (
     HEADLINE,
     KUMAR_EXPONENT,
     SCHEDULE_NAMES,
-    SPLIT_NAMES,
     select,
 )
 
@@ -104,9 +103,12 @@ def by_granularity(added: pd.DataFrame) -> Figure:
 
 def shift_and_scope(added: pd.DataFrame) -> Figure:
     table = select(added, granularity="tensor", bits=HEADLINE["bits"])
-    kind = table["split"].map(SPLIT_NAMES) + ", " + table["scope"]
+    kind = table["split"].map({"valid": "like", "shift": "shifted"}) + ", " + table["scope"]
     table = table.assign(kind=kind, schedule=table["schedule"].map(SCHEDULE_NAMES))
-    scale, dashes = Scale.of("text, layers", table["kind"]), _dashes(table)
+    scale, dashes = (
+        Scale.of("text (like training or shifted), layers", table["kind"]),
+        _dashes(table),
+    )
 
     def draw(rows: pd.DataFrame):
         return _lines(rows, "kind", scale, _added(table), dash=dashes.of_field("schedule"))
@@ -181,7 +183,7 @@ def models_themselves(base: pd.DataFrame, records: list[dict]) -> Figure:
     training = labelled_lines(
         curves[curves["loss"] <= _LARGEST_SHOWN],
         None,
-        Axis("step", "training step"),
+        Axis("step", "training step", form="~s"),
         Axis("loss", "training loss (nats per token)"),
         "size",
         sizes,

@@ -138,6 +138,7 @@ class Axis:
         is_log: whether it is logarithmic.
         domain: the values' own where not given.
         ticks: where values are written; anywhere where not given.
+        form: how they are written.
     """
 
     column: str
@@ -145,6 +146,7 @@ class Axis:
     is_log: bool = False
     domain: tuple[float, float] | None = None
     ticks: Sequence[float] | None = None
+    form: str = "~g"
 
     def ends(self, table: pd.DataFrame) -> tuple[float, float]:
         """The domain, or the least and the largest value."""
@@ -155,7 +157,7 @@ class Axis:
         """The encoding, over a domain."""
         usual = {"tickCount": 6, "labelOverlap": True}
         ticks = usual if self.ticks is None else {"values": list(self.ticks), "labelOverlap": False}
-        axis = alt.Axis(format="~g", **ticks)
+        axis = alt.Axis(format=self.form, **ticks)
         log = {"type": "log"} if self.is_log else {"zero": False}
         fixed = {} if domain is None else {"domain": list(domain)}
         scale = alt.Scale(**log, **fixed, nice=False)
@@ -191,7 +193,8 @@ def labelled_lines(
     """
     labels = _labels(means, x.column, y, name, is_at_start)
     widest = max((len(f"{n}{suffix}") for n in labels[name]), default=0)
-    room = 0.05 + 0.019 * widest
+    share = min(0.45, _PER_LETTER * (widest + 1.5))
+    room = 1.04 * share / (1 - share)
     around = (room, 0.04) if is_at_start else (0.04, room)
     at_x = x.to(alt.X, _widened(x.ends(means), x.is_log, *around))
     drawn_y = means if points is None else pd.concat([means, points])
@@ -208,6 +211,7 @@ def labelled_lines(
     return alt.layer(*layers, text.encode(x=at_x, y=at_y, text="label:N", color=color))
 
 
+_PER_LETTER = 0.025  # of the width of a chart on a telephone
 _APART = 0.07  # of the axis: the least distance of two labels
 
 

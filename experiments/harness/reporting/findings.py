@@ -50,7 +50,7 @@ class Finding:
         form: how its numbers are formatted.
         null: the value of no effect; None where there is no such value.
         published: what it stands beside.
-        least_effect: the smallest effect whose interval would exclude `null`, with these seeds.
+        least_effect: the smallest effect whose interval would exclude `null`, with as many runs.
         note: what to know beside the number, such as a parameter that the runs do not identify.
     """
 
@@ -114,7 +114,7 @@ class Finding:
         if self.answer != UNRESOLVED or self.least_effect is None:
             return ""
         least = f"{self.least_effect:{self.form.lstrip('+')}} {self.unit}".rstrip()
-        return f"the least effect that these seeds could show is {least}"
+        return f"the least effect that these runs could show is {least}"
 
     def remarks(self) -> list[str]:
         """All that stands beside the number."""
