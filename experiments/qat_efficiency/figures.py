@@ -33,18 +33,21 @@ def _widths(table: pd.DataFrame) -> Scale:
 
 def _metric_axis(metric: str) -> alt.Y:
     title = METRIC_NAMES[metric]
-    return alt.Y(f"{metric}:Q", title=title, scale=alt.Scale(zero=False))
+    return alt.Y(f"{metric}:Q", title=title, scale=alt.Scale(zero=False, padding=14))
 
 
 def _points(rows: pd.DataFrame, x: alt.X, metric: str, widths: Scale) -> alt.LayerChart:
-    """Arms as points; those trained, which are few, are named."""
+    """Arms as points; the best is named, on the side where there is room."""
     rows = _named(rows)
     columns = ["arm", "family", "width", "bytes", "ratio", metric]
     rows = rows[[c for c in columns if c in rows]]
     base = alt.Chart(rows).encode(x=x, y=_metric_axis(metric), color=_FAMILY.of_field("family"))
     points = base.mark_point(size=70, filled=True, opacity=0.85)
     best = rows.loc[[rows[metric].idxmax() if metric == "accuracy" else rows[metric].idxmin()]]
-    words = alt.Chart(best).mark_text(align="right", dx=-8, fontSize=10)
+    column = "ratio" if "ratio" in rows else "bytes"
+    is_left = best[column].iloc[0] ** 2 < rows[column].min() * rows[column].max()
+    side = {"align": "left", "dx": 8} if is_left else {"align": "right", "dx": -8}
+    words = alt.Chart(best).mark_text(**side, fontSize=10)
     words = words.encode(
         x=x, y=_metric_axis(metric), text="arm:N", color=_FAMILY.of_field("family")
     )
