@@ -15,6 +15,7 @@ import pandas as pd
 from absl import flags
 
 from experiments.harness.reporting import report
+from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.running import cli
 from experiments.training_precision import analysis
 from experiments.training_precision.study import STUDY
@@ -81,7 +82,7 @@ def _added(records: list[dict], method: str) -> Any:
         return None
 
 
-def figure(found: laws.Plan) -> report.Figure:
+def figure(found: laws.Plan) -> Figure:
     """Loss against bits, with intervals."""
     rows = [
         {"bits": r.bits, "loss": r.loss}
@@ -95,7 +96,7 @@ def figure(found: laws.Plan) -> report.Figure:
     if any(row["low"] is not None for row in rows):
         layers.append(base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q"))
     chart: Any = alt.layer(*layers).properties(title="Loss of the best run at each precision")
-    return report.Figure("plan", "What the budget buys", "Each point has its own N and D.", [chart])
+    return Figure("plan", "What the budget buys", "Each point has its own N and D.", [chart])
 
 
 def run(precisions: Sequence[float]) -> laws.Plan:
@@ -142,7 +143,7 @@ def _write(workdir: Path, found: laws.Plan, of: str, equation: str) -> None:
         *([f"P* = {optimum}."] if optimum else []),
         *(f"Warning: {text}." for text in found.warnings),
     ]
-    section = report.Section("The runs", paragraphs, [("by precision", rows)], [figure(found)])
+    section = Section("The runs", paragraphs, [("by precision", rows)], [figure(found)])
     summary = {
         "best": best,
         "rows": rows.astype(object).where(rows.notna(), None).to_dict("records"),
@@ -150,7 +151,10 @@ def _write(workdir: Path, found: laws.Plan, of: str, equation: str) -> None:
     summary |= {"given": asked, "law": equation, "from": of, "optimum": optimum}
     try:
         report.write(
-            workdir, "A plan", best, [section], summary | {"warnings": list(found.warnings)}
+            workdir,
+            Report(
+                "A plan", [], [section], summary | {"warnings": list(found.warnings)}, lead=best
+            ),
         )
     except OSError as error:
         raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None

@@ -69,7 +69,9 @@ EXPERIMENTS = [
             "hub images text tokens loading ood"
         ),
         "harness.peers": "codes optimizers",
-        "harness.reporting": "law_tables report",
+        "harness.reporting": (
+            "statistics values findings charts provenance prose layout law_tables page report"
+        ),
     },
     {
         "harness.training": "divergence sharding train arms chips hlo throughput metrics wsd",
@@ -77,7 +79,7 @@ EXPERIMENTS = [
     },
     {
         "harness.models": "lm vision",
-        "harness": "statistics lengths study",
+        "harness": "lengths study",
     },
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
@@ -137,7 +139,7 @@ def order(package: str) -> list[str]:
     found = [
         f"{room}.{name}".lstrip(".") for room, files in rooms.items() for name in files.split()
     ]
-    return ["stats", *found, "moved"] if package == "jaxquant" else found
+    return ["checks", "stats", *found, "moved"] if package == "jaxquant" else found
 
 
 @pytest.mark.parametrize("package", ["jaxquant", "experiments"])

@@ -70,16 +70,13 @@ def test_gaps_are_paired_by_seed_and_bits_are_bytes():
 
 
 @pytest.mark.parametrize(
-    ("gain", "words"),
-    [
-        (0.01, "beat an even allocation of the same budget: better in 1"),
-        (0.0, "do not beat an even allocation of the same budget: unresolved in 1"),
-        (-0.01, "do not beat an even allocation of the same budget: worse in 1"),
-    ],
+    ("gain", "answer"), [(0.01, "better"), (0.0, "unresolved"), (-0.01, "worse")]
 )
-def test_the_first_line_says_whether_moving_widths_pay(gain, words):
+def test_the_first_finding_says_whether_moving_widths_pay(gain, answer):
     summary = analysis.summarize(records(gain), expected=10)
-    assert words in report.verdict(summary)
+    first = report.findings(summary)[0]
+    assert first.question == "Do adaptive widths beat an even allocation of the same budget?"
+    assert first.answer == answer
     assert "felt-5.0" in report.to_text(summary)
 
 
@@ -102,16 +99,16 @@ def test_a_law_says_whether_bits_of_the_state_cost_tokens_a_floor_or_nothing(tmp
     monkeypatch.setattr(law, "STARTS", 6)
     made = law_records(lambda bits: 1 - np.exp(-bits / 1.5))
     summary = report.write(tmp_path, made, expected=len(made))
-    assert "bits of the state act like fewer tokens rather" in law.text(summary["law"])
+    assert law.finding(summary["law"]).answer == "like fewer tokens"
     assert summary["law"]["without_narrowest"][0]["law"] == "state bits cost D"
-    assert "The same without 2 bits" in (tmp_path / "report.html").read_text()
+    assert "without 2 bits" in (tmp_path / "report.html").read_text()
     floor = law.summarize(analysis.runs(law_records(lambda bits: 1.0, lambda bits: 2**-bits)))
     assert floor is not None
-    assert "bits of the state raise the loss" in law.text(floor)
+    assert law.finding(floor).answer == "neither: they raise the loss"
     nothing = law.summarize(analysis.runs(law_records(lambda bits: 1.0)))
     assert nothing is not None
     assert nothing["control"]["is_rejected"]
-    assert "do not show" in law.text(nothing)
+    assert "do not show" in law.finding(nothing).note
 
 
 def test_the_report_is_written_of_any_records(tmp_path):

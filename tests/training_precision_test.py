@@ -145,9 +145,9 @@ def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
     assert method["control"]["p_value"] <= 0.05
     values = {p["name"]: p for p in method["fit"]["parameters"]}
     assert values["gamma"]["low"] < 2.5 < values["gamma"]["high"]
-    assert "Compute-optimal bits" in report.verdict(summary)
+    assert "Are 7 to 8 bits compute-optimal" in report.to_text(summary)
     html = (tmp_path / "report.html").read_text()
-    assert "Printed and derived" in html
+    assert "printed and derived" in html
     assert "Weights, activations and cache apart" in html
     # Served in fewer bits, models of fewer bits lose less in these records.
     assert all(row["mean"] < 0 for row in summary["robustness"])
@@ -156,7 +156,18 @@ def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
 def test_a_grid_that_no_law_fits_says_why():
     made = [r for r in records() if r["trial"]["size"] == "14k"]
     summary = analysis.summarize(made, expected=len(made))
-    assert "No law could be fitted: all runs have N = 13824" in report.verdict(summary)
+    assert "no law could be fitted: all runs have N = 13824" in report.to_text(summary)
+
+
+def test_seven_to_eight_bits_hold_where_both_laws_allow_them():
+    def optimum(low, high):
+        return {"bits": (low + high) / 2, "low": low, "high": high, "is_determined": True}
+
+    free = optimum(6, 8)
+    assert report.answer(optimum(6.9, 7.8), free) == "yes"
+    assert report.answer(optimum(4.9, 5.6), optimum(4, 6)) == "no"
+    assert report.answer(optimum(4.9, 5.6), free) == "unresolved"
+    assert report.answer(optimum(6.9, 7.8) | {"is_determined": False}, free) == "unresolved"
 
 
 @pytest.fixture

@@ -11,7 +11,13 @@ import pandas as pd
 from experiments.benchmark.optimizers import COMPARISONS, EXACT, MATRIX, OURS, STEP, TREE
 from experiments.benchmark.serving import DECODE, FORWARD
 from experiments.benchmark.variants import BASELINE
-from experiments.harness.reporting import report
+from experiments.harness.reporting import findings as said
+from experiments.harness.reporting import prose, report
+from experiments.harness.reporting.charts import Scale, facets, with_intervals
+from experiments.harness.reporting.findings import UNRESOLVED, Finding
+from experiments.harness.reporting.layout import Figure, Report, Section
+from experiments.harness.reporting.provenance import Source
+from experiments.harness.reporting.values import bounds, listed
 from experiments.harness.running.timing import LEVEL
 
 API_NAMES = {"linen": "Linen", "nnx": "NNX"}
@@ -22,69 +28,60 @@ _NO_PEERS = (
 )
 
 
-def verdict(result: dict) -> str:
-    """The ratios that the benchmark is for, in a few sentences."""
-    said = [_steps_verdict(result) if result["steps"] else "", _serving_verdict(result)]
-    said.append(_optimizer_verdict(result))
-    said.append("" if result["config"]["peers"] else _NO_PEERS)
-    return " ".join(text for text in said if text)
-
-
-def _steps_verdict(result: dict) -> str:
-    config, pairs = result["config"], {}
-    for row in result["rivals"]:
-        pair = f"{row['ours']} over {row['peer']}"
-        pairs.setdefault(pair, []).append(f"{API_NAMES[row['api']]} {_ratio(row)}")
-    parts = [f"{pair}: {', '.join(ratios)}" for pair, ratios in pairs.items()]
-    against = (
-        f"Ratios of step times, below 1 where ours takes less. {'; '.join(parts)}." if parts else ""
-    )
-    deviating = [row for row in result["steps"] if row["deviation"]]
-    warning = " ".join(
-        f"Not comparable: {row['variant']} in {API_NAMES[row['api']]} ({row['deviation']})."
-        for row in deviating
-    )
-    broken = [
-        f"{r['variant']} in {API_NAMES[r['api']]}" for r in result["steps"] if r["loss"] is None
+def findings(result: dict) -> list[Finding]:
+    """The ratios that the benchmark is for, each within its rounds."""
+    found = [
+        _faster(_STEPS, f"{row['ours']} over {row['peer']}, {API_NAMES[row['api']]}", row)
+        for row in result["rivals"]
     ]
-    failed = f"The loss is not finite: {', '.join(broken)}." if broken else ""
-    said = [against, warning, failed, _interval_note(config["rounds"])]
-    return " ".join(text for text in said if text)
+    for pair in result["serving_pairs"]:
+        quantity = f"{pair['ours']} over {pair['other']} ({_PART_NAMES[pair['part']]})"
+        found.append(_faster(_SERVES, quantity, pair))
+    for pair in result["optimizer_pairs"]:
+        found.append(_faster(_OPTIMIZES, f"{OURS} over {pair['other']} ({pair['contest']})", pair))
+    return found
 
 
-def _serving_verdict(result: dict) -> str:
-    if not result["serving"]:
-        return ""
-    ratios = "; ".join(
-        f"{pair['ours']} over {pair['other']} ({_PART_NAMES[pair['part']]}): {_ratio(pair)}"
-        for pair in result["serving_pairs"]
-    )
-    deviating = [row for row in result["serving"] if row["deviation"]]
-    warning = [f"Not comparable: {row['variant']} ({row['deviation']})." for row in deviating]
-    broken = [row["variant"] for row in result["serving"] if row["error"] is None]
-    failed = [f"Logits are not finite: {', '.join(broken)}."] if broken else []
-    note = _interval_note(result["config"]["serve_rounds"])
-    return " ".join([f"Ratios of serving times: {ratios}.", *warning, *failed, note])
+_STEPS = "Is a train step shorter with jaxquant than with the peer?"
+_SERVES = "Is serving faster with jaxquant?"
+_OPTIMIZES = "Is an optimizer's step shorter with jaxquant's state?"
 
 
-def _optimizer_verdict(result: dict) -> str:
-    if not result["optimizers"]:
-        return ""
-    parts = [
-        f"{pair['other']} ({pair['contest']}): {_ratio(pair)}" for pair in result["optimizer_pairs"]
+def _faster(question: str, quantity: str, row: dict) -> Finding:
+    """Whether a ratio of times lies below one."""
+    answer = UNRESOLVED
+    if row["low"] is not None:
+        answer = "yes" if row["high"] < 1 else "no" if row["low"] > 1 else UNRESOLVED
+    values = (row[k] for k in ("median", "low", "high"))
+    return Finding(question, quantity, answer, *values, "of its time", null=1.0)
+
+
+def _status(result: dict) -> list[str]:
+    """What cannot be compared, what is not finite, and which intervals there are."""
+    config, said = result["config"], []
+    for row in [*result["steps"], *result["serving"]]:
+        if row["deviation"]:
+            said.append(f"Not comparable: {_named(row)} ({row['deviation']}).")
+    broken = [_named(r) for r in result["steps"] if r["loss"] is None]
+    said += [f"The loss is not finite: {', '.join(broken)}."] if broken else []
+    broken = [_named(r) for r in result["serving"] if r["error"] is None]
+    said += [f"Logits are not finite: {', '.join(broken)}."] if broken else []
+    parts = {"steps": "rounds", "serving": "serve_rounds", "optimizers": "optim_rounds"}
+    few = sorted({config[rounds] for part, rounds in parts.items() if result[part]})
+    said += [
+        f"{rounds} rounds are too few for an interval at {_PERCENT}, which takes 5."
+        for rounds in few
+        if rounds < 5
     ]
-    note = _interval_note(result["config"]["optim_rounds"])
-    return f"Ratios of optimizer times, {OURS} over {'; '.join(parts)}. {note}"
+    return said if config["peers"] else [*said, _NO_PEERS]
 
 
-def _interval_note(rounds: int) -> str:
-    few = f"{rounds} rounds are too few for an interval at {_PERCENT}, which takes 5."
-    return f"Medians of {rounds} rounds with {_PERCENT} intervals." if rounds >= 5 else few
+def _named(row: dict) -> str:
+    return f"{row['variant']} in {API_NAMES[row['api']]}" if "api" in row else row["variant"]
 
 
 def _ratio(row: dict) -> str:
-    interval = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['median']:.2f}{interval}"
+    return bounds(row["median"], row["low"], row["high"], ".2f")
 
 
 def to_text(result: dict) -> str:
@@ -93,7 +90,7 @@ def to_text(result: dict) -> str:
     tables += [_serving_table(result, part) for part in _PART_NAMES]
     tables += [_optimizer_table(result, contest) for contest in COMPARISONS]
     shown = [table.to_string(index=False) for table in tables if not table.empty]
-    return "\n\n".join([verdict(result), *shown])
+    return "\n\n".join([said.to_text(findings(result), _status(result)), *shown])
 
 
 def _step_table(result: dict) -> pd.DataFrame:
@@ -174,24 +171,24 @@ def _optimizer_table(result: dict, contest: str) -> pd.DataFrame:
     )
 
 
-def write(workdir: Path, result: dict) -> None:
+def write(workdir: Path, result: dict, source: Source | None = None) -> None:
     """Writes summary, report and figure; the summary is the result without the raw seconds."""
     summary = dict(result)
     for key in ("steps", "passes", "serving", "optimizers"):
         summary[key] = [{k: v for k, v in row.items() if k != "seconds"} for row in result[key]]
-    report.write(
-        workdir, "Side by side with the peers", verdict(result), _sections(result), summary
-    )
+    sections = _sections(result, prose.read(__file__))
+    title, status = "Side by side with the peers", _status(result)
+    report.write(workdir, Report(title, findings(result), sections, summary, status, source))
 
 
-def _sections(result: dict) -> list[report.Section]:
-    training = _training_sections(result) if result["steps"] else []
-    serving = _serving_sections(result) if result["serving"] else []
-    optimizers = _optimizer_sections(result) if result["optimizers"] else []
-    return [*training, *serving, *optimizers, _method(result)]
+def _sections(result: dict, text: dict[str, list[str]]) -> list[Section]:
+    training = _training_sections(result, text) if result["steps"] else []
+    serving = _serving_sections(result, text["Serving"]) if result["serving"] else []
+    optimizers = _optimizer_sections(result, text["Optimizers"]) if result["optimizers"] else []
+    return [*training, *serving, *optimizers, _method(result, text["Measured"])]
 
 
-def _optimizer_sections(result: dict) -> list[report.Section]:
+def _optimizer_sections(result: dict, text: list[str]) -> list[Section]:
     config = result["config"]
     names = {
         MATRIX: f"One step on a matrix of {config['optim_rows']} × {config['optim_columns']}",
@@ -199,10 +196,10 @@ def _optimizer_sections(result: dict) -> list[report.Section]:
         STEP: "A whole train step of that model, on 16 sequences of 128 tokens",
     }
     tables = [(names[contest], _optimizer_table(result, contest)) for contest in COMPARISONS]
-    return [report.Section("Optimizer state", [_OPTIMIZERS], tables)]
+    return [Section("Optimizer state", text, folded=tables)]
 
 
-def _serving_sections(result: dict) -> list[report.Section]:
+def _serving_sections(result: dict, text: list[str]) -> list[Section]:
     config = result["config"]
     setting = (
         f"Forward passes of {config['serve_batch']} sequences of {config['tokens']} tokens through the "
@@ -213,23 +210,24 @@ def _serving_sections(result: dict) -> list[report.Section]:
         (f"Time of a {_PART_NAMES[FORWARD]}, and memory", _serving_table(result, FORWARD)),
         (f"Time of {_PART_NAMES[DECODE]}, and memory", _serving_table(result, DECODE)),
     ]
-    return [report.Section("Serving", [setting, _SERVING], tables)]
+    return [Section("Serving", [setting, *text], folded=tables)]
 
 
-def _training_sections(result: dict) -> list[report.Section]:
+def _training_sections(result: dict, text: dict[str, list[str]]) -> list[Section]:
     size = result["config"]["matrix"]
-    steps = report.Section(
+    steps = Section(
         "The step beside float32's",
-        [_SETTING],
-        [("Time of a train step, memory, and the loss after the last round", _step_table(result))],
-        [_figure(result["steps"])],
+        text["Steps"],
+        figures=[_figure(result["steps"])],
+        folded=[
+            ("Time of a train step, memory, and the loss after the last round", _step_table(result))
+        ],
     )
-    rivals = report.Section(
+    rivals = Section(
         "Beside the peers",
-        [_RIVALS if result["rivals"] else _NO_PEERS],
-        [("Ours over the peer's", _rival_table(result))] if result["rivals"] else [],
+        text["Peers"] if result["rivals"] else [_NO_PEERS],
     )
-    passes = report.Section(
+    passes = Section(
         "fake_quant beside one pass over memory",
         [
             f"Of {size} × {size} float32 values on the int8 grid, one scale per channel along the axis "
@@ -240,45 +238,7 @@ def _training_sections(result: dict) -> list[report.Section]:
     return [steps, rivals, passes]
 
 
-_SETTING = (
-    "Every quantized variant quantizes the same products: those of all linear layers in the blocks and "
-    "of the head. Attention's own products and the embedding stay in floating point. Simulated variants "
-    "multiply rounded values in floating point; the others multiply 8-bit integers, in the forward "
-    "product alone or in both gradients too, which the column of int8 products tells: they were "
-    "counted in each traced step. What shares a scale differs, and is each library's own default."
-)
-_RIVALS = (
-    "Each pair quantizes the same products and ran in the same rounds. Qwix's QAT is not simulated: it "
-    "multiplies 8-bit integers in the forward product, as w8a8 does, and takes its gradients in floating "
-    "point from the operands as they were before rounding, where w8a8 takes them from the rounded ones. "
-    "Simulated w8a8 stands beside it as what quantization-aware training costs without integer "
-    "products. AQT exists for Linen alone, and rounds to nearest here as the others do."
-)
-_SERVING = (
-    "All serve the same float32 parameters: as they are, in bfloat16 with bfloat16 parameters, frozen by "
-    "jaxquant, or quantized after training by Qwix with its defaults. All of them are arguments of the "
-    "compiled pass, so every variant reads its weights from memory. Scales of activations are found anew "
-    "in each pass. The token is decoded without a cache, so that attention sees it alone and the time is "
-    "that of the linears' matrix-vector products. The error of logits is ‖y − r‖ / ‖r‖ against float32's r, "
-    "of an untrained model: a check that no variant is broken, not a measure of quality."
-)
-_OPTIMIZERS = (
-    "AdamW with its update applied, state and parameters donated; bytes are those of all arrays of its "
-    "state, bits a number those over two numbers a parameter. Codecs “in JAX” are ours, written after the "
-    "peers' and compiled whole; the peers themselves, where config.torch_peers asked for them, run in torch "
-    "on the same cores. Adaptive widths decide every 100 steps, which medians do not show."
-)
-_METHOD = (
-    "Measured: all steps and passes were compiled and warmed up first; then, in one process, each round ran "
-    "every variant once, in an order rotated from round to round, each timed until the device had finished. "
-    "A ratio is taken within a round, to float32 of the same API; shown is its median, with the "
-    f"sign test's {_PERCENT} interval, which supposes independent rounds and nothing else. Absolute "
-    "times mean little on shared machines; benchmark.json has all of them. Temporaries and arguments are "
-    "the compiler's own account. The loss is a check that no variant is broken, not a measure of quality."
-)
-
-
-def _method(result: dict) -> report.Section:
+def _method(result: dict, text: list[str]) -> Section:
     config, machine = result["config"], result["machine"]
     setting = (
         f"Model: {config['layers']} layers, width {config['width']}, {config['heads']} heads, "
@@ -289,44 +249,38 @@ def _method(result: dict) -> report.Section:
         f"Machine: {machine['cpu']}, {machine['cores']} cores; device {machine['device']}; "
         f"{machine['system']}."
     )
-    listed = ", ".join(f"{k} {v}" for k, v in result["versions"].items())
-    return report.Section(
-        "How this was measured", [_METHOD, setting, where, f"Versions: {listed}."]
+    return Section(
+        "How this was measured", [*text, setting, where, f"Versions: {listed(result['versions'])}."]
     )
 
 
-def _figure(rows: list[dict]) -> report.Figure:
+def _figure(rows: list[dict]) -> Figure:
     table = pd.DataFrame(rows)[["api", "variant", "library", "median", "low", "high"]]
     ends = pd.concat([table["median"], table["low"], table["high"], pd.Series([1.0])]).dropna()
+    # Every layer names the scale: one that does not would widen the axis to zero.
     domain = [float(ends.min()) * 0.95, float(ends.max()) * 1.05]
-    panels = [
-        _panel(group.drop(columns="api"), domain).properties(title=API_NAMES[str(api)])
-        for api, group in table.groupby("api", sort=False)
-    ]
-    return report.Figure(
+    axis_scale = alt.Scale(domain=domain, nice=False, zero=False)
+    scale = Scale.of("library", table["library"])
+
+    def draw(own: pd.DataFrame) -> alt.LayerChart:
+        drawn = with_intervals(
+            own,
+            "median",
+            f"ratio to {BASELINE}",
+            is_across=True,
+            scale=axis_scale,
+            tooltip=["variant:N", "median:Q", "low:Q", "high:Q"],
+            y=alt.Y("variant:N", title=None, sort=None, axis=alt.Axis(labelLimit=220)),
+            color=scale.of_field("library"),
+        )
+        baseline = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(strokeDash=[6, 4])
+        return alt.layer(drawn, baseline.encode(x=alt.X("one:Q", scale=axis_scale)))
+
+    return Figure(
         "ratios",
         f"Time of a train step as a ratio to {BASELINE}'s",
         f"A dot is the median over rounds, the bar its {_PERCENT} interval; dashed: as long as "
         f"{BASELINE} takes. Left of it is faster.",
-        panels,
+        facets(table, "api", draw, lambda api: API_NAMES[api]),
+        [scale],
     )
-
-
-def _panel(table: pd.DataFrame, domain: list[float]) -> alt.LayerChart:
-    # Every layer names the scale: one that does not would widen the axis to zero.
-    scale = alt.Scale(domain=domain, nice=False, zero=False)
-    color = alt.Color("library:N", title="library", sort=None, legend=alt.Legend(columns=4))
-    y = alt.Y("variant:N", title=None, sort=None, axis=alt.Axis(labelLimit=220))
-    median = alt.X("median:Q", title=f"ratio to {BASELINE}", scale=scale)
-    points = (
-        alt.Chart(table)
-        .mark_circle(size=60, opacity=1)
-        .encode(x=median, y=y, color=color, tooltip=["variant:N", "median:Q", "low:Q", "high:Q"])
-    )
-    intervals = (
-        alt.Chart(table.dropna())
-        .mark_rule(strokeWidth=2)
-        .encode(x=alt.X("low:Q", scale=scale), x2="high:Q", y=y, color=color)
-    )
-    baseline = alt.Chart(pd.DataFrame({"one": [1.0]})).mark_rule(strokeDash=[6, 4])
-    return alt.layer(points, intervals, baseline.encode(x=alt.X("one:Q", scale=scale)))

@@ -43,6 +43,7 @@ from experiments.benchmark.variants import (
     make_variants,
     versions,
 )
+from experiments.harness.reporting import provenance
 from experiments.harness.running import cli, files, machine
 from experiments.harness.running.timing import interleaved_timing, paired_ratio
 
@@ -79,6 +80,8 @@ class Config:
     optim_rounds: int = 21
     torch_peers: bool = False  # torchao and bitsandbytes themselves, of the extra `peers`
 
+
+QUESTION = "How long do jaxquant's steps take beside those of its peers?"
 
 PRESETS = {
     "smoke": Config(
@@ -143,7 +146,8 @@ def run(config: Config, workdir: str | Path) -> dict:
         **_measure_optimizers(config, shape, COMPARISONS if OPTIM in parts else ()),
     }
     files.write_json(workdir / "benchmark.json", result)
-    report.write(workdir, result)
+    command = provenance.command("benchmark", PRESETS, config)
+    report.write(workdir, result, provenance.Source("benchmark", QUESTION, (), command))
     return result
 
 

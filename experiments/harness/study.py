@@ -7,6 +7,8 @@ from typing import Any
 
 from absl import flags
 
+from experiments.harness.reporting import provenance
+from experiments.harness.reporting.provenance import Source
 from experiments.harness.running import cli, ray_launcher, record_store, trials
 from experiments.harness.running.trials import Launch
 from experiments.harness.training import sharding
@@ -24,6 +26,7 @@ class Finished:
         trials: the whole grid.
         records: of those that are finished, in the order of the trials.
         is_whole: whether this job ran all of them, and not one shard of several.
+        source: of the records, for the report.
     """
 
     config: Any
@@ -31,6 +34,7 @@ class Finished:
     trials: Sequence[Any]
     records: list[dict]
     is_whole: bool
+    source: Source | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,13 @@ class Study:
             workers=config.workers,
         )
         is_whole = launch.shard[1] == 1
-        return self.report(Finished(config, store.workdir, grid, records, is_whole))
+        source = self.source(config)
+        return self.report(Finished(config, store.workdir, grid, records, is_whole, source))
+
+    def source(self, config: Any) -> Source:
+        """Where a report of a config comes from."""
+        command = provenance.command(self.name, self.presets, config)
+        return Source(self.name, self.question, self.papers, command)
 
     def load(self, workdir: str | Path) -> list[dict]:
         """Returns the records that lie in a folder.

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from experiments.harness.statistics import t_interval
+from experiments.harness.reporting.statistics import t_interval
+from experiments.harness.reporting.values import versions_of
 from experiments.harness.training.arms import EXACT, budget_of
 from experiments.optimizer_states import law
 from experiments.optimizer_states.tasks import LANGUAGE_SIZES
 
-CONFIDENCE = 0.9
 PRIMARY = {"language": "loss valid", "vision": "loss test"}
 _KEYS = ["task", "schedule", "arm"]
 GROUP = ["task", "size", "steps", "schedule"]  # runs that differ in arm and seed alone
@@ -75,7 +75,7 @@ def _sd(values: np.ndarray) -> float | None:
 
 def _interval(values: np.ndarray) -> dict[str, float | None]:
     """Mean, SD over seeds, and Student's t interval of the mean."""
-    mean, low, high = t_interval(values, CONFIDENCE)
+    mean, low, high = t_interval(values)
     return {"gap": mean, "sd": _sd(values), "low": low, "high": high}
 
 
@@ -98,15 +98,6 @@ def compare_arms(table: pd.DataFrame) -> list[dict]:
             row = dict(zip(GROUP, key, strict=True)) | {"arm": arm, "even": f"even-{budget}"}
             found.append(row | {"seeds": len(shared)} | _interval(gain))
     return found
-
-
-def answer(row: dict) -> str:
-    """What an interval says: "better", "worse" or "unresolved"."""
-    if row["low"] is None:
-        return "unresolved"
-    if row["low"] > 0:
-        return "better"
-    return "worse" if row["high"] < 0 else "unresolved"
 
 
 def tuning(records: list[dict]) -> pd.DataFrame:
@@ -160,13 +151,5 @@ def summarize(records: list[dict], expected: int) -> dict[str, Any]:
         "gaps": rows,
         "contests": compare_arms(table),
         "law": law.summarize(table),
-        "versions": _distinct([r["versions"] for r in records]),
+        "versions": versions_of(records),
     }
-
-
-def _distinct(values: list[dict]) -> list[dict]:
-    found: list[dict] = []
-    for value in values:
-        if value not in found:
-            found.append(value)
-    return found

@@ -8,41 +8,61 @@
 import altair as alt
 import pandas as pd
 
-from experiments.harness.reporting.report import Figure
+from experiments.harness.reporting.charts import Scale, facets, with_intervals
+from experiments.harness.reporting.layout import Figure
 
 _GROUP = ["task", "size", "steps", "schedule"]
+_LABELLED = 8  # arms in a panel, at most, that are named beside their points
+_TICKS = (-0.1, -0.01, 0, 0.01, 0.1, 1)
+
+
+def _title(task: str, size: str, steps: int, schedule: str) -> str:
+    return f"{task} {size}, {steps} steps, {schedule}"
 
 
 def against_bits(gaps: list[dict]) -> Figure:
     """Gap to full precision against bits a number, everything counted."""
     table = pd.DataFrame([row for row in gaps if row["arm"] != "fp32"])
-    panels = []
-    for (task, size, steps, schedule), rows in table.groupby(_GROUP, sort=False):
-        rows = rows.assign(
-            low=rows["low"].fillna(rows["gap"]), high=rows["high"].fillna(rows["gap"])
-        )
+    table = table.sort_values(["task", "size", "steps"])
+    scale = Scale.of("state", sorted(table["arm"], key=str))
+    y_scale = alt.Scale(type="symlog", constant=0.01)
+    axis = alt.Axis(values=list(_TICKS), format="~g")
+
+    def draw(rows: pd.DataFrame):
         spread = rows["exact_sd"].fillna(0.0).iloc[0]
-        x = alt.X("bits:Q", title="bits a number, everything counted", scale=alt.Scale(zero=False))
-        base = alt.Chart(rows).encode(x=x, color=alt.Color("arm:N", title="state", sort=None))
         band = alt.Chart(pd.DataFrame([{"low": -spread, "high": spread}])).mark_rect(
             opacity=0.15, color="#555"
         )
-        panels.append(
-            alt.layer(
-                band.encode(
-                    y=alt.Y("low:Q", title="loss above full precision (nats)"), y2="high:Q"
-                ),
-                base.mark_rule().encode(y="low:Q", y2="high:Q"),
-                base.mark_point(filled=True, size=70).encode(
-                    y="gap:Q", tooltip=["arm", "bits", "gap", "low", "high"]
-                ),
-            ).properties(title=f"{task} {size}, {steps} steps, {schedule}")
+        x = alt.X(
+            "bits:Q",
+            title="bits a number, everything counted",
+            scale=alt.Scale(zero=False, padding=20),
         )
+        color = scale.of_field("arm")
+        points = with_intervals(
+            rows,
+            "gap",
+            "loss above full precision (nats)",
+            scale=y_scale,
+            tooltip=["arm", "bits", "gap", "low", "high"],
+            x=x,
+            color=color,
+        )
+        y = alt.Y("low:Q", title="loss above full precision (nats)", scale=y_scale, axis=axis)
+        layers = [band.encode(y=y, y2="high:Q"), points]
+        if len(rows) <= _LABELLED:
+            words = alt.Chart(rows).mark_text(align="left", dx=6, dy=-6, fontSize=10)
+            layers.append(
+                words.encode(x=x, y=alt.Y("gap:Q", scale=y_scale), text="arm:N", color=color)
+            )
+        return alt.layer(*layers)
+
     caption = (
         "Points: mean paired gap; rules: 90 % intervals over seeds; grey: one SD of full precision's "
-        "loss over seeds."
+        "loss over seeds. The axis is linear near zero and logarithmic beyond 0.01."
     )
-    return Figure("gap_against_bits", "What few bits cost", caption, panels)
+    panels = facets(table, _GROUP, draw, _title)
+    return Figure("gap_against_bits", "Loss above full precision", caption, panels, [scale])
 
 
 def widths_over_time(table: pd.DataFrame) -> Figure | None:

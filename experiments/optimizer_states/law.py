@@ -6,7 +6,9 @@
 
 import pandas as pd
 
-from experiments.harness.reporting.law_tables import CONFIDENCE, control_summary, fit_summary
+from experiments.harness.reporting.findings import UNRESOLVED, Finding
+from experiments.harness.reporting.law_tables import control_summary, fit_summary
+from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.training.arms import EXACT, fixed_bits
 from jaxquant import laws
 from jaxquant.artifacts.plain import plain
@@ -77,41 +79,39 @@ def _likeliest(ranked: laws.Comparison) -> laws.Law:
     return next(f.law for f in ranked.fits if "P_state" in f.law.columns)
 
 
-def text(found: dict) -> str:
-    """The finding in words."""
+_QUESTION = "Do few bits of the state act like fewer parameters, like fewer tokens, or neither?"
+
+
+def finding(found: dict) -> Finding:
+    """Which law leads, by how much in AICc, and whether it leads without the fewest bits too."""
+    quantity = "lead of the likeliest law over the next, in AICc"
+    if "reason" in found:
+        return Finding(_QUESTION, quantity, UNRESOLVED, note=f"not fitted: {found['reason']}")
     if found["control"]["is_rejected"]:
-        return (
-            f"Between {found['widths'][0]} and {found['widths'][-1]} bits these runs do not show that bits "
-            "of the state cost anything that a law could hold."
-        )
+        ends = f"{found['widths'][0]} and {found['widths'][-1]} bits"
+        none = f"between {ends} these runs do not show that bits of the state cost anything"
+        return Finding(_QUESTION, quantity, UNRESOLVED, note=none)
     first, second = _of_state(found["laws"])[:2]
-    said = [_lead(first, second) + "."]
+    apart = second["aicc"] - first["aicc"]
+    notes = [f"R² {first['r2']:.3f}; next {_MEANINGS[second['law']]}, R² {second['r2']:.3f}"]
+    if apart <= _CLEAR:
+        notes.insert(0, f"{_MEANINGS[first['law']]} leads, by too little to tell")
     if found["without_narrowest"]:
-        others = _of_state(found["without_narrowest"])[:2]
-        is_same = others[0]["law"] == first["law"]
-        said.append(
-            f"{'Still so' if is_same else 'Not so'} without {found['widths'][0]} bits: they {_lead(*others)}."
-        )
-    return f"Few bits of the state {' '.join(said)}"
+        other = _of_state(found["without_narrowest"])[0]["law"]
+        is_same = "the same" if other == first["law"] else _MEANINGS[other]
+        notes.append(f"without {found['widths'][0]} bits: {is_same}")
+    answer = _MEANINGS[first["law"]] if apart > _CLEAR else UNRESOLVED
+    return Finding(_QUESTION, quantity, answer, apart, form=".1f", note="; ".join(notes))
 
 
 def _of_state(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["law"] in _MEANINGS]
 
 
-def _lead(first: dict, second: dict) -> str:
-    apart = second["aicc"] - first["aicc"]
-    sure = "" if apart > _CLEAR else "; the difference is too small to tell"
-    return (
-        f"{_MEANINGS[first['law']]} rather than {_MEANINGS[second['law']]} (AICc less by {apart:.1f}{sure}; "
-        f"R² {first['r2']:.3f} and {second['r2']:.3f})"
-    )
-
-
 _PLACES = {
-    "N": "act like fewer parameters",
-    "D": "act like fewer tokens",
-    "E": "raise the loss by what neither parameters nor tokens take away",
+    "N": "like fewer parameters",
+    "D": "like fewer tokens",
+    "E": "neither: they raise the loss",
 }
 _CANDIDATES = tuple(map(laws.state_law, _PLACES))
 _MEANINGS = {law.name: meaning for law, meaning in zip(_CANDIDATES, _PLACES.values(), strict=True)}

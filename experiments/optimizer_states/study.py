@@ -268,7 +268,7 @@ STUDY = Study(
     run_trial=run_trial,
     cost=cost,
     compile_key=compile_key,
-    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials), done.source),
     to_text=report.to_text,
     batches=lambda config: [f"{task}_batch" for task in config.tasks],
 )

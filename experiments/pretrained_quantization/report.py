@@ -1,21 +1,25 @@
-"""The report: what each arm costs, in tables, one figure, and words."""
+"""The report: what each arm costs, as findings, tables and figures."""
 
 # pandas' selections and groups, and Altair's layers, are unions too wide for a type checker to follow.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
-import math
 from pathlib import Path
-from typing import Any
 
 import altair as alt
 import numpy as np
 import pandas as pd
-import scipy.stats
 
-from experiments.harness.reporting import report
+from experiments.harness.reporting import findings as said
+from experiments.harness.reporting import prose, report
+from experiments.harness.reporting.charts import Scale, reference, with_intervals
+from experiments.harness.reporting.findings import Finding
+from experiments.harness.reporting.layout import Figure, Report, Section, method_section
+from experiments.harness.reporting.provenance import Source
+from experiments.harness.reporting.statistics import Bounds, t_interval
+from experiments.harness.reporting.values import is_missing, versions_of
+from jaxquant.artifacts.plain import plain
 
-_LEVEL = 0.9
 _NAMES = {"smollm2": "SmolLM2-135M", "minilm": "MiniLM-L6", "vit": "vision transformer"}
 
 
@@ -81,120 +85,95 @@ def _values(model: str, group: list[dict]) -> dict[str, float]:
     return {f"{name} {k}": v for name, pair in found.items() for k, v in pair.items()}
 
 
-def _bits(group: list[dict]) -> tuple[float, float, float]:
+def _bits(group: list[dict]) -> Bounds:
     reference, found = (np.array(group[0]["bits_per_byte"][k]) for k in ("reference", "quantized"))
-    return _interval(100 * (found - reference) / reference.mean())
+    return t_interval(100 * (found - reference) / reference.mean())
 
 
-def _agreement(group: list[dict]) -> tuple[float, float, float]:
+def _agreement(group: list[dict]) -> Bounds:
     judged = group[0]["report"]["judgments"]["spearman_difference"]
     return judged["estimate"], judged["low"], judged["high"]
 
 
-def _accuracy(group: list[dict]) -> tuple[float, float, float]:
+def _accuracy(group: list[dict]) -> Bounds:
     changes = [100 * (r["accuracy"]["quantized"] - r["accuracy"]["reference"]) for r in group]
     if len(changes) > 1:
-        return _interval(np.array(changes))
+        return t_interval(np.array(changes))
     found = group[0]["report"]["accuracy_difference"]
     return tuple(100 * found[k] for k in ("estimate", "low", "high"))
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """A mean with its t-interval."""
-    mean = float(values.mean())
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = (
-        scipy.stats.t.ppf(0.5 + _LEVEL / 2, len(values) - 1)
-        * values.std(ddof=1)
-        / len(values) ** 0.5
-    )
-    return mean, float(mean - half), float(mean + half)
+_GPTQ = "How much of the gap that rounding to nearest leaves does GPTQ close at 3 bits per channel?"
+_WAYS = "What do the ways to W8A8 cost in SmolLM2?"
+_SEARCH = "Does a search beat 3 bits everywhere, at the same bytes?"
+_GATE = "What does the gate say of a model with one layer × 1.1?"
+_FEW = "What does the gate say on 50 examples alone?"
 
 
-def findings(rows: list[dict]) -> list[str]:
-    """What was found, whichever way it went."""
-    found = []
+def findings(rows: list[dict]) -> list[Finding]:
+    """What was asked and answered, whichever way it went."""
     by = {(row["model"], row["arm"]): row for row in rows}
+    found = []
     rtn, gptq = by.get(("smollm2", "w3 rtn")), by.get(("smollm2", "w3 gptq"))
     if rtn and gptq:
-        share = 1 - gptq["change"] / rtn["change"]
-        found.append(
-            f"At 3 bits per channel GPTQ closes {100 * share:.0f} % of the gap that rounding to nearest "
-            "leaves in SmolLM2's bits per byte."
-        )
-    best = [by[k] for k in by if k[0] == "smollm2" and k[1].startswith("w8a8")]
-    if len(best) > 1:
-        least = min(best, key=lambda row: row["change"])
-        worst = max(best, key=lambda row: row["change"])
-        found.append(
-            f"Of the ways to W8A8 in SmolLM2, “{least['arm']}” costs {least['change']:+.2f} %, "
-            f"“{worst['arm']}” {worst['change']:+.2f} %."
-        )
+        share = 100 * (1 - gptq["change"] / rtn["change"])
+        part = "half or more" if share >= 50 else "less than half" if share > 0 else "none"
+        quantity = "SmolLM2-135M, bits per byte"
+        found.append(Finding(_GPTQ, quantity, part, share, unit="%", form=".0f"))
+    ways = [by[k] for k in by if k[0] == "smollm2" and k[1].startswith("w8a8")]
+    for row in sorted(ways, key=lambda row: row["change"]) if len(ways) > 1 else ():
+        options = {"unit": "%", "form": "+.2f"}
+        found.append(said.from_mean(_WAYS, row["arm"], row, "more bits", "fewer bits", **options))
     for model in ("smollm2", "vit"):
-        uniform = by.get((model, "w3 rtn"))
-        searched = by.get((model, "searched, the bytes of w3"))
+        uniform, searched = by.get((model, "w3 rtn")), by.get((model, "searched, the bytes of w3"))
         if uniform and searched:
-            found.append(_beats(model, searched, uniform))
+            found += _beats(model, searched, uniform)
     for row in rows:
         if "broken" in row["arm"]:
-            found.append(
-                f"The gate says “{row['verdict']}” of {_NAMES[row['model']]} with one layer × 1.1."
-            )
-    few = {row["few"] for row in rows}
-    if few:
-        found.append(f"On 50 examples alone it says: {', '.join(sorted(few))}.")
+            found.append(Finding(_GATE, _NAMES[row["model"]], row["verdict"]))
+    few = sorted({row["few"] for row in rows})
+    return [*found, Finding(_FEW, "all arms", ", ".join(few))] if few else found
+
+
+def _beats(model: str, searched: dict, uniform: dict) -> list[Finding]:
+    """Whether the search is better than one width for all, paired over windows or seeds."""
+    sign = -1 if model == "smollm2" else 1  # fewer bits per byte are better
+    gain = sign * (np.array(searched["units"]) - np.array(uniform["units"]))
+    unit, gained = (
+        ("bits per byte", "saved") if model == "smollm2" else ("points", "of accuracy gained")
+    )
+    sizes = f"{searched['bytes_after']:,} against {uniform['bytes_after']:,} bytes"
+    name = _NAMES[model]
+    found = [_gain(f"{name}, {unit} {gained}", gain, unit, "+.3f", sizes)]
+    if searched["divergence"]:
+        gain = np.array(uniform["divergence"]) - np.array(searched["divergence"])
+        what = "which the search minimises"
+        found.append(_gain(f"{name}, mean KL divergence saved", gain, "nats", "+.4f", what))
     return found
 
 
-def _beats(model: str, searched: dict, uniform: dict) -> str:
-    """Whether the search is better than one width for all, paired over windows or seeds."""
-    gain = np.array(searched["units"]) - np.array(uniform["units"])
-    gain = -gain if model == "smollm2" else gain  # fewer bits per byte are better
-    mean, low, high = _interval(gain)
-    unit = "bits per byte fewer" if model == "smollm2" else "points more"
-    if not math.isfinite(low):
-        said = "does better than" if mean > 0 else "does worse than"
-        said = said if mean else "is not told from"
-    else:
-        said = "beats" if low > 0 else "loses to" if high < 0 else "is not told from"
-    text = (
-        f"For {_NAMES[model]} the search {said} 3 bits everywhere, at {searched['bytes_after']:,} against "
-        f"{uniform['bytes_after']:,} bytes: {mean:+.3f} {unit} ({_limits(low, high)})."
+def _gain(quantity: str, values: np.ndarray, unit: str, form: str, note: str) -> Finding:
+    mean, low, high = t_interval(values)
+    note = f"{note}; one seed, no interval" if low is None else note
+    row = {"mean": mean, "low": low, "high": high}
+    return said.from_mean(
+        _SEARCH, quantity, row, "better", "worse", unit=unit, form=form, note=note
     )
-    if searched["divergence"]:
-        gain = np.array(uniform["divergence"]) - np.array(searched["divergence"])
-        mean, low, high = _interval(gain)
-        text += (
-            f" What it minimises, the mean KL divergence from the model, is {mean:+.4f} nats less"
-            f" ({_limits(low, high)})."
-        )
-    return text
-
-
-def _limits(low: float, high: float) -> str:
-    if not math.isfinite(low):
-        return "one seed, no interval"
-    return f"90 % interval {low:+.4f} to {high:+.4f}"
 
 
 def _shown(row: dict) -> str:
     unit = {"smollm2": " %", "minilm": "", "vit": " points"}[row["model"]]
-    digits = 4 if row["model"] == "minilm" else 2
-    text = f"{row['change']:+.{digits}f}{unit}"
-    if math.isfinite(row["low"]):
-        text += f" [{row['low']:+.{digits}f}, {row['high']:+.{digits}f}]"
-    return text
+    form = "+.4f" if row["model"] == "minilm" else "+.2f"
+    if is_missing(row["low"]):
+        return f"{row['change']:{form}}{unit}"
+    return f"{row['change']:{form}}{unit} [{row['low']:{form}}, {row['high']:{form}}]"
 
 
 def to_text(summary: dict) -> str:
-    """The findings for a terminal."""
-    lines = [
-        f"{summary['trials']['finished']} of {summary['trials']['expected']} trials are finished."
-    ]
-    lines += summary["findings"] + [""]
+    """The findings for a terminal, and every arm."""
+    status = said.trial_status(summary["trials"])
+    lines = [said.to_text(findings(summary["rows"]), status), ""]
     for row in summary["rows"]:
-        row = row | {k: math.nan if row[k] is None else row[k] for k in ("low", "high")}
         lines.append(f"  {row['model']:>8}  {row['arm']:<30} {_shown(row):<34} {row['verdict']}")
     return "\n".join(lines)
 
@@ -205,79 +184,76 @@ def _table(rows: list[dict], model: str) -> pd.DataFrame:
         [
             {
                 "arm": row["arm"],
-                **{k: f"{v:.4f}" for k, v in row["values"].items()},
-                "change, 90 % interval": _shown(row),
-                "bytes, before": row["bytes_before"],
-                "after": row["bytes_after"],
                 "verdict (99 %)": row["verdict"],
+                "change, 90 % interval": _shown(row),
                 "on 50 examples": row["few"],
+                **{k: f"{v:.4f}" for k, v in row["values"].items()},
+                "MB, of the float model's": " of ".join(
+                    f"{row[f'bytes_{k}'] / 1e6:.2f}" for k in ("after", "before")
+                ),
             }
             for row in chosen
         ]
     )
 
 
-def _figure(rows: list[dict], model: str) -> report.Figure:
-    chosen = pd.DataFrame([row for row in rows if row["model"] == model and row["bytes_after"]])
-    title = {"smollm2": "bits per byte, %", "minilm": "Spearman's ρ", "vit": "accuracy, points"}[
-        model
-    ]
-    base = alt.Chart(chosen).encode(
-        x=alt.X("bytes_after:Q", title="bytes of quantized weights, scales included"),
-        color=alt.Color("arm:N", title=None),
+_COLORS = {"pass": "#23845a", "fail": "#c2481c"}
+_AXES = {"smollm2": "bits per byte, %", "minilm": "Spearman's ρ", "vit": "accuracy, points"}
+
+
+def _figure(rows: list[dict], model: str) -> Figure:
+    """The change of each arm, named beside it, the largest first."""
+    chosen = pd.DataFrame([row for row in rows if row["model"] == model])
+    chosen = chosen.assign(kB=chosen["bytes_after"] / 1000).sort_values("change", ascending=False)
+    order, verdicts = list(chosen["arm"]), tuple(dict.fromkeys(chosen["verdict"]))
+    colors = tuple(_COLORS.get(verdict, "#777777") for verdict in verdicts)
+    scale = Scale("verdict of the gate", verdicts, own=colors)
+    drawn = with_intervals(
+        chosen[["arm", "change", "low", "high", "verdict", "kB"]],
+        "change",
+        f"change of {_AXES[model]}",
+        is_across=True,
+        tooltip=["arm", "change", "verdict", "kB"],
+        y=alt.Y("arm:N", title=None, sort=order, axis=alt.Axis(labelLimit=180)),
+        color=scale.of_field("verdict"),
     )
-    points = base.mark_point(filled=True, size=70).encode(
-        y=alt.Y("change:Q", title=f"change of {title}"), tooltip=["arm", "change", "verdict"]
-    )
-    bars = base.mark_rule().encode(y="low:Q", y2="high:Q")
-    return report.Figure(
+    return Figure(
         f"{model}_change",
-        f"{_NAMES[model]}: what bytes cost",
-        "Each point is a way to quantize; lines are 90 % intervals of the paired change.",
-        [(bars + points).properties(title=_NAMES[model])],
+        f"{_NAMES[model]}: what each way costs",
+        "Points are the paired change; bars are 90 % intervals; the line is no change.",
+        [alt.layer(reference(0.0, "", "x"), drawn).properties(title=_NAMES[model])],
+        [scale],
     )
 
 
-def write(workdir: Path, records: list[dict], expected: int) -> dict:
+def write(workdir: Path, records: list[dict], expected: int, source: Source | None = None) -> dict:
     """Writes the report of these records, and returns the summary."""
-    rows = rows_of(records)
-    clean: list[dict[str, Any]] = [
-        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in rows
-    ]
+    rows, text = rows_of(records), prose.read(__file__)
+    found, trials = findings(rows), {"finished": len(records), "expected": expected}
     summary = {
         "study": "pretrained_quantization",
-        "trials": {"finished": len(records), "expected": expected},
-        "findings": findings(rows),
-        "rows": clean,
+        "trials": trials,
+        "findings": list(map(said.sentence, found)),
+        "rows": plain(rows),
+        "versions": versions_of(r for r in records if "versions" in r),
     }
     sections = [
-        report.Section(
+        Section(
             _NAMES[model],
-            _notes(model),
+            text[model],
             [("Each row is paired with the model in floating point.", _table(rows, model))],
-            [_figure(rows, model)]
-            if any(r["bytes_after"] for r in rows if r["model"] == model)
-            else [],
+            [_figure(rows, model)],
         )
         for model in dict.fromkeys(row["model"] for row in rows)
     ]
-    lead = " ".join(summary["findings"]) or "No trial is finished yet."
-    report.write(Path(workdir), "What quantizing real models costs", lead, sections, summary)
-    return summary
-
-
-def _notes(model: str) -> list[str]:
-    if model == "smollm2":
-        return [
-            "The shipped Q4_1 reference: its linear layers already lie on a 4-bit grid in groups of 32, "
-            "so rows on weights are about fewer bits or coarser groups than those. Windows are of text from "
-            "2000 on; methods are calibrated on earlier ones. The embedding, tied to the head, is float."
-        ]
-    if model == "minilm":
-        return [
-            "Changes are of Spearman's ρ on WordSim-353, with a bootstrap over pairs. Embedding tables stay "
-            "in floating point. The broken arm is an honest W8A8 with one layer's scales multiplied by 1.1, "
-            "judged against the honest one."
-        ]
-    return ["Patches and head stay in floating point."]
+    sections.append(method_section(text["Measured"], summary))
+    made = Report(
+        "What quantizing real models costs",
+        found,
+        sections,
+        summary,
+        said.trial_status(trials),
+        source,
+        findings_key="findings_data",  # "findings" has been their sentences from the start
+    )
+    return report.write(Path(workdir), made)

@@ -3,11 +3,19 @@
 # pandas' selections are unions too wide for a type checker to follow.
 # pyright: reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
 
+import dataclasses
+
 import pandas as pd
 
 from experiments.harness.models import lm
-from experiments.harness.reporting import report
-from experiments.harness.reporting.law_tables import fit_summary, fit_table, laws_table
+from experiments.harness.reporting.findings import UNRESOLVED, Finding, Published
+from experiments.harness.reporting.law_tables import (
+    fit_summary,
+    fit_table,
+    laws_table,
+    other_warnings,
+)
+from experiments.harness.reporting.layout import Section
 from experiments.ptq_overtraining.analysis import SCHEDULE_NAMES, select
 from jaxquant import laws
 
@@ -57,24 +65,54 @@ def _summary(table: pd.DataFrame) -> dict:
     return found | {"laws": ranked.rows, "fit": fit_summary(fitted)}
 
 
-def section(found: list[dict]) -> report.Section:
-    """The laws as a section of the report."""
-    text = (
-        "Kumar et al.'s law and QiD's (Ouyang et al. 2024) over all sizes, lengths and widths together, on "
-        "what quantization adds to the blocks' linears; what does not exceed twice its standard error is "
-        "left out. Fits are of Huber's loss on log δ, bootstraps of runs with all their lengths."
+_QUESTION = "Are the exponents of one law over all sizes, lengths and widths the published ones?"
+_EXPONENTS = ("gamma_D", "gamma_N", "gamma_post")
+_ANSWERS = {"above": "no", "below": "no", "agrees": "yes"}
+
+
+def findings(found: list[dict]) -> list[Finding]:
+    """The exponents beside those of Kumar et al., for scales per tensor, as theirs are."""
+    return [
+        _exponent(one, p)
+        for one in found
+        if "fit" in one and one["granularity"] == "tensor"
+        for p in one["fit"]["parameters"]
+        if p["name"] in _EXPONENTS
+    ]
+
+
+def _exponent(one: dict, parameter: dict) -> Finding:
+    name = parameter["name"]
+    value = round(laws.KUMAR_2024_PTQ.params[name], 3)
+    published = Published(value, value, "Kumar et al. 2024", "larger than", "smaller than")
+    low, high = (None if parameter["is_held"] else parameter[k] for k in ("low", "high"))
+    made = Finding(
+        _QUESTION,
+        f"{name.replace('gamma', 'γ')}, {SCHEDULE_NAMES[one['schedule']]}",
+        UNRESOLVED,
+        *(parameter["value"], low, high),
+        published=published,
+        note="its bound: not determined" if parameter["is_held"] else "",
     )
-    paragraphs, tables = [text], []
-    for one in found:
-        title = f"{SCHEDULE_NAMES[one['schedule']]}, scales per {one['granularity']}"
-        counts = f"{title}: {one['runs']} points, {one['left_out']} left out"
-        if "reason" in one:
-            paragraphs.append(f"{counts}; not fitted: {one['reason']}.")
-            continue
-        warnings = "".join(f" Warning: {w}." for w in one["fit"]["warnings"])
-        paragraphs.append(f"{counts}.{warnings}")
-        tables.append(
-            (f"{title}: ranked by AICc; R² of the logarithm of δ", laws_table(one["laws"]))
-        )
-        tables.append((f"{title}: {one['fit']['equation']}", fit_table(one["fit"])))
-    return report.Section("One law for all sizes, lengths and widths", paragraphs, tables)
+    return dataclasses.replace(made, answer=_ANSWERS.get(made.against, UNRESOLVED))
+
+
+def section(found: list[dict], paragraphs: list[str]) -> Section:
+    """The laws as a section of the report."""
+    names = {id(o): f"{SCHEDULE_NAMES[o['schedule']]}, per {o['granularity']}" for o in found}
+    fitted = {names[id(o)]: o for o in found if "fit" in o}
+    said = list(paragraphs)
+    said += [f"{names[id(o)]}: not fitted: {o['reason']}." for o in found if "reason" in o]
+    counts = [f"{k}: {o['runs']} points, {o['left_out']} left out" for k, o in fitted.items()]
+    said += [f"{'; '.join(counts)}."] if counts else []
+    said += [f"Warning ({k}): {w}." for k, o in fitted.items() for w in other_warnings(o["fit"])]
+    if not fitted:
+        return Section(_TITLE, said)
+    equation = next(iter(fitted.values()))["fit"]["equation"]
+    tables = [(equation, fit_table({k: o["fit"] for k, o in fitted.items()}))]
+    ranked = laws_table({k: o["laws"] for k, o in fitted.items()})
+    folded = [("Laws ranked by AICc; R² of the logarithm of δ", ranked)]
+    return Section(_TITLE, said, tables, folded=folded)
+
+
+_TITLE = "One law for all sizes, lengths and widths"

@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from experiments.harness.models import lm
-from experiments.harness.statistics import t_half_width
+from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
+from experiments.harness.reporting.values import rows_of, versions_of
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
-CONFIDENCE = 0.9
 HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
 KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
 SPLIT_NAMES = {"valid": "like training", "shift": "shifted"}
@@ -78,7 +78,7 @@ def fit_exponent(table: pd.DataFrame) -> dict:
     y = (log_loss - log_loss.groupby(positive["seed"]).transform("mean")).to_numpy()
     gamma = float(x @ y / (x @ x))
     error = math.sqrt(float(np.sum((y - gamma * x) ** 2)) / freedom / float(x @ x))
-    half = t_half_width(error, freedom, CONFIDENCE)
+    half = t_half_width(error, freedom)
     return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half, "error": error}
 
 
@@ -152,7 +152,7 @@ def _difference(one: dict, other: dict) -> dict:
     squares = [fit["error"] ** 2 for fit in (one, other)]
     parts = [s**2 / fit["freedom"] for s, fit in zip(squares, (one, other), strict=True)]
     freedom = sum(squares) ** 2 / sum(parts) if sum(parts) else float(one["freedom"])
-    half = t_half_width(math.sqrt(sum(squares)), freedom, CONFIDENCE)
+    half = t_half_width(math.sqrt(sum(squares)), freedom)
     gamma = one["gamma"] - other["gamma"]
     return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "reason": None}
 
@@ -182,25 +182,17 @@ def summarize(records: list[dict], expected: int) -> dict:
             "question": "Does the loss added by 4-bit per-tensor weights grow with D/N?",
             "kumar_2024_gamma_D": KUMAR_EXPONENT,
             "confidence": CONFIDENCE,
-            "rows": _records(growth(added)),
+            "rows": rows_of(growth(added)),
             "cosine_minus_wsd": schedule_effect(added),
         },
-        "exponents": _records(exponents(added)),
-        "added_loss": _records(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
-        "base_loss": _records(
-            over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])
-        ),
+        "exponents": rows_of(exponents(added)),
+        "added_loss": rows_of(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
+        "base_loss": rows_of(over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])),
         "parameters": {s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))},
-        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+        "versions": versions_of(records),
     }
 
 
 def over_seeds(table: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     grouped = table.groupby(keys, sort=False)["mean"]
     return grouped.agg(mean="mean", sd="std", seeds="count").reset_index()
-
-
-def _records(table: pd.DataFrame) -> list[dict]:
-    """Rows as JSON values: NaN becomes null."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in rows]

@@ -11,7 +11,7 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import data, lengths
-from experiments.harness.statistics import mean_and_error
+from experiments.harness.reporting.statistics import mean_and_error
 from jaxquant.numerics.groups import Granularity
 
 SCOPES = ("linears", "all")  # the blocks' linears; those, the embedding and the head

@@ -205,7 +205,7 @@ STUDY = Study(
     run_trial=run_trial,
     cost=lengths.cost,
     compile_key=compile_key,
-    report=lambda done: report.write(done.workdir, done.records, len(done.trials)),
+    report=lambda done: report.write(done.workdir, done.records, len(done.trials), done.source),
     to_text=report.to_text,
     batches=lambda config: ("batch",),
 )

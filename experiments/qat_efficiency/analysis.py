@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.harness.statistics import t_half_width
+from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
+from experiments.harness.reporting.values import rows_of, versions_of
 from experiments.qat_efficiency.stages import Arm
 from experiments.qat_efficiency.tasks import parse_width
 
-CONFIDENCE = 0.9
 FEWEST_SEEDS = 3  # for an interval over seeds; below, intervals are over examples
 LOW_BITS = 4
 # What a model is judged by, and whether more of it is better.
@@ -130,7 +130,7 @@ def interval(values: Sequence[float], errors: Sequence[float | None]) -> dict:
     result: dict[str, Any] = {"mean": mean, "low": None, "high": None, "seeds": n, "how": "none"}
     if n >= FEWEST_SEEDS:
         scale = float(np.std(values, ddof=1)) / math.sqrt(n)
-        half, how = t_half_width(scale, n - 1, CONFIDENCE), "seeds"
+        half, how = t_half_width(scale, n - 1), "seeds"
     elif n and all(e is not None and math.isfinite(e) for e in errors):
         scale = math.sqrt(sum(e**2 for e in errors if e is not None)) / n
         half, how = float(stats.norm.ppf((1 + CONFIDENCE) / 2)) * scale, "examples"
@@ -323,16 +323,10 @@ def summarize(records: list[dict], expected: int) -> dict:
         "confidence": CONFIDENCE,
         "primary": {model: metric for model, (metric, _) in PRIMARY.items()},
         "comparisons": comparisons(table),
-        "arms": _json(means),
+        "arms": rows_of(means),
         "pareto": {m: sorted(front(means, m)) for m in dict.fromkeys(table["model"])},
         "hidden": hidden(means, elsewhere(records)) if len(table) else [],
-        "broken": _json(broken),
+        "broken": rows_of(broken),
         "derived": derived,
-        "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+        "versions": versions_of(records),
     }
-
-
-def _json(table: pd.DataFrame) -> list[dict]:
-    """Rows as JSON values: NaN becomes null."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in rows]

@@ -8,7 +8,8 @@
 import altair as alt
 import pandas as pd
 
-from experiments.harness.reporting.report import Figure
+from experiments.harness.reporting.charts import Scale, facets, reference, with_intervals
+from experiments.harness.reporting.layout import Figure
 from experiments.qat_efficiency.analysis import METRIC_NAMES, PRIMARY, front, interval, select
 from experiments.qat_efficiency.latency import program
 from experiments.qat_efficiency.stages import AGAIN, Arm
@@ -17,39 +18,44 @@ FAMILY_NAMES = {"float": "full precision", "ptq": "after training", "qat": "with
 _FAMILIES = list(FAMILY_NAMES.values())
 
 
-def _family_color() -> alt.Color:
-    scale = alt.Scale(domain=_FAMILIES, range=["#555555", "#4269d0", "#ff725c"])
-    return alt.Color("family:N", title="quantized", scale=scale, sort=_FAMILIES)
+_FAMILY = Scale("quantized", tuple(_FAMILIES), own=("#555555", "#3565b0", "#c2481c"))
 
 
 def _named(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(family=table["family"].map(FAMILY_NAMES))
+    """With families in words, and a width for the float model."""
+    widths = table["width"].replace("", "float")
+    return table.assign(family=table["family"].map(FAMILY_NAMES), width=widths)
 
 
-def _shape() -> alt.Shape:
-    return alt.Shape("width:N", title="width", sort=None)
+def _widths(table: pd.DataFrame) -> Scale:
+    return Scale.of("width", _named(table)["width"], "shape")
 
 
 def _metric_axis(metric: str) -> alt.Y:
     title = METRIC_NAMES[metric]
-    return alt.Y(f"{metric}:Q", title=title, scale=alt.Scale(zero=False))
+    return alt.Y(f"{metric}:Q", title=title, scale=alt.Scale(zero=False, padding=14))
 
 
-def _points(rows: pd.DataFrame, x: alt.X, metric: str) -> alt.Chart:
-    rows = _named(rows).assign(width=rows["width"].replace("", "float"))
+def _points(rows: pd.DataFrame, x: alt.X, metric: str, widths: Scale) -> alt.LayerChart:
+    """Arms as points; the best is named, on the side where there is room."""
+    rows = _named(rows)
     columns = ["arm", "family", "width", "bytes", "ratio", metric]
     rows = rows[[c for c in columns if c in rows]]
-    return (
-        alt.Chart(rows)
-        .mark_point(size=70, filled=True, opacity=0.85)
-        .encode(
-            x=x, y=_metric_axis(metric), color=_family_color(), shape=_shape(), tooltip=list(rows)
-        )
+    base = alt.Chart(rows).encode(x=x, y=_metric_axis(metric), color=_FAMILY.of_field("family"))
+    points = base.mark_point(size=70, filled=True, opacity=0.85)
+    best = rows.loc[[rows[metric].idxmax() if metric == "accuracy" else rows[metric].idxmin()]]
+    column = "ratio" if "ratio" in rows else "bytes"
+    is_left = best[column].iloc[0] ** 2 < rows[column].min() * rows[column].max()
+    side = {"align": "left", "dx": 8} if is_left else {"align": "right", "dx": -8}
+    words = alt.Chart(best).mark_text(**side, fontSize=10)
+    words = words.encode(
+        x=x, y=_metric_axis(metric), text="arm:N", color=_FAMILY.of_field("family")
     )
+    return alt.layer(points.encode(shape=widths.of_field("width"), tooltip=list(rows)), words)
 
 
 def against_bytes(means: pd.DataFrame) -> Figure:
-    panels = []
+    panels, widths = [], _widths(means)
     for model in dict.fromkeys(means["model"]):
         metric = PRIMARY[model][0]
         rows = select(means, model=model).dropna(subset=["bytes", metric])
@@ -65,14 +71,15 @@ def against_bytes(means: pd.DataFrame) -> Figure:
             .mark_line(strokeDash=[5, 4], color="#222", strokeWidth=1.2, interpolate="step-after")
             .encode(x=x, y=_metric_axis(metric))
         )
-        panels.append(alt.layer(line, _points(rows, x, metric)).properties(title=model))
+        panels.append(alt.layer(line, _points(rows, x, metric, widths)).properties(title=model))
     return Figure(
         "bytes",
         "Quality against bytes",
         "Each point is an arm, the mean over seeds; bytes are those of the frozen model: packed weights, "
         "their scales, and what stays in float32. Dashed: the Pareto front, the arms that none of as few "
-        "bytes surpasses.",
+        "bytes surpasses. Named is the best arm.",
         panels,
+        [_FAMILY, widths],
     )
 
 
@@ -96,48 +103,49 @@ def against_latency(means: pd.DataFrame, latencies: list[dict]) -> Figure | None
     table = with_ratios(means, latencies)
     if not latencies or table.empty:
         return None
-    panels = []
+    panels, widths = [], _widths(table)
     for model in dict.fromkeys(table["model"]):
         metric = PRIMARY[model][0]
         rows = select(table, model=model).dropna(subset=[metric])
         x = alt.X(
             "ratio:Q", title="measured time over float's", scale=alt.Scale(zero=False, padding=12)
         )
-        panels.append(_points(rows, x, metric).properties(title=model))
+        panels.append(_points(rows, x, metric, widths).properties(title=model))
     return Figure(
         "latency",
         "Quality against measured latency",
         "Time of a frozen model's forward pass over the float model's in the same round, median of "
         "rounds, on this machine. Arms whose products are simulated have no latency and are not here.",
         panels,
+        [_FAMILY, widths],
     )
 
 
 def gains_by_width(table: pd.DataFrame) -> Figure | None:
     if table.empty:
         return None
-    panels = []
-    for model in dict.fromkeys(table["model"]):
-        rows = select(table, model=model)
-        axis = f"gain in {METRIC_NAMES[PRIMARY[model][0]]}"
-        chart = alt.Chart(rows).encode(
+    scale = Scale.of("estimator", table["method"])
+
+    def draw(rows: pd.DataFrame):
+        metric = PRIMARY[rows["model"].iloc[0]][0]
+        drawn = with_intervals(
+            rows,
+            "mean",
+            f"gain in {METRIC_NAMES[metric]}",
+            tooltip=["width", "method", "ptq", "mean", "low", "high"],
             x=alt.X("width:N", title="width", sort=None, axis=alt.Axis(labelAngle=0)),
-            xOffset=alt.XOffset("method:N", sort=None),
-            color=alt.Color("method:N", title="estimator", sort=None),
+            xOffset=alt.XOffset("method:N", sort=list(scale.names)),
+            color=scale.of_field("method"),
         )
-        bars = chart.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
-        bars = bars.encode(y=alt.Y("low:Q", title=axis), y2="high:Q")
-        points = chart.mark_circle(size=60, opacity=1).encode(
-            y=alt.Y("mean:Q", title=axis), tooltip=["width", "method", "ptq", "mean", "low", "high"]
-        )
-        zero = alt.Chart(pd.DataFrame({"y": [0.0]})).mark_rule(color="#999").encode(y="y:Q")
-        panels.append(alt.layer(zero, bars, points).properties(title=model))
+        return alt.layer(reference(0.0, "as good as after training"), drawn)
+
     return Figure(
         "gain",
         "What training gains over quantizing after training",
         "Paired by seed, against the method after training that was best on the selection examples; above "
         "zero, training is better (a lower NLL counts as a gain). Bars are 90 % intervals.",
-        panels,
+        facets(table, "model", draw, str),
+        [scale],
     )
 
 
@@ -160,6 +168,7 @@ def away(table: pd.DataFrame, chosen: list[dict]) -> Figure | None:
         "robust as the reference. Language: NLL added on text like the training text (valid), of later "
         "years (shift) and on program code (code). Bars are 90 % intervals.",
         panels,
+        [_FAMILY],
     )
 
 
@@ -171,14 +180,13 @@ def _away_panel(group: pd.DataFrame, title: str) -> alt.LayerChart:
         | interval(list(runs["value"]), [None if pd.isna(e) else e for e in runs["se"]])
         for (family, where), runs in group.groupby(["family", "where"], sort=False)
     ]
-    chart = alt.Chart(pd.DataFrame(rows)).encode(
+    drawn = with_intervals(
+        pd.DataFrame(rows),
+        "mean",
+        axis,
+        tooltip=["where", "mean"],
         x=alt.X("where:N", title=None, sort=None, axis=alt.Axis(labelAngle=-25)),
         xOffset=alt.XOffset("family:N", sort=_FAMILIES),
-        color=_family_color(),
+        color=_FAMILY.of_field("family"),
     )
-    scale = alt.Scale(zero=False)
-    bars = chart.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=2)
-    bars = bars.encode(y=alt.Y("low:Q", title=axis, scale=scale), y2="high:Q")
-    points = chart.mark_circle(size=60, opacity=1)
-    points = points.encode(y=alt.Y("mean:Q", title=axis, scale=scale), tooltip=["where", "mean"])
-    return alt.layer(bars, points).properties(title=title)
+    return drawn.properties(title=title)

@@ -251,7 +251,7 @@ _POSITIVE = (
 def _report(done: Finished) -> dict:
     rounds = done.config.latency_rounds
     rows = latency.measure(done.workdir, done.trials, rounds) if done.is_whole else []
-    return report.write(done.workdir, done.records, rows, expected=len(done.trials))
+    return report.write(done.workdir, done.records, rows, len(done.trials), done.source)
 
 
 STUDY = Study(

@@ -18,6 +18,7 @@ import pandas as pd
 
 import jaxquant as jq
 from experiments.harness.reporting import report
+from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.running import files, processes
 from experiments.harness.training import metrics
 
@@ -114,7 +115,7 @@ def write_report(workdir: Path, found: Sequence[dict[str, Any]]) -> None:
     """
     table = to_table(found)
     sections = [
-        report.Section(
+        Section(
             "What is quantized, over time",
             (
                 "A line for each layer and product. SQNR counts the noise of the grid alone; what stays in "
@@ -123,13 +124,13 @@ def write_report(workdir: Path, found: Sequence[dict[str, Any]]) -> None:
             ),
             figures=[*_figures(table)],
         ),
-        report.Section("The last record", tables=[("Worst SQNR first.", _last(table))]),
+        Section("The last record", tables=[("Worst SQNR first.", _last(table))]),
     ]
     last = int(table["step"].to_numpy().max())
     lead = f"{len(found)} records of {table['product'].nunique()} products, to step {last}."
     rows = found[-1]["rows"]
     summary = {"records": len(found), "last_step": last, "last": rows}
-    report.write(workdir, "What the quantizers did", lead, sections, summary)
+    report.write(workdir, Report("What the quantizers did", [], sections, summary, lead=lead))
 
 
 def to_table(found: Sequence[dict[str, Any]]) -> pd.DataFrame:
@@ -164,7 +165,7 @@ def _kind(row: dict[str, Any]) -> str:
     return path.removesuffix("/kernel")
 
 
-def _figures(table: pd.DataFrame) -> Iterator[report.Figure]:
+def _figures(table: pd.DataFrame) -> Iterator[Figure]:
     for field, words in {**FIELDS, "growth": "amax over the largest before"}.items():
         panels = []
         for role, name in ROLES.items():
@@ -175,7 +176,7 @@ def _figures(table: pd.DataFrame) -> Iterator[report.Figure]:
                 panels.append(_panel(own, field, words, name))
         if panels:
             caption = f"{words[0].upper()}{words[1:]} by step; color by layer, dashes by product."
-            yield report.Figure(f"monitor_{field}", words, caption, panels)
+            yield Figure(f"monitor_{field}", words, caption, panels)
 
 
 def _panel(own: pd.DataFrame, field: str, words: str, name: str) -> alt.Chart:

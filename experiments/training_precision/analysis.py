@@ -9,8 +9,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from experiments.harness.models import lm
-from experiments.harness.reporting.law_tables import CONFIDENCE, control_summary, fit_summary
-from experiments.harness.statistics import t_interval
+from experiments.harness.reporting.law_tables import control_summary, fit_summary
+from experiments.harness.reporting.statistics import t_interval
+from experiments.harness.reporting.values import versions_of
 from jaxquant import laws
 from jaxquant.artifacts.plain import plain
 
@@ -208,7 +209,7 @@ def robustness(table: pd.DataFrame) -> pd.DataFrame:
 
 def _over_seeds(values: pd.Series) -> dict:
     means = values.groupby("seed").mean().to_numpy()
-    mean, low, high = t_interval(means, CONFIDENCE)
+    mean, low, high = t_interval(means)
     return {"mean": mean, "low": low, "high": high, "seeds": len(means)}
 
 
@@ -252,6 +253,6 @@ def summarize(records: list[dict], expected: int) -> dict:
             "parameters": {
                 s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(table["size"]))
             },
-            "versions": [dict(v) for v in sorted({tuple(r["versions"].items()) for r in records})],
+            "versions": versions_of(records),
         }
     )

@@ -8,38 +8,61 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
-from experiments.harness.reporting.report import Figure
+from experiments.harness.reporting.charts import (
+    Axis,
+    Scale,
+    facets,
+    labelled_lines,
+    reference,
+    with_intervals,
+)
+from experiments.harness.reporting.layout import Figure
 from experiments.training_precision.analysis import METHOD_NAMES, tied
 from jaxquant import laws
 
-_BITS = alt.X(
-    "P_w:Q",
-    title="bits",
-    scale=alt.Scale(type="log", nice=False),
-    axis=alt.Axis(values=[1, 2, 3, 4, 6, 8, 16]),
-)
+_METHODS = Scale("method", tuple(METHOD_NAMES.values()))
+_WIDTHS = (1, 2, 3, 4, 6, 8, 16)
+
+
+def _methods_of(table: pd.DataFrame) -> Scale:
+    """The scale of the methods that are there, each with the color that it always has."""
+    kept = [n for n in _METHODS.names if n in set(table["method"])]
+    colors = dict(zip(_METHODS.names, _METHODS.marks, strict=False))
+    return Scale("method", tuple(kept), own=tuple(colors[n] for n in kept))
+
+
+def _bits(table: pd.DataFrame) -> Axis:
+    ends = (float(table["P_w"].min()), float(table["P_w"].max()))
+    return Axis("P_w", "bits", is_log=True, domain=ends, ticks=_WIDTHS)
 
 
 def loss_by_bits(table: pd.DataFrame) -> Figure:
     """A panel for each size, at its longest training."""
-    panels = []
-    for size, own in table.groupby("size", sort=False):
-        longest = own["d_over_n"].max()
-        parts = [tied(own[own["d_over_n"] == longest], method) for method in METHOD_NAMES]
-        shown = pd.concat(parts)[["method", "P_w", "loss", "seed"]]
-        shown = shown.assign(method=shown["method"].map(METHOD_NAMES))
-        means = shown.groupby(["method", "P_w"], sort=False)["loss"].mean().reset_index()
-        y = alt.Y("loss:Q", title="loss (nats per token)", scale=alt.Scale(zero=False))
-        color = alt.Color("method:N", title=None)
-        lines = alt.Chart(means).mark_line().encode(x=_BITS, y=y, color=color)
-        points = (
-            alt.Chart(shown)
-            .mark_circle(size=28, opacity=0.6)
-            .encode(x=_BITS, y=y, color=color, tooltip=["method", "P_w", "loss", "seed"])
+    longest = table.groupby("size")["d_over_n"].transform("max")
+    own = table[table["d_over_n"] == longest]
+    shown = pd.concat([tied(own, method) for method in METHOD_NAMES])
+    shown = shown[["size", "d_over_n", "method", "P_w", "loss", "seed"]]
+    shown = shown.assign(method=shown["method"].map(METHOD_NAMES))
+    scale = _methods_of(shown)
+
+    def draw(rows: pd.DataFrame):
+        means = rows.groupby(["method", "P_w"], sort=False)["loss"].mean().reset_index()
+        tooltip = ["method", "P_w", "loss", "seed"]
+        y = Axis("loss", "loss (nats per token)")
+        return labelled_lines(
+            means, rows, _bits(shown), y, "method", scale, is_at_start=True, tooltip=tooltip
         )
-        panels.append(alt.layer(lines, points).properties(title=f"N = {size}, D/N = {longest}"))
-    caption = "Weights, activations and cache alike in so many bits; lines are means over seeds."
-    return Figure("loss_by_bits", "Loss against bits of training", caption, panels)
+
+    return Figure(
+        "loss_by_bits",
+        "Loss against bits of training",
+        "Weights, activations and cache alike in so many bits, at each size's longest training; lines are "
+        "means over seeds.",
+        facets(
+            shown, ["size", "d_over_n"], draw, lambda size, length: f"N = {size}, D/N = {length}"
+        ),
+        [scale],
+    )
 
 
 def efficiencies(methods: list[dict]) -> Figure | None:
@@ -52,24 +75,106 @@ def efficiencies(methods: list[dict]) -> Figure | None:
     ]
     if not rows:
         return None
-    table = pd.DataFrame(rows)
-    published = pd.DataFrame(_published_rows())
-    y = alt.Y("value:Q", title="N_eff / N", scale=alt.Scale(domain=[0, 1.2], clamp=True))
-    color = alt.Color("method:N", title=None)
-    base = alt.Chart(table).encode(x=_BITS, color=color)
-    ours = alt.layer(
-        base.mark_line().encode(y=y),
-        base.mark_rule().encode(y=alt.Y("low:Q", title="N_eff / N"), y2="high:Q"),
-        base.mark_circle(size=40).encode(y=y, tooltip=["method", "P_w", "value", "low", "high"]),
-    ).properties(title="These runs, with 90 % intervals")
-    theirs = (
-        alt.Chart(published)
-        .mark_line()
-        .encode(x=_BITS, y=y, color=color, strokeDash=alt.StrokeDash("of:N", title="published by"))
-        .properties(title="Published: QuEST's 30M models; Kumar's law")
+    table, published = pd.DataFrame(rows), pd.DataFrame(_published_rows())
+    both = pd.concat([table, published])
+    scale, by = _methods_of(both), Scale.of("published by", published["of"], "dash")
+    y = Axis("value", "N_eff / N", domain=(0.0, 1.2))
+    x = _bits(both[both["P_w"] < 16])
+    ends = table[(table["high"] > 0) & (table["low"] < 1.2)]
+    bars = (
+        alt.Chart(ends.assign(high=ends["high"].clip(upper=1.2)))
+        .mark_rule()
+        .encode(x="P_w:Q", y="low:Q", y2="high:Q", color=scale.of_field("method"))
     )
-    caption = "The share of parameters that counts, free for each width. Above 1.2 it is cut."
-    return Figure("efficiencies", "What bits are worth", caption, [ours, theirs])
+    cut = table.assign(value=table["value"].clip(upper=1.2))
+    ours = alt.layer(bars, labelled_lines(cut, cut, x, y, "method", scale))
+    shown = published[published["P_w"] <= table["P_w"].max()]
+    theirs = labelled_lines(shown, None, x, y, "method", scale, dash=by.of_field("of"))
+    return Figure(
+        "efficiencies",
+        "What bits are worth",
+        "The share of parameters that counts, free for each width. Above 1.2 it is cut.",
+        [
+            ours.properties(title="These runs, with 90 % intervals"),
+            theirs.properties(title="Published: QuEST's 30M models; Kumar's law"),
+        ],
+        [scale, by],
+    )
+
+
+_LAWS = {
+    "optimum_error": "squared errors",
+    "optimum": "N_eff with its bias",
+    "optimum_free": "free at each width",
+}
+
+
+def optima(methods: list[dict]) -> Figure:
+    """P* of each method by each law, beside the published 7 to 8 bits."""
+    rows = [
+        {"method": METHOD_NAMES[m["method"]], "law": name}
+        | {k: m[key][k] for k in ("bits", "low", "high")}
+        for m in methods
+        if "optimum" in m
+        for key, name in _LAWS.items()
+        if m[key]["is_determined"]
+    ]
+    table = pd.DataFrame(rows, columns=["method", "law", "bits", "low", "high"])
+    scale = Scale("law", tuple(_LAWS.values()))
+    drawn = with_intervals(
+        table,
+        "bits",
+        "P*, bits",
+        is_across=True,
+        tooltip=list(table),
+        y=alt.Y("method:N", title=None, sort=None),
+        yOffset=alt.YOffset("law:N", sort=list(_LAWS.values())),
+        color=scale.of_field("law"),
+    )
+    band = alt.Chart(pd.DataFrame([{"from": 7, "to": 8, "text": "Kumar et al.: 7 to 8"}]))
+    at = {"x": alt.X("from:Q", scale=alt.Scale(zero=False, padding=14)), "x2": "to:Q"}
+    words = band.mark_text(align="right", dx=-4, y=8, fontSize=11, color="#555")
+    layers = [band.mark_rect(color="#ddd").encode(**at), drawn]
+    return Figure(
+        "optima",
+        "The best precision by each law",
+        "Bars are 90 % intervals; grey: the published 7 to 8 bits. An optimum that the runs do not "
+        "determine is left out.",
+        [
+            alt.layer(*layers, words.encode(x="from:Q", text="text:N")).properties(
+                title="P* by method and law"
+            )
+        ],
+        [scale],
+    )
+
+
+def robustness(rows: list[dict]) -> Figure:
+    """What serving adds to models of few bits, less what it adds to those of 16."""
+    table = pd.DataFrame(rows)
+    table = table.assign(method=table["method"].map(METHOD_NAMES))
+    widths = tuple(sorted(map(int, set(table["P"]))))
+    scale = Scale("trained at (bits)", widths, is_ordered=True)
+
+    def draw(one: pd.DataFrame):
+        drawn = with_intervals(
+            one,
+            "mean",
+            "δ − δ of 16 bits (nats)",
+            tooltip=["P", "P_post", "mean", "low", "high"],
+            x=alt.X("P_post:O", title="served at (bits)", axis=alt.Axis(labelAngle=0)),
+            xOffset=alt.XOffset("P:O"),
+            color=scale.of_field("P"),
+        )
+        return alt.layer(reference(0.0, "as trained in 16 bits"), drawn)
+
+    return Figure(
+        "robustness",
+        "What serving adds, beside models of 16 bits",
+        "Means over seeds, sizes and lengths with 90 % intervals; below zero, training in few bits helps.",
+        facets(table, "method", draw, str),
+        [scale],
+    )
 
 
 def _published_rows() -> list[dict]:

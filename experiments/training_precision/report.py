@@ -1,89 +1,119 @@
-"""The report: the finding in words, tables, and the page that holds it all."""
+"""The report: findings, tables, and the page that holds them."""
 
 # pandas' selections are unions too wide for a type checker to follow.
 # pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportIndexIssue=false
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
 
-from experiments.harness.reporting import report
+from experiments.harness.reporting import findings as said
+from experiments.harness.reporting import prose, report
+from experiments.harness.reporting.findings import UNRESOLVED, Finding, Published
 from experiments.harness.reporting.law_tables import (
     control_text,
     fit_table,
     interval,
     laws_table,
     number,
+    other_warnings,
 )
+from experiments.harness.reporting.layout import Report, Section, method_section
+from experiments.harness.reporting.provenance import Source
 from experiments.training_precision import figures
 from experiments.training_precision.analysis import METHOD_NAMES, runs, summarize, tied
 from jaxquant import laws
 
+_BEST = "Are 7 to 8 bits compute-optimal, with all tensors alike?"
+_APART = "And with weights, activations and cache apart, by Kumar's own law?"
+_ROBUST = "Does training in few bits lower what serving in fewer bits adds?"
+_ENTROPY = "Do the fits find the entropy of the source, which is known?"
+_KUMAR = Published(7, 8, "Kumar et al. 2024", "more than", "fewer than", tolerance=0.5)
+_ANSWERS = {"agrees": "yes", "above": "no", "below": "no"}
 
-def verdict(summary: dict) -> str:
-    """The finding in a few sentences."""
-    trials, said = summary["trials"], []
-    if trials["finished"] < trials["expected"]:
-        said.append(f"{trials['finished']} of {trials['expected']} trials are finished.")
-    if trials["diverged"]:
-        said.append(f"{len(trials['diverged'])} runs diverged and are left out.")
+
+def findings(summary: dict) -> list[Finding]:
+    """What was asked and answered."""
     fitted = [m for m in summary["methods"] if "optimum" in m]
+    apart = {name: s for name, s in summary["separate"].items() if "optimum" in s}
+    found = list(map(_best, fitted))
     if not fitted:
         reasons = sorted({m["reason"] for m in summary["methods"]})
-        return " ".join([*said, f"No law could be fitted: {'; '.join(reasons) or 'no runs'}."])
-    parts = [
-        f"{METHOD_NAMES[m['method']]} {_likeliest(m)['text']} ({m['optimum_free']['text']})"
-        for m in fitted
-    ]
-    said.append(
-        "Compute-optimal bits with 90 % intervals, all tensors alike, by the likelier of N_eff's law and "
-        f"that of squared errors (and by efficiencies free at each width trained): {'; '.join(parts)}."
+        why = f"no law could be fitted: {'; '.join(reasons) or 'no runs'}"
+        found.append(Finding(_BEST, "P*", UNRESOLVED, note=why))
+    found += [_apart(name, one["optimum"]) for name, one in apart.items()]
+    if summary["robustness"]:
+        found.append(_robust(summary["robustness"]))
+    return found + list(map(_entropy, summary["entropy"]))
+
+
+def _best(method: dict) -> Finding:
+    optimum, free = likeliest(method), method["optimum_free"]
+    notes = [f"efficiencies free at each width trained give {free['text']}"]
+    if not optimum["is_determined"]:
+        notes.insert(0, "not determined by the likelier law")
+    if method["control"]["is_rejected"]:
+        notes.append("bits shuffled among runs explain as much")
+    quantity = f"P*, {METHOD_NAMES[method['method']]}"
+    return _optimum(_BEST, quantity, optimum, answer(optimum, free), "; ".join(notes))
+
+
+def _apart(method: str, optimum: dict) -> Finding:
+    note = "" if optimum["is_determined"] else "not determined"
+    made = _optimum(_APART, f"P*, {METHOD_NAMES[method]}", optimum, UNRESOLVED, note)
+    return dataclasses.replace(made, answer=_ANSWERS.get(made.against, UNRESOLVED))
+
+
+def _optimum(question: str, quantity: str, optimum: dict, answer: str, note: str) -> Finding:
+    ends = ("bits", "low", "high") if optimum["is_determined"] else ()
+    values = [optimum[k] for k in ends]
+    return Finding(
+        question, quantity, answer, *values, unit="bits", null=None, published=_KUMAR, note=note
     )
-    said.append(f"Kumar et al. report 7 to 8; here {_holds(fitted)}.")
-    apart = {
-        METHOD_NAMES[name]: found["optimum"]["text"]
-        for name, found in summary["separate"].items()
-        if "optimum" in found
-    }
-    if apart:
-        each = "; ".join(f"{name} {text}" for name, text in apart.items())
-        said.append(f"By Kumar's own law, over tensors apart as well: {each}.")
-    return " ".join(said)
 
 
-def _likeliest(method: dict) -> dict:
+def likeliest(method: dict) -> dict:
     """The optimum of the likelier law among those that have one at any width."""
     found = {laws.KUMAR_ONE.name: "optimum", laws.PANFEROV.name: "optimum_error"}
     return method[next(found[row["law"]] for row in method["laws"] if row["law"] in found)]
 
 
-def _holds(fitted: list[dict]) -> str:
-    """Whether 7 to 8 bits are best here: where the likelier law says so, and free efficiencies allow it."""
-    names: dict[str, list[str]] = {"hold": [], "do not": [], "are not settled": []}
-    for m in fitted:
-        names[_answer(_likeliest(m), m["optimum_free"])].append(METHOD_NAMES[m["method"]])
-    words = {
-        "hold": "they hold for",
-        "do not": "they do not for",
-        "are not settled": "these runs do not settle it for",
-    }
-    return "; ".join(f"{words[k]} {', '.join(v)}" for k, v in names.items() if v)
-
-
-def _answer(optimum: dict, free: dict) -> str:
+def answer(optimum: dict, free: dict) -> str:
+    """Whether 7 to 8 bits are best: where the likelier law says so, and free efficiencies allow it."""
     low, high = optimum["low"], optimum["high"]
     if not optimum["is_determined"] or low is None or free["low"] is None:
-        return "are not settled"
+        return UNRESOLVED
     if low >= 6.5 and high <= 8.5 and free["low"] <= 8 and free["high"] >= 7:
-        return "hold"
+        return "yes"
     is_elsewhere = (high < 6.5 and free["high"] < 7) or (low > 8.5 and free["low"] > 8)
-    return "do not" if is_elsewhere else "are not settled"
+    return "no" if is_elsewhere else UNRESOLVED
+
+
+def _robust(rows: list[dict]) -> Finding:
+    lower = sum(r["high"] is not None and r["high"] < 0 for r in rows)
+    higher = sum(r["low"] is not None and r["low"] > 0 for r in rows)
+    counts = {"lower": lower, "higher": higher, UNRESOLVED: len(rows) - lower - higher}
+    chance = f"about {len(rows) / 10:.0f} of their 90 % intervals would leave out zero by chance"
+    answer = ", ".join(f"{k} in {n}" for k, n in counts.items() if n)
+    return Finding(_ROBUST, f"{len(rows)} pairs of widths", answer, note=chance)
+
+
+def _entropy(row: dict) -> Finding:
+    known = Published(row["entropy"], row["entropy"], "of the source", kind="known")
+    ends = (None, None) if row["is_held"] else (row["low"], row["high"])
+    note = "E sits at its bound: the runs do not tell it" if row["is_held"] else ""
+    quantity = f"E, {METHOD_NAMES[row['method']]}"
+    made = Finding(
+        _ENTROPY, quantity, UNRESOLVED, row["value"], *ends, "nats", ".3g", None, known, note=note
+    )
+    return dataclasses.replace(made, answer=_ANSWERS.get(made.against, UNRESOLVED))
 
 
 def to_text(summary: dict) -> str:
-    """The finding for a terminal."""
-    lines = [verdict(summary)]
+    """The findings for a terminal, and how the laws rank."""
+    lines = [said.to_text(findings(summary), said.trial_status(summary["trials"]))]
     for method in summary["methods"]:
         for row in method.get("laws", ()):
             lines.append(
@@ -94,54 +124,72 @@ def to_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def _method_section(method: dict) -> report.Section:
-    name = METHOD_NAMES[method["method"]]
-    title = f"Laws: {name}, all tensors in one width"
-    if "reason" in method:
-        return report.Section(title, [f"Not fitted: {method['reason']}."])
-    paragraphs = [
-        f"{method['runs']} runs. P* = {method['optimum']['text']} by N_eff, "
-        f"{method['optimum_error']['text']} by squared errors, and {method['optimum_free']['text']} by free "
-        "efficiencies, among the widths trained.",
-        control_text(method["control"]),
-        *(f"Warning, N_eff: {text}." for text in method["fit"]["warnings"]),
-        *(f"Warning, squared errors: {text}." for text in method["fit_error"]["warnings"]),
-    ]
-    tables = [
-        ("Ranked by AICc; R² of the logarithm of the loss", laws_table(method["laws"])),
-        (method["fit"]["equation"], fit_table(method["fit"])),
-        (method["fit_error"]["equation"], fit_table(method["fit_error"])),
-    ]
-    return report.Section(title, paragraphs, tables)
+_RANKED = "Laws ranked by AICc; R² of the logarithm of the loss"
 
 
-def _separate_section(method: str, separate: dict) -> report.Section:
-    title = f"Weights, activations and cache apart: {METHOD_NAMES[method]}"
-    if "reason" in separate:
-        return report.Section(title, [f"Not fitted: {separate['reason']}."])
-    paragraphs = [
-        f"{separate['fit']['runs']} runs. P* = {separate['optimum']['text']}.",
-        *(f"Warning: {text}." for text in separate["fit"]["warnings"]),
+def _alike_section(methods: list[dict], text: list[str]) -> Section:
+    """Laws of runs whose tensors have one width, for all methods together."""
+    fitted = {METHOD_NAMES[m["method"]]: m for m in methods if "laws" in m}
+    paragraphs = [*text, *_reasons({METHOD_NAMES[m["method"]]: m for m in methods})]
+    paragraphs += [
+        f"**{k}**, {m['runs']} runs. {control_text(m['control'])}" for k, m in fitted.items()
     ]
-    tables = [
-        ("Ranked by AICc; R² of the logarithm of the loss", laws_table(separate["laws"])),
-        (separate["fit"]["equation"], fit_table(separate["fit"])),
-    ]
-    return report.Section(title, paragraphs, tables)
+    folded = []
+    for key, kind in (("fit_error", "Squared errors"), ("fit", "N_eff")):
+        fits = {name: m[key] for name, m in fitted.items()}
+        paragraphs += _warnings(fits, kind)
+        if fits:
+            folded.append((f"{kind}: {_equation(fits)}", fit_table(fits)))
+    if fitted:
+        folded.append((_RANKED, laws_table({k: m["laws"] for k, m in fitted.items()})))
+    drawn = [figures.optima(methods)] if fitted else []
+    return Section("The best precision, all tensors in one width", paragraphs, (), drawn, folded)
 
 
-def _served_section(title: str, text: str, found: dict) -> report.Section:
-    """A law of what serving adds, or of loss as served."""
-    if "reason" in found:
-        return report.Section(title, [text, f"Not fitted: {found['reason']}."])
-    if found.get("left_out"):
-        text += f" {found['left_out']} of {found['left_out'] + found['runs']} add nothing and are left out."
-    warnings = [f"Warning: {w}." for w in found["fit"]["warnings"]]
-    tables = [
-        ("Ranked by AICc; R² of the logarithm", laws_table(found["laws"])),
-        (found["fit"]["equation"], fit_table(found["fit"])),
+def _laws_section(
+    title: str, paragraphs: list[str], found: dict[str, dict], folded: bool = False
+) -> Section:
+    """Laws of several sets of runs: their fits side by side where they have one form, and their ranks."""
+    fits = {name: one["fit"] for name, one in found.items() if "fit" in one}
+    said = [*paragraphs, *_reasons(found), *_warnings(fits)]
+    ranks = [
+        (f"{name}: {_RANKED}", laws_table(one["laws"]))
+        for name, one in found.items()
+        if "laws" in one
     ]
-    return report.Section(title, [text, *warnings], tables)
+    same = len({fit["equation"] for fit in fits.values()}) == 1
+    tables = [(_equation(fits), fit_table(fits))] if same else []
+    if not same:
+        tables = [(f"{name}: {fit['equation']}", fit_table(fit)) for name, fit in fits.items()]
+    if same:
+        ranks = [
+            (_RANKED, laws_table({k: one["laws"] for k, one in found.items() if "laws" in one}))
+        ]
+    return Section(
+        title, said, () if folded else tables, folded=[*(tables if folded else ()), *ranks]
+    )
+
+
+def _equation(fits: dict[str, dict]) -> str:
+    return next(iter(fits.values()))["equation"]
+
+
+def _reasons(found: dict[str, dict]) -> list[str]:
+    return [f"{k}: not fitted: {one['reason']}." for k, one in found.items() if "reason" in one]
+
+
+def _warnings(fits: dict[str, dict], kind: str = "") -> list[str]:
+    """What concerns no single parameter; the rest stands in the tables, beside the numbers."""
+    head = f"{kind}, " if kind else ""
+    return [f"Warning ({head}{k}): {w}." for k, fit in fits.items() for w in other_warnings(fit)]
+
+
+def _serving_section(summary: dict, text: list[str]) -> Section:
+    added, unified = summary["post_training"], summary["unified"]
+    left = added.get("left_out", 0)
+    counts = f" {left} of {left + added['runs']} add nothing and are left out." if left else ""
+    found = {"What serving adds": added, "Training and serving in one law": unified}
+    return _laws_section("Serving in fewer bits", [f"{' '.join(text)}{counts}"], found, folded=True)
 
 
 def _losses(table: pd.DataFrame) -> pd.DataFrame:
@@ -154,7 +202,7 @@ def _losses(table: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns={"size": "N", "d_over_n": "D/N"})
 
 
-def _robustness_section(rows: list[dict]) -> report.Section:
+def _robustness_section(rows: list[dict], text: list[str]) -> Section:
     shown = [
         {
             "method": METHOD_NAMES[r["method"]],
@@ -165,18 +213,11 @@ def _robustness_section(rows: list[dict]) -> report.Section:
         }
         for r in rows
     ]
-    lower = [r for r in rows if r["high"] is not None and r["high"] < 0]
-    higher = [r for r in rows if r["low"] is not None and r["low"] > 0]
-    text = (
-        "Kumar et al. claim that training in few bits makes a model more robust to quantization afterwards. "
-        f"Of {len(rows)} pairs of widths, what serving adds is lower in {len(lower)}, higher in "
-        f"{len(higher)}, and "
-        f"unresolved in {len(rows) - len(lower) - len(higher)}. Of so many intervals at 90 % about "
-        f"{len(rows) / 10:.0f} would leave out zero by chance. What is more robust is worse to begin with: "
-        "the first table has the losses before."
+    caption = "Loss added by serving, in nats per token"
+    title = "Does training in few bits help serving in fewer?"
+    return Section(
+        title, text, figures=[figures.robustness(rows)], folded=[(caption, pd.DataFrame(shown))]
     )
-    tables = [("Loss added by serving, in nats per token", pd.DataFrame(shown))] if shown else []
-    return report.Section("Does training in few bits help serving in fewer?", [text], tables)
 
 
 # What these runs do not vary, so that no fit could tell what it does.
@@ -194,18 +235,20 @@ _NOT_FITTED = (
 )
 
 
-def _not_fitted() -> report.Section:
-    table = pd.DataFrame(_NOT_FITTED, columns=["law", "what these runs hold fixed"])
-    return report.Section("Laws that these runs say nothing of", tables=[("not fitted", table)])
-
-
-def _errata() -> report.Section:
-    table = pd.DataFrame(laws.ERRATA, columns=["of", "printed", "derived"])
+def _notes() -> Section:
+    """Laws that were not fitted, and what of Kumar et al.'s paper is printed otherwise than derived."""
     kumar, without = laws.optimal_precision(laws.KUMAR_2024), _without_biases()
     text = (
-        f"Computed from Table 2: P* = {kumar.bits:.2f} with the biases and {without:.2f} without."
+        f"Computed from Kumar et al.'s Table 2: P* = {kumar.bits:.2f} with the biases and "
+        f"{without:.2f} without."
     )
-    return report.Section("Printed and derived", [text], [("Kumar et al. 2024", table)])
+    unfitted = pd.DataFrame(_NOT_FITTED, columns=["law", "what these runs hold fixed"])
+    errata = pd.DataFrame(laws.ERRATA, columns=["of", "printed", "derived"])
+    tables = [
+        ("Laws that these runs say nothing of", unfitted),
+        ("Kumar et al. 2024: printed and derived", errata),
+    ]
+    return Section("Other laws, and published constants", [text], folded=tables)
 
 
 def _without_biases() -> float:
@@ -214,103 +257,52 @@ def _without_biases() -> float:
     return laws.optimal_precision(laws.KUMAR_UNBIASED, params).bits
 
 
-def write(workdir: Path, records: list[dict], expected: int) -> dict:
+def write(workdir: Path, records: list[dict], expected: int, source: Source | None = None) -> dict:
     """Writes summary, report and figures of the records, and returns the summary.
 
     Args:
         workdir: where.
         records: of finished trials.
         expected: how many trials the grid has.
+        source: of the records.
     """
-    summary, table = summarize(records, expected), runs(records)
+    summary, table, text = summarize(records, expected), runs(records), prose.read(__file__)
     sections = []
     if not table.empty:
         worth = figures.efficiencies(summary["methods"])
-        sections.append(
-            report.Section(
-                "What bits cost",
-                tables=[("Loss in nats per token, means over seeds", _losses(table))],
-                figures=[figures.loss_by_bits(table), *([worth] if worth else [])],
-            )
-        )
-    sections += map(_method_section, summary["methods"])
-    sections += [_separate_section(*item) for item in summary["separate"].items()]
+        drawn = [figures.loss_by_bits(table), *([worth] if worth else [])]
+        folded = [("Loss in nats per token, means over seeds", _losses(table))]
+        sections.append(Section("What bits cost", figures=drawn, folded=folded))
+        sections.append(_alike_section(summary["methods"], text["Best precision"]))
+    if summary["separate"]:
+        apart = {METHOD_NAMES[name]: one for name, one in summary["separate"].items()}
+        sections.append(_laws_section("Weights, activations and cache apart", [], apart))
     if summary["post_training"]:
-        text = "Weights of models trained in 16 bits, straight-through, served in fewer (rounded to nearest)."
-        sections.append(
-            _served_section("What serving in fewer bits adds", text, summary["post_training"])
-        )
-        text = (
-            "Models of one width, straight-through, served at that width or below: loss as served."
-        )
-        sections.append(
-            _served_section("Training and serving in one law", text, summary["unified"])
-        )
+        sections.append(_serving_section(summary, text["Serving"]))
     if summary["robustness"]:
-        sections.append(_robustness_section(summary["robustness"]))
-    if summary["entropy"]:
-        sections.append(_entropy_section(summary["entropy"]))
-    sections += [_not_fitted(), _errata(), _method(summary, records)]
-    report.write(workdir, "Training in few bits", verdict(summary), sections, summary)
-    return summary
-
-
-def _entropy_section(rows: list[dict]) -> report.Section:
-    shown = [
-        {
-            "method": METHOD_NAMES[r["method"]],
-            "entropy": f"{r['entropy']:.4f}",
-            "E [90 %]": interval(r),
-        }
-        for r in rows
-    ]
-    text = (
-        "The source's entropy is known exactly: a law that is right, and runs that tell, would find it. "
-        "Where E sits at its bound, they do not tell it."
+        sections.append(_robustness_section(summary["robustness"], text["Robustness"]))
+    measured = method_section(text["Measured"], summary, _settings(summary, records))
+    status = said.trial_status(summary["trials"])
+    made = Report(
+        "Training in few bits",
+        findings(summary),
+        [*sections, _notes(), measured],
+        summary,
+        status,
+        source,
     )
-    return report.Section(
-        "Is E found where it is known?", [text], [("nats per token", pd.DataFrame(shown))]
-    )
+    return report.write(workdir, made)
 
 
-_METHOD = (
-    "Measured: the loss is the mean cross-entropy per token over the same held-out windows, with the "
-    "forward pass "
-    "as it was trained. Simulated: operands of the blocks' linears, and keys and values, are rounded to "
-    "their grids "
-    "and multiplied in floating point, forward alone; weights share a scale for each output channel, "
-    "activations for "
-    "each tensor (for each window in evaluation), keys and values for each token and head. LSQ learns both "
-    "scales, "
-    "started from the first batch. QuEST rotates blocks by Hadamard's matrix. Floats of 4, 6, 8 and 16 "
-    "bits are E2M1, "
-    "E3M2, E4M3 and E5M10. Fitted: Huber's loss on log L (δ = 1e-3) from many starts, while R² and AICc are "
-    "of squared "
-    "residuals, so that a law with more parameters can have a smaller R²; intervals are of 200 bootstraps "
-    "over trunks, since lengths of one run share a trunk. Bits at 16 stand for full precision. One peak rate "
-    "serves all widths."
-)
-
-
-def _method(summary: dict, records: list[dict]) -> report.Section:
-    trials = summary["trials"]
-    paragraphs = [
-        _METHOD,
-        f"{trials['finished']} of {trials['expected']} trials finished, {len(trials['diverged'])} diverged; "
-        f"{summary['runs']} runs (trials × lengths).",
-        "Versions: "
-        + "; ".join(", ".join(f"{k} {v}" for k, v in one.items()) for one in summary["versions"])
-        + ".",
+def _settings(summary: dict, records: list[dict]) -> list[str]:
+    counts = [f"{summary['runs']} runs (trials × lengths)."]
+    if not records:
+        return counts
+    t = records[0]["trial"]
+    return [
+        *counts,
+        f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
+        f"{t['sequence']} tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping "
+        f"at 1, peak learning rate {t['peak_lr']}, warm-up, constant, linear cooldown over the last tenth "
+        f"of each length; {t['dtype']}.",
     ]
-    if records:
-        t = records[0]["trial"]
-        paragraphs.insert(
-            2,
-            f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
-            f"{t['sequence']} "
-            f"tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping at 1, peak "
-            "learning rate "
-            f"{t['peak_lr']}, warm-up, constant, linear cooldown over the last tenth of each length; "
-            f"{t['dtype']}.",
-        )
-    return report.Section("How this was measured", paragraphs)

@@ -10,8 +10,8 @@ import numpy as np
 
 from experiments.harness import data, lengths
 from experiments.harness.models import lm
+from experiments.harness.reporting.statistics import mean_and_error
 from experiments.harness.running import trials
-from experiments.harness.statistics import mean_and_error
 from experiments.harness.training import sharding, train
 from experiments.training_precision.numerics import Numerics, Precision
 

@@ -1,12 +1,12 @@
 """Fitted laws as JSON values and as tables of a report."""
 
-import math
+from collections.abc import Mapping
 
 import pandas as pd
 
+from experiments.harness.reporting.statistics import CONFIDENCE
+from experiments.harness.reporting.values import bounds, number
 from jaxquant import laws
-
-CONFIDENCE = 0.9
 
 
 def fit_summary(fitted: laws.Fit) -> dict:
@@ -50,36 +50,52 @@ def control_text(control: dict) -> str:
     )
 
 
-def laws_table(rows: list[dict]) -> pd.DataFrame:
-    """Laws as `laws.Comparison.rows` has them, for reading."""
+def laws_table(rows: Mapping[str, list[dict]] | list[dict]) -> pd.DataFrame:
+    """Laws as `laws.Comparison.rows` has them, for reading: of several sets of runs, by the name of each."""
+    groups = rows if isinstance(rows, Mapping) else {"": rows}
     shown = []
-    for row in rows:
-        held = {
-            f"R² held out by {k.removeprefix('r2_by_')}": number(v)
-            for k, v in row.items()
-            if k.startswith("r2_by_")
-        }
-        head = {"law": row["law"], "parameters": row["parameters"], "R²": number(row["r2"])}
-        shown.append(head | held | {"ΔAICc": number(row["delta_aicc"], ".1f")})
+    for name, group in groups.items():
+        for row in group:
+            held = {
+                f"R² held out by {k.removeprefix('r2_by_')}": number(v)
+                for k, v in row.items()
+                if k.startswith("r2_by_")
+            }
+            head = {"runs of": name} if name else {}
+            head |= {"law": row["law"], "parameters": row["parameters"], "R²": number(row["r2"])}
+            shown.append(head | held | {"ΔAICc": number(row["delta_aicc"], ".1f")})
     return pd.DataFrame(shown)
 
 
-def fit_table(fit: dict) -> pd.DataFrame:
-    """Returns a fit's parameters with intervals."""
+def fit_table(fits: Mapping[str, dict] | dict) -> pd.DataFrame:
+    """A law's parameters with intervals and warnings beside them: a column for each fit of it."""
+    fits = {"value [90 %]": fits} if "parameters" in fits else fits
+    columns = {
+        name: {p["name"]: interval(p) + _mark(fit, p["name"]) for p in fit["parameters"]}
+        for name, fit in fits.items()
+    }
+    names = list(dict.fromkeys(p for column in columns.values() for p in column))
     return pd.DataFrame(
-        [{"parameter": p["name"], "value [90 %]": interval(p)} for p in fit["parameters"]]
+        [{"parameter": p} | {c: column.get(p, "—") for c, column in columns.items()} for p in names]
     )
 
 
-def number(value: float | None, form: str = ".3f") -> str:
-    """Returns a number, or a dash for none."""
-    return "—" if value is None or math.isnan(value) else format(value, form)
+def _mark(fit: dict, name: str) -> str:
+    """What the runs do not tell of a parameter: "not determined" is said by `interval`."""
+    said = [w for w in fit["warnings"] if w.startswith((f"{name} = ", f"{name} is "))]
+    ends = [w.rsplit(": ", 1)[-1] for w in said if "sits on its" not in w]
+    return "".join(f" ({end})" for end in ends)
+
+
+def other_warnings(fit: dict) -> list[str]:
+    """Warnings that concern no parameter."""
+    names = [p["name"] for p in fit["parameters"]]
+    starts = tuple(f"{n}{joint}" for n in names for joint in (" = ", " is "))
+    return [w for w in fit["warnings"] if not w.startswith(starts)]
 
 
 def interval(row: dict, form: str = ".3g") -> str:
     """Returns a value with its ends, where it has any that say something."""
     if row.get("is_held"):
         return f"{row['value']:{form}}, its bound: not determined"
-    if row.get("low") is None or math.isnan(row["low"]):
-        return number(row["value"], form)
-    return f"{row['value']:{form}} [{row['low']:{form}}, {row['high']:{form}}]"
+    return bounds(row["value"], row.get("low"), row.get("high"), form)
