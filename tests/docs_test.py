@@ -27,7 +27,6 @@ PRIVATE = [
     "subjects",
     "ledger",
     "told to stop",
-    "set aside",
     "contests?",
     "sees_all",
     "describe_operation",

@@ -195,7 +195,7 @@ def _cpu() -> str:
 
 
 def _timed(runs: dict, rounds: int, what: str) -> dict:
-    """A race after a race that warms every contestant up, under one bar."""
+    """Times the runs, after a warm-up of each, with one progress bar."""
     with tqdm(total=_WARM_UP + rounds, desc=what, unit="round") as bar:
         interleaved_timing(runs, _WARM_UP, on_round=bar.update)
         return interleaved_timing(runs, rounds, on_round=bar.update)

@@ -202,10 +202,10 @@ KUMAR_PTQ = Law(
 def _unified(p: Values, r: Values) -> Any:
     f = _product(p, r, False)
     # Zero where the weights are served as they were trained; a floor keeps the logarithm.
-    apart = [
+    factors = [
         1 - jnp.exp(-p[f"C_{x}"] * jnp.maximum(r[f"P_{x}"] - r["P_post"], 0)) for x in _TENSORS
     ]
-    kept = functools.reduce(lambda a, b: a * b, apart)
+    kept = functools.reduce(lambda a, b: a * b, factors)
     return log_sum(_loss(p, r, f), _add(p, r, f) + jnp.log(jnp.maximum(kept, 1e-12)))
 
 
