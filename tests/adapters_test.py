@@ -165,7 +165,7 @@ class Tied(nnx.Module):
         return self.again(nnx.relu(self.down(self.up(x))))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16g16", "nf4dq", "fp8_train", "nvfp4", "w4a8-lsq"])
 def test_a_frozen_model_is_trained_on_with_all_its_weights(recipe, tmp_path):
     x = jax.random.normal(jax.random.key(0), (32, D))
@@ -214,6 +214,7 @@ def test_a_weight_in_several_places_is_merged_in_all_of_them():
     np.testing.assert_allclose(run(merged, x), run(frozen, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 def test_what_is_not_frozen_or_has_no_adapters_is_named():
     model = LM(nnx.Rngs(0))
     add = lambda *args, **options: jq.nnx.add_lora(*args, rngs=nnx.Rngs(1), **options)  # noqa: E731

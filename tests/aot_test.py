@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import children
 import pytest
 from conftest import ROOT
 
@@ -20,7 +21,7 @@ SMALL = ("--config.recipe=int8_train", "--config.state=even-6.0", "--config.voca
 
 def compile_only(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.train", "--preset=smoke", "--compile_only"]
-    return subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    return children.run([*command, *flags], cwd=ROOT, timeout=500)
 
 
 @needs_tpu_compiler

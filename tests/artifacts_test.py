@@ -504,6 +504,7 @@ def test_a_quantized_model_is_saved_too(tmp_path):
     np.testing.assert_array_equal(frozen(TOKENS[0]), quantized(TOKENS[0]))
 
 
+@pytest.mark.long
 def test_smoothed_products_are_saved_with_their_scales(tmp_path):
     batches = [X[:, :32], X[:, 32:]]
     model = nnx.Linear(32, 8, rngs=nnx.Rngs(0))

@@ -26,6 +26,7 @@ def test_a_query_that_sees_nothing_gets_zeros():
     assert not PLAIN(QUERY, KEY, VALUE, mask=mask)[:, 2].any()
 
 
+@pytest.mark.long
 def test_products_are_of_integers():
     attention = jq.recipe("a8")
     found = attention(QUERY, KEY, VALUE, is_causal=True)

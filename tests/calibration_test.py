@@ -38,6 +38,7 @@ def normals() -> np.ndarray:
     return ndtri((np.arange(count) + 0.5) / count).astype(np.float32)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("bits", NORMAL_ERRORS)
 def test_midrise_ints_reach_the_published_errors_on_normals(bits, normals):
     fmt = jq.Int(bits, "midrise")
@@ -61,6 +62,7 @@ def test_ranges_for_normals_are_quests(bits):
         assert error < theirs
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(
     "fmt",
     [jq.INT4, jq.Int(4, "full"), jq.Int(3, "midrise"), jq.TERNARY, jq.NF4, jq.E2M1, jq.E4M3],
@@ -79,7 +81,7 @@ def test_the_range_for_normals_is_the_best_and_its_error_is_true(fmt, normals):
     assert all(error(best * by) >= error(best) * slack for by in (0.7, 0.9, 0.97, 1.03, 1.1, 1.4))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("levels", ["symmetric", "full", "midrise"])
 def test_the_range_for_normals_of_traced_bits_is_that_of_static_ones(levels):
     at = jax.jit(lambda b, x: calibration.gaussian(x, (0,), jq.Int(b, levels)))

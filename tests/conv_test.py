@@ -166,6 +166,7 @@ GROUPED = [
 ]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("options", "lhs", "rhs"), GROUPED)
 def test_scales_find_their_places(options, lhs, rhs):
     """Native and simulated arithmetic agree, whatever element of the batch or feature a scale is of."""
@@ -185,7 +186,7 @@ def close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-6 * float(np.abs(wanted).max()))
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("options", "lhs", "rhs"), GROUPED)
 @pytest.mark.parametrize("anew", [False, True])
 def test_native_gradients_carry_scales(options, lhs, rhs, anew):

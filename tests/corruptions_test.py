@@ -25,6 +25,7 @@ def shapes(count: int, side: int = 28) -> np.ndarray:
 IMAGES = shapes(60)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_distortion_rises_with_severity(name):
     distorted = np.stack([corrupt(IMAGES, name, severity) for severity in SEVERITIES])
@@ -70,6 +71,7 @@ def test_severities_are_data_of_one_compiled_program():
     assert corruptions._corrupt._cache_size() == start + 1
 
 
+@pytest.mark.first(8)
 @pytest.mark.parametrize("name", CORRUPTIONS)
 def test_other_sizes(name):
     shape = (2, 8, 10, 3)

@@ -31,7 +31,7 @@ def quantized(weight, dot, axes: int | tuple[int, ...] = 0) -> jq.QArray:
 # ---- numbers
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("rows", "bits"), [(1, 2), (4, 4), (1, 8), (5, 4)])
 def test_sums_and_equal_bits(rows, bits):
     """Against NumPy's sums; stored, packed and quantized within the program are the same to the bit."""
@@ -59,6 +59,7 @@ def test_every_kind_of_integer(fmt):
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_rows_are_summed_in_float32(dtype):
     dot = jq.recipe("w4a16")
@@ -82,6 +83,7 @@ def test_more_axes_in_any_order():
     np.testing.assert_allclose(out, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_words_hold_every_code(bits):
     codes = jnp.arange(2**bits, dtype=jnp.uint8)
@@ -108,6 +110,7 @@ def test_gradients_of_one_row_are_those_of_the_usual_product():
     np.testing.assert_allclose(gradients[1], 2 * x.T @ out, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long
 def test_under_vmap_and_scan():
     dot = jq.recipe("w4a16")
     x, weights = normal(3, 1, 32), normal(3, 32, 32, seed=1)
@@ -177,6 +180,7 @@ def test_few_rows_write_no_weights_in_floating_point():
         assert "dot_general" in many, recipe
 
 
+@pytest.mark.long
 def test_one_layers_words_are_held_at_a_time():
     dot, layers = jq.recipe("w4a16"), 8
     stored = [quantized(normal(256, 256, seed=i), dot).pack() for i in range(layers)]

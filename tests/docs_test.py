@@ -26,7 +26,6 @@ PRIVATE = [
     "lineage",
     "subjects",
     "ledger",
-    "told to stop",
     "contests?",
     "sees_all",
     "describe_operation",
@@ -39,6 +38,7 @@ def name_of(page):
     return str(page.relative_to(ROOT / "docs"))
 
 
+@pytest.mark.first(1)
 @pytest.mark.usefixtures("as_users_compute")
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=name_of)
 def test_a_pages_python_runs(page):

@@ -252,6 +252,7 @@ class Configured(nnx.Module):
         return x.mean((1, 2))
 
 
+@pytest.mark.long
 def test_settings_that_are_not_hashed_and_products_left_in_float_all_the_way(tmp_path):
     """What cannot take its recipe, and stays in float by on_unsupported, does so in a loaded model too."""
     pixels = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
@@ -393,7 +394,7 @@ class Plainly(nnx.Module):
         return jax.nn.relu(x @ self.first) @ self.second
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "int8_train"])
 def test_integers_by_weights_and_variables_as_arrays_are_quantized_and_frozen(recipe):
     model = Plainly(nnx.Rngs(0))

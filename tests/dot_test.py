@@ -119,6 +119,7 @@ def test_native_equals_simulated_to_accumulation_error(operands, granularity, bi
     np.testing.assert_allclose(native, simulated, rtol=1e-5, atol=2e-6 * scale)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("granularity", ["tensor", "channel"])
 def test_native_product_is_numpys_integer_product(granularity):
     quantizer = jq.Quantizer(jq.INT8, granularity)
@@ -220,7 +221,7 @@ def to_nearest(dot: jq.DotGeneral) -> jq.DotGeneral:
     return jq.DotGeneral(dot.forward, change(dot.dlhs), change(dot.drhs))
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", ALL_NATIVE)
 def test_native_and_simulated_are_the_same_product(name):
     native = to_nearest(ALL_NATIVE[name])
@@ -333,7 +334,7 @@ def test_stored_operands_are_multiplied_as_they_are():
         jq.recipe("w8a8")(LHS, weights, MATMUL)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "name",
     [
@@ -355,6 +356,7 @@ def test_a_stored_operand_gives_the_other_its_gradient(name):
     np.testing.assert_array_equal(jax.grad(loss)(LHS3, stored), jax.grad(loss)(LHS3, rhs))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["w8a8", "int8_train", "w4a16"])
 def test_second_derivatives_are_refused_and_never_zero(name):
     dot = jq.recipe(name)
@@ -389,6 +391,7 @@ print("same")
 """
 
 
+@pytest.mark.long
 def test_shard_map_sums_the_gradient_of_a_replicated_operand():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     done = subprocess.run(
@@ -428,6 +431,7 @@ print("same")
 """
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_parts_of_a_long_sum_are_added_up_alike_on_every_layout():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
@@ -495,7 +499,7 @@ def test_accumulation_cannot_overflow():
         jq.recipe("w8a8")(jnp.ones((1, prime)), jnp.ones((prime, 1)), MATMUL)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("calibrate", [calibration.absmax, calibration.minmax])
 def test_a_sum_of_parts_is_the_sum(calibrate):
     """A weight's gradient over 3 · 60,000 rows: one contracting axis does not divide by 2, the other does."""

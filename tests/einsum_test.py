@@ -41,6 +41,7 @@ def summations(draw):
     )
 
 
+@pytest.mark.long
 @hypothesis.given(summations())
 @hypothesis.settings(max_examples=8, deadline=None)
 def test_equals_jnp_and_the_quantized_product_on_moved_axes(terms):

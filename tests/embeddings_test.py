@@ -39,6 +39,7 @@ def test_embeddings_against_scipy():
     assert "Spearman" in str(found)
 
 
+@pytest.mark.long
 def test_the_bootstrap_covers():
     def spearman_difference(n, seed):
         rng = np.random.default_rng(seed)
@@ -114,7 +115,7 @@ def test_influences_are_what_leaving_a_pair_out_changes(ranked):
         np.testing.assert_allclose(2999 * (whole - without), added[:, i], atol=0.02)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("which", ["pearson_difference", "spearman_difference"])
 def test_the_interval_of_a_correlation_covers_where_pairs_share_texts(which):
     """Every text among 40 with every other; the truth is that of as many texts as can be had."""

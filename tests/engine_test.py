@@ -204,6 +204,7 @@ def compared(found, wanted):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", WHERE)
 def test_the_same_products_give_the_same_bits_and_gradients(name):
     function, w, x = WHERE[name], parts(), array(3, 6, D)
@@ -438,6 +439,7 @@ def test_convolutions_and_ragged_products_take_recipes():
         assert 1e-4 < error < 0.02
 
 
+@pytest.mark.long
 def test_a_whole_transformer_trains_in_few_bits():
     w = weights()
     rules = {"layers/attn": "a8", "embed": None, ".*": "int8_train"}

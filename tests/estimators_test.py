@@ -46,6 +46,7 @@ ALL = [
 GRIDS = [jq.INT4, jq.Int(4, "full"), jq.Int(4, "unsigned"), jq.Int(4, "midrise"), jq.E2M1, jq.NF4]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("fmt", GRIDS, ids=str)
 @pytest.mark.parametrize("rotation", [None, 8])
@@ -84,6 +85,7 @@ def test_clipped_passes_what_lies_within_the_grids_range(fmt):
     assert (to_range == 0).all()
 
 
+@pytest.mark.long
 def test_clipped_knows_an_asymmetric_range():
     x = np.linspace(-2, 3, 41).astype(np.float32)
     quantizer = jq.Quantizer(
@@ -128,6 +130,7 @@ def test_pact_learns_a_level_for_each_channel():
     assert to_range[3] == 0
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 4])
 @pytest.mark.parametrize(
     "fmt", [jq.INT4, jq.Int(3, "full"), jq.Int(4, "unsigned"), jq.Int(8)], ids=str
@@ -199,6 +202,7 @@ def test_lsq_learns_a_good_step():
     assert float(step) * 7 == pytest.approx(best, rel=0.05)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_trust_is_quests_mask_in_hadamard_coordinates(bits):
     """Panferov et al. 2025: gradient H(M ⊙ H g), M = |x̂_h − x_h| ≤ T = α*·RMS/(2^b − 1)."""
@@ -240,6 +244,7 @@ def test_straight_through_with_a_rotation_is_straight_through():
     np.testing.assert_array_equal(gradient, W)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("estimator", ALL)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradients_have_the_inputs_type_and_are_finite(estimator, dtype):

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 
+import children
 import numpy as np
 import pytest
 from conftest import ROOT, study_command
@@ -85,9 +86,7 @@ def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke,
     shutil.copytree(smoke.workdir, tmp_path, dirs_exist_ok=True)
     victim = min((tmp_path / "trials").glob("*.json"))
     victim.write_bytes(victim.read_bytes()[:1000])
-    done = subprocess.run(
-        study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = children.run(study_command(tmp_path), cwd=ROOT, timeout=120)
     assert done.returncode == 0
     assert f"warning: {victim} is unusable" in done.stderr
     assert results(tmp_path) == results(smoke.workdir)
@@ -96,7 +95,7 @@ def test_a_half_written_record_is_set_aside_with_a_warning_and_made_again(smoke,
 @pytest.mark.exhaustive
 def test_help_shows_every_flag():
     command = [sys.executable, "-m", "experiments.ptq_overtraining", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = children.run(command, cwd=ROOT, timeout=120)
     assert done.returncode == 0
     for flag in ("--preset", "--workdir", "--workers", "--shard", "--config.bits"):
         assert flag in done.stdout
@@ -110,9 +109,7 @@ def test_a_report_is_rebuilt_from_records_alone(smoke, tmp_path):
         *(f"trials/{p.name}" for p in (smoke.workdir / "trials").glob("*.json")),
     ):
         (tmp_path / name).write_bytes((smoke.workdir / name).read_bytes())
-    done = subprocess.run(
-        study_command(tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = children.run(study_command(tmp_path), cwd=ROOT, timeout=120)
     assert done.returncode == 0
     assert results(tmp_path) == results(smoke.workdir)
 
@@ -187,7 +184,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path, wanted):
     assert len(commands) >= len(wanted)
 
     def run(command):
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return children.run(command, cwd=ROOT, timeout=120)
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for words, done in zip(commands, pool.map(run, commands.values()), strict=True):
@@ -202,7 +199,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path, wanted):
 @pytest.mark.exhaustive
 def test_divergence_ends_with_one_line(tmp_path):
     command = study_command(tmp_path, "--config.peak_lr=1e30", study="train")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = children.run(command, cwd=ROOT, timeout=120)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: training diverged: the loss is")
 
@@ -213,7 +210,7 @@ def test_files_without_permission_are_named(tmp_path):
     secret.write_text("x" * 5000)
     secret.chmod(0)
     command = study_command(tmp_path / "w", "--config.data=text", f"--config.data_path={secret}")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = children.run(command, cwd=ROOT, timeout=120)
     assert (done.returncode, "cannot be read" in done.stderr) == (2, True)
 
 

@@ -81,6 +81,7 @@ def test_rules_as_people_write_them(pattern, texts):
         assert (Expression(pattern).fullmatch(text) is not None) == expected, text
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(
     ("pattern", "text"),
     [

@@ -35,7 +35,7 @@ def x64():
 # ---- float64
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_float64_beyond_float32_saturates(name, x64):
     """As documented: as float32's largest, and what is too small for float32 as zero."""
@@ -77,7 +77,7 @@ def test_float64_products_beyond_float32_are_right(name, x64):
 # ---- float32's ends
 
 
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("fmt", [jq.INT8, jq.Int(4, "midrise"), jq.BINARY, jq.NF4], ids=str)
 @pytest.mark.parametrize("estimator", [estimators.straight_through, estimators.clipped])
 @pytest.mark.parametrize("find", [calibration.absmax, calibration.gaussian])
@@ -129,7 +129,7 @@ RECIPES = [
 ]
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", RECIPES)
 def test_results_have_the_types_that_lax_gives(name):
     dot = jq.recipe(name)
@@ -221,6 +221,7 @@ def test_arrays_whose_numbers_are_known_and_right_are_taken():
         assert len(jax.tree.leaves(make())) >= 1
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("make", "value"),
     [

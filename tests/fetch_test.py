@@ -4,10 +4,10 @@ import dataclasses
 import gzip
 import hashlib
 import http.server
-import subprocess
 import sys
 import threading
 
+import children
 import pytest
 from conftest import ROOT, deb
 
@@ -136,7 +136,7 @@ def test_the_binary_says_in_a_line_what_is_wrong(tmp_path):
             "dict-gcide_0.48.5%2Bnmu2_all.deb is not",
         ),
     ):
-        done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+        done = children.run([*command, *flags], cwd=ROOT, timeout=120)
         assert done.returncode == 2
         assert message in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1

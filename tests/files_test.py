@@ -202,6 +202,7 @@ def test_a_lock_is_a_file(tmp_path, make):
         pass
 
 
+@pytest.mark.long
 def test_at_the_command_line_it_is_one_line_and_status_2(tmp_path):
     command = [sys.executable, "-m", "experiments.tokenize", "--config.data=text"]
     done = subprocess.run(
@@ -305,6 +306,7 @@ _FULL = """
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_is_the_systems_error_with_a_path_whoever_writes(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(_FULL), str(tmp_path)],

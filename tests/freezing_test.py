@@ -172,7 +172,7 @@ def test_weights_take_exactly_their_bits():
     assert sum(x.nbytes for x in leaves) == 64 * 32 * 3 // 8 + 4 * 32
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("donate", [False, True])
 def test_freezing_holds_one_layer_at_a_time(donate, monkeypatch):
     """Live buffers at their peak: above the model's own, one layer, where the floats are given up."""

@@ -116,7 +116,7 @@ MODELS = {
 }
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_frozen_equals_quantized_bit_for_bit_and_holds_no_float_weights(name, recipe):
@@ -136,6 +136,7 @@ def test_frozen_equals_quantized_bit_for_bit_and_holds_no_float_weights(name, re
     assert distance <= each * products**0.5 * np.linalg.norm(reference)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "int8_train"])
 def test_convolutions_freeze_with_kernels_turned_about(recipe):
     w = {"kernel": array(0, 3, 3, 1, 8), "kernel2": array(1, 3, 3, 4, 8)}

@@ -54,7 +54,7 @@ def test_it_keeps_the_type_and_takes_empty_arrays():
     assert hadamard(jnp.ones((3, 0)), 8).shape == (3, 0)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("fmt", [jq.INT8, jq.MXFP8], ids=str)
 @pytest.mark.parametrize("axis", [0, 1])

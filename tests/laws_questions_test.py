@@ -169,6 +169,7 @@ def test_records_and_single_values_are_taken(runs):
     assert laws.fit(laws.KUMAR_ONE, table, **fit).params == one.params
 
 
+@pytest.mark.long
 def test_runs_that_repeat_others_are_counted(runs):
     twice = {name: np.concatenate([column, column]) for name, column in runs.items()}
     found = laws.fit(laws.KUMAR_ONE, twice, bootstraps=0, starts=8)

@@ -261,6 +261,7 @@ def test_bad_questions_are_refused(call, words):
         call()
 
 
+@pytest.mark.long
 def test_a_plan_holds_its_budget_and_says_where_it_leaves_what_was_fitted():
     found = laws.plan(laws.KUMAR_2024, flops=1e20, serve_bits=4, ptq=laws.KUMAR_2024_PTQ)
     for row in found.rows:

@@ -174,6 +174,7 @@ def test_models_go_from_rules_to_serving_with_the_same_bits(tmp_path, name, reci
     np.testing.assert_array_equal(program(TOKENS), expected)
 
 
+@pytest.mark.long
 def test_calibrated_layers_of_a_stack_have_ranges_of_their_own():
     module = Stacked(1)
     quantized = linen.quantize(module, {".*": "w8a8"})

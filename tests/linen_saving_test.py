@@ -84,6 +84,7 @@ def stored(variables):
     return ["/".join(k.key for k in path) for path, leaf in found if is_stored(leaf)]
 
 
+@pytest.mark.long
 def test_what_is_loaded_trains_on(tmp_path):
     x = normal(5, 32)
     quantized = linen.quantize(MLP(), {".*": "w8a8"})
@@ -97,6 +98,7 @@ def test_what_is_loaded_trains_on(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, *gradients)
 
 
+@pytest.mark.long
 def test_rules_that_are_objects_come_back(tmp_path):
     x = normal(5, 32)
     dot = jq.DotGeneral(jq.Operands(None, jq.Quantizer(jq.NF4, 32)))
@@ -142,7 +144,7 @@ class Typed(nn.Module):
         return sum(head(x).astype(jnp.float32) for head in self.heads)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("saved", "here", "message"),

@@ -82,6 +82,7 @@ def test_models_train_quantized_and_serve_frozen_with_the_same_bits(recipe, name
     assert not np.array_equal(jax.jit(module.apply)(variables, x), expected)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_parameters_are_those_of_the_module(name):
     module, x = MODELS[name]
@@ -90,7 +91,7 @@ def test_parameters_are_those_of_the_module(name):
     assert found == expected
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_coverage_lists_every_product(name):
     module, x = MODELS[name]
@@ -394,6 +395,7 @@ def test_freezing_and_calibrating_refuse_what_they_cannot_do():
         linen.calibrate(linen.quantize(MLP(), {".*": "w8a16"}), variables, [x])
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16g16"])
 @pytest.mark.parametrize("axis", [1, 2])
 def test_layers_stacked_along_any_axis_are_quantized_each_by_itself(axis, recipe):
@@ -418,6 +420,7 @@ def test_layers_stacked_along_any_axis_are_quantized_each_by_itself(axis, recipe
     np.testing.assert_array_equal(quantized.apply(frozen, x), found)
 
 
+@pytest.mark.long
 def test_what_interception_could_not_reach_is_quantized():
     """A ConvTranspose, an attention of one's own, and a subclass of Embed with its own call."""
 

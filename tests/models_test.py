@@ -25,7 +25,7 @@ def test_sizes_are_what_their_names_say(name):
     assert abs(n / (digits * unit) - 1) < 0.16
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_logits_are_causal(kv_heads):
     config = lm.LMConfig(2, 32, 4, kv_heads, 64)
@@ -59,6 +59,7 @@ def test_grouped_queries_share_keys_and_values():
     assert logits.shape == (2, 5, 256)
 
 
+@pytest.mark.long
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
     model = lm.LM(lm.sized("3k", dtype="bfloat16"), nnx.Rngs(0))
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote their scale by themselves

@@ -121,6 +121,7 @@ def test_squares_beyond_float32_are_no_trouble(scale):
     assert found.sqnr == pytest.approx(seen(x, quantizer).sqnr, abs=0.02)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     "quantizer",
     [
@@ -142,6 +143,7 @@ def test_noise_is_that_of_fake_quant(quantizer):
     assert found.sqnr == pytest.approx(db(x, values), abs=0.02)
 
 
+@pytest.mark.long
 def test_a_traced_precision_is_measured():
     x = normals(64, 128)
     at = jax.jit(lambda b: measure(Quantized(x, jq.Quantizer(jq.Int(b), "channel"), (1,))).noise)
@@ -180,7 +182,7 @@ def by_hand(w, x, recipe):
     return {"up": (x, w["up"], gradients["up"]), "down": (hidden, w["down"], gradients["down"])}
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["int8_train", "fp8_train", "mxfp8_train", "w8a8", "w4a16g32"])
 def test_operands_and_gradients_by_hand(recipe):
     w, x = weights(), normals(64, 64, seed=5)
@@ -277,7 +279,7 @@ def unrolled(w, x):
     return x.var()
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.checkpoint, jax.jit])
 def test_layers_under_scan_have_statistics_of_their_own(wrap):
     w = jax.tree.map(lambda *a: np.stack(a), *[weights(seed) for seed in (0, 10, 20)])

@@ -196,7 +196,7 @@ FIRST = (
 )
 
 
-@pytest.mark.first(12)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", FIRST.split())
 def test_no_state_that_is_taken_for_not_negative_ever_is(name):
     """Beside optax itself: 30 steps of heavy-tailed gradients, with some that are zero."""
@@ -388,6 +388,7 @@ def test_optax_own_arguments_need_no_name(tx):
 # Wrappers
 
 
+@pytest.mark.long
 def test_sm3_is_updated():
     params = {"w": jnp.ones((128, 128)), "b": jnp.zeros(256)}
     plain: Any = optax.sm3(1e-2)
@@ -465,6 +466,7 @@ FUNCTIONS = {
 }
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_lie_within_their_bounds(name):
     """Every value of the program, beside NumPy's of random arguments."""

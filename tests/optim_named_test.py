@@ -64,6 +64,7 @@ SETTERS = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("setter", SETTERS)
 def test_hyperparameters_are_set_as_in_plain_optax(setter, order):
@@ -143,6 +144,7 @@ IN_EITHER_ORDER = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.first(1)
 @IN_EITHER_ORDER
 def test_multi_steps_says_when_it_has_updated(order):
     says = optax.MultiSteps(optax.adam(0.1), 2).has_updated
@@ -152,6 +154,7 @@ def test_multi_steps_says_when_it_has_updated(order):
         assert tree_get(state, "gradient_step") == exact.gradient_step
 
 
+@pytest.mark.first(1)
 @IN_EITHER_ORDER
 def test_rejected_updates_are_counted(order):
     gradients = [1, np.nan, 1, np.inf, np.nan]
@@ -277,6 +280,7 @@ def test_states_are_copied_scanned_donated_and_saved(adam, tmp_path):
     assert pool.is_deleted()
 
 
+@pytest.mark.first(1)
 @IN_EITHER_ORDER
 def test_optimizers_of_nnx_hold_such_states(order):
     make = lambda of: optax.inject_hyperparams(lambda rate: of(optax.adam(rate)))(0.1)  # noqa: E731

@@ -94,6 +94,7 @@ class Constant:
         return scores, memory, jnp.array(True)
 
 
+@pytest.mark.long
 def test_a_score_with_reach_still_decides():
     with pytest.warns(DeprecationWarning, match="reach is now max_bit_change") as found:
         policy = jq.optim.adaptive(5.0, interval=1, score=Constant())

@@ -184,6 +184,7 @@ def around(codec, bits, seed, decay=0.99, steps=400):
     return jnp.mean((x - optimum) ** 2)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("seed", range(3))
 def test_slow_momentum_to_nearest_drives_past_an_optimum_and_dithered_does_not(seed):
     exact = float(around(None, 8, seed))

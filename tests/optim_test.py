@@ -149,6 +149,7 @@ def test_roles_keep_what_they_are_told_to():
     assert "count" in reasons
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("linear", [1.0, 0.3])
@@ -165,6 +166,7 @@ def test_companded_codes_are_the_nearest_levels(bits, linear):
     np.testing.assert_allclose(found, gaps.min(-1), atol=2e-6)
 
 
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_stochastic_logarithmic_codes_keep_the_mean(bits):

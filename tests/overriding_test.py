@@ -58,7 +58,7 @@ def rounded(model, recipe):
     return model
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["w8a16", "w4a16"])
 def test_a_subclass_keeps_its_own_methods(recipe, tmp_path):
     model = Model()
@@ -149,7 +149,7 @@ OWN = {
 }
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", OWN)
 def test_a_method_of_ones_own_is_reached_whatever_it_does(name):
     """Its products are those of the weight quantized beforehand, and frozen they have the same bits."""
@@ -417,6 +417,7 @@ def test_linen_subclasses_keep_their_own_methods():
     np.testing.assert_array_equal(quantized.apply(frozen, TOKENS), found)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("embed", "dense", "is_direct"),
     [

@@ -33,6 +33,7 @@ def test_a_page_is_the_transpose_of_its_bits_as_numpy_has_it():
     assert not pool[0].any()
 
 
+@pytest.mark.long
 @hypothesis.given(BITS, st.data())
 @hypothesis.settings(max_examples=30, deadline=None)
 def test_what_is_written_is_read_through_any_changes_of_widths(bits, data):

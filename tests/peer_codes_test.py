@@ -87,6 +87,7 @@ def test_the_unsigned_map_of_8_bits_starts_at_zero():
 # Rounding
 
 
+@pytest.mark.first(2)
 @every_rounding
 def test_a_code_is_the_nearest_value(peer, rounding):
     x = moment_of(rounding, 8 * 1024)
@@ -183,6 +184,7 @@ def test_eligible_shapes(shape, expected):
     assert tuple(eligible(shape, peer) for peer in PEERS.values()) == expected
 
 
+@pytest.mark.long
 def test_a_last_block_that_is_not_whole_takes_a_scale_and_no_codes():
     moment = codes.zeros((63, 67), bitsandbytes())
     assert isinstance(moment, Coded)

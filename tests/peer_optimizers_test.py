@@ -58,6 +58,7 @@ def trained(tx, steps=150):
     return run((params, tx.init(params)))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("name", "bits"), [("torchao 4", 4.25), ("torchao 8", 8.125), ("bitsandbytes", 8.125)]
 )
@@ -72,6 +73,7 @@ def test_bytes_are_those_of_codes_and_scales_before_and_after_a_step(name, bits)
         _, state = tx.update(params, state, params)
 
 
+@pytest.mark.first(1)
 @every_optimizer
 def test_leaves_that_are_not_coded_are_optax_bit_for_bit(name):
     params, _ = problem()
@@ -86,7 +88,7 @@ def test_leaves_that_are_not_coded_are_optax_bit_for_bit(name):
         found = optax.apply_updates(found, updates)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @every_optimizer
 def test_the_first_step_is_taken_with_exact_moments(name):
     """The order of both peers: update first, then store."""
@@ -98,6 +100,7 @@ def test_the_first_step_is_taken_with_exact_moments(name):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.first(1)
 @every_optimizer
 def test_the_second_step_is_taken_with_decoded_moments(name):
     params, loss = problem()
@@ -112,6 +115,7 @@ def test_the_second_step_is_taken_with_decoded_moments(name):
     np.testing.assert_allclose(found["up"], expected, rtol=1e-5)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["torchao 8", "bitsandbytes"])
 def test_8_bits_train_almost_as_float32(name):
     _, losses = trained(OPTIMIZERS[name](1e-2))

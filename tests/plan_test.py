@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 
+import children
 import pytest
+from conftest import ROOT
 
 
 def plan(*flags: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.plan", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return children.run(command, timeout=300, cwd=ROOT)
 
 
 @pytest.mark.exhaustive

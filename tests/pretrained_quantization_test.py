@@ -77,6 +77,7 @@ def test_a_search_is_judged_by_what_it_minimises_too():
     assert f"is +0.0600 nats less (90 % interval {0.06 - half:+.4f} to {0.06 + half:+.4f})" in said
 
 
+@pytest.mark.long
 def test_the_report_is_of_what_is_finished(tmp_path):
     summary = write(tmp_path, [bits("kv8", (0.0, 0.0, 0.0))], expected=3)
     assert summary["trials"] == {"finished": 1, "expected": 3}

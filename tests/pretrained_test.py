@@ -268,6 +268,7 @@ class PlainCache:
         return jax.nn.dot_product_attention(query, self.key, self.value, mask=mask[None, None])
 
 
+@pytest.mark.long
 def test_decoding_with_a_cache_equals_the_whole_at_once(small):
     model, _ = small
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 9)), jnp.int32)

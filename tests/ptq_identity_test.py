@@ -124,6 +124,7 @@ def test_what_is_made_again_is_the_same_and_what_differs_is_not(what):
     assert known(A[what](0)) != known(A[what](1))
 
 
+@pytest.mark.long
 def test_another_process_comes_to_the_same():
     code = "import ptq_identity_test as t; print([t.known(make(0)) for make in t.A.values()])"
     done = subprocess.run(

@@ -249,6 +249,7 @@ def test_the_schedules_are_compared_with_an_interval():
     assert "At no size" in report._attribution([same])
 
 
+@pytest.mark.long
 def test_a_trial_that_diverges_has_a_record_that_says_so(tmp_path):
     config = dataclasses.replace(
         study.PRESETS["smoke"],

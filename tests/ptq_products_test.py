@@ -236,6 +236,7 @@ class Tied(nnx.Module):
         return jnp.tanh(self.up(self.embed(tokens))) @ self.embed.embedding[...].T
 
 
+@pytest.mark.long
 def test_an_embed_of_ones_own_and_a_raw_head_share_a_table():
     model, tokens = Tied(), [jnp.arange(12).reshape(2, 6) + i for i in range(2)]
     for method in ("rtn", "gptq", "awq+gptq", "hadamard"):
@@ -247,6 +248,7 @@ def test_an_embed_of_ones_own_and_a_raw_head_share_a_table():
         assert jnp.linalg.norm(RUN(frozen, tokens[0]) - exact) < 0.2 * jnp.linalg.norm(exact)
 
 
+@pytest.mark.long
 def test_memory_counts_every_matrix():
     """With room for one matrix of each of two stacks, a stack is a stage, and the other sees it rounded."""
 
@@ -272,6 +274,7 @@ def test_memory_counts_every_matrix():
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in pairs)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("how", ["parts", "heads", "left", "stacked"])
 def test_what_is_rounded_is_saved_and_goes_on(how, tmp_path):
     model, xs = Raw(how), inputs(how)
@@ -326,6 +329,7 @@ def test_a_weight_in_a_list_is_named_before_anything_is_rounded():
         quantized(Listed(), inputs("twice"))
 
 
+@pytest.mark.long
 def test_a_search_reaches_raw_weights():
     class Mixed(nnx.Module):
         def __init__(self):

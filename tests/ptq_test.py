@@ -100,7 +100,7 @@ def test_a_layer_gets_what_its_solver_gives():
     np.testing.assert_array_equal(found.scale, expected.scale)
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("recipe", "method", "outlier"),
     [
@@ -141,6 +141,7 @@ def test_a_layer_sees_its_inputs_as_the_layers_before_it_leave_them():
     assert (np.asarray(unaware.qvalue) != np.asarray(expected.qvalue)).any()
 
 
+@pytest.mark.long
 def test_stacked_layers_are_solved_as_if_alone():
     model, data = Stack(nnx.Rngs(0)), batches()
     found = read(quantized(model, {".*": "w3a16"}, data).layers.kernel)
@@ -330,7 +331,7 @@ def test_a_mask_that_hides_nothing_changes_nothing():
     np.testing.assert_allclose(masked, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_batch_axes_are_matrices_of_their_own(method):
     layer = nnx.LinearGeneral(WIDTH, 8, batch_axis={0: 3}, rngs=nnx.Rngs(0))

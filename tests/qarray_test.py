@@ -24,7 +24,7 @@ SHAPES = [(1,), (9,), (0, 4), (3, 1), (5, 8), (2, 3, 4)]
 arrays = st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.float32, s, elements=finite))
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(1)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)

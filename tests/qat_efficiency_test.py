@@ -363,6 +363,7 @@ def test_every_size_can_be_rotated_in_blocks_of_32(config):
     assert config.width % 32 == config.hidden % 32 == 0
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("estimator", stages.ESTIMATORS)
 def test_rules_reach_every_layer(digits, text, estimator):
     for task, count in ((digits, 6), (text, 7)):
@@ -444,7 +445,7 @@ def test_bit_operations_are_macs_times_bits(digits):
     assert everything["macs"] == patches + head + block + attention
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("arm", [Arm("qat", "lsq", "w4a4"), Arm("qat", "quest", "w2a16")])
 def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits, arm):
     model = digits.make(0)

@@ -50,6 +50,7 @@ def test_rounding_has_no_gain_and_a_known_error(recipe):
     assert row.elements == 64 * 64
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant", "hadamard"])
 def test_scales_of_channels_and_rotations_are_taken_off(method):
     recipe = "w8a8-token" if method in ("smoothquant", "hadamard") else "w4a16"

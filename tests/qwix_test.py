@@ -51,7 +51,7 @@ def equal(found, expected) -> bool:
     return found.shape == expected.shape and bool((found == expected).all())
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("fmt", "qtype", "size"),
     [

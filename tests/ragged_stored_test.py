@@ -57,7 +57,7 @@ def inside(x) -> np.ndarray:
     return np.where(np.arange(len(x))[:, None] < SIZES.sum(), x, 0)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("name", RECIPES)
 def test_stored_experts_are_those_that_the_product_quantizes(name):
     dot, lhs = jq.recipe(name), inside(LHS)
@@ -108,6 +108,7 @@ def test_activations_before_stored_experts_are_trained(name):
     assert np.linalg.norm(found - exact) < 0.2 * np.linalg.norm(exact)
 
 
+@pytest.mark.long
 def test_half_precision_rows():
     for name in ("w4a16g16", "nf4", "w4a16", "w8a8"):
         rows = jnp.array(LHS, jnp.bfloat16)
@@ -182,7 +183,7 @@ TRAINED = ["w8a8", "w4a16g16", "int8_train", "fp8_train", "nf4"]
 SHORT = [("w8a8", False), ("nf4", False), ("w4a16g16", True)]
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "transposed"),
     [

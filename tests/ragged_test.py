@@ -73,7 +73,7 @@ def test_float_gradients_are_those_of_the_quantized_operands(sizes, arithmetic):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("sizes", GROUPS)
 def test_native_gradients_are_integer_products_with_carried_scales(sizes):
     dlhs, drhs = gradients(native(CHANNEL, jq.Operands(CHANNEL, None, "native")), sizes)

@@ -41,7 +41,7 @@ SHARES = {
 }
 
 
-@pytest.mark.first(7)
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_recipes_stay_near_the_float_product_forward_and_backward(name, dtype):

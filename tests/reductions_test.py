@@ -63,7 +63,7 @@ def check_groups(function, shape, groups, dtype=jnp.float32, bads=BAD) -> None:
                 np.testing.assert_array_equal(np.isnan(found), wanted, f"{name}, {bad} at {place}")
 
 
-@pytest.mark.first(9)
+@pytest.mark.first(5)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: np.dtype(d).name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_bad_element_makes_its_group_nan_and_no_other_at_any_size(shape, dtype):
@@ -290,7 +290,7 @@ def in_float() -> dict:
     return spoiled_steps(step(None))
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_nan_in_a_step_shows_wherever_it_does_in_float(recipe):
     for case, (is_finite, gradients) in spoiled_steps(step(recipe)).items():
@@ -335,6 +335,7 @@ def ragged(name: str):
     return lambda x, w: product(x, jnp.stack([w, w]), sizes)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("recipe", ["int8_train", "w8a8", "w4a16"])
 @pytest.mark.parametrize("kind", [convolution, ragged])
 def test_convolutions_and_ragged_products_show_it(kind, recipe):

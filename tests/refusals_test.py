@@ -40,6 +40,7 @@ class Two(nnx.Module):
 ALONE = "made of first/g and first/v, and rule 'first/v' names first/v alone"
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -193,6 +194,7 @@ class WithStatistics(nn.Module):
         return nn.Dense(8)(x)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "mutable",
     [
@@ -255,6 +257,7 @@ class Both(nnx.Module):
         return self.last(self.first(x))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("transform", [lambda f: f, nnx.jit])
 @pytest.mark.parametrize("cls", [Counting, Both])
 def test_attributes_that_a_call_changes_are_written_to_the_quantized_model(cls, transform):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import children
 import pytest
 from conftest import ROOT
 from jax.sharding import AbstractMesh
@@ -114,10 +115,10 @@ def command(workdir, *flags):
 
 def started(workdir, devices, **config):
     flags = [f"--config.{k}={v}" for k, v in config.items()]
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    return subprocess.run(
-        command(workdir, *flags), cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=300,
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    }
+    return children.run(command(workdir, *flags), cwd=ROOT, env=environment, timeout=300,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ def compared(kind: str, part: str) -> int:
     return done.stdout.count("compared")
 
 
+@pytest.mark.long
 def test_gradients_and_packed_codes_under_explicit_axes():
     assert compared("Explicit", "smallest") == 3
 

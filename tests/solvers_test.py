@@ -117,6 +117,7 @@ def test_gptqs_block_is_a_matter_of_speed(block):
     assert np.mean(found == expected) >= 0.999
 
 
+@pytest.mark.first(3)
 @battery
 def test_gptq_has_quantizes_form_and_scales(quantizer):
     weight, hessian = layer()
@@ -284,6 +285,7 @@ def state_of(seed: int = 0) -> statistics.InputStatistics:
     return statistics.update(statistics.statistics(N), jnp.array(inputs(seed)))
 
 
+@pytest.mark.first(2)
 @among("int3 channel", "uint3 minmax", "int3 rotated", "nvfp4")
 def test_activation_aware_scales_lose_least_of_the_grid(quantizer):
     weight, state = layer()[0], state_of()
@@ -416,6 +418,7 @@ def test_a_smoothed_product_in_floating_point_is_the_product():
         np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("inner", WEIGHT_AND_INPUTS.values(), ids=WEIGHT_AND_INPUTS)
 def test_a_smoothed_product_of_a_stored_weight_is_that_of_the_weight(inner):
     """Bit for bit, whether the scales are data or constants of the program."""

@@ -123,7 +123,7 @@ def check(model, recipe, layer=Block):
     assert error < (1e-5 if "a16" in recipe else 1e-2)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("axis", "recipe"), [(1, "w4a8"), (2, "w8a16"), (2, "w4a4-lsq"), (-1, "w3a16")]
 )
@@ -131,7 +131,7 @@ def test_stacked_layers_are_quantized_each_by_itself(axis, recipe):
     check(Stack(axis), recipe)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("layer", "axis"), [(Convolution, 1), (Convolution, -1), (Convolution, 0), (Table, 1)]
 )
@@ -163,7 +163,7 @@ class Heads(nnx.Module):
         return x + self.up(self.out(self.query(x)))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("layer", "axis"), [(Narrow, 1), (Narrow, -1), (Heads, 1), (Heads, 0)])
 def test_sizes_that_leave_several_axes(layer, axis):
     check(Stack(axis, layer), "w8a16", layer)
@@ -177,6 +177,7 @@ class Square(nnx.Module):
         return self.linear(x)
 
 
+@pytest.mark.long
 def test_where_nothing_tells_the_axis_another_is_an_error_and_no_number():
     x = inputs()[..., :LAYERS]
     for recipe in ("w8a16", "w4a4-lsq"):
@@ -240,7 +241,7 @@ def test_stacks_of_stacks(tmp_path):
     np.testing.assert_array_equal(RUN(jq.nnx.freeze(rotated), x), RUN(rotated, x))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("axis", "recipe"), [(-1, "w3a16"), (1, "w4a4-quest"), (1, "mxfp4")])
 def test_stacks_are_saved_and_counted(axis, recipe, tmp_path):
     model, x = Stack(axis), inputs()
@@ -268,7 +269,7 @@ class One(nnx.Module):
         return jnp.tanh(self.linear(x))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_stacks_are_rounded_after_training_as_their_layers_alone(method):
     model = Stack(1, One)
@@ -285,6 +286,7 @@ def test_stacks_are_rounded_after_training_as_their_layers_alone(method):
     assert jnp.linalg.norm(outputs - expected) < 2e-2 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.long
 def test_ranges_are_each_layers_own():
     model, x = Stack(1), inputs()
     quantized = jq.nnx.calibrate(jq.nnx.quantize(model, {".*": "w8a8"}), [x, x / 2])
@@ -314,7 +316,7 @@ class Ensemble(nnx.Module):
         return nnx.vmap(lambda layer, x: layer(x), in_axes=(self.axis, 0))(self.layers, x)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a4-lsq", "int8_train"])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_layers_side_by_side_have_ranges_of_their_own(recipe, axis):

@@ -49,6 +49,7 @@ print("same")
 """
 
 
+@pytest.mark.long
 def test_packed_arrays_are_sharded_by_rows():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
@@ -65,7 +66,7 @@ def quantized(name: str) -> jq.QArray:
     return jq.quantize(X, QUANTIZERS[name])
 
 
-@pytest.mark.first(6)
+@pytest.mark.first(3)
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("shape", [(8,), (3, 13), (2, 0), (0, 5), (2, 1, 16)])
@@ -90,6 +91,7 @@ def test_a_packed_array_is_the_same_array_in_fewer_bytes(name):
     assert packed.nbytes == sum(a.nbytes for a in jax.tree.leaves(packed)) + 64 * (name == "nf4")
 
 
+@pytest.mark.long
 def test_bytes_are_those_of_the_buffers_with_scales_and_tables():
     assert quantized("int5").pack().bits_per_element == 5 + 32 / 64
     assert quantized("mxfp4").pack().bits_per_element == 4 + 8 / 32
@@ -107,6 +109,7 @@ def test_packed_arrays_pass_through_transformations():
     np.testing.assert_array_equal(scanned, jq.dequantize(q))
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("name", QUANTIZERS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_arrays_and_back(name, packed):

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -47,6 +47,7 @@ def test_shards_hold_the_documents_in_order(tmp_path, lines):
     assert sizes == [1024 + 1000] * (len(expected) // 500) + [1024 + 2 * (len(expected) % 500)]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("stop", [0, 1, 3])
 def test_stopped_it_goes_on_to_the_same_bytes(tmp_path, lines, monkeypatch, stop):
     run(lines, tmp_path / "whole")
@@ -143,9 +144,7 @@ def test_a_run_trains_on_them(tmp_path):
         ("b", "train", (*model, *common)),
     ):
         command = [sys.executable, "-m", f"experiments.{module}", f"--workdir={tmp_path / name}"]
-        done = subprocess.run(
-            [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=200
-        )
+        done = children.run([*command, *flags], cwd=ROOT, timeout=200)
         assert done.returncode == 0, done.stderr[-2000:]
     results = [json.loads((tmp_path / x / "result.json").read_text()) for x in "ab"]
     assert results[0]["epochs"] > 0

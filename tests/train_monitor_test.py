@@ -2,10 +2,10 @@
 
 import json
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
+import children
 import jax
 import numpy as np
 import pytest
@@ -118,6 +118,7 @@ def test_a_run_that_goes_on_has_the_records_of_one_that_did_not_stop(monitored, 
         assert ours == theirs
 
 
+@pytest.mark.long
 def test_weights_by_hand(monitored):
     """The first record's weights are those of the checkpoint-free start, two steps on: amax of each layer."""
     made = program.make_program(config(), sharding.make_mesh(), 256)
@@ -131,7 +132,7 @@ def test_weights_by_hand(monitored):
         )
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -142,9 +143,7 @@ def test_weights_by_hand(monitored):
 )
 def test_bad_input_is_one_line_and_status_two(tmp_path, arguments, words):
     command = [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={tmp_path}"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    done = children.run([*command, *arguments], cwd=ROOT, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.strip().splitlines()) == 1

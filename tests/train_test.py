@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import chex
+import children
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -195,7 +196,7 @@ def grown(toy, context):
     return [context.cached(str(end), functools.partial(point, end)) for end in stops]
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 @pytest.mark.parametrize("cut_at", [1, 4, 6, 8])  # in the trunk, the first branch, both again
 def test_a_trial_cut_off_between_saves_ends_in_the_same_record(toy, tmp_path, cut_at, seconds):
@@ -269,6 +270,7 @@ def test_a_guard_skips_the_updates_of_bad_steps(toy):
         guarded(toy)
 
 
+@pytest.mark.long
 @pytest.mark.exhaustive
 def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path):
     state, history, at = guarded(toy, tmp_path / "run", action="roll_back")
@@ -338,12 +340,11 @@ def train_binary(workdir, devices, steps=50, **config):
     flags = [f"--config.{k}={v}" for k, v in config.items()]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
     }
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={workdir}",
+    return children.run([sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={workdir}",
          f"--config.steps={steps}", "--config.log_every=1", "--config.checkpoint_every=25", *flags],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, timeout=300,
     )  # fmt: skip
 
 
@@ -419,7 +420,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
         count = f"--xla_force_host_platform_device_count={math.prod(sizes)}"
         done = subprocess.run(
             [sys.executable, "-c", VISION, *map(str, sizes)], cwd=ROOT, text=True, timeout=300,
-            env=os.environ | {"XLA_FLAGS": count}, capture_output=True,
+            env=os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}, capture_output=True,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-2000:]
         found.append(np.array(json.loads(done.stdout)))
@@ -462,12 +463,13 @@ def test_what_no_run_could_use_is_named(tmp_path, change, words):
 )
 def test_flags_of_what_cannot_be_looked_at_are_named(tmp_path, flag, words):
     command = [sys.executable, "-m", "experiments.train", "--preset=smoke", f"--workdir={tmp_path}"]
-    done = subprocess.run([*command, flag], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = children.run([*command, flag], cwd=ROOT, timeout=100)
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_model_that_is_scanned_computes_as_one_that_is_not():
     listed = lm.sized("3k")
     stacked = dataclasses.replace(listed, scan=True, remat=True)

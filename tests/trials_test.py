@@ -72,6 +72,7 @@ def store(tmp_path):
 GRID = [Trial(n) for n in range(5)]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_trial_has_one_record_and_scratch_is_gone(store, workers):
     run(store, GRID, workers=workers)
@@ -95,6 +96,7 @@ def test_finished_trials_are_skipped(store):
     assert all(p.stat().st_mtime_ns == at for p, at in before.items())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_programs_are_kept_while_trials_are_of_one_kind(store, workers):
     """Nine trials of three kinds, each with a program of its own: one process holds three, not nine."""
@@ -107,6 +109,7 @@ def test_programs_are_kept_while_trials_are_of_one_kind(store, workers):
     assert max(held) <= 3
 
 
+@pytest.mark.long
 def test_a_process_of_several_runs_trials_of_one_kind(store):
     grid = [Trial(n, "watched") for n in range(9)]
     run(store, grid, workers=2)
@@ -125,6 +128,7 @@ def test_shards_cover_the_grid_once(store):
     assert sizes == [2, 4, 5]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_damaged_record_is_set_aside_and_made_again(store, workers, caplog):
     run(store, GRID)
@@ -138,6 +142,7 @@ def test_a_damaged_record_is_set_aside_and_made_again(store, workers, caplog):
     assert "not this trial's record" in caplog.text
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("kind", "reason"), [("bad", "cannot do 9"), ("dies", "exit code 7")])
 def test_a_failing_trial_is_named_and_costs_only_itself(store, kind, reason):
     with pytest.raises(RuntimeError, match=rf"1 trial\(s\) failed.*number=9(?s:.*){reason}"):
@@ -145,6 +150,7 @@ def test_a_failing_trial_is_named_and_costs_only_itself(store, kind, reason):
     assert sum(store.read(t) is not None for t in GRID) == 5
 
 
+@pytest.mark.long
 def test_workers_that_die_are_replaced_and_cost_their_own_trials_alone(store):
     """The two costliest trials come first, and end both workers."""
     with pytest.raises(RuntimeError, match=r"2 trial\(s\) failed"):
@@ -180,6 +186,7 @@ def test_workers_end_with_their_parent(store, tmp_path):
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_and_keeps_what_is_finished(store):
     run(store, GRID[:3])
     with pytest.raises(OSError, match="No space left"):

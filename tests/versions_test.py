@@ -135,6 +135,7 @@ for i in range(25):
 """
 
 
+@pytest.mark.long
 def test_two_processes_publish_at_once(versions):
     started = [
         subprocess.Popen(

@@ -99,6 +99,7 @@ def reference(model, pixels, patch):
     return np.stack(logits)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("pooling", "patch"), [("mean", 4), ("token", 7)])
 def test_logits_agree_with_numpy(pixels, pooling, patch):
     model = make(layers=2, pooling=pooling, patch=patch)
@@ -137,6 +138,7 @@ def test_positions_tell_patches_apart(pixels):
     np.testing.assert_allclose(logits_of(model, moved), logits_of(model, pixels), atol=1e-4)
 
 
+@pytest.mark.long
 def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32(pixels):
     model = make(dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("float32")}

@@ -91,6 +91,7 @@ def events(folder) -> list[tuple[int, str, float]]:
 # ---- the run
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "guard",
     [train.STOP, DivergencePolicy("roll_back", spike=20.0), DivergencePolicy("skip", spike=20.0)],
@@ -247,6 +248,7 @@ def test_the_watchdog_gives_what_it_gets():
     assert slow.get_state() == {"at": 8}
 
 
+@pytest.mark.long
 def test_a_process_whose_input_hangs_ends_and_may_be_started_again():
     """Threads of a pool, as Grain has, would be waited for at the end of the process."""
     program = """

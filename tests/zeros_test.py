@@ -70,6 +70,7 @@ def seen(x, quantizer) -> np.ndarray:
     return np.asarray(found)
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", WITHOUT_ZERO + WITH_ZERO)
 def test_groups_of_zeros_are_zeros_beside_others(name):
     x, gone = with_zeros(X)
@@ -82,6 +83,7 @@ def test_groups_of_zeros_are_zeros_beside_others(name):
     assert np.abs(seen(0 * X, quantizer(name))).max() <= LEAST
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("hadamard", [None, 16])
 @pytest.mark.parametrize(
     "find",
@@ -131,6 +133,7 @@ def test_groups_that_hold_a_nan_stay_nan_beside_zeros(name):
         assert not np.isnan(np.delete(found, 1, 0)).any()
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", ["int4", "int4midrise", "block(int4midrise,16,fp16,1)", "mxint8"])
 @pytest.mark.parametrize(
     "estimator", [estimators.clipped, estimators.pact, estimators.lsq, estimators.trust]
@@ -181,6 +184,7 @@ RECIPES = [
 ]
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_products_zeros_are_floats(name):
     """Zero weights, a dead column, zero activations, a zero gradient; at a size where kernels start."""
@@ -198,6 +202,7 @@ def test_a_products_zeros_are_floats(name):
         assert jnp.linalg.norm(zeros[2] - floats[2]) < 0.3 * jnp.linalg.norm(floats[2])
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("name", RECIPES[:5])
 def test_a_layer_of_zeros_gives_zeros_and_so_does_it_frozen(name):
     rules = [(".*", recipe(name))]
