@@ -2,7 +2,7 @@
 
     import jaxquant as jq
 
-Formats (`Int`, `Float`, `Codebook`, `Block`) are grids.  A `Quantizer` says how a tensor is laid onto
+Formats (`Int`, `Float`, `Codebook`, `Block`) are grids.  A `Quantizer` says how a tensor is rounded to
 one.  Three verbs act on it: `quantize`, `dequantize`, `fake_quant`.  `DotGeneral`, `einsum`,
 `ConvGeneralDilated` and `RaggedDot` go wherever lax's own go, `recipe` names the usual ones, and
 `jq.nnx.quantize` puts them into a Flax model, `jq.functions.quantize` into any function.

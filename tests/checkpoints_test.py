@@ -111,7 +111,7 @@ def test_any_flipped_byte_is_found(folder, caplog, is_sealed):
     whole = {path: path.read_bytes() for path in paths}
     places = np.cumsum([len(content) for content in whole.values()])
     with Checkpoints(folder) as checkpoints:
-        assert checkpoints._broken(20) is None
+        assert checkpoints._find_damage(20) is None
         if not is_sealed:
             (folder / "20" / "seal.json").unlink()
         for place in np.random.default_rng(0).choice(places[-1], 60, replace=False):
@@ -120,7 +120,7 @@ def test_any_flipped_byte_is_found(folder, caplog, is_sealed):
                 content = bytearray(whole[paths[number]])
                 content[place - (places[number - 1] if number else 0)] ^= 1 << int(place % 8)
                 paths[number].write_bytes(content)
-                assert checkpoints._broken(20) is not None, (paths[number], place)
+                assert checkpoints._find_damage(20) is not None, (paths[number], place)
                 paths[number].write_bytes(whole[paths[number]])
     content = bytearray(whole[paths[0]])
     content[0] ^= 1

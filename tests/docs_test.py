@@ -26,8 +26,6 @@ PRIVATE = [
     "lineage",
     "subjects",
     "ledger",
-    "told to stop",
-    "set aside",
     "contests?",
     "sees_all",
     "describe_operation",

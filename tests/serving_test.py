@@ -257,7 +257,7 @@ def test_every_flip_in_a_zip_directory_is_no_other_program(product):
             damaged = bytearray(product)
             damaged[place] ^= 1 << bit
             try:
-                parts = serving._unpacked(bytes(damaged))
+                parts = serving._unzip(bytes(damaged))
             except Exception:
                 with pytest.raises(ValueError, match="no whole program"):
                     serving.load(bytes(damaged))

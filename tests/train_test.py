@@ -292,7 +292,7 @@ def test_a_guard_rolls_back_and_goes_on_with_the_data_that_follows(toy, tmp_path
     "bad", [{"action": "wait"}, {"spike": 0.5}, {"steps": 0}, {"most": 0}, {"spike": math.nan}]
 )
 def test_guards_that_there_are_not_are_refused(bad):
-    with pytest.raises(ValueError, match="a guard"):
+    with pytest.raises(ValueError, match="the divergence policy"):
         DivergencePolicy(**bad)
 
 

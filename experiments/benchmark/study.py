@@ -189,7 +189,7 @@ def _machine() -> dict:
 
 
 def _timed(runs: dict, rounds: int, what: str) -> dict:
-    """A interleaved_timing after a interleaved_timing that warms every contestant up, under one bar."""
+    """Times the runs, after a warm-up of each, with one progress bar."""
     with tqdm(total=_WARM_UP + rounds, desc=what, unit="round") as bar:
         interleaved_timing(runs, _WARM_UP, on_round=bar.update)
         return interleaved_timing(runs, rounds, on_round=bar.update)

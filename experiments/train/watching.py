@@ -118,14 +118,14 @@ class Watch:
         self._at += steps
         trained, self._trained = self._trained, 0
         saving += self._monitor.seconds  # neither is training
-        lap = saving - self._saving, self.batches.seconds - self._waiting
+        pauses = saving - self._saving, self.batches.seconds - self._waiting
         self._saving, self._waiting = saving, self.batches.seconds
         if not trained:  # it has read a checkpoint
             return
         if steps != trained:  # it went back to one
             self._meter.start()
             return
-        figures = self._meter.interval(steps, *lap)
+        figures = self._meter.interval(steps, *pauses)
         rate = float(self._schedule(self._at - 1))
         self._write({"loss/train": loss, "learning_rate": rate} | figures)
 

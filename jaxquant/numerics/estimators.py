@@ -1,7 +1,7 @@
-"""Estimators: what stands in for the gradient of rounding, which is zero almost everywhere.
+"""Estimators of the gradient of rounding, which is zero almost everywhere.
 
-An estimator gets a tensor laid onto its grid and returns x̂ = s · q with the gradient that it stands
-for: to x, and to the scale s where that is learned.  All arrays are float32 and broadcast against x.
+An estimator takes a `GridTensor` and returns x̂ = s · q with an estimated gradient: for x, and for the
+scale s if s is learned.  All arrays are float32 and broadcast against x.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ __getattr__ = renamed_names(globals(), {"Laid": "GridTensor"})
 
 @dataclasses.dataclass(frozen=True)
 class GridTensor:
-    """A tensor x laid onto a grid.
+    """A tensor x and its values q on a grid.
 
     Attributes:
         x: values, differentiable.
@@ -48,14 +48,14 @@ class GridTensor:
     def inside(self) -> jax.Array:
         """Elements within the grid's range; all of them if the range is NaN.
 
-        So the gradient of a group that holds a NaN is passed on, with the NaNs that it has by then.
+        So a group that contains a NaN passes its gradient on, NaNs included.
         """
         scale = jax.lax.stop_gradient(self.scale)
         return ~((self.x < self.low * scale) | (self.x > self.high * scale))
 
 
 def straight_through(tensor: GridTensor) -> jax.Array:
-    """∂x̂/∂x = 1 everywhere, nothing to the scale.
+    """∂x̂/∂x = 1 everywhere, none to the scale.
 
     Source: Bengio et al. 2013, arXiv 1308.3432.
     """
@@ -63,7 +63,7 @@ def straight_through(tensor: GridTensor) -> jax.Array:
 
 
 def clipped(tensor: GridTensor) -> jax.Array:
-    """∂x̂/∂x = 1 within the range and 0 where x is clipped, nothing to the scale.
+    """∂x̂/∂x = 1 within the range and 0 where x is clipped, none to the scale.
 
     Source: Hubara et al. 2016, arXiv 1609.07061, equation 4.
     """

@@ -1,4 +1,4 @@
-"""Groups: which elements of an array share a scale, and views of the array that tell them apart."""
+"""Groups: the elements of an array that share a scale, and views with an axis for each."""
 
 import operator
 from collections.abc import Sequence

@@ -19,7 +19,7 @@ def pack_bits(
     """Packs each row of codes into bit planes: b · ⌈n/8⌉ bytes.
 
     Byte j · ⌈n/8⌉ + g of a row holds bit j of the row's codes 8g … 8g + 7, the first in the lowest bit.
-    Rows stay apart, so leading axes can be mapped over, scanned and sharded.
+    Rows are packed separately, so leading axes can be mapped over, scanned and sharded.
 
     Args:
         codes: unsigned integers below 2^bits, of at least one axis.

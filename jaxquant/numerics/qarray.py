@@ -1,4 +1,4 @@
-"""Three verbs on one noun: `quantize` gives a `QArray`, `dequantize` takes one back, `fake_quant` is both.
+"""`quantize` returns a `QArray`, `dequantize` inverts it, and `fake_quant` does both.
 
 For each group of elements that share a scale s (a tensor, a channel, a block, a tile):
 
@@ -6,12 +6,11 @@ For each group of elements that share a scale s (a tensor, a channel, a block, a
 
 with the range r by calibration, computed in float32.  With an asymmetric range [l, h] there is a zero
 point too:  s = (h − l) / (max − min),  z = round(min − l / s),  q = format.round(x / s + z),
-x̂ = s · (q − z).  A group that holds a NaN or an Inf has no scale and decodes to NaN as a whole, and so
-does one whose given range is negative.  A group of zeros has the scale 0 and decodes to zeros, also on a grid
-that has no zero.
+x̂ = s · (q − z).  A group that contains a NaN or an Inf, or whose given range is negative, decodes to NaN.
+A group of zeros has the scale 0 and decodes to zeros, also on a grid without a zero.
 
-What is beyond float32 saturates: a float64 value counts as the nearest float32, the largest where it is
-larger, and below the smallest normal one hardware may take it for zero.  Inf and NaN stay what they are.
+Values beyond float32 saturate: a float64 value is rounded to float32, and to the largest if it is larger.
+Hardware may flush values below the smallest normal one to zero.  Inf and NaN are kept.
 """
 
 import dataclasses
@@ -312,7 +311,7 @@ def quantize(
     axis: int | Sequence[int] = -1,
     key: jax.Array | Callable[[jax.Array], jax.Array] | None = None,
 ) -> QArray:
-    """Lays an array onto a grid and stores it: q = format.round(x / s) in the format's array type.
+    """Quantizes an array: q = format.round(x / s) in the format's array type.
 
     Args:
         x: values, floating point.
@@ -353,8 +352,8 @@ def _quantize(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array | None]:
     """Returns a QArray's arrays."""
     element = quantizer.element
-    laid_out = to_float32_rotated(x, quantizer, axis)
-    grid, scales, _ = to_grid(laid_out, quantizer, axis, key)
+    rotated = to_float32_rotated(x, quantizer, axis)
+    grid, scales, _ = to_grid(rotated, quantizer, axis, key)
     stored = element.store(grid.reshape(x.shape))
     scale = scales.scale.reshape(groups)
     if isinstance(quantizer.format, Block):
@@ -424,11 +423,11 @@ def fake_quant(
 
 
 def _fake_quant(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.Array:
-    laid_out = to_float32_rotated(x, quantizer, axis)
+    rotated = to_float32_rotated(x, quantizer, axis)
     if quantizer.estimator is estimators.straight_through:
         # The rotation is orthogonal, so that passing the gradient whole within it passes it whole.
-        laid_out = jax.lax.stop_gradient(laid_out)
-    grid, scales, view = to_grid(laid_out, quantizer, axis, key)
+        rotated = jax.lax.stop_gradient(rotated)
+    grid, scales, view = to_grid(rotated, quantizer, axis, key)
     low, high = quantizer.element.min_value, quantizer.element.max_value
     if scales.zero is not None:
         grid, low, high = (v - scales.zero for v in (grid, low, high))
@@ -439,8 +438,8 @@ def _fake_quant(x: jax.Array, quantizer: Quantizer, key: Any, axis: Any) -> jax.
         # A group that rounds to zero as a whole has the gradient of one on whole numbers.
         empty = scales.whole == 0
         scale, grid = jnp.where(empty, 1, scales.whole), jnp.where(empty, 0, grid)
-        laid = (view, jax.lax.stop_gradient(grid), scale, low, high, quantizer.element, group)
-        values = quantizer.estimator(estimators.GridTensor(*laid))
+        parts = (view, jax.lax.stop_gradient(grid), scale, low, high, quantizer.element, group)
+        values = quantizer.estimator(estimators.GridTensor(*parts))
     values = values.reshape(x.shape)
     if quantizer.hadamard is not None:
         values = rotate_back(values, quantizer.hadamard, _last_axis(x, axis))

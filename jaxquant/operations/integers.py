@@ -200,7 +200,7 @@ def full(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def broadcast_to_product(scale: jax.Array, dims: Dims, is_lhs: bool, other_ndim: int) -> jax.Array:
-    """Returns one operand's scales as the product is laid out: (batch, lhs's free axes, rhs's free axes).
+    """Returns one operand's scales in the product's axis order: (batch, lhs's free axes, rhs's free axes).
 
     A scale has size 1 along its contracting axes, so those are dropped.
     """

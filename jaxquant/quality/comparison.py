@@ -1,7 +1,7 @@
 """A model beside its quantized twin on the same labelled examples: the figures of the paired report.
 
 Accuracy hides what quantization does: as many answers may turn right as turn wrong.  So both directions
-are counted, the distributions are compared apart from the labels, and every figure that a decision may
+are counted, the distributions are compared without the labels, and every figure that a decision may
 rest on has an interval that respects the pairing and the correlation within a window of text.
 """
 

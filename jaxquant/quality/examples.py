@@ -77,7 +77,7 @@ class Examples:
         """Returns the examples of several batches as one.
 
         Clusters that were given keep their names; those that `per_example` numbered (one per window)
-        are numbered on, so that windows of different batches stay apart.
+        are numbered on, so that windows of different batches stay separate.
 
         Raises:
             ValueError: no list of `Examples`; no parts, or parts with and without groups, clusters, or with

@@ -173,9 +173,9 @@ def pairs_interval(values: np.ndarray, pairs: np.ndarray, confidence_level: floa
     if degrees < 1 or counts.max() == n:
         return _around(mean, math.inf, degrees, confidence_level)
     sums = np.bincount(items, np.concatenate([residuals, residuals[of_two]]))
-    apart = np.bincount(which, residuals) ** 2 / (1 - np.bincount(which) / n)
-    shared = np.sum(sums**2 / (1 - counts / n)) - np.sum(apart[dyads[:, 0] != dyads[:, 1]])
-    return _around(mean, math.sqrt(max(shared, np.sum(apart))) / n, degrees, confidence_level)
+    separate = np.bincount(which, residuals) ** 2 / (1 - np.bincount(which) / n)
+    shared = np.sum(sums**2 / (1 - counts / n)) - np.sum(separate[dyads[:, 0] != dyads[:, 1]])
+    return _around(mean, math.sqrt(max(shared, np.sum(separate))) / n, degrees, confidence_level)
 
 
 def ratio_interval(

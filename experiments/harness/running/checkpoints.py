@@ -1,8 +1,8 @@
 """Checkpoints with Orbax: the state, the data's position and the history, together or not at all.
 
-``seal.json`` within a checkpoint holds the SHA-256 of each of its files.  A checkpoint is written and sealed
-beside its place, and put there by one rename; one that is there without its seal has lost it, and is not
-used.
+``seal.json`` in a checkpoint is its manifest: the SHA-256 of each of its files.  A checkpoint and its
+manifest are written to a temporary folder, which is then renamed; a checkpoint without a manifest is damaged
+and not used.
 """
 
 import contextlib
@@ -41,11 +41,11 @@ class Restored(NamedTuple):
 
 @dataclasses.dataclass
 class Spacing:
-    """Saves of a run that are some seconds of its work apart.
+    """A minimum time of work between the saves of a run.
 
     Each save of some 60 arrays loses 40 to 65 kB within TensorStore, and a process that saved each minute
     grew by 26 MB in 40 minutes.  So one that runs trials for hours saves by time.  A run may be opened again
-    and again: what it has worked since its last save is remembered.
+    and again: the work since its last save is counted on.
 
     Attributes:
         seconds: of work from one save to the next, at least.
@@ -61,12 +61,12 @@ class Spacing:
 class Checkpoints:
     """The newest checkpoints of one run in one folder.
 
-    A checkpoint that cannot be read whole, of which a byte is not what was written, or that holds other
-    arrays than the state at hand, is moved to ``set-aside`` with a warning, and the one before it is used.
-    All processes of a run take part; the first one seals, verifies and moves.
+    A checkpoint that is damaged, or that holds other arrays than the given state, is moved to ``set-aside``
+    with a warning, and the one before it is used.
+    All processes of a run take part; the first one writes, verifies and renames.
 
     Attributes:
-        seconds: that `save` has kept its caller waiting.
+        seconds: time that callers have waited in `save`.
     """
 
     def __init__(self, folder: Path, keep: int = 2, every: int = 1, spacing: Spacing | None = None):
@@ -85,7 +85,7 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        self._sealing: _ManifestWriter | None = None
+        self._manifest_writer: _ManifestWriter | None = None
 
     def _steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the newest first."""
@@ -116,15 +116,15 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def _wait(self) -> None:
-        """Waits until what is being written is sealed and in its place."""
-        sealing, self._sealing = self._sealing, None
+        """Waits until the checkpoint being written is complete."""
+        writer, self._manifest_writer = self._manifest_writer, None
         try:
             self._checkpointer.wait_until_finished()
         finally:
-            if sealing is not None:
-                sealing.end()
-        if sealing is not None and sealing.error is not None:
-            raise sealing.error
+            if writer is not None:
+                writer.end()
+        if writer is not None and writer.error is not None:
+            raise writer.error
 
     def is_due(self, step: int, last: int, every: int, ends: bool) -> bool:
         """Returns whether a run saves at this step, by its interval of steps or the time between its saves.
@@ -146,7 +146,7 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, batches: Any, history: list, pending: Sequence[float] = ()
     ) -> None:
-        """Saves and seals in the background; `close` waits for it.
+        """Saves in the background; `close` waits for it.
 
         Args:
             step: of the state.
@@ -181,26 +181,26 @@ class Checkpoints:
             "history": list(history),  # written later, when the caller's has grown
             "pending": [repr(float(x)) for x in pending],  # NaN is no JSON
         }
-        unsealed = self._temporary(step)
+        temporary = self._temporary(step)
         self._checkpointer.save(
-            unsealed,
+            temporary,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(extra)
             ),
         )
         if processes.is_first():
-            self._sealing = _ManifestWriter(unsealed, lambda: self._commit(step))
+            self._manifest_writer = _ManifestWriter(temporary, lambda: self._commit(step))
 
     def _commit(self, step: int) -> None:
-        """Seals what has been written, and puts it in its place."""
-        unsealed, place = self._temporary(step), self._folder / str(step)
-        files.write_json(unsealed / _MANIFEST, _digests(unsealed))
+        """Writes the manifest, and renames the temporary folder."""
+        temporary, place = self._temporary(step), self._folder / str(step)
+        files.write_json(temporary / _MANIFEST, _digests(temporary))
         if place.exists():  # of a run that went on from an earlier step
             self._remove(step)
-        unsealed.rename(place)
+        temporary.rename(place)
 
     def restore(self, state: Any, batches: Any, at_most: int) -> Restored | None:
-        """Returns the newest usable one up to step `at_most`, laid out as `state` is, or None.
+        """Returns the newest usable checkpoint up to step `at_most`, sharded as `state`, or None.
 
         Sets `batches` to the position that goes with it.
         """
@@ -245,17 +245,17 @@ class Checkpoints:
             return None
         folder = self._folder / str(step)
         try:
-            sealed = json.loads((folder / _MANIFEST).read_bytes())
+            manifest = json.loads((folder / _MANIFEST).read_bytes())
         except OSError as error:
             return ValueError(f"{_MANIFEST} cannot be read: {error.strerror}")
         except (ValueError, RecursionError):
-            sealed = None
-        if not isinstance(sealed, dict):
+            manifest = None
+        if not isinstance(manifest, dict):
             return ValueError(f"{_MANIFEST} is damaged")
         found = _digests(folder)
-        if sealed == found:
+        if manifest == found:
             return None
-        names = sorted(k for k in {*found, *sealed} if sealed.get(k) != found.get(k))
+        names = sorted(k for k in {*found, *manifest} if manifest.get(k) != found.get(k))
         return ValueError(f"{names[0]} is not what was written")
 
     def _read(self, step: int, state: Any) -> Any:
@@ -310,7 +310,7 @@ class Checkpoints:
 
 
 class _ManifestWriter:
-    """Does something in the background once Orbax has written a folder.
+    """Runs a function in the background once Orbax has written a folder.
 
     Attributes:
         error: what it failed with, if it did.
@@ -351,7 +351,7 @@ def _report_full_disk(folder: Path) -> Iterator[None]:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file but the seal."""
+    """Returns the SHA-256 of each file but the manifest."""
     found = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
         with path.open("rb") as file:

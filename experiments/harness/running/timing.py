@@ -1,4 +1,4 @@
-"""Contestants timed in turn, and what their times say: ratios within a round."""
+"""Interleaved timing, and ratios of times within a round."""
 
 import math
 import statistics
@@ -13,13 +13,13 @@ def interleaved_timing(
     rounds: int,
     on_round: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Returns seconds of each contestant in each round.
+    """Times several functions in turn, and returns the seconds of each in each round.
 
-    Every round runs every contestant once; the order is rotated by one place from round to round, so
-    that no one has the same place always.
+    Each round runs each function once.  The order is rotated by one from round to round, so that none keeps
+    its position.
 
     Args:
-        runs: what each contestant does; it returns when the device has finished.
+        runs: functions by name; each returns when the device has finished.
         rounds: how many.
         on_round: called after each.
     """

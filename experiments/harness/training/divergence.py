@@ -42,13 +42,15 @@ class DivergencePolicy:
     def __post_init__(self):
         if self.action not in ACTIONS:
             raise ValueError(
-                f"a guard's action is one of {', '.join(ACTIONS)}; got {self.action!r}"
+                f"the divergence policy's action must be one of {', '.join(ACTIONS)}; got {self.action!r}"
             )
         if not self.spike > 1:
-            raise ValueError(f"a guard's spike is a factor above 1; got {self.spike}")
+            raise ValueError(
+                f"the divergence policy's spike must be a factor above 1; got {self.spike}"
+            )
         if self.steps < 1 or self.most < 1:
             raise ValueError(
-                f"a guard rolls back from 1 step on; got {self.steps}, {self.most} times"
+                f"the divergence policy's steps and most must be at least 1; got {self.steps} and {self.most}"
             )
 
     def limit(self, history: Sequence[tuple[int, float]]) -> float:

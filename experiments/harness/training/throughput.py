@@ -22,7 +22,7 @@ class Throughput:
         """
         self._tokens, self._flops, self._devices = tokens, flops, devices
         self._started: float | None = None
-        self._laps: list[dict[str, float]] = []
+        self._intervals: list[dict[str, float]] = []
 
     def start(self) -> None:
         """Starts the measurement."""
@@ -44,16 +44,16 @@ class Throughput:
         if self._started is not None:
             seconds = time.perf_counter() - self._started - saving
             found = self._figures(seconds / steps, min(1.0, waiting / seconds))
-            self._laps.append(found)
+            self._intervals.append(found)
         self.start()
         return found
 
     def medians(self) -> dict[str, float]:
         """Returns the medians of the step time and of the wait for input, and the rates for that time."""
-        if not self._laps:
+        if not self._intervals:
             return {}
         seconds, wait = (
-            statistics.median(lap[name] for lap in self._laps)
+            statistics.median(one[name] for one in self._intervals)
             for name in ("seconds_per_step", "input_wait")
         )
         return self._figures(seconds, wait)
