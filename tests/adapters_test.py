@@ -220,7 +220,7 @@ def test_what_is_not_frozen_or_has_no_adapters_is_named():
     add = lambda *args, **options: jq.nnx.add_lora(*args, rngs=nnx.Rngs(1), **options)  # noqa: E731
     for call, message in (
         (lambda: add(model, "nothing", rank=4), "'nothing' matches no weight"),
-        (lambda: add(model, rank=0), "rank is a whole number"),
+        (lambda: add(model, rank=0), "rank must be an integer"),
         (lambda: add(adapted(), "blocks/.*up", rank=4), "has adapters already"),
         (lambda: jq.nnx.merge_lora(jq.nnx.quantize(model, {".*": "w8a8"})), "has no adapters"),
         (lambda: jq.nnx.unfreeze(model), "a frozen model is wanted; this LM has no stored weight"),

@@ -252,7 +252,7 @@ def test_bad_input_ends_with_one_line_and_status_two(tmp_path):
     (tmp_path / "file").write_text("")
     flags = {
         "--preset is one of smoke, laptop, full; got 'tpu'": "--preset=tpu",
-        "config.rounds is a number above 0; got 0": "--config.rounds=0",
+        "config.rounds must be a number above 0; got 0": "--config.rounds=0",
         "width 64 must be 5 heads": "--config.heads=5",
         "config.parts is one or more of train, serve, optim; got 'decode'": "--config.parts=decode",
         "is not --config.FIELD=VALUE": "--config.warmup=1",

@@ -245,7 +245,7 @@ def test_what_runs_do_not_tell_is_a_warning():
     [
         (lambda: laws.plan(laws.KUMAR_2024), "needs flops, or N and D"),
         (lambda: laws.plan(laws.KUMAR_2024, flops=1e20, N=1e8, D=1e9), "over-determine"),
-        (lambda: laws.plan(laws.KUMAR_2024, flops=-1.0), "flops is a number above 0"),
+        (lambda: laws.plan(laws.KUMAR_2024, flops=-1.0), "flops must be a number above 0"),
         (lambda: laws.plan(laws.KUMAR_2024, flops=1e20, serve_bits=4), "give ptq"),
         (lambda: laws.plan(laws.KUMAR_2024_PTQ, flops=1e20), "is none"),
         (lambda: laws.optimal_precision(laws.CHINCHILLA, {}), "missing"),

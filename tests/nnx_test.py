@@ -237,7 +237,7 @@ def test_calibration_fixes_ranges_to_the_largest_seen_or_their_mean(model):
     linear = jq.nnx.quantize(nnx.Sequential(model.up), {".*": "w8a8"})
     with pytest.raises(ValueError, match="batch 1 of the calibration data holds a NaN"):
         jq.nnx.calibrate(linear, [jnp.ones((2, 16)), jnp.full((2, 16), jnp.nan)])
-    with pytest.raises(ValueError, match="decay is from 0 to 1"):
+    with pytest.raises(ValueError, match="decay must be a number from 0 to 1"):
         jq.nnx.calibrate(linear, [jnp.ones((2, 16))], decay=2)
 
 

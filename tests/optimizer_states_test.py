@@ -127,7 +127,7 @@ def test_the_report_is_written_of_any_records(tmp_path):
         ({"schedules": ("linear",)}, "config.schedules are of wsd, cosine"),
         ({"language_sizes": ("1k",)}, "config.language_sizes are of"),
         ({"vision_size": "1k"}, "config.vision_size is one of"),
-        ({"tokens_per_parameter": (0,)}, "whole numbers of at least 1"),
+        ({"tokens_per_parameter": (0,)}, "integer of at least 1"),
         ({"tuning": (1.0,)}, "config.tuning holds factors other than 1"),
         ({"snapshots": 0}, "snapshots"),
     ],

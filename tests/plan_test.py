@@ -31,7 +31,7 @@ def test_a_plan_is_printed_and_kept(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--flops=-1"], "flops is a number above 0"),
+        (["--flops=-1"], "flops must be a number above 0"),
         (["--flops=x"], "could not convert"),
         (["--flops=1e20", "--fit=nowhere"], "--fit is one of kumar2024, quest2025"),
         (["--flops=1e20", "--precisions=a"], "--precisions are numbers"),

@@ -281,7 +281,7 @@ def test_layers_staged_otherwise_are_quantized_anew(tmp_path):
         (RULES, {"method": "gptq+gptq"}, "each part once; got 'gptq\\+gptq'"),
         (RULES, {"method": "rtn+gptq"}, "rtn and gptq both round"),
         (RULES, {"method": "awq+smoothquant"}, "both scale channels"),
-        (RULES, {"memory": 0}, "memory is a number of bytes, at least 1; got 0"),
+        (RULES, {"memory": 0}, "memory must be an integer number of bytes of at least 1; got 0"),
         ({".*": "w3a16"}, {}, "unused is not called on the calibration data"),
         ({".*": None}, {}, "quantize no weights"),
         ({"haed": "w3a16"}, {}, "head"),

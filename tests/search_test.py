@@ -139,9 +139,9 @@ def test_a_choice_with_infinite_loss_is_forbidden():
     ("arguments", "message"),
     [
         (([[4, 8]], [[1.0, 0.0]], 3), "budget of 3 bytes.*need 4"),
-        (([[4, 8]], [[1.0, 0.0]], float("nan")), "budget of nan"),
-        (([[4, 8]], [[1.0, 0.0]], float("inf")), "budget of inf"),
-        (([[4, 8]], [[1.0, 0.0]], "8"), "budget is a number of bytes; got '8'"),
+        (([[4, 8]], [[1.0, 0.0]], float("nan")), "finite; got nan"),
+        (([[4, 8]], [[1.0, 0.0]], float("inf")), "finite; got inf"),
+        (([[4, 8]], [[1.0, 0.0]], "8"), "budget must be a number of bytes that is finite; got '8'"),
         (([4, 8], [1.0, 0.0], 8), "one shape"),
         (([[4, 8]], [[1.0]], 8), "one shape"),
         (([], [], 8), "one shape"),

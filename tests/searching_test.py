@@ -167,7 +167,7 @@ def test_it_prints_what_was_measured(model, data, capsys):
         ({"loss": 3}, "loss is a function; got 3"),
         ({"loss": lambda model, x: model(x)}, "loss gives a scalar; it gave shape"),
         ({"choices": 3}, "choices are recipes, each once; got 3"),
-        ({"budget": "4 bits"}, "budget is a number of bytes; got '4 bits'"),
+        ({"budget": "4 bits"}, "budget must be a number of bytes that is finite; got '4 bits'"),
         ({"choices": ()}, "choices are recipes, each once"),
         ({"choices": ("w2a16", "w2a16")}, "choices are recipes, each once"),
         ({"choices": ("w99a16",)}, "w99a16"),

@@ -232,7 +232,7 @@ def extra():
         (lambda: storage.to_arrays({"[0]": X}), "no integer in brackets"),
         (lambda: storage.to_arrays({"a": np.zeros(3)}), "float64"),
         (lambda: storage.to_arrays({"a": jax.random.key(0)}), "key_data"),
-        (lambda: packing.pack_bits(jnp.zeros((4,), jnp.uint8), 0), "1 to 32 bits"),
+        (lambda: packing.pack_bits(jnp.zeros((4,), jnp.uint8), 0), "from 1 to 32"),
         (lambda: packing.pack_bits(jnp.uint8(1), 2), "at least one axis"),
         (lambda: packing.unpack_bits(jnp.zeros((4,), jnp.uint8), 2, 4), "2 bytes"),
         (lambda: jq.quantize(jnp.float32(1), jq.Quantizer(jq.INT4)).pack(), "scalar"),

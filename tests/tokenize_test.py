@@ -111,7 +111,7 @@ def test_what_is_there_is_looked_at(tmp_path, lines):
         run(lines, tmp_path / "other")
     with pytest.raises(ValueError, match=r"config.data is one of text, sotu"):
         run(Config("tokens", lines.data_path), tmp_path / "v")
-    with pytest.raises(ValueError, match=r"config.shard_tokens is a number above 0"):
+    with pytest.raises(ValueError, match=r"config.shard_tokens must be a number above 0"):
         run(Config("huggingface", lines.data_path, shard_tokens=0), tmp_path / "v")
 
 

@@ -440,7 +440,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
         ({"state": "fixed-9"}, "bits must be an integer from 2 to 8"),
         ({"state_shards": "(4,)"}, "for each of fsdp and tensor"),
         ({"mesh_tensor": 2}, "does not cover 1 device(s) exactly"),
-        ({"mesh_tensor": 0}, "config.mesh_tensor is a number above 0"),
+        ({"mesh_tensor": 0}, "config.mesh_tensor must be a number above 0"),
         ({"vocab_size": 2**40}, "config.vocab_size is a number from 0 to 1048576"),
         ({"batch": 10**9}, "at most 2147483647 tokens a step; got 1000000000 x 64"),
     ],

@@ -98,7 +98,7 @@ def test_the_grid_has_each_precision_once():
         ("separate", ("rtn",), "config.separate are of ste, lsq"),
         ("tokens_per_parameter", (30, 10), "rising order"),
         ("max_tokens_per_parameter", (10,), "one number for each"),
-        ("seeds", 0, "config.seeds is a number above 0"),
+        ("seeds", 0, "config.seeds must be a number above 0"),
         ("batch", 4096, "would come out as"),
     ],
 )

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxquant.checks import check_whole
 from jaxquant.formats.base import Format, divide, is_format, known_name
 from jaxquant.formats.floating import Float
 
@@ -55,12 +55,7 @@ class Block:
                 raise ValueError(
                     f"Block takes {name} as a grid such as Float(2, 1, 'finite'); got {value!r}"
                 )
-        if (
-            isinstance(self.size, bool)
-            or not isinstance(self.size, int | np.integer)
-            or self.size < 1
-        ):
-            raise ValueError(f"Block takes a size of at least 1; got {self.size!r}")
+        check_whole("size of a Block", self.size, 1)
         object.__setattr__(self, "size", int(self.size))
         if self.levels not in (1, 2):
             raise ValueError(f"Block takes levels 1 or 2; got {self.levels!r}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.checks import check_whole
 from jaxquant.laws.fitting import DELTA, Fit, Space, check_numbers, fit, r2
 from jaxquant.laws.law import Columns, Law, check_law, x64
 from jaxquant.laws.runs import check_runs, number_column
@@ -197,12 +198,7 @@ def shuffled_bits(
     """
     for one in (law, baseline):
         check_law(one)
-    fewest = round(1 / _P) - 1
-    is_whole = isinstance(shuffles, int | np.integer) and not isinstance(shuffles, bool)
-    if not is_whole or shuffles < fewest:
-        raise ValueError(
-            f"shuffles is a whole number from {fewest} on, which p = {_P} takes; got {shuffles!r}"
-        )
+    check_whole(f"shuffles, for p = {_P},", shuffles, round(1 / _P) - 1)
     bits = [c for c in law.columns if c.startswith("P_")]
     if not bits or any(c.startswith("P_") for c in baseline.columns):
         raise ValueError(f"law reads bits and baseline does not; got {law.name}, {baseline.name}")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.checks import check_positive, check_whole
 from jaxquant.laws.intervals import expanded
 from jaxquant.laws.law import Columns, Law, Values, check_params, x64
 from jaxquant.laws.runs import check_runs, places, repeated
@@ -278,13 +279,8 @@ def check_numbers(starts: Any, bootstraps: Any, delta: Any, seed: Any) -> None:
         ("bootstraps", bootstraps, 0),
         ("seed", seed, 0),
     ):
-        is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-        if not is_whole or value < least:
-            raise ValueError(f"{name} is a whole number from {least} on; got {value!r}")
-    if isinstance(delta, bool) or not isinstance(delta, float | int | np.number):
-        raise ValueError(f"delta is a number above 0; got {delta!r}")
-    if not 0 < float(delta) < math.inf:
-        raise ValueError(f"delta is a number above 0; got {delta!r}")
+        check_whole(name, value, least)
+    check_positive("delta", delta)
 
 
 def r2(residual: np.ndarray, log_target: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.checks import check_positive
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit, values_of
 from jaxquant.laws.law import Law, Values, x64
@@ -73,8 +74,8 @@ def throughput(relative: Mapping[int, float]) -> Callable[[Any], Any]:
             f"throughput takes a speed for each of some bits, {FULL_BITS} among them; got {relative!r}"
         )
     for bits, speed in relative.items():
-        check_number("a format's bits", bits)
-        check_number(f"the speed of {bits} bits", speed)
+        check_positive("a format's bits", bits)
+        check_positive(f"the speed of {bits} bits", speed)
     widths = np.array(sorted(relative), float)
     costs = np.array([1 / relative[w] for w in sorted(relative)])
 
@@ -143,7 +144,7 @@ def optimal_precision(
             f"{form.name} has no efficiency f(P) that multiplies N alone, so no P* for every budget"
         )
     for bits in (low, high):
-        check_number("low and high", bits)
+        check_positive("low and high", bits)
     if not low < high <= _MOST_BITS:
         raise ValueError(
             f"low and high are bits, 0 < low < high ≤ {_MOST_BITS}; got {low} and {high}"
@@ -169,13 +170,6 @@ def check_cost(cost: Any, bits: Any) -> None:
         raise ValueError(
             f"cost is positive and finite at all bits; got {found.min()} to {found.max()}"
         )
-
-
-def check_number(name: str, value: Any) -> None:
-    """Raises a ValueError unless it is a finite number above 0."""
-    is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{name} is a number above 0; got {value!r}")
 
 
 def _resolve_confidence(law: Any, confidence_level: float | None) -> float:
@@ -250,11 +244,11 @@ def efficiency_from_losses(
     5
     """
     for name, value in {"reference": reference, "A": A, "alpha": alpha, "N": N}.items():
-        check_number(name, value)
+        check_positive(name, value)
     term = A * N**-alpha
     found = {}
     for bits, loss in losses.items():
-        check_number(f"the loss at {bits} bits", loss)
+        check_positive(f"the loss at {bits} bits", loss)
         share = 1 + (loss - reference) / term
         if not share > 0:
             raise ValueError(f"a loss of {loss} at {bits} bits is below what the law can have")
@@ -296,7 +290,7 @@ def _sizes(law: Law, p: Any, flops: Any, bits: Any, cost: Any) -> tuple[Any, Any
         raise ValueError(f"{law.name} has no {', '.join(sorted(missing))}, so no N* and D*")
     for name, value in (("flops", flops), ("bits", bits)):
         for one in np.asarray(value, object).ravel():
-            check_number(name, one)
+            check_positive(name, one)
     absent = {"A", "alpha", "B", "beta"} - set(p)
     if absent:
         raise ValueError(f"params lack {', '.join(sorted(absent))}")
@@ -337,7 +331,7 @@ def critical_tokens(loss: Values, added: Values, *, N: Any, P_post: Any) -> Any:
     """
     for name, value in (("N", N), ("P_post", P_post)):
         for one in np.asarray(value, object).ravel():
-            check_number(name, one)
+            check_positive(name, one)
     absent = {"B", "beta"} - set(loss) | {"gamma_N", "gamma_D", "gamma_post", "C_T"} - set(added)
     if absent:
         raise ValueError(
@@ -371,6 +365,6 @@ def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
     """
     for name, value in (("N", N), ("D", D), ("bits", bits)):
         for one in np.asarray(value, object).ravel():
-            check_number(name, one)
+            check_positive(name, one)
     tokens_per_byte = np.maximum(D / (N * bits / 8), 1 + 1e-12)
     return np.exp(-QAT_CONSTANT / np.log(tokens_per_byte))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.checks import check_positive
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit
 from jaxquant.laws.forms import KUMAR_PTQ
@@ -21,7 +22,6 @@ from jaxquant.laws.optimum import (
     _sizes,
     bits_linear,
     check_cost,
-    check_number,
     critical_tokens,
     optimal_precision,
     qat_share,
@@ -242,7 +242,7 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
     numbers = {"flops": flops, "N": N, "D": D, "serve_bits": serve_bits, "memory": memory}
     for name, value in numbers.items():
         if value is not None:
-            check_number(name, value)
+            check_positive(name, value)
     if flops is None and (N is None or D is None):
         raise ValueError("a plan needs flops, or N and D; got neither")
     if flops is not None and N is not None and D is not None:
@@ -252,7 +252,7 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
     if not found:
         raise ValueError(f"precisions are a list of bits; got {precisions!r}")
     for bits in found:
-        check_number("a precision", bits)
+        check_positive("a precision", bits)
         if bits > _MOST_BITS:
             raise ValueError(f"a precision is up to {_MOST_BITS} bits; got {bits!r}")
     return list(dict.fromkeys(found))

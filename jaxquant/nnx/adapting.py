@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from jaxquant.checks import check_number, check_whole
 from jaxquant.engine.rules import Rule, Subject, choose, parse_rules
 from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.operations import Operation, operation
@@ -82,12 +82,9 @@ def add_lora(
     ((64, 4), (4, 8))
     """
     check_model(model)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank is a whole number of at least 1; got {rank!r}")
+    check_whole("rank", rank, 1)
     alpha = rank if alpha is None else alpha
-    is_number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
-    if not is_number or not math.isfinite(alpha):
-        raise ValueError(f"alpha is a finite number; got {alpha!r}")
+    check_number("alpha", alpha)
     if not isinstance(rngs, nnx.Rngs) or not ({"params", "default"} & set(vars(rngs))):
         raise ValueError(f"rngs are nnx.Rngs with a stream for params; got {rngs!r}")
     if not isinstance(modules, str):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxquant.checks import check_number
 from jaxquant.engine.batches import check_each, check_range, fitting
 from jaxquant.functions import quantizing
 from jaxquant.functions.calibrating import accumulate, record_inputs
@@ -128,9 +129,8 @@ def calibrate(
         ValueError: nothing to calibrate; no batches, or one that is empty, does not fit or has a NaN or an
             Inf; a layer that was given zeros alone; a product within a while loop.
     """
-    is_number = isinstance(decay, int | float) and not isinstance(decay, bool)
-    if decay is not None and not (is_number and 0 <= decay <= 1):
-        raise ValueError(f"decay is from 0 to 1; got {decay!r}")
+    if decay is not None:
+        check_number("decay", decay, 0, 1)
     door = door_of(model)
     if door is None:
         raise ValueError(

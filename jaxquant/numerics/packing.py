@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.checks import check_whole
 from jaxquant.formats import code_dtype
 
 NIBBLE_BITS = 4
@@ -131,5 +132,4 @@ def _word(bits: int) -> Any:
 
 
 def _check_bits(bits: int) -> None:
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 32:
-        raise ValueError(f"codes are packed at 1 to 32 bits; got {bits!r}")
+    check_whole("bits of a packed code", bits, 1, 32)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
+from jaxquant.checks import check_whole
 from jaxquant.numerics.measuring import BINS, LOWEST, Sums
 from jaxquant.operations.tapped import Four
 
@@ -112,8 +113,7 @@ def history(length: int = 16) -> tuple[Callable[..., Any], Callable[..., Any]]:
     >>> ratios["up"].lhs
     Against(of_largest=Array(2., dtype=float32), of_median=Array(4., dtype=float32))
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise ValueError(f"a history's length is a whole number above 0; got {length!r}")
+    check_whole("length of a history", length, 1)
 
     def init(statistics: Monitored) -> Any:
         blank = lambda s: jnp.full((length, *s.amax.shape), jnp.nan, jnp.float32)  # noqa: E731

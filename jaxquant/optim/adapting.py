@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxquant.checks import check_whole
 from jaxquant.optim import pages
 from jaxquant.optim.budget import allocate
 from jaxquant.optim.codecs import Codec
@@ -64,8 +65,7 @@ def adaptive(
     'adaptive, 5.0 bits'
     """
     budget_bits = check_budget(budget_bits)
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval must be an integer of at least 1; got {interval!r}")
+    check_whole("interval", interval, 1)
     if (
         isinstance(hysteresis, bool)
         or not isinstance(hysteresis, int | float)

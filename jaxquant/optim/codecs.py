@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.checks import check_whole
+
 BLOCK = 128
 
 Blocks = jt.Float32[jax.Array, "*blocks 128"]
@@ -274,11 +276,7 @@ class Logarithmic(Codec):
     stochastic: bool = True
 
     def __post_init__(self):
-        is_whole = isinstance(self.range, int) and not isinstance(self.range, bool)
-        if not is_whole or not 1 <= self.range <= 64:
-            raise ValueError(
-                f"range must be an integer number of binades from 1 to 64; got {self.range!r}"
-            )
+        check_whole("range", self.range, 1, 64, "binades")
 
     @property
     def signed(self) -> bool:

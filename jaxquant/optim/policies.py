@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from jaxquant.checks import check_positive, check_whole
 from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.leaves import ROLES, Exact, Leaf
 from jaxquant.optim.pages import PLANES
@@ -127,10 +128,7 @@ def check_budget(budget_bits: Any) -> float:
     Raises:
         ValueError: if it is not a positive number.
     """
-    is_number = isinstance(budget_bits, int | float) and not isinstance(budget_bits, bool)
-    if not is_number or not 0 < budget_bits < float("inf"):
-        raise ValueError(f"budget_bits must be a finite number above 0; got {budget_bits!r}")
-    return float(budget_bits)
+    return check_positive("budget_bits", budget_bits)
 
 
 def check_bits(bits: Any, where: str) -> int:
@@ -139,9 +137,7 @@ def check_bits(bits: Any, where: str) -> int:
     Raises:
         ValueError: if they are not an integer from 2 to 8.
     """
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= PLANES:
-        raise ValueError(f"{where} must be an integer from 2 to {PLANES}; got {bits!r}")
-    return bits
+    return check_whole(where, bits, 2, PLANES)
 
 
 def fixed(bits: int, second: int | None = None, *, keep: Keep = ()) -> Policy:

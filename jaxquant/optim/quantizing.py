@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxquant.checks import check_whole
 from jaxquant.numerics.sharding import call_with_auto_axes, explicit_axes, spec_of
 from jaxquant.optim.adapting import reallocate_bits
 from jaxquant.optim.checks import trace_update, transformation
@@ -184,8 +185,7 @@ def _check_shards(shards: Any, mesh: Mesh | None, axis: tuple[str, ...]) -> dict
     if len(given) != len(axis):
         raise ValueError(f"shards must have one number for each axis of {axis}; got {shards}")
     for count, size, name in zip(given, sizes, axis, strict=True):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"shards must be an integer of at least 1; got {count!r}")
+        check_whole("shards", count, 1)
         if count % size:
             raise ValueError(f"shards must be a multiple of {size}, the mesh's {name}; got {count}")
     return dict(zip(axis, given, strict=True))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxquant.checks import check_whole
 from jaxquant.numerics.reductions import largest
 from jaxquant.optim import pages
 from jaxquant.optim.blocks import BlockStep, block_step, by_page_group, draw_words
@@ -43,14 +44,7 @@ def _per_page(plan: Plan, value: float) -> Scores:
 def _check(ema_decay: Any, max_bit_change: Any) -> None:
     if not isinstance(ema_decay, int | float) or not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1); got {ema_decay!r}")
-    if (
-        isinstance(max_bit_change, bool)
-        or not isinstance(max_bit_change, int)
-        or not 1 <= max_bit_change <= pages.PLANES
-    ):
-        raise ValueError(
-            f"max_bit_change must be an integer from 1 to {pages.PLANES}; got {max_bit_change!r}"
-        )
+    check_whole("max_bit_change", max_bit_change, 1, pages.PLANES)
 
 
 # ---------------------------------------------------------------------------------------------------

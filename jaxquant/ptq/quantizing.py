@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from tqdm.auto import tqdm
 
+from jaxquant.checks import check_whole
 from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rules import Rule, Rules
@@ -112,8 +112,7 @@ def quantize(
     """
     chosen = _parse(method)
     check_batches(batches)
-    if isinstance(memory, bool) or not isinstance(memory, int | np.integer) or memory < 1:
-        raise ValueError(f"memory is a number of bytes, at least 1; got {memory!r}")
+    check_whole("memory", memory, 1, unit="bytes")
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
     target = quantized_copy(model, rules)

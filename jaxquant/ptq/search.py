@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxquant.checks import check_number, check_whole
+
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
@@ -83,11 +85,9 @@ def allocate(costs: Any, losses: Any, budget: int, *, states: int = 100_000) -> 
     Allocation(choices=(1, 0), bytes=48, loss=0.4, bound=0.4)
     """
     layers = _choices(costs, losses)
-    if isinstance(states, bool) or not isinstance(states, int) or states < 1:
-        raise ValueError(f"states is a number of at least 1; got {states!r}")
+    check_whole("states", states, 1)
     least = sum(int(layer.bytes[0]) for layer in layers)
-    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
-        raise ValueError(f"budget is a number of bytes; got {budget!r}")
+    check_number("budget", budget, unit="bytes")
     if not least <= budget < np.inf:
         raise ValueError(
             f"a budget of {budget!r} bytes is not feasible: the cheapest choices need {least}"

@@ -15,6 +15,7 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 from jaxquant.artifacts import files
+from jaxquant.checks import check_number
 from jaxquant.engine.batches import check_each, fitting
 from jaxquant.engine.products import Product
 from jaxquant.engine.rebuilding import Use
@@ -111,8 +112,7 @@ def search(
     for what, function in (("group", group), ("loss", loss)):
         if function is not None and not callable(function):
             raise ValueError(f"{what} is a function; got {function!r}")
-    if isinstance(budget, bool) or not isinstance(budget, int | float | np.number):
-        raise ValueError(f"budget is a number of bytes; got {budget!r}")
+    check_number("budget", budget, unit="bytes")
     if not isinstance(choices, list | tuple) or not choices or len(set(choices)) != len(choices):
         raise ValueError(f"choices are recipes, each once; got {choices!r}")
     known = _Known(workdir, lambda: _identities(model, batches, loss))

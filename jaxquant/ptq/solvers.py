@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.checks import check_whole
 from jaxquant.formats import Block
 from jaxquant.numerics.calibration import Range, Step
 from jaxquant.numerics.groups import scale_shape
@@ -115,8 +116,7 @@ def gptq(
     check_layer(weight, hessian, quantizer)
     if not isinstance(damping, int | float) or not 0 <= damping < float("inf"):
         raise ValueError(f"damping is a share of H's mean diagonal, at least 0; got {damping!r}")
-    if not isinstance(block, int) or isinstance(block, bool) or block < 1:
-        raise ValueError(f"block is a number of channels, at least 1; got {block!r}")
+    check_whole("block", block, 1, unit="channels")
     return _gptq(weight, hessian, quantizer, float(damping), bool(order), block)
 
 
@@ -359,5 +359,4 @@ def check_layer(weight: Any, hessian: Any, quantizer: Quantizer | None) -> None:
 
 def check_grid(grid: Any) -> None:
     """Raises a ValueError where a search has no steps."""
-    if not isinstance(grid, int) or isinstance(grid, bool) or grid < 1:
-        raise ValueError(f"grid is a number of steps, at least 1; got {grid!r}")
+    check_whole("grid", grid, 1, unit="steps")

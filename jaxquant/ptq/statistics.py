@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.checks import check_whole
 from jaxquant.numerics.reductions import largest
 
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -67,8 +68,7 @@ def statistics(n: int, hessian: bool = True) -> InputStatistics:
     (Array([[ 5., -3.],
            [-3.,  2.]], dtype=float32), Array([3., 2.], dtype=float32), Array([2., 1.], dtype=float32))
     """
-    if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-        raise ValueError(f"statistics are of n channels, at least 1; got n={n!r}")
+    check_whole("n", n, 1, unit="channels")
     zeros = jnp.zeros(n, jnp.float32)
     products = jnp.zeros((n, n), jnp.float32) if hessian else None
     return InputStatistics(products, zeros, zeros, jnp.int32(0), jnp.int32(0))

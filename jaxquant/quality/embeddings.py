@@ -9,6 +9,7 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant.artifacts.plain import plain
+from jaxquant.checks import check_whole
 from jaxquant.quality.intervals import (
     Interval,
     as_array,
@@ -202,9 +203,7 @@ def compare_embeddings(
 
 
 def _check_whole(name: str, value: Any, least: int) -> None:
-    is_whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not is_whole or value < least:
-        raise ValueError(f"{name} of the bootstrap is a whole number from {least}; got {value!r}")
+    check_whole(f"{name} of the bootstrap", value, least)
 
 
 def _check_embeddings(reference: Any, embeddings: Any) -> None:

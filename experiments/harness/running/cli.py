@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import errno
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -18,6 +17,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from experiments.harness.running import stopping, watchdog
+from jaxquant import checks
 
 FLAGS = flags.FLAGS
 _BAD_INPUT = 2
@@ -37,21 +37,14 @@ def option(default: Any, meaning: str) -> Any:
 def check_positive(config: Any, *names: str) -> None:
     """Raises a ValueError unless each named field is a finite number above zero."""
     for name in names:
-        value = getattr(config, name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not 0 < value < math.inf
-        ):
-            raise ValueError(f"config.{name} is a number above 0; got {value}")
+        checks.check_positive(f"config.{name}", getattr(config, name))
 
 
 def check_whole(config: Any, *names: str) -> None:
     """Raises a ValueError unless each named field holds whole numbers of at least 1."""
     for name in names:
         for value in getattr(config, name):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.{name} holds whole numbers of at least 1; got {value!r}")
+            checks.check_whole(f"each of config.{name}", value, 1)
 
 
 def check_each_once(config: Any, *names: str, may_be_empty: bool = False) -> None:
