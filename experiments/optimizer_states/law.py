@@ -98,8 +98,9 @@ def finding(found: dict) -> Finding:
         notes.insert(0, f"{_MEANINGS[first['law']]} leads, by too little to tell")
     if found["without_narrowest"]:
         other = _of_state(found["without_narrowest"])[0]["law"]
-        is_same = "the same" if other == first["law"] else _MEANINGS[other]
-        notes.append(f"without {found['widths'][0]} bits: {is_same}")
+        rest = f"without {found['widths'][0]} bits"
+        is_same = other == first["law"]
+        notes.append(f"the same {rest}" if is_same else f"but {rest}, {_MEANINGS[other]}")
     answer = _MEANINGS[first["law"]] if apart > _CLEAR else UNRESOLVED
     return Finding(_QUESTION, quantity, answer, apart, form=".1f", note="; ".join(notes))
 

@@ -166,12 +166,13 @@ def robustness(rows: list[dict]) -> Figure:
             xOffset=alt.XOffset("P:O"),
             color=scale.of_field("P"),
         )
-        return alt.layer(reference(0.0, "as trained in 16 bits"), drawn)
+        return alt.layer(reference(0.0, ""), drawn)
 
     return Figure(
         "robustness",
         "What serving adds, beside models of 16 bits",
-        "Means over seeds, sizes and lengths with 90 % intervals; below zero, training in few bits helps.",
+        "Means over seeds, sizes and lengths with 90 % intervals. Dashed: as models of 16 bits; below it, "
+        "training in few bits helps.",
         facets(table, "method", draw, str),
         [scale],
     )

@@ -207,8 +207,10 @@ def labelled_lines(
         layers.append(drawn.encode(x=at_x, y=at_y, color=color, tooltip=list(tooltip)))
     words = labels.assign(label=labels[name].astype(str) + suffix)
     side = {"align": "right", "dx": -6} if is_at_start else {"align": "left", "dx": 6}
-    text = alt.Chart(words).mark_text(**side, fontSize=11, fontWeight="bold")
-    return alt.layer(*layers, text.encode(x=at_x, y=at_y, text="label:N", color=color))
+    side |= {"fontSize": 11, "fontWeight": "bold"}
+    named = alt.Chart(words).encode(x=at_x, y=at_y, text="label:N")
+    halo = named.mark_text(**side, stroke="white", strokeWidth=4)
+    return alt.layer(*layers, halo, named.mark_text(**side).encode(color=color))
 
 
 _PER_LETTER = 0.025  # of the width of a chart on a telephone

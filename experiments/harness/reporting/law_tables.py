@@ -81,9 +81,11 @@ def fit_table(fits: Mapping[str, dict] | dict) -> pd.DataFrame:
 
 
 def _mark(fit: dict, name: str) -> str:
-    """What the runs do not tell of a parameter: "not determined" is said by `interval`."""
+    """What the runs do not tell of a parameter; of one at its bound `interval` says it."""
     said = [w for w in fit["warnings"] if w.startswith((f"{name} = ", f"{name} is "))]
-    ends = [w.rsplit(": ", 1)[-1] for w in said if "sits on its" not in w]
+    if any("sits on its" in w for w in said):
+        return ""
+    ends = [w.rsplit(": ", 1)[-1] for w in said]
     return "".join(f" ({end})" for end in ends)
 
 
