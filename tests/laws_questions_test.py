@@ -154,7 +154,7 @@ def test_an_optimums_interval_holds_it_and_keeps_from_the_ends(runs):
         (lambda r: laws.critical_tokens(KUMAR.params, ADDED.params, N=-1, P_post=4), "N must be a number"),
         (lambda r: laws.critical_tokens({}, ADDED.params, N=1e9, P_post=4), r"missing: \['B', 'beta'\]"),
         (lambda r: laws.qat_share(N=1e9, D=1e10, bits=0), "bits must be a number above 0"),
-        (lambda r: laws.efficiency_from_losses({4: 3.0}, 3.0, A=1.0, alpha=0, N=1e6), "alpha must be a number"),
+        (lambda r: laws.efficiency_from_losses({4: 3.0}, 3.0, A=1.0, alpha=0, N=1e6), "alpha must be"),
         (lambda r: laws.gaussian_mse(0), "one bit or more; got 0"),
     ],
 )  # fmt: skip

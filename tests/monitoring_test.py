@@ -576,7 +576,9 @@ def test_largest_values_against_their_history():
         assert ratios[i].of_largest == pytest.approx(amax[i] / before.max())
         assert ratios[i].of_median == pytest.approx(amax[i] / np.median(before))
     for bad in (0, -1, True, 2.0):
-        with pytest.raises(ValueError, match="length of a history must be an integer of at least 1"):
+        with pytest.raises(
+            ValueError, match="length of a history must be an integer of at least 1"
+        ):
             jq.monitoring.history(bad)
 
 
