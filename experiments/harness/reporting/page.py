@@ -29,9 +29,10 @@ CONFIG: dict[str, Any] = {
     "view": {"stroke": None},
     "legend": {"orient": "bottom", "columns": 2},
 }
-_PAGE_CONFIG: dict[str, Any] = CONFIG | {
-    "legend": {"disable": True}
-}  # of figures whose legend the page draws
+# Of figures whose legend the page draws.
+_PAGE_CONFIG: dict[str, Any] = CONFIG | {"legend": {"disable": True}}
+
+_FINDINGS_SHOWN = 6  # of one question; the others are folded
 
 _FIT_WIDTH = {"type": "fit-x", "contains": "padding"}
 
@@ -92,8 +93,15 @@ def _findings(findings: Sequence[Finding]) -> str:
             f'<h2 class="asked">{html.escape(question)} '
             f'<span class="said">{html.escape(capitalized(headline(group)))}.</span></h2>'
         )
-        parts.append(f'<div class="findings">{"".join(map(_finding, group))}</div>')
+        first, more = group[:_FINDINGS_SHOWN], group[_FINDINGS_SHOWN:]
+        parts.append(_grid(first))
+        if more:
+            parts.append(f"<details><summary>{len(more)} more</summary>{_grid(more)}</details>")
     return f'<div class="answers">{"".join(parts)}</div>' if parts else ""
+
+
+def _grid(findings: Sequence[Finding]) -> str:
+    return f'<div class="findings">{"".join(map(_finding, findings))}</div>'
 
 
 def _finding(finding: Finding) -> str:
