@@ -168,7 +168,7 @@ FEW_BAD_INPUTS = (
     "unexpected argument",
     "2 to 16",
     "--shard is",
-    "workers is",
+    "workers must",
     "model size",
     "does not cover",
 )

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.harness import data, lengths, statistics
+from experiments.harness import data, lengths
+from experiments.harness.reporting import statistics
 
 
 @dataclasses.dataclass(frozen=True)

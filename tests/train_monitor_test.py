@@ -70,6 +70,7 @@ def test_a_monitored_run_has_the_same_bytes(monitored, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.long
 def test_records_of_every_layer_and_step(monitored):
     found = monitoring.records(monitored)
     assert [one["step"] for one in found] == [2, 4, 6, 8]
