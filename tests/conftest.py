@@ -35,6 +35,25 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Of every room, what says in a minute whether something is broken: `pytest -m quick`.
+QUICK = [
+    "architecture",
+    "einsum",
+    "engine",
+    "files",
+    "gates",
+    "optim_checks",
+    "optim_leaves",
+    "packed",
+    "pages",
+    "qwix",
+    "recipes",
+    "renamed",
+    "rules",
+    "search",
+    "specification",
+    "stats",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +101,7 @@ def shared_folder(tmp_path_factory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of tests that are marked `first`, makes all cases but the first ones long."""
+    """Makes all cases but the first ones of tests marked `first` long, and marks the quick files' tests."""
     seen = collections.Counter()
     for item in items:
         marker = item.get_closest_marker("first")
@@ -90,6 +109,8 @@ def pytest_collection_modifyitems(items):
         seen[name] += 1
         if marker is not None and seen[name] > marker.args[0]:
             item.add_marker(pytest.mark.long)
+        if item.path.stem.removesuffix("_test") in QUICK and not item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.quick)
 
 
 def pytest_collection_finish():
