@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+import jaxquant as jq
 from jaxquant.optim import (
     Companded,
     Logarithmic,
@@ -93,3 +94,9 @@ def test_bytes_are_known_from_shapes(policy):
     tx = quantize_state(optax.adam(1e-3), policy)
     params = {"w": jnp.ones((256, 256))}
     assert state_bytes(jax.eval_shape(tx.init, params)) == state_bytes(tx.init(params))
+
+
+def test_a_codec_that_is_none_is_named():
+    tx = jq.optim.quantize_state(optax.adam(1e-3), jq.optim.fixed(4), codec=lambda leaf: jq.NF4)
+    with pytest.raises(ValueError, match=r"codec must return a jaxquant.optim.Codec.*got Codebook"):
+        tx.init({"w": jnp.ones((64, 64))})

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -241,3 +242,16 @@ def extra():
 def test_misuse_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_format_that_could_not_be_read_again_is_refused():
+    @jax.tree_util.register_static
+    @dataclasses.dataclass(frozen=True)
+    class Own(jq.Int):
+        def __str__(self):
+            return "own"
+
+    x = jq.quantize(jnp.ones((2, 8)), jq.Quantizer(jq.Int(4)))
+    assert storage.to_arrays({"w": x})
+    with pytest.raises(ValueError, match="the library's own"):
+        storage.to_arrays({"w": dataclasses.replace(x, format=Own(4))})

@@ -12,7 +12,7 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from experiments.harness.running import files, memory, record_store, trials
+from experiments.harness.running import files, memory, packed, record_store, trials
 
 pytestmark = pytest.mark.exhaustive  # looks at our studies, not at versions of others
 
@@ -157,6 +157,38 @@ def test_workers_that_die_are_replaced_and_cost_their_own_trials_alone(store):
         run(store, [*GRID, Trial(8, "dies"), Trial(9, "dies")], workers=2)
     assert store.read(Trial(8, "dies")) is None
     assert all(store.read(t) is not None for t in GRID)
+
+
+def test_in_this_process_too_a_failing_trial_costs_only_itself(store):
+    with pytest.raises(RuntimeError, match=r"1 trial\(s\) failed.*number=9.*cannot do 9"):
+        run(store, [*GRID[:2], Trial(9, "bad")])
+    assert [store.read(t)["result"] for t in GRID[:2]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("results", "words"),
+    [
+        ({"trial": 1}, r"record's own fields; got \['trial'\]"),
+        ({"id": "x", "checksum": 2}, r"got \['checksum', 'id'\]"),
+        ({"loss": float("nan")}, "finite JSON values"),
+        ({"loss": jnp.float32(1)}, "finite JSON values"),
+        (None, "must return a dictionary; got NoneType"),
+    ],
+)
+def test_results_that_a_record_cannot_hold_are_named(store, results, words):
+    with pytest.raises(ValueError, match=words):
+        store.write(GRID[0], results, 1.0)
+    assert store.read(GRID[0]) is None
+
+
+def test_records_that_are_packed_during_a_run_are_found(store):
+    run(store, GRID[:2])
+    assert store.read(GRID[2]) is None
+    packed.pack(store.workdir)
+    assert [store.read(t)["result"] for t in GRID[:2]] == [0, 1]
+    store.write(GRID[2], {"result": 4}, 1.0)
+    packed.pack(store.workdir)
+    assert [store.read(t)["result"] for t in GRID[:3]] == [0, 1, 4]
 
 
 def test_workers_end_with_their_parent(store, tmp_path):

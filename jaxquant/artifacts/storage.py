@@ -37,7 +37,8 @@ def to_arrays(tree: Any) -> tuple[dict[str, jax.Array], dict[str, str]]:
         ``layer/kernel/scale`` …), and a JSON description by path.
 
     Raises:
-        ValueError: another node than a dictionary, an array or a QArray; a key with a slash.
+        ValueError: another node than a dictionary, an array or a QArray; a key with a slash; a format of
+            one's own, which has no name.
 
     >>> from jaxquant.formats import INT4
     >>> from jaxquant.numerics.qarray import quantize
@@ -167,6 +168,7 @@ def _as_array(path: str, leaf: Any) -> jax.Array:
 
 def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
     """Returns a quantized array's buffers in types that every writer takes, and what they mean."""
+    _check_named(x.format)
     packed = x.unpack() if x.ndim == 0 else x.pack()
     parts: dict[str, jax.Array] = {"qvalue": packed.qvalue}
     if packed.length is None:
@@ -189,6 +191,18 @@ def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         "packed": x.length is not None,
         **along,
     }
+
+
+def _check_named(format: Any) -> None:
+    """Raises a ValueError for a format that could not be read again, since `parse` does not know its name."""
+    try:
+        is_named = parse(str(format)) == format
+    except ValueError:
+        is_named = False
+    if not is_named:
+        raise ValueError(
+            f"formats to store must be the library's own, which jaxquant.parse knows by name; got {format!r}"
+        )
 
 
 def _rebuild(path: str, parts: dict[str, jax.Array], description: dict[str, Any]) -> QArray:

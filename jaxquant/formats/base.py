@@ -21,7 +21,11 @@ class Format(Protocol):
 
     @property
     def max_value(self) -> float | jt.Float[jax.Array, ""]:
-        """The largest value on the grid; the calibrated range is mapped onto it."""
+        """The grid value onto which a calibrated range is mapped: the largest, or a Codebook's longer end.
+
+        What a grid has less of on the other side is clipped: of Codebook((-3.0, 0.0, 1.0)) all above a
+        third of the range.
+        """
         ...
 
     @property

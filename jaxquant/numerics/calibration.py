@@ -28,7 +28,10 @@ __getattr__ = renamed_names(globals(), {"sees_all": "propagates_nonfinite"})
 def absmax(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...], format: Format | None = None
 ) -> jt.Float[jax.Array, "..."]:
-    """Returns the largest magnitude over `axes`: no value is clipped.
+    """Returns the largest magnitude over `axes`: no value is clipped, but by a `Codebook` with unequal ends.
+
+    The largest magnitude is mapped onto a Codebook's longer end, as bitsandbytes does with its tables; values
+    beyond the shorter end are clipped to it.
 
     Args:
         x: values.

@@ -320,6 +320,10 @@ def _codec(slot: Sequence[Leaf], codec: Callable[[Leaf], Codec]) -> Codec:
     if len(found) != 1:
         raise ValueError(f"the leaves of {slot[0].slot} must have one codec; got {found}")
     (chosen,) = found
+    if not isinstance(chosen, Codec):
+        raise ValueError(
+            f"codec must return a jaxquant.optim.Codec, such as Companded(); got {chosen!r}"
+        )
     if slot[0].is_signed and not chosen.signed:
         raise ValueError(f"{slot[0].slot} may be negative, which {chosen} cannot hold")
     return chosen

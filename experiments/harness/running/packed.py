@@ -48,6 +48,18 @@ def is_whole(record: dict[str, Any]) -> bool:
     return record.get("checksum") == checksum(content)
 
 
+def version(workdir: str | os.PathLike) -> tuple:
+    """Returns what changes when a workdir's table is written anew."""
+    found = []
+    for name in (_PLAIN, _ZIPPED):
+        try:
+            about = (files.at(workdir) / name).stat()
+        except OSError:
+            continue
+        found.append((name, about.st_mtime, about.st_size))
+    return tuple(found)
+
+
 def read(workdir: str | os.PathLike) -> dict[str, Row]:
     """Returns the rows of a workdir's table, by the trials' ids; none where there is no table.
 

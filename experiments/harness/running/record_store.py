@@ -9,7 +9,6 @@ may lie in one table (`experiments.harness.running.packed`), and are read from t
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import json
 import logging
@@ -48,6 +47,7 @@ class RecordStore:
             ValueError: a folder that cannot be made or written, or that holds another study.
         """
         self.workdir, self.study = files.at(workdir), study
+        self._table: tuple[Any, dict[str, packed.Row]] | None = None
         if not files.is_remote(workdir):
             self.workdir = self.workdir.absolute()
         try:
@@ -80,9 +80,13 @@ class RecordStore:
             return {"study": row.record.get("study")}
         return None
 
-    @functools.cached_property
+    @property
     def _packed(self) -> dict[str, packed.Row]:
-        return packed.read(self.workdir)
+        """The table's rows, read again where another process has packed single records meanwhile."""
+        at = packed.version(self.workdir)
+        if self._table is None or self._table[0] != at:
+            self._table = at, packed.read(self.workdir)
+        return self._table[1]
 
     def path(self, trial: Any) -> Path:
         return self.workdir / "trials" / f"{trial_id(trial)}.json"
@@ -114,13 +118,28 @@ class RecordStore:
         return ""
 
     def write(self, trial: Any, results: dict, seconds: float) -> None:
+        """Writes the record of a trial: what it is, and beside that the results as they are.
+
+        Raises:
+            ValueError: results that are no dictionary of finite JSON values, or that take the place of what
+                a record says of its trial.
+        """
         head = {
             "schema": SCHEMA,
             "study": self.study,
             "id": trial_id(trial),
             "trial": _as_json(trial),
         }
-        record = json.loads(json.dumps(head | results))
+        if not isinstance(results, dict):
+            raise ValueError(f"run_trial must return a dictionary; got {type(results).__name__}")
+        if taken := sorted({*head, "checksum"} & set(results)):
+            raise ValueError(
+                f"results must not have the names of a record's own fields; got {taken}"
+            )
+        try:
+            record = json.loads(json.dumps(head | results, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"results must be finite JSON values: {error}") from None
         files.write_json(self.path(trial), record | {"checksum": packed.checksum(record)})
         files.write_json(
             self.workdir / "timings" / self.path(trial).name, {"seconds": round(seconds, 1)}

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from tqdm.auto import tqdm
 
-from experiments.harness.running import files, memory, ray_launcher
+from experiments.harness.running import files, memory, ray_launcher, stopping
 from experiments.harness.running.checkpoints import Checkpoints, Spacing
 from experiments.harness.running.ray_launcher import Ray
 from experiments.harness.running.record_store import RecordStore, trial_id
@@ -130,10 +130,7 @@ def run(
             if failures:
                 raise RuntimeError(_failure_message(failures))
         elif workers == 1:
-            for trial in pending:
-                with store.lock(trial) as scratch:
-                    one(trial, scratch, functools.partial(bar.add, trial))
-                bar.finish(trial)
+            _run_here(pending, one, store, bar)
         else:
             _run_in_processes(pending, one, compile_key, store, workers, bar)
     return [record for trial in trials if (record := store.read(trial)) is not None]
@@ -229,6 +226,23 @@ def _run_one(run_trial, compile_key, store, keep_checkpoints, trial, scratch, pr
 def _run_quietly(one: Callable[..., None], trial: Any, scratch: Path) -> None:
     """Runs a trial on another machine, without progress."""
     one(trial, scratch, lambda amount, note: None)
+
+
+def _run_here(pending, one, store, bar) -> None:
+    """Runs the trials one after another in this process; one that fails costs itself alone."""
+    failures = []
+    for trial in pending:
+        try:
+            with store.lock(trial) as scratch:
+                one(trial, scratch, functools.partial(bar.add, trial))
+        except (OSError, stopping.Preempted):
+            raise
+        except Exception as error:
+            failures.append((trial, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        else:
+            bar.finish(trial)
+    if failures:
+        raise RuntimeError(_failure_message(failures))
 
 
 def _run_in_processes(pending, one, compile_key, store, workers, bar) -> None:
