@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 from engine_test import D, F, array
+from flax import nnx
 
 import jaxquant as jq
 
@@ -39,3 +40,31 @@ def test_coverage_gives_the_reason_where_quantizing_raises():
     ]
     assert any(reasons)
     assert all(reason in str(error.value) for reason in reasons)
+
+
+def test_parameters_that_share_a_path_are_named():
+    params = {"a": {"b": jnp.ones((4, 4))}, "a/b": jnp.ones((4, 4))}
+    function = lambda p, x: x @ p["a/b"] @ p["a"]["b"]  # noqa: E731
+    x = jnp.ones((2, 4))
+    for call in (
+        lambda: jq.functions.quantize(function, {".*": "w8a8"})(params, x),
+        lambda: jq.functions.freeze(function, {".*": "w8a8"}, params, x),
+        lambda: jq.functions.coverage(function, {".*": "w8a8"}, params, x),
+    ):
+        with pytest.raises(ValueError, match="2 have 'a/b'"):
+            call()
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(
+        {"a/b": nnx.Linear(4, 4, rngs=rngs), "a": nnx.Dict({"b": nnx.Linear(4, 4, rngs=rngs)})}
+    )
+    apply = lambda m, x: m["a"]["b"](m["a/b"](x))  # noqa: E731
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.layers = model
+
+        def __call__(self, x):
+            return apply(self.layers, x)
+
+    with pytest.raises(ValueError, match="2 have 'layers/a/b/bias'"):
+        jq.nnx.quantize(Model(), {".*": "w8a8"})(x)

@@ -8,12 +8,15 @@ import sys
 import textwrap
 from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 
+import jaxquant as jq
 from jaxquant.artifacts import folders
 from jaxquant.artifacts.checksums import digests, with_checksum
 from jaxquant.optim import (
@@ -291,3 +294,31 @@ def test_diagnoses_tell_a_stall_a_bias_and_an_error():
     assert momentum.stalled > 0.2 > 0.1 > better["0/mu/w"].stalled
     assert better["0/mu/w"].relative_error < momentum.relative_error / 8
     assert abs(better["0/mu/w"].radial_bias) < 0.01
+
+
+def test_flax_saves_it_as_bytes_and_refuses_other_parameters():
+    tx = optax.MultiSteps(optax.inject_hyperparams(optax.adam)(learning_rate=1e-3), 2)
+    quantized = jq.optim.quantize_state(tx, jq.optim.fixed(5, 4))
+    params = {"emb": jnp.ones((64, 64)), "head": jnp.ones((64, 64)), "small": jnp.ones(3)}
+    state = quantized.init(params)
+    for i in range(2):
+        gradients = jax.tree.map(lambda x, i=i: x * (i + 1), params)
+        _, state = quantized.update(gradients, state, params)
+    saved = serialization.to_bytes(state)
+    loaded = serialization.from_bytes(quantized.init(params), saved)
+    chex.assert_trees_all_equal(loaded, state)
+    plain = jq.optim.quantize_state(optax.adam(1e-3), jq.optim.fixed(5, 4))
+    saved = serialization.to_bytes(plain.init({"emb": params["emb"], "head": params["head"]}))
+    other = {"a_head": params["head"], "z_emb": params["emb"]}
+    with pytest.raises(ValueError, match="other names or shapes"):
+        serialization.from_bytes(plain.init(other), saved)
+
+
+def test_items_set_within_nested_wrappers_persist():
+    tx = optax.MultiSteps(optax.inject_hyperparams(optax.sgd)(learning_rate=1e-3, momentum=0.9), 1)
+    quantized = jq.optim.quantize_state(tx, jq.optim.fixed(5))
+    params = {"w": jnp.ones((64, 64))}
+    state = quantized.init(params)
+    state.inner_opt_state.hyperparams["learning_rate"] = jnp.float32(0.5)
+    updates, _ = quantized.update(params, state, params)
+    np.testing.assert_allclose(updates["w"], -0.5, rtol=1e-3)

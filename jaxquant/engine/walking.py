@@ -5,10 +5,11 @@ and the trace is computed again with what `visit` gives in the products' place. 
 comes out is an ordinary function, and jit, gradients, scan, remat and vmap are taken of it as of any other.
 """
 
+import collections
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -186,7 +187,18 @@ def called(args: tuple, kwargs: dict) -> tuple[Call, list[Any]]:
         is_parameter = [getattr(key, "idx", None) for key in path[:2]] == [0, 0]
         name = jax.tree_util.keystr(path[2:], simple=True, separator="/")
         origins.append(Origin.parameter(name) if is_parameter else INPUT)
+    check_paths(path for origin in origins for path in origin.nearest)
     return Call(structure, tuple(origins), tuple(constants)), arrays
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Raises a ValueError where two parameters have one path, as with keys that hold a slash."""
+    counts = collections.Counter(paths)
+    if twice := [path for path, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"each parameter must have a path of its own; {counts[twice[0]]} have {twice[0]!r}: rename a key "
+            "that holds a slash"
+        )
 
 
 def constant(path: Any, leaf: Any) -> Constant:

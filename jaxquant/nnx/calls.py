@@ -14,7 +14,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from jaxquant.engine.origins import INPUT, Origin
-from jaxquant.engine.walking import ARRAYS, Constant, Trace, constant
+from jaxquant.engine.walking import ARRAYS, Constant, Trace, check_paths, constant
 from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
 from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
@@ -100,7 +100,9 @@ class Call:
         """The origin of each array."""
         count = self.state.num_leaves
         found = [INPUT] * count
-        for path, leaf in nnx.to_flat_state(self.state.unflatten(list(range(count)))):
+        flat = nnx.to_flat_state(self.state.unflatten(list(range(count))))
+        check_paths("/".join(map(str, path[1:])) for path, _ in flat if path[0] == 0)
+        for path, leaf in flat:
             for place in jax.tree.leaves(value(leaf)) if path[0] == 0 else ():
                 found[place] = _origin(self.name_of(path[1:]), leaf)
         return found + [INPUT] * sum(x is None for x in self.leaves)

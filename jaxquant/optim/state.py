@@ -1,6 +1,7 @@
 """Represent quantized state as arrays: pages of codes, their scales, and unquantized leaves."""
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,11 +77,11 @@ class QuantizedState(_Arrays):
             raise AttributeError(
                 f"neither quantized state nor the wrapped state has a field {name!r}"
             )
-        found = getattr(exact, name)
-        if not any(map(is_coded, jax.tree.leaves(found, is_leaf=is_coded))):
-            return found  # itself, so that items set in its dictionaries persist
+        # Parts without codes are returned themselves, so that items set in their dictionaries persist.
         return jax.tree.map(
-            lambda x: _filled(self, x) if is_coded(x) else x, found, is_leaf=is_coded
+            lambda x: _filled(self, x) if is_coded(x) else x,
+            getattr(exact, name),
+            is_leaf=lambda x: is_coded(x) or not _has_codes(x),
         )
 
     # Fields of the plain state, not the methods of tuples.
@@ -97,6 +99,10 @@ class QuantizedState(_Arrays):
         return super()._replace(**own, **exact)
 
 
+def _has_codes(tree: Any) -> bool:
+    return any(map(is_coded, jax.tree.leaves(tree, is_leaf=is_coded)))
+
+
 @jax.jit
 def _filled(state: QuantizedState, part: Coded) -> Any:
     """Decodes a part of the plain state."""
@@ -107,6 +113,41 @@ def _filled(state: QuantizedState, part: Coded) -> Any:
         for place, leaf in enumerate(leaves)
     }
     return part.filled(lambda i: decoded(state, *places[i]), places.keys())
+
+
+# ---------------------------------------------------------------------------------------------------
+# flax.serialization: what `to_bytes` and `from_bytes` do with the parts that are no arrays
+
+
+def _coded_from(target: Coded, content: dict[str, Any]) -> Coded:
+    places = range(len(target.exact))
+    exact = (
+        serialization.from_state_dict(target.exact[i], content[str(i)], name=str(i)) for i in places
+    )
+    return Coded(tuple(exact), target.slot, target.structure, target.first)
+
+
+def _layout_of(plan: Plan) -> dict[str, str]:
+    """Returns a hash of the names, shapes and places of all leaves: without them, codes mean nothing."""
+    content = [(leaf.slot, leaf.path, leaf.shape, str(leaf.dtype)) for leaf in plan.leaves]
+    grids = [group.grid for group in plan.groups]
+    return {"layout": hashlib.sha256(repr((content, grids)).encode()).hexdigest()[:16]}
+
+
+def _plan_from(target: Plan, content: dict[str, str]) -> Plan:
+    if content != _layout_of(target):
+        raise ValueError(
+            "the quantized state was saved for parameters of other names or shapes, or for another layout"
+        )
+    return target
+
+
+serialization.register_serialization_state(
+    Coded,
+    lambda part: {str(i): serialization.to_state_dict(x) for i, x in enumerate(part.exact)},
+    _coded_from,
+)
+serialization.register_serialization_state(Plan, _layout_of, _plan_from)
 
 
 def with_exact(exact: Any, leaves: Sequence[Any]) -> Any:
