@@ -1,5 +1,6 @@
 """Coverage of any function: products in groups, the share in few bits, and why the rest is not."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from engine_test import D, F, array
@@ -68,3 +69,30 @@ def test_parameters_that_share_a_path_are_named():
 
     with pytest.raises(ValueError, match="2 have 'layers/a/b/bias'"):
         jq.nnx.quantize(Model(), {".*": "w8a8"})(x)
+
+
+def test_attention_of_one_fused_projection_is_named_by_its_module():
+    class Attention(nnx.Module):
+        def __init__(self):
+            self.qkv = nnx.Param(jax.random.normal(jax.random.key(0), (3, 16, 2, 8)) / 4)
+
+        def __call__(self, x):
+            q, k, v = jnp.einsum("btd,cdhk->cbthk", x, self.qkv[...])
+            scores = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k))
+            return jnp.einsum("bhts,bshk->bthk", scores, v)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.attention = Attention()
+
+        def __call__(self, x):
+            return self.attention(x)
+
+    x = jax.random.normal(jax.random.key(1), (2, 5, 16))
+    table = jq.nnx.coverage(Model(), {".*attention": "a8", ".*": "w8a8"}, x)
+    found = [(row.path, row.recipe) for row in table.rows]
+    assert found == [("attention/qkv", "w8a8"), ("attention", "a8"), ("attention", "a8")]
+    plain = Model()
+    quantized = jq.nnx.quantize(plain, {".*attention": "a8", ".*": "w8a8"})
+    error = jnp.linalg.norm(quantized(x) - plain(x)) / jnp.linalg.norm(plain(x))
+    assert 0 < error < 0.03

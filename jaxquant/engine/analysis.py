@@ -235,7 +235,7 @@ def _product(
     positive = [i for i in (0, 1) if operands[i].is_nonnegative and operands[i].is_input]
     shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in _types(equation)]
     return Product(
-        common(sorted(join(pair).nearest)),
+        _path(join(pair).nearest, weight),
         KINDS.get(equation.primitive.name, "lookup"),
         weight,
         positive[0] if len(positive) == 1 else None,
@@ -252,6 +252,13 @@ def _product(
         turns=where.turns,
         enclosed=where.enclosed,
     )
+
+
+def _path(nearest: frozenset[str], weight: int | None) -> str:
+    """Returns what the nearest parameters' paths share, or the module's where activations are of one."""
+    path = common(sorted(nearest))
+    is_alone = weight is None and len(nearest) == 1 and "/" in path
+    return path.rpartition("/")[0] if is_alone else path
 
 
 def _types(equation: core.JaxprEqn) -> list[Any]:

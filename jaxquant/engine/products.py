@@ -24,7 +24,8 @@ class Product:
 
     Attributes:
         path: of the parameter that feeds it, with slashes.  Where several do, or where both operands are
-            activations, the longest path that those nearest above it have in common.
+            activations, the longest path that those nearest above it have in common; of activations that all
+            come from one parameter, as from a fused projection, the path of the module that holds it.
         kind: ``"dot"``, ``"conv"``, ``"ragged"``, or ``"lookup"``: rows of a table, taken by integers.
         weight: the operand that depends on parameters alone: 0, 1, or None for a product of activations.
             Where both do, the right one.
