@@ -1,6 +1,7 @@
 import itertools
 import json
 import shutil
+import subprocess
 import time
 
 import altair as alt
@@ -62,6 +63,53 @@ def test_the_page_says_where_it_comes_from(page):
     assert "<code>python -m experiments.study</code>" in html
     assert provenance.today() in html
     assert '<a href="summary.json">' in html
+
+
+def head_of(folder, command, seeds, finding):
+    source = provenance.Source("study", "Is it so?", (), command, seeds)
+    report.write(folder, Report("Title", [finding], [], {}, source=source))
+    return (folder / "report.html").read_text()
+
+
+def test_the_head_states_intervals_seeds_and_smoke_runs(tmp_path):
+    found = Finding("Is it so?", "γ", "yes", 0.66, 0.56, 0.76)
+    command = "python -m experiments.study --preset={} --workdir=DIR"
+    html = head_of(tmp_path, command.format("smoke"), (3, 3), found)
+    assert "Intervals are at 90 %. 3 seeds per setting." in html
+    assert "A smoke run: nothing can be concluded from it." in html
+    assert "Papers" not in html
+    html = head_of(tmp_path, command.format("laptop"), (1, 3), Finding("Is it so?", "γ", "yes"))
+    assert "1 to 3 seeds per setting." in html
+    assert "Intervals" not in html
+    assert "A smoke run" not in html
+    assert "per setting" not in head_of(tmp_path, command.format("laptop"), None, found)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_changes_that_are_not_committed_are_said(tmp_path, monkeypatch, changed):
+    monkeypatch.setattr(provenance, "commit", lambda: "a" * 40)
+    monkeypatch.setattr(provenance, "has_changes", lambda: changed)
+    report.write(tmp_path, Report("Title", [], [], {}))
+    html = (tmp_path / "report.html").read_text()
+    assert ("with changes that are not committed" in html) is changed
+
+
+def test_changes_are_those_of_tracked_files(tmp_path, monkeypatch):
+    def git(*words):
+        name = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+        subprocess.run(["git", *name, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(provenance, "_HERE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert (provenance.commit(), provenance.has_changes()) == ("", False)
+    git("init")
+    (tmp_path / "file").write_text("one")
+    git("add", "file")
+    git("commit", "-m", "one")
+    (tmp_path / "run").write_text("untracked")
+    assert not provenance.has_changes()
+    (tmp_path / "file").write_text("two")
+    assert provenance.has_changes()
 
 
 def test_a_finding_is_written_alike_on_the_page_and_on_a_terminal(page):

@@ -3,9 +3,15 @@
 import dataclasses
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
+from absl import flags
+from conftest import ROOT
 
+from experiments.harness import study as binary
+from experiments.harness.running import cli
 from experiments.harness.running.trials import Launch
 from experiments.harness.study import Finished, Study
 
@@ -18,7 +24,7 @@ STUDIES = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Config:
     bits: tuple[int, ...] = (2, 4)
     batch: int = 4
@@ -95,6 +101,111 @@ def test_a_folder_of_another_study_is_refused(tmp_path):
     SMALL.run(Config(), tmp_path)
     with pytest.raises(ValueError, match="holds the study 'small', not 'other'"):
         dataclasses.replace(SMALL, name="other").run(Config(), tmp_path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    workers: int = 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"presets": {}, "costs": {}},
+            "study 'small': presets needs at least one config; got none",
+        ),
+        (
+            {"presets": {"smoke": {}}},
+            r"presets\['smoke'\] must be an instance of a dataclass; got {}",
+        ),
+        ({"presets": {"smoke": Config}}, r"presets\['smoke'\] must be an instance of a dataclass"),
+        ({"presets": {"smoke": Frozen()}}, r"presets\['smoke'\] must not be frozen.*above Frozen"),
+        ({"costs": {"smoke": ""}}, "costs needs the names of presets, smoke, laptop; got smoke"),
+        ({"costs": {"smoke": "", "laptop": "", "tpu": ""}}, "got smoke, laptop, tpu"),
+    ],
+)
+def test_a_study_that_is_not_whole_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(SMALL, **changes)
+
+
+def test_the_binary_starts_with_laptop_or_else_the_first_preset():
+    assert SMALL.default == "laptop"
+    presets, costs = {"one": Config(), "two": Config()}, {"one": "", "two": ""}
+    assert dataclasses.replace(SMALL, presets=presets, costs=costs).default == "one"
+
+
+def test_a_config_needs_no_number_of_workers(tmp_path):
+    @dataclasses.dataclass
+    class Bits:
+        bits: tuple[int, ...] = (2, 4)
+
+    study = dataclasses.replace(
+        SMALL,
+        presets={"smoke": Bits()},
+        costs={"smoke": ""},
+        batches=lambda config: (),
+        report=lambda done: {"errors": [r["error"] for r in done.records]},
+    )
+    assert study.run(Bits(), tmp_path) == {"errors": [0.25, 0.0625]}
+
+
+def test_a_grid_without_trials_or_with_one_twice_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="study 'small': make_trials gave no trial"):
+        SMALL.run(Config(()), tmp_path)
+    with pytest.raises(ValueError, match=r"1 come up again: Trial\(bits=4\)$"):
+        SMALL.run(Config((4, 2, 4)), tmp_path)
+
+
+def test_a_shard_without_any_record_writes_no_report_and_says_so(tmp_path, monkeypatch, capsys):
+    parts = Launch(shard=(2, 3))
+    assert SMALL.run(Config(), tmp_path, parts) == {}
+    assert not (tmp_path / "summary.json").exists()
+    monkeypatch.setattr(binary, "_launch", lambda: parts)
+    monkeypatch.setattr(binary, "define_study_flags", lambda name: None)
+    monkeypatch.setattr(cli, "main", lambda run, presets, **_: run(Config()))
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", str(tmp_path), "", flag_values=values)
+    flags.DEFINE_string("shard", "2/3", "", flag_values=values)
+    values.mark_as_parsed()
+    monkeypatch.setattr(binary, "FLAGS", values)
+    SMALL.main()
+    expected = "Shard 2/3 has no trial to run, and no trial has a record yet: no report.\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_without_papers_help_names_none():
+    assert "Papers" not in dataclasses.replace(SMALL, papers=()).about()
+
+
+def test_whole_numbers_are_one_or_several():
+    @dataclasses.dataclass
+    class Sizes:
+        seeds: int = 3
+        bits: tuple[int, ...] = (2, 4)
+
+    cli.check_whole(Sizes(), "seeds", "bits")
+    with pytest.raises(ValueError, match=r"^config\.seeds .*0"):
+        cli.check_whole(Sizes(seeds=0), "seeds")
+    with pytest.raises(ValueError, match=r"each of config\.bits .*0"):
+        cli.check_whole(Sizes(bits=(0,)), "bits")
+
+
+@pytest.mark.exhaustive
+def test_help_of_a_binary_without_presets_has_none_and_may_be_cut_short():
+    command = [sys.executable, "-m", "experiments.pack", "--help"]
+    whole = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "--workdir" in whole.stdout
+    assert "--preset" not in whole.stdout
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as cut:
+        assert cut.stdout is not None
+        assert cut.stderr is not None
+        cut.stdout.close()
+        assert cut.stderr.read() == ""
+    assert cut.returncode == 0
 
 
 @pytest.mark.parametrize("name", STUDIES)

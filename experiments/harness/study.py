@@ -1,5 +1,6 @@
 """A study as data, and its binary: trials that run where flags say, and a report of their records."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -44,8 +45,9 @@ class Study:
     Attributes:
         name: of the folder of its code, of its records, and of its workdirs.
         question: in one sentence.
-        papers: what it tests, by arXiv's numbers.
-        presets: configs by name.
+        papers: what it tests, by arXiv's numbers; () where there is none.
+        presets: configs by name, dataclasses that are not frozen, as flags set their fields.  A field
+            ``workers`` is the number of processes, 1 where there is none.
         costs: what each preset takes, in words.
         make_trials: from a config to the distinct trials of its grid; raises ValueErrors for bad configs.
         run_trial: a module's function, from (trial, context) to the record's results.
@@ -69,8 +71,35 @@ class Study:
     to_text: Callable[[dict], str]
     batches: Callable[[Any], Sequence[str]] = lambda config: ()
 
+    def __post_init__(self):
+        if not self.presets:
+            raise ValueError(f"study {self.name!r}: presets needs at least one config; got none")
+        for name, config in self.presets.items():
+            if not dataclasses.is_dataclass(config) or isinstance(config, type):
+                raise ValueError(
+                    f"study {self.name!r}: presets[{name!r}] must be an instance of a dataclass; "
+                    f"got {config!r}"
+                )
+            if config.__dataclass_params__.frozen:  # pyright: ignore[reportAttributeAccessIssue]
+                raise ValueError(
+                    f"study {self.name!r}: presets[{name!r}] must not be frozen, for flags set its fields; "
+                    f"write @dataclasses.dataclass above {type(config).__name__}"
+                )
+        if set(self.costs) != set(self.presets):
+            raise ValueError(
+                f"study {self.name!r}: costs needs the names of presets, {', '.join(self.presets)}; "
+                f"got {', '.join(self.costs) or 'none'}"
+            )
+
+    @property
+    def default(self) -> str:
+        """The preset of the binary where none is given: "laptop" if there is one, else the first."""
+        return "laptop" if "laptop" in self.presets else next(iter(self.presets))
+
     def run(self, config: Any, workdir: str | Path, launch: Launch = trials.HERE) -> dict:
         """Runs what has no record yet, writes the report, and returns the summary.
+
+        One shard of several, as long as no trial has a record, writes no report and returns {}.
 
         Args:
             config: one of `presets`, or any.
@@ -82,6 +111,7 @@ class Study:
             RuntimeError: a trial failed.
         """
         grid = self.make_trials(config)
+        self._check_grid(grid)
         self._check_batches(config)
         store = record_store.RecordStore(workdir, self.name)
         records = trials.run(
@@ -91,10 +121,12 @@ class Study:
             cost=self.cost,
             compile_key=self.compile_key,
             launch=launch,
-            workers=config.workers,
+            workers=getattr(config, "workers", 1),
         )
         is_whole = launch.shard[1] == 1
-        source = self.source(config)
+        if not records and not is_whole:
+            return {}
+        source = dataclasses.replace(self.source(config), seeds=provenance.seeds(records))
         return self.report(Finished(config, store.workdir, grid, records, is_whole, source))
 
     def source(self, config: Any) -> Source:
@@ -116,17 +148,35 @@ class Study:
 
         def run_and_say(config: Any) -> None:
             workdir = FLAGS.workdir or f"runs/{self.name}/{FLAGS.preset}"
-            print(self.to_text(self.run(config, workdir, _launch())))
+            summary = self.run(config, workdir, _launch())
+            if not summary:
+                print(
+                    f"Shard {FLAGS.shard} has no trial to run, and no trial has a record yet: no report."
+                )
+                return
+            print(self.to_text(summary))
             print(f"report: {str(workdir).rstrip('/')}/report.html")
 
-        cli.main(run_and_say, self.presets, default="laptop", about=self.about())
+        cli.main(run_and_say, self.presets, default=self.default, about=self.about())
 
     def about(self) -> str:
         """Returns the question, where it comes from, and what each preset takes."""
         width = max(map(len, self.presets))
         presets = (f"  --preset={name:<{width}}  {self.costs[name]}" for name in self.presets)
-        papers = f"Papers: {', '.join(self.papers)}."
-        return "\n".join([self.question, papers, "", *presets])
+        papers = [f"Papers: {', '.join(self.papers)}."] if self.papers else []
+        return "\n".join([self.question, *papers, "", *presets])
+
+    def _check_grid(self, grid: Sequence[Any]) -> None:
+        if not grid:
+            raise ValueError(f"study {self.name!r}: make_trials gave no trial for this config")
+        counts = collections.Counter(map(record_store.trial_id, grid))
+        twice = [t for t in grid if counts.pop(record_store.trial_id(t), 1) > 1]
+        if twice:
+            named = ", ".join(map(str, twice[:3])) + (" and more" if len(twice) > 3 else "")
+            raise ValueError(
+                f"study {self.name!r}: make_trials must give each trial once; {len(twice)} come up again: "
+                f"{named}"
+            )
 
     def _check_batches(self, config: Any) -> None:
         axes = (getattr(config, "mesh_data", 1), getattr(config, "mesh_fsdp", -1))

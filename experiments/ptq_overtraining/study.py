@@ -196,7 +196,7 @@ STUDY = Study(
     ),
     presets=PRESETS,
     costs={
-        "smoke": "half a minute on 2 cores; that it runs",
+        "smoke": "one to two minutes on 2 cores; that it runs",
         "laptop": "six to eight minutes on 2 cores",
         "full": "about three hours on 2 cores",
         "tpu": "an accelerator; the published scale, not yet run by us",

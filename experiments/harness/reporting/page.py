@@ -20,6 +20,7 @@ from experiments.harness.reporting.findings import (
     headline,
 )
 from experiments.harness.reporting.layout import Figure, Report, Section
+from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.reporting.values import listed
 
 CONFIG: dict[str, Any] = {
@@ -33,6 +34,8 @@ CONFIG: dict[str, Any] = {
 _PAGE_CONFIG: dict[str, Any] = CONFIG | {"legend": {"disable": True}}
 
 _FINDINGS_SHOWN = 6  # of one question; the others are folded
+
+_SMOKE = "A smoke run: nothing can be concluded from it."
 
 _FIT_WIDTH = {"type": "fit-x", "contains": "padding"}
 
@@ -81,8 +84,22 @@ def to_html(report: Report, records: str) -> str:
 
 def _head(report: Report) -> str:
     asked = report.source.question if report.source else ""
-    parts = [("question", asked), ("lead", report.lead), *(("status", s) for s in report.status)]
+    smoke = _SMOKE if report.source and report.source.is_smoke else ""
+    parts = [("question", asked), ("lead", report.lead), ("caption", _certainty(report))]
+    parts += [("status", text) for text in (smoke, *report.status)]
     return "\n".join(f'<p class="{kind}">{html.escape(text)}</p>' for kind, text in parts if text)
+
+
+def _certainty(report: Report) -> str:
+    """The intervals' level and how many seeds there are, where known."""
+    said = []
+    if any(finding.low is not None for finding in report.findings):
+        said.append(f"Intervals are at {100 * CONFIDENCE:.0f} %.")
+    if report.source and report.source.seeds:
+        least, most = report.source.seeds
+        count = f"{most}" if least == most else f"{least} to {most}"
+        said.append(f"{count} {'seed' if most == 1 else 'seeds'} per setting.")
+    return " ".join(said)
 
 
 def _findings(findings: Sequence[Finding]) -> str:
@@ -137,7 +154,8 @@ def _origin(report: Report, records: str) -> str:
     written = [provenance.today(), html.escape(provenance.machine())]
     if commit:
         address = f"{provenance.REPOSITORY}/commit/{commit}"
-        written.insert(1, f"commit {_link(commit[:10], address)}")
+        changed = " with changes that are not committed" if provenance.has_changes() else ""
+        written.insert(1, f"commit {_link(commit[:10], address)}{changed}")
     rows["Written"] = ", ".join(written)
     versions = report.summary.get("versions")
     if versions:

@@ -1,12 +1,14 @@
 """Where a report comes from: study, papers, command, commit, date, machine."""
 
+import collections
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +25,31 @@ class Source:
         question: in one sentence.
         papers: as `experiments.harness.study.Study` has them.
         command: that rebuilds the report from the folder of its records.
+        seeds: the fewest and the most of one setting; None where not known.
     """
 
     study: str
     question: str
     papers: Sequence[str]
     command: str
+    seeds: tuple[int, int] | None = None
+
+    @property
+    def is_smoke(self) -> bool:
+        """Whether its preset is smoke, which shows that a study runs and no more."""
+        return "--preset=smoke" in self.command.split()
+
+
+def seeds(records: Iterable[dict]) -> tuple[int, int] | None:
+    """The fewest and the most seeds of trials that are equal otherwise; None where trials have no seed.
+
+    >>> seeds([{"trial": {"bits": 4, "seed": s}} for s in range(3)])
+    (3, 3)
+    """
+    trials = [record["trial"] for record in records if "seed" in record["trial"]]
+    settings = [json.dumps({**t, "seed": None}, sort_keys=True) for t in trials]
+    counts = collections.Counter(settings).values()
+    return (min(counts), max(counts)) if counts else None
 
 
 def command(study: str, presets: Mapping[str, Any], config: Any) -> str:
@@ -76,9 +97,19 @@ def paper_link(paper: str) -> tuple[str, str]:
 
 def commit() -> str:
     """The commit of this code; "" outside a repository."""
+    return _git("rev-parse", "HEAD")
+
+
+def has_changes() -> bool:
+    """Whether files of the repository differ from its commit."""
+    return bool(_git("status", "--porcelain", "--untracked-files=no"))
+
+
+def _git(*arguments: str) -> str:
+    """What git says of this code's repository; "" where there is none."""
     try:
         found = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=_HERE, capture_output=True, text=True, timeout=10
+            ["git", *arguments], cwd=_HERE, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

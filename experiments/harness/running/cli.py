@@ -41,9 +41,13 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_whole(config: Any, *names: str) -> None:
-    """Raises a ValueError unless each named field holds whole numbers of at least 1."""
+    """Raises a ValueError unless each named field is a whole number of at least 1, or holds such numbers."""
     for name in names:
-        for value in getattr(config, name):
+        field = getattr(config, name)
+        if not isinstance(field, tuple | list):
+            checks.check_whole(f"config.{name}", field, 1)
+            continue
+        for value in field:
             checks.check_whole(f"each of config.{name}", value, 1)
 
 
@@ -119,7 +123,13 @@ def _parse(argv: list[str], presets: Mapping[str, Any], about: str | None) -> li
     if any(a in ("--help", "-h", "--helpshort", "-help", "--helpfull") for a in argv[1:]):
         named = [a.partition("=")[2] for a in argv[1:] if a.lstrip("-").startswith("preset=")]
         chosen = next((name for name in named if name in presets), str(FLAGS["preset"].default))
-        _print_help(presets, chosen, about)
+        try:
+            _print_help(presets, chosen, about)
+            sys.stdout.flush()
+        except (
+            BrokenPipeError
+        ):  # its reader, as head, has seen enough; Python flushes once more at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     config_arguments = [a for a in argv[1:] if a.startswith(("--config", "-config"))]
     FLAGS([a for a in argv if a not in config_arguments])
@@ -141,6 +151,8 @@ def _parse(argv: list[str], presets: Mapping[str, Any], about: str | None) -> li
 
 def _print_help(presets: Mapping[str, Any], chosen: str, about: str | None) -> None:
     FLAGS.mark_as_parsed()
+    if len(presets) == 1:  # there is nothing to choose
+        delattr(FLAGS, "preset")
     print(about or sys.modules["__main__"].__doc__ or "", end="\n\n")
     for module in FLAGS.flags_by_module_dict():
         if module.startswith(("experiments", sys.argv[0])) or module == "__main__":
