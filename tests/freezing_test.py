@@ -115,7 +115,7 @@ def trained(model, x, steps=20):
     return nnx.merge(graphdef, params, rest)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("name", "rules"),

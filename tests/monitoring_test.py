@@ -440,7 +440,7 @@ def test_a_models_gradients_are_those_of_vjp_by_hand():
     agree(found.drhs, gradient, dot.drhs.lhs, (0,))
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.usefixtures("library_promotion")
 @pytest.mark.parametrize(
     "options", [{}, {"remat": True}, {"scan": True}, {"scan": True, "remat": True}]

@@ -273,6 +273,7 @@ def test_a_broken_model_gives_no_number_rather_than_a_wrong_one():
     assert summary["headline"]["rows"][0]["gamma"] is None
 
 
+@pytest.mark.long
 def test_unfinished_and_diverged_trials_are_said(tmp_path):
     dead = record(1, "wsd", (0.1, 0.2, 0.4)) | {"status": "diverged", "step": 7, "points": []}
     summary = report.write(tmp_path, [record(0, "wsd", (0.1, 0.2, 0.4)), dead], expected=3)

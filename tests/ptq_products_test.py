@@ -287,6 +287,7 @@ def test_what_is_rounded_is_saved_and_goes_on(how, tmp_path):
         np.testing.assert_array_equal(RUN(other, xs[0]), RUN(frozen, xs[0]))
 
 
+@pytest.mark.long
 def test_a_rotation_of_heads_is_each_ones_own():
     model, xs = Raw("heads"), inputs("heads")
     errors = {}

@@ -88,6 +88,7 @@ def test_records_of_every_layer_and_step(monitored):
     np.testing.assert_allclose(one["growth"][1:], amax[1:] / np.maximum.accumulate(amax)[:-1])
 
 
+@pytest.mark.long
 def test_a_figure_and_tensorboards_histograms(monitored):
     assert (monitored / "figures" / "monitor_sqnr.svg").stat().st_size > 10_000
     page = (monitored / "report.html").read_text()

@@ -38,7 +38,7 @@ def test_at_16_bits_nothing_is_lost(method):
     np.testing.assert_allclose(found, exact, atol=5e-3)
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("method", METHODS)
 def test_fewer_bits_change_more_and_all_have_gradients(method):

@@ -142,7 +142,7 @@ def test_a_damaged_record_is_set_aside_and_made_again(store, workers, caplog):
     assert "not this trial's record" in caplog.text
 
 
-@pytest.mark.first(1)
+@pytest.mark.long
 @pytest.mark.parametrize(("kind", "reason"), [("bad", "cannot do 9"), ("dies", "exit code 7")])
 def test_a_failing_trial_is_named_and_costs_only_itself(store, kind, reason):
     with pytest.raises(RuntimeError, match=rf"1 trial\(s\) failed.*number=9(?s:.*){reason}"):

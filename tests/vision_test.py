@@ -152,6 +152,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32(pixels):
     assert not np.array_equal(logits, full)
 
 
+@pytest.mark.long
 def test_a_small_model_learns_digits():
     digits = images.load("digits")
     model = make(layers=1, width=24, heads=2, hidden=48, image=8, patch=2)
