@@ -53,7 +53,10 @@ LIBRARY = [
             "named traced_update state checks blocks updating budget scoring adapting report kernels "
             "kernel_layout quantizing identity exchange diagnosing"
         ),
-        "laws": "law terms forms constants intervals solving runs fitting comparison optimum planning",
+        "laws": (
+            "law terms forms growing constants intervals criteria solving runs fitting comparison "
+            "optimum budgets planning"
+        ),
     },
 ]
 EXPERIMENTS = [

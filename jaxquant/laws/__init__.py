@@ -8,6 +8,7 @@
 Nothing here knows of quantizers or models: runs are numbers.
 """
 
+from jaxquant.laws.budgets import precision_at_budget, union
 from jaxquant.laws.comparison import Comparison, Control, compare, shuffled_bits
 from jaxquant.laws.constants import (
     CHEN_2025_W4A4,
@@ -43,6 +44,16 @@ from jaxquant.laws.forms import (
     quartet,
     state_law,
 )
+from jaxquant.laws.growing import (
+    ADDITIVE_ERROR,
+    ADDITIVE_ONE,
+    GAP,
+    GAP_ERROR,
+    GROWING,
+    GROWING_ERROR,
+    GROWING_ONE,
+    GROWING_WA,
+)
 from jaxquant.laws.law import COLUMNS, Law, Parameter
 from jaxquant.laws.optimum import (
     ERRATA,
@@ -60,11 +71,19 @@ from jaxquant.laws.terms import gaussian_mse
 
 __all__ = [
     "ADDITIVE",
+    "ADDITIVE_ERROR",
+    "ADDITIVE_ONE",
     "CHEN_2025_W4A4",
     "CHEN_QAT",
     "CHINCHILLA",
     "COLUMNS",
     "ERRATA",
+    "GAP",
+    "GAP_ERROR",
+    "GROWING",
+    "GROWING_ERROR",
+    "GROWING_ONE",
+    "GROWING_WA",
     "KUMAR",
     "KUMAR_2024",
     "KUMAR_2024_PTQ",
@@ -106,10 +125,12 @@ __all__ = [
     "optimal_precision",
     "optimal_sizes",
     "plan",
+    "precision_at_budget",
     "profile",
     "qat_share",
     "quartet",
     "shuffled_bits",
     "state_law",
     "throughput",
+    "union",
 ]

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxquant.checks import check_whole
+from jaxquant.laws.criteria import aicc, independent_runs
 from jaxquant.laws.fitting import DELTA, Fit, Space, check_numbers, fit, r2
 from jaxquant.laws.law import Columns, Law, check_law, x64
-from jaxquant.laws.runs import check_runs, number_column
+from jaxquant.laws.runs import check_runs, number_column, places
 
 _P = 0.05
 _MOST_FOLDS = 6  # of a column with many values: runs are held out by ranges of it
@@ -22,29 +23,43 @@ class Comparison:
 
     Attributes:
         fits: without intervals.
+        criteria: AICc of each, all of `independent` runs.
+        independent: how many independent runs they count, by the leader's residuals; all without groups.
         held_out: for each, R² on runs that it was not fitted to, by the column by which they were held out;
             NaN where the law says nothing of values that it has not seen.
     """
 
     fits: tuple[Fit, ...]
     held_out: tuple[dict[str, float], ...]
+    criteria: tuple[float, ...]
+    independent: float
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """A row for each law: name, parameters, r2, aicc, delta_aicc, and held-out R² by column."""
-        best = min(f.aicc for f in self.fits)
+        best = min(self.criteria)
         return [
             {
                 "law": f.law.name,
                 "parameters": len(f.law.parameters),
                 "r2": f.r2,
-                "aicc": f.aicc,
-                "delta_aicc": f.aicc - best if math.isfinite(best) else math.nan,
+                "aicc": criterion,
+                "delta_aicc": criterion - best if math.isfinite(best) else math.nan,
                 **{f"r2_by_{column}": value for column, value in out.items()},
                 "warnings": len(f.warnings),
             }
-            for f, out in zip(self.fits, self.held_out, strict=True)
+            for f, out, criterion in zip(self.fits, self.held_out, self.criteria, strict=True)
         ]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What a ranking must not hide: laws that predict held-out runs worse than their mean does."""
+        return tuple(
+            f"{f.law.name} held out by {column}: R² = {value:.2f}, worse than the mean of the runs"
+            for f, out in zip(self.fits, self.held_out, strict=True)
+            for column, value in out.items()
+            if value < 0
+        )
 
     def __str__(self) -> str:
         rows = self.rows
@@ -53,6 +68,7 @@ class Comparison:
         ]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -61,11 +77,16 @@ def compare(
     runs: Any,
     *,
     held_out: Iterable[str] = ("N", "D", "P_w"),
+    groups: str | None = None,
     starts: int = 64,
     delta: float = DELTA,
     seed: int = 0,
 ) -> Comparison:
     """Returns each law fitted to the same runs, ranked by AICc, with R² on runs held out by N, by D and by P.
+
+    Where `groups` says which runs belong together, AICc is that of the likelihood that the fits maximise,
+    Huber's, of as many runs as are independent: runs of one trunk or seed share what they are off by
+    (`criteria.independent_runs`).  Without groups it takes residuals as normal and all runs as independent.
 
     Held out are all runs with one value of a column, in turn (or in one range of it, where it has many), so
     that a law is asked for what it has not seen.
@@ -74,6 +95,7 @@ def compare(
         laws: of one target.
         runs: as of `fit`, with the columns of all laws.
         held_out: columns by which runs are held out.
+        groups: as of `fit`: a column of what belongs together.
         starts, delta, seed: as of `fit`.
 
     Raises:
@@ -94,7 +116,7 @@ def compare(
     check_numbers(starts, 0, delta, seed)
     found = []
     for law in laws:
-        fitted = fit(law, runs, starts=starts, bootstraps=0, delta=delta, seed=seed)
+        fitted = fit(law, runs, starts=starts, bootstraps=0, delta=delta, groups=groups, seed=seed)
         columns, target = check_runs(law, runs)
         scores = {
             name: _held_out_r2(
@@ -110,8 +132,32 @@ def compare(
             for name in held_out
         }
         found.append((fitted, scores))
-    found.sort(key=lambda pair: pair[0].aicc)
-    return Comparison(tuple(f for f, _ in found), tuple(s for _, s in found))
+    return _ranked(found, runs, groups)
+
+
+def _ranked(found: list[tuple[Fit, dict[str, float]]], runs: Any, groups: str | None) -> Comparison:
+    """Returns the comparison, all laws counting the independent runs that the leader's residuals tell."""
+    residuals = []
+    for fitted, _ in found:
+        columns, target = check_runs(fitted.law, runs)
+        residuals.append(np.log(fitted.law.evaluate(fitted.params, columns)) - np.log(target))
+    leader = min(range(len(found)), key=lambda i: found[i][0].objective)
+    independent = float(len(residuals[leader]))
+    scores = [fitted.aicc for fitted, _ in found]
+    if groups is not None:
+        place = places(runs, groups, len(residuals[leader]))
+        independent = independent_runs(residuals[leader], place)
+        scores = [
+            aicc(r, len(fitted.law.parameters), fitted.delta, independent)
+            for r, (fitted, _) in zip(residuals, found, strict=True)
+        ]
+    scored = sorted((score, i) for i, score in enumerate(scores))
+    return Comparison(
+        tuple(found[i][0] for _, i in scored),
+        tuple(found[i][1] for _, i in scored),
+        tuple(score for score, _ in scored),
+        independent,
+    )
 
 
 def folds(column: np.ndarray) -> list[np.ndarray]:

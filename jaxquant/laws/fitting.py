@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.checks import check_positive, check_whole
+from jaxquant.laws.criteria import squared_aicc
 from jaxquant.laws.intervals import expanded
 from jaxquant.laws.law import Columns, Law, Values, check_params, x64
-from jaxquant.laws.runs import check_runs, places, repeated
+from jaxquant.laws.runs import check_runs, places, repeated, strata_of_units
 from jaxquant.laws.solving import huber, solve
 from jaxquant.stats import check_confidence_level, critical, percentile_interval, renamed
 
@@ -37,7 +38,8 @@ class Fit:
         objective: the sum of Huber's loss at the optimum.
         delta: of that loss.
         r2: of the target's logarithm, 1 − Σ r² / Σ (log y − mean)².
-        aicc: Akaike's criterion with its correction for few runs, as if residuals were normal.
+        aicc: Akaike's criterion with its correction for few runs, as if residuals were normal and independent;
+            `compare` has the one of the likelihood that the fit maximised.
         warnings: what the runs do not tell.
         within: from column to the range of the runs.
     """
@@ -107,6 +109,7 @@ def fit(
     confidence_level: float = 0.9,
     delta: float = DELTA,
     groups: str | None = None,
+    strata: str | None = None,
     seed: int = 0,
 ) -> Fit:
     """Fits the parameters with the least Huber loss on log L, Σ_i H_δ(log ŷ_i − log y_i), from many starts.
@@ -125,6 +128,8 @@ def fit(
         confidence_level: of intervals.
         delta: δ of Huber's loss.
         groups: a column of what is resampled together; each run by itself where not given.
+        strata: a column within whose values units are resampled, such as N where sizes were chosen and seeds
+            drawn; over all units where not given.
         seed: of starts and of resampling.
 
     Raises:
@@ -148,6 +153,7 @@ def fit(
     check_confidence_level(confidence_level)
     place = places(runs, groups, len(target))
     units = int(place.max()) + 1
+    layer = strata_of_units(runs, strata, place)
     rng = np.random.default_rng(seed)
     space = Space(law, columns, target)
     with x64():
@@ -155,7 +161,7 @@ def fit(
         logs, values = space.solve(own, space.starts(rng, 1, starts), delta)
         samples: dict[str, np.ndarray] = {}
         if bootstraps:
-            weights = _resampled(rng, place, bootstraps)
+            weights = _resampled(rng, place, layer, bootstraps)
             first = space.starts(rng, bootstraps, starts)
             # One start is the fit itself, so that no bootstrap misses its own neighbourhood.
             first[:, 0] = logs[0]
@@ -176,25 +182,27 @@ def fit(
         float(values[0]),
         delta,
         r2(residual, np.log(target)),
-        _aicc(residual, len(law.parameters)),
+        squared_aicc(residual, len(law.parameters)),
         _warnings(law, space, logs[0], params, samples, asked, target),
         {name: (float(c.min()), float(c.max())) for name, c in columns.items()},
     )
 
 
 class Space:
-    """The space of a fit: logarithms of parameters, and coefficients as terms at the mean of log columns."""
+    """The space of a fit: logarithms of parameters, signed ones as they are, and coefficients as terms at the
+    mean of log columns.
+    """
 
     def __init__(self, law: Law, columns: Columns, target: np.ndarray):
         self.law, self.columns, self.target = law, columns, target
         self._middle = tuple(float(np.log(columns[c]).mean()) for c in law.columns)
         self._unit = float(np.log(target).mean())
-        self.low = np.log([p.low for p in law.parameters])
-        self.high = np.log([p.high for p in law.parameters])
+        self.low = np.array([p.to_fitted(p.low) for p in law.parameters])
+        self.high = np.array([p.to_fitted(p.high) for p in law.parameters])
 
     def starts(self, rng: np.random.Generator, fits: int, starts: int) -> np.ndarray:
         """Returns random starts, float64[fits, starts, parameters]."""
-        ends = np.log([p.start for p in self.law.parameters])
+        ends = np.array([p.to_fitted(np.array(p.start)) for p in self.law.parameters])
         return rng.uniform(ends[:, 0], ends[:, 1], (fits, starts, len(ends)))
 
     def natural(self, logs: np.ndarray) -> dict[str, np.ndarray]:
@@ -229,15 +237,13 @@ class Space:
 def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:
     """Returns the parameters from logarithms and terms, [parameters, ...]."""
     at = dict(zip(law.columns, middle, strict=True))
-    values = dict(zip(law.names, logs, strict=True))
-    found = {}
+    moved = dict(zip(law.names, logs, strict=True))
+    found = {p.name: p.from_fitted(moved[p.name]) for p in law.parameters if not p.term}
     for parameter in law.parameters:
-        value = values[parameter.name]
         if parameter.term:
-            powers = (s * jnp.exp(values[e]) * at[column] for e, column, s in parameter.term)
-            value = value + unit - sum(powers)
-        found[parameter.name] = jnp.exp(value)
-    return found
+            powers = sum(s * found[e] * at[column] for e, column, s in parameter.term)
+            found[parameter.name] = jnp.exp(moved[parameter.name] + unit - powers)
+    return {name: found[name] for name in law.names}
 
 
 @functools.lru_cache(maxsize=64)
@@ -265,11 +271,16 @@ def _best(
     return other if other[1][0] < found[1][0] else found
 
 
-def _resampled(rng: np.random.Generator, place: np.ndarray, bootstraps: int) -> np.ndarray:
+def _resampled(
+    rng: np.random.Generator, place: np.ndarray, layer: np.ndarray, bootstraps: int
+) -> np.ndarray:
     """Returns how often each run counts in each bootstrap, float64[bootstraps, runs]."""
-    units = int(place.max()) + 1
-    drawn = rng.multinomial(units, np.full(units, 1 / units), bootstraps)
-    return drawn[:, place].astype(float)
+    counts = np.zeros((bootstraps, len(layer)))
+    for one in np.unique(layer):
+        members = np.flatnonzero(layer == one)
+        even = np.full(len(members), 1 / len(members))
+        counts[:, members] = rng.multinomial(len(members), even, bootstraps)
+    return counts[:, place]
 
 
 def check_numbers(starts: Any, bootstraps: Any, delta: Any, seed: Any) -> None:
@@ -287,14 +298,6 @@ def r2(residual: np.ndarray, log_target: np.ndarray) -> float:
     """Returns 1 − Σ r² / Σ (log y − mean)²."""
     total = float(np.sum((log_target - log_target.mean()) ** 2))
     return 1 - float(np.sum(residual**2)) / total if total else math.nan
-
-
-def _aicc(residual: np.ndarray, parameters: int) -> float:
-    n, k = len(residual), parameters + 1  # the residuals' variance is one too
-    if n <= k + 1:
-        return math.inf
-    spread = max(float(np.mean(residual**2)), 1e-300)
-    return n * math.log(spread) + 2 * k + 2 * k * (k + 1) / (n - k - 1)
 
 
 def _warnings(
@@ -316,7 +319,8 @@ def _warnings(
             said.append(f"{name} = {value:.3g} sits on its {held[0]} bound: not determined")
         elif len(samples):
             low, high = percentile_interval(samples[name], confidence_level)
-            if not parameter.term and high > _FLAT * low:
+            is_plain = not (parameter.term or parameter.is_signed)
+            if is_plain and high > _FLAT * low:
                 said.append(f"{name} is between {low:.3g} and {high:.3g}: hardly determined")
     if "E" in params and law.target == "loss" and params["E"] < 0.05 * float(target.min()):
         said.append(
@@ -367,7 +371,8 @@ def profile(
     columns, target = check_runs(law, runs)
     _check_own(fitted, columns, target)
     space, place = Space(law, columns, target), law.names.index(name)
-    best = math.log(fitted.params[name])
+    parameter = law.parameters[place]
+    best = float(parameter.to_fitted(fitted.params[name]))
     reach = np.concatenate([[0.0], np.geomspace(1e-3, 3.0, points)])
     ends = []
     with x64():
@@ -377,7 +382,10 @@ def profile(
             rises = [
                 _fixed(space, place, v, fitted.delta, starts) - fitted.objective for v in values
             ]
-            ends.append(_crossing(values, np.array(rises), allowed, side))
+            end = _crossing(values, np.array(rises), allowed)
+            least = -math.inf if parameter.is_signed else 0.0
+            beyond = math.inf if side > 0 else least
+            ends.append(beyond if end is None else float(parameter.from_fitted(end)))
     return ends[0], ends[1]
 
 
@@ -400,16 +408,18 @@ def _fixed(space: Space, place: int, value: float, delta: float, starts: int) ->
     return float(space.solve(ones, first, delta, low, high)[1][0])
 
 
-def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float, side: int) -> float:
-    """Returns where the rise crosses its limit, by interpolation between two points in the logarithm."""
+def _crossing(values: np.ndarray, rises: np.ndarray, allowed: float) -> float | None:
+    """Returns where the rise crosses its limit, by interpolation between two points; None where it does
+    not.
+    """
     beyond = np.flatnonzero(rises > allowed)
     if not beyond.size:
-        return math.inf if side > 0 else 0.0
+        return None
     i = beyond[0]
     if i == 0:
-        return math.exp(values[0])
+        return float(values[0])
     share = (allowed - rises[i - 1]) / (rises[i] - rises[i - 1])
-    return math.exp(values[i - 1] + share * (values[i] - values[i - 1]))
+    return float(values[i - 1] + share * (values[i] - values[i - 1]))
 
 
 def _threshold(fitted: Fit, columns: Columns, target: np.ndarray, confidence_level: float) -> float:

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxquant.checks import check_number
+
 Values = Mapping[str, Any]  # a number for each parameter, or an array for each column
 Columns = dict[str, np.ndarray]
 
@@ -29,13 +31,14 @@ COLUMNS = {
     "mantissa_bits": "of a floating-point format",
     "block": "elements that share a scale",
     "loss": "validation loss, nats per token",
+    "loss_full": "the loss of the same run in full precision, nats per token",
     "added": "loss added by quantizing after training, nats per token",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """A parameter of a law, positive, and fitted by its logarithm between bounds.
+    """A parameter of a law, fitted between bounds: by its logarithm where it is positive, else by itself.
 
     The coefficient of a power law means little by itself: its logarithm moves with the exponent, since runs
         are far from N = 1.  So a fit takes the term that it makes at the runs' middle instead, in units of
@@ -47,6 +50,7 @@ class Parameter:
         start: the range, (low, high), that a fit's starts are drawn from, evenly in the logarithm.
         unit: of its value.
         term: what multiplies it there: (exponent, column, sign) for each power column^(sign · exponent).
+        is_signed: whether it may be zero or negative.
     """
 
     name: str
@@ -55,14 +59,24 @@ class Parameter:
     start: tuple[float, float]
     unit: str = "1"
     term: tuple[tuple[str, str, int], ...] = ()
+    is_signed: bool = False
 
     def __post_init__(self):
         least, most = self.start
-        if not 0 < self.low <= least <= most <= self.high < math.inf:
+        bottom = -math.inf if self.is_signed else 0
+        if not bottom < self.low <= least <= most <= self.high < math.inf:
+            needed = "low ≤ start ≤ high" if self.is_signed else "0 < low ≤ start ≤ high"
             raise ValueError(
-                f"{self.name} needs 0 < low ≤ start ≤ high; got low {self.low}, start {self.start}, "
-                f"high {self.high}"
+                f"{self.name} needs {needed}; got low {self.low}, start {self.start}, high {self.high}"
             )
+
+    def to_fitted(self, value: Any) -> Any:
+        """Returns the number that a fit moves: the logarithm, or the value itself where it is signed."""
+        return value if self.is_signed else np.log(value)
+
+    def from_fitted(self, value: Any) -> Any:
+        """Returns the parameter, or its term, of the number that a fit moves."""
+        return value if self.is_signed else jnp.exp(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,19 +169,16 @@ def check_law(law: Any) -> None:
 
 
 def check_params(law: Law, params: Any) -> None:
-    """Raises a ValueError unless there is a finite, positive number for each of the law's parameters."""
+    """Raises a ValueError unless each parameter has a finite number, of at least 0 if it is not signed."""
     if not isinstance(params, Mapping):
         raise ValueError(f"params map {', '.join(law.names)} to numbers; got {params!r}")
     missing, unknown = set(law.names) - set(params), set(params) - set(law.names)
     if missing or unknown:
         what = f"missing: {sorted(missing)}" if missing else f"unknown: {sorted(unknown)}"
         raise ValueError(f"{law.name} has the parameters {', '.join(law.names)}; {what}")
-    for name, value in params.items():
-        is_number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        if not is_number or not 0 <= float(value) < math.inf:  # pyright: ignore[reportArgumentType]
-            raise ValueError(
-                f"{name} of {law.name} is a finite number of at least 0; got {value!r}"
-            )
+    for parameter in law.parameters:
+        least = -math.inf if parameter.is_signed else 0
+        check_number(f"{parameter.name} of {law.name}", params[parameter.name], least)
 
 
 def read_columns(runs: Any, names: tuple[str, ...]) -> Columns:

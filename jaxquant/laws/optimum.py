@@ -138,24 +138,29 @@ def optimal_precision(
     >>> print(optimal_precision(KUMAR_2024))
     7.00
     """
-    form, numbers, samples = _parts(law, params)
+    form, numbers, samples = parts(law, params)
     if form.efficiency is None:
         raise ValueError(
             f"{form.name} has no efficiency f(P) that multiplies N alone, so no P* for every budget"
         )
+    check_range(low, high)
+    grid = candidates(form, low, high)
+    check_cost(cost, grid)
+    best = _argmin(form, numbers, grid, cost)
+    drawn = np.array([])
+    if samples:
+        drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
+    return optimum_of(float(best), drawn, grid, resolve_confidence(law, confidence_level))
+
+
+def check_range(low: Any, high: Any) -> None:
+    """Raises a ValueError unless low and high are bits in rising order."""
     for bits in (low, high):
         check_positive("low and high", bits)
     if not low < high <= _MOST_BITS:
         raise ValueError(
             f"low and high are bits, 0 < low < high ≤ {_MOST_BITS}; got {low} and {high}"
         )
-    grid = _candidates(form, low, high)
-    check_cost(cost, grid)
-    best = _argmin(form, numbers, grid, cost)
-    drawn = np.array([])
-    if samples:
-        drawn = _argmin(form, {k: v[:, None] for k, v in samples.items()}, grid, cost)
-    return _optimum(float(best), drawn, grid, _resolve_confidence(law, confidence_level))
 
 
 def check_cost(cost: Any, bits: Any) -> None:
@@ -172,14 +177,14 @@ def check_cost(cost: Any, bits: Any) -> None:
         )
 
 
-def _resolve_confidence(law: Any, confidence_level: float | None) -> float:
+def resolve_confidence(law: Any, confidence_level: float | None) -> float:
     """Returns the share of bootstraps that an interval takes in."""
     if isinstance(law, Fit):
         return law.expanded(confidence_level)
     return 0.9 if confidence_level is None else confidence_level
 
 
-def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]:
+def parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]:
     """Returns (form, numbers, bootstraps)."""
     if isinstance(law, Fit):
         return law.law, dict(law.params), law.samples
@@ -190,9 +195,10 @@ def _parts(law: Any, params: Values | None) -> tuple[Law, dict[str, float], Any]
     return law, values_of(law, {} if params is None else params), {}
 
 
-def _candidates(law: Law, low: float, high: float) -> np.ndarray:
+def candidates(law: Law, low: float, high: float, step: float = _STEP) -> np.ndarray:
+    """Returns the bits that a search tries: even steps, or the widths that a law knows."""
     if law.widths is None:
-        return np.linspace(low, high, round((high - low) / _STEP) + 1)
+        return np.linspace(low, high, round((high - low) / step) + 1)
     widths = np.array([*law.widths, FULL_BITS], float)
     found = widths[(widths >= low) & (widths <= high)]
     if len(found) < 2:
@@ -208,7 +214,10 @@ def _argmin(law: Law, params: Any, grid: np.ndarray, cost: Any) -> np.ndarray:
         return grid[np.argmin(np.asarray(cost(grid)) / efficiency, axis=-1)]
 
 
-def _optimum(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> Optimum:
+def optimum_of(best: float, drawn: np.ndarray, grid: np.ndarray, asked: float) -> Optimum:
+    """Returns the best of a grid with its interval over bootstraps, open where these run to the grid's
+    ends.
+    """
     low, high = percentile_interval(drawn, asked)
     # As of a fit's parameters: it holds the estimate.
     low, high = float(np.minimum(low, best)), float(np.maximum(high, best))
@@ -280,7 +289,7 @@ def optimal_sizes(
     >>> f"{n:.2g} {d:.2g}"
     '1.7e+09 2.3e+10'
     """
-    form, numbers, _ = _parts(law, params)
+    form, numbers, _ = parts(law, params)
     return _sizes(form, numbers, flops, bits, cost)
 
 

@@ -17,14 +17,14 @@ from jaxquant.laws.optimum import (
     LEAST_EFFICIENCY,
     MAC_FLOPS,
     Optimum,
-    _parts,
-    _resolve_confidence,
     _sizes,
     bits_linear,
     check_cost,
     critical_tokens,
     optimal_precision,
+    parts,
     qat_share,
+    resolve_confidence,
 )
 from jaxquant.stats import percentile_interval
 
@@ -165,7 +165,7 @@ def plan(
     (7, '7.00')
     """
     precisions = _check(flops, N, D, serve_bits, memory, precisions)
-    form, numbers, _ = _parts(law, None)
+    form, numbers, _ = parts(law, None)
     if form.efficiency is None or not {"A", "alpha", "B", "beta", "E"} <= set(form.names):
         raise ValueError(
             f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
@@ -233,7 +233,7 @@ def _check_ptq(ptq: Any, serve_bits: Any) -> None:
         raise ValueError(
             f"serve_bits {serve_bits:g} is fewer than some precision of training: give ptq, what that adds"
         )
-    form = _parts(ptq, None)[0]
+    form = parts(ptq, None)[0]
     if form.names != KUMAR_PTQ.names:
         raise ValueError(f"ptq has the form of {KUMAR_PTQ.name}; got {form.name}")
 
@@ -262,7 +262,7 @@ def _sized(
     law: Any, ptq: Any, budget: _Budget, bits: float
 ) -> tuple[float, float, tuple[str, ...]]:
     """Returns (N, D, notes) of the least loss as served."""
-    form, numbers, _ = _parts(law, None)
+    form, numbers, _ = parts(law, None)
     if budget.flops is None:
         assert budget.N is not None
         assert budget.D is not None
@@ -292,8 +292,8 @@ def _least(loss: Callable[[np.ndarray], np.ndarray], near: float) -> float:
 
 def _losses(law: Any, ptq: Any, bits: float, serve_bits: Any, n: Any, d: Any) -> np.ndarray:
     """Returns the loss as served of some sizes."""
-    form, numbers, _ = _parts(law, None)
-    post, added, _ = _parts(ptq, None)
+    form, numbers, _ = parts(law, None)
+    post, added, _ = parts(ptq, None)
     run = _run_columns(form, bits, n, d)
     served = {"N": n, "D": d, "P_post": np.full_like(n, serve_bits)}
     return form.evaluate(numbers, run) + post.evaluate(added, served)
@@ -307,10 +307,10 @@ def _run_columns(form: Law, bits: float, n: Any, d: Any) -> dict[str, np.ndarray
 
 def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
     n, d, notes = _sized(law, ptq, budget, bits)
-    (form, numbers, samples), served = _parts(law, None), budget.served(bits)
+    (form, numbers, samples), served = parts(law, None), budget.served(bits)
     added, drawn, post_numbers = 0.0, np.empty(0), {}
     if served < bits:
-        post, post_numbers, post_samples = _parts(ptq, None)
+        post, post_numbers, post_samples = parts(ptq, None)
         run = {"N": [n], "D": [d], "P_post": [served]}
         added = float(post.predict(post_numbers, run)[0])
         drawn = _predict_samples(post, post_samples, run)
@@ -321,7 +321,7 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
         losses = losses[:count] + drawn[:count]
     elif len(losses):
         losses = losses + added
-    low, high = percentile_interval(losses, _resolve_confidence(law, None))
+    low, high = percentile_interval(losses, resolve_confidence(law, None))
     critical = qat = math.nan
     if served < bits:
         critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))

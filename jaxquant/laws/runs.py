@@ -90,6 +90,35 @@ def places(runs: Any, groups: str | None, count: int) -> np.ndarray:
     return place
 
 
+def strata_of_units(runs: Any, strata: str | None, place: np.ndarray) -> np.ndarray:
+    """Returns the number of the stratum of each unit: one for all where no column is named.
+
+    Raises:
+        ValueError: a column that is not there; a unit in several strata, or alone in its stratum.
+    """
+    units = int(place.max()) + 1
+    if strata is None:
+        return np.zeros(units, int)
+    column = _optional(runs, strata) if isinstance(strata, str) else None
+    if column is None:
+        raise ValueError(f"strata must name a column of the runs; they have no {strata!r}")
+    column = np.array([str(x) for x in np.asarray(column, object).ravel()])
+    if len(column) != len(place):
+        raise ValueError(f"column {strata!r} has {len(column)} values for {len(place)} runs")
+    names, number = np.unique(column, return_inverse=True)
+    found = np.zeros(units, int)
+    found[place] = number
+    if (found[place] != number).any():
+        raise ValueError(f"each unit must lie in one stratum of {strata!r}; some lie in several")
+    alone = np.flatnonzero(np.bincount(found, minlength=len(names)) == 1)
+    if alone.size:
+        raise ValueError(
+            f"each stratum of {strata!r} must have two units or more to resample; "
+            f"{names[alone[0]]} has one"
+        )
+    return found
+
+
 def _check_kind(runs: Any) -> None:
     is_table = isinstance(runs, Mapping) or hasattr(runs, "columns") or _names(runs) is not None
     if not is_table:
