@@ -254,8 +254,8 @@ def test_no_adapter_is_lost_when_some_cannot_be_merged():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"alpha": float("nan")}, "alpha is a finite number; got nan"),
-        ({"alpha": "8"}, "alpha is a finite number; got '8'"),
+        ({"alpha": float("nan")}, "alpha must be a number that is finite; got nan"),
+        ({"alpha": "8"}, "alpha must be a number that is finite; got '8'"),
         ({"rngs": 0}, "rngs are nnx.Rngs with a stream for params; got 0"),
         ({"rngs": nnx.Rngs(dropout=0)}, "rngs are nnx.Rngs with a stream for params"),
         ({"modules": jnp.ones((2, 8))}, "modules is a regular expression, before any inputs"),

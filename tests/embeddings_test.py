@@ -153,9 +153,9 @@ def test_the_interval_of_a_correlation_covers_where_pairs_share_texts(which):
             {"confidence_level": "a"},
             "confidence_level is between 0 and 1, .*got 'a'",
         ),
-        ((REFERENCE, QUANTIZED), {"resamples": 0}, "resamples .* from 100; got 0"),
-        ((REFERENCE, QUANTIZED), {"resamples": 200.5}, "resamples .* from 100; got 200.5"),
-        ((REFERENCE, QUANTIZED), {"seed": "a"}, "seed of the bootstrap .* from 0; got 'a'"),
+        ((REFERENCE, QUANTIZED), {"resamples": 0}, "resamples .* at least 100; got 0"),
+        ((REFERENCE, QUANTIZED), {"resamples": 200.5}, "resamples .* at least 100; got 200.5"),
+        ((REFERENCE, QUANTIZED), {"seed": "a"}, "seed of the bootstrap .* at least 0; got 'a'"),
     ],
 )
 def test_misuse_of_embeddings(arguments, options, message):

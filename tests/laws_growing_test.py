@@ -65,6 +65,7 @@ def test_exponents_of_either_sign_are_found_again():
     assert high >= -0.1 - 1e-9
 
 
+@pytest.mark.long
 def test_the_law_that_made_the_runs_leads_and_neff_does_not():
     chosen = [laws.KUMAR_ONE, laws.PANFEROV, laws.ADDITIVE_ONE, laws.GROWING_ONE]
     ranked = laws.compare(chosen, grid(), held_out=("D",), groups="unit", starts=16)

@@ -521,8 +521,8 @@ def _smoothed(x, w):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: statistics.statistics(0), "n=0"),
-        (lambda: statistics.statistics(2.0), "n=2.0"),
+        (lambda: statistics.statistics(0), "channels of at least 1; got 0"),
+        (lambda: statistics.statistics(2.0), "channels of at least 1; got 2.0"),
         (
             lambda: statistics.update(statistics.statistics(2), jnp.ones((3, 3))),
             r"shape \(..., 2\)",

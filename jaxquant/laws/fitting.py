@@ -38,8 +38,8 @@ class Fit:
         objective: the sum of Huber's loss at the optimum.
         delta: of that loss.
         r2: of the target's logarithm, 1 − Σ r² / Σ (log y − mean)².
-        aicc: Akaike's criterion with its correction for few runs, as if residuals were normal and independent;
-            `compare` has the one of the likelihood that the fit maximised.
+        aicc: Akaike's criterion with its correction for few runs, as if residuals were independent and
+            normal; `compare` has the one of the likelihood that the fit maximised.
         warnings: what the runs do not tell.
         within: from column to the range of the runs.
     """
