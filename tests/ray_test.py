@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from experiments.harness.running import files, ray_launcher, record_store, trials
+from experiments.harness.running import files, packed, ray_launcher, record_store, trials
 
 pytestmark = pytest.mark.exhaustive
 needs_ray = pytest.mark.skipif(
@@ -121,7 +121,7 @@ def test_resources_that_are_none_are_refused(text):
         ray_launcher.parse_resources(text)
 
 
-def test_a_ledger_may_lie_on_shared_storage(monkeypatch):
+def test_records_may_lie_on_shared_storage(monkeypatch):
     fsspec = pytest.importorskip("fsspec")
     memory = importlib.import_module("fsspec.implementations.memory")
 
@@ -139,6 +139,11 @@ def test_a_ledger_may_lie_on_shared_storage(monkeypatch):
         store.write(Trial(3), {"status": "done", "result": 9}, 1.0)
     assert not scratch.exists()
     assert record_store.RecordStore("gs://bucket/squares", "squares").read(Trial(3))["result"] == 9
+    row = packed.Row(files.read_json(store.path(Trial(3))), 1.0)
+    store.path(Trial(3)).unlink()
+    assert store.read(Trial(3)) is None
+    packed.write("gs://bucket/squares", [row])
+    assert store.read(Trial(3))["result"] == 9
     assert files.read_json(store.path(Trial(4))) is None
     with pytest.raises(ValueError, match="holds the study 'squares', not 'cubes'"):
         record_store.RecordStore("gs://bucket/squares", "cubes")

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.formats import Block, is_format, parse
+from jaxquant.formats.names import is_named
 from jaxquant.numerics import calibration, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.attention import Attention
@@ -157,11 +158,7 @@ def _format_name(format: Any, path: str) -> str:
         raise ValueError(
             f"{_at(path)} is {format!r}, whose precision is an array; what is saved has Python integers"
         )
-    try:
-        is_named = parse(str(format)) == format
-    except ValueError:
-        is_named = False
-    if not is_named:
+    if not is_named(format):
         raise ValueError(
             f"{_at(path)} is {format!r}, which jaxquant.parse has no name for; the library's own formats do"
         )

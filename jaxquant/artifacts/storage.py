@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxquant.artifacts import files
 from jaxquant.formats import Block, Int, code_dtype, parse
+from jaxquant.formats.names import is_named
 from jaxquant.numerics.hadamard import check_block
 from jaxquant.numerics.qarray import QArray
 
@@ -194,12 +195,7 @@ def _flatten(x: QArray) -> tuple[dict[str, jax.Array], dict[str, Any]]:
 
 
 def _check_named(format: Any) -> None:
-    """Raises a ValueError for a format that could not be read again, since `parse` does not know its name."""
-    try:
-        is_named = parse(str(format)) == format
-    except ValueError:
-        is_named = False
-    if not is_named:
+    if not is_named(format):
         raise ValueError(
             f"formats to store must be the library's own, which jaxquant.parse knows by name; got {format!r}"
         )

@@ -119,3 +119,11 @@ def _canonical(name: str, format: Any) -> Any:
     if str(format) != name:
         raise ValueError(f"{name!r} is written {str(format)!r}")
     return format
+
+
+def is_named(format: Any) -> bool:
+    """Returns whether `parse` gives a format again from its text, so that what is saved can be read."""
+    try:
+        return parse(str(format)) == format
+    except ValueError:
+        return False

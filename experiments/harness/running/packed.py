@@ -53,10 +53,13 @@ def version(workdir: str | os.PathLike) -> tuple:
     found = []
     for name in (_PLAIN, _ZIPPED):
         try:
-            about = (files.at(workdir) / name).stat()
+            about: Any = (files.at(workdir) / name).stat()
         except OSError:
             continue
-        found.append((name, about.st_mtime, about.st_size))
+        # On shared storage these two have other names.
+        is_local = hasattr(about, "st_size")
+        size, modified = ("st_size", "st_mtime") if is_local else ("length", "mtime")
+        found.append((name, getattr(about, size), getattr(about, modified)))
     return tuple(found)
 
 
