@@ -17,6 +17,7 @@ from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import cli, machine, trials
 from experiments.harness.training import train, wsd
+from jaxquant import checks
 
 COOLDOWN = 0.1  # the share of a WSD run in which the learning rate falls
 FEWEST_STEPS = 10
@@ -94,12 +95,20 @@ def lengths_by_size(config: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
+def rates_by_size(config: Any) -> dict[str, tuple[float, ...]]:
+    """The highest learning rates of each size: `peak_lrs`, or its own of `size_lrs`, or `peak_lr`."""
+    if config.size_lrs:
+        return {size: (lr,) for size, lr in zip(config.sizes, config.size_lrs, strict=True)}
+    return dict.fromkeys(config.sizes, config.peak_lrs or (config.peak_lr,))
+
+
 def check(config: Any) -> None:
     """Raises a ValueError unless sizes, lengths and the numbers that all such studies have are usable."""
     cli.check_each_once(config, "sizes", "tokens_per_parameter")
     cli.check_positive(config, "seeds", "evaluation_windows", "sequence", "batch", "peak_lr")
     cli.check_positive(config, "log_every", "checkpoint_every")
     cli.check_whole(config, "tokens_per_parameter", "max_tokens_per_parameter")
+    _check_rates(config)
     lengths, limits = config.tokens_per_parameter, config.max_tokens_per_parameter
     if list(lengths) != sorted(lengths):
         raise ValueError(f"config.tokens_per_parameter is in rising order; got {lengths}")
@@ -110,6 +119,23 @@ def check(config: Any) -> None:
     if any(most < lengths[0] for most in limits):
         raise ValueError(
             f"config.max_tokens_per_parameter {limits} leaves some size without any length"
+        )
+
+
+def _check_rates(config: Any) -> None:
+    cli.check_each_once(config, "peak_lrs", may_be_empty=True)
+    for name in ("peak_lrs", "size_lrs"):
+        for rate in getattr(config, name):
+            checks.check_positive(f"each of config.{name}", rate)
+    if config.peak_lrs and config.size_lrs:
+        raise ValueError(
+            f"config.peak_lrs are for all sizes, config.size_lrs for one each: give one of them; got "
+            f"{config.peak_lrs} and {config.size_lrs}"
+        )
+    if config.size_lrs and len(config.size_lrs) != len(config.sizes):
+        raise ValueError(
+            f"config.size_lrs needs one number for each of config.sizes {config.sizes}; got "
+            f"{config.size_lrs}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 from flax import nnx
@@ -46,6 +47,12 @@ class Config:
     sequence: int = option(64, "tokens of a window")
     batch: int = option(16, "windows of a step")
     peak_lr: float = option(8e-3, "the highest learning rate")
+    peak_lrs: tuple[float, ...] = option(
+        (), "highest learning rates, each of which every run is made with; () is `peak_lr`"
+    )
+    size_lrs: tuple[float, ...] = option(
+        (), "the highest learning rate of each of `sizes`; () is `peak_lr` for all"
+    )
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
     log_every: int = option(50, "steps between records of the loss")
     checkpoint_every: int = option(1000, "steps between saves, at most")
@@ -75,6 +82,17 @@ PRESETS = {
         peak_lr=4e-3,
         evaluation_windows=512,
     ),
+    # Which learning rate is best under each schedule, and what the exponent is there.
+    "rates": Config(
+        sizes=("21k", "83k"),
+        tokens_per_parameter=(20, 60, 200),
+        max_tokens_per_parameter=(200, 60),
+        seeds=1,
+        granularities=("tensor", "channel"),
+        scopes=("linears",),
+        evaluation_windows=512,
+        peak_lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    ),
     "tpu": Config(
         sizes=("30m", "57m", "113m", "223m"),
         tokens_per_parameter=(10, 20, 50, 100, 200),
@@ -100,21 +118,22 @@ def make_trials(config: Config) -> list[Trial]:
     corpus = data.load(config.data, config.data_path, config.shift_path)
     data.check_length(corpus, config.sequence)
     shared = lengths.shared_fields(config, Trial)
+    rates = lengths.rates_by_size(config)
     made = []
     for size, of_size in lengths.lengths_by_size(config).items():
-        for schedule in config.schedules:
+        for schedule, rate in itertools.product(config.schedules, rates[size]):
             # One trunk serves every length under WSD; cosine runs are separate.
             groups = [of_size] if schedule == "wsd" else [(d,) for d in of_size]
-            for group in groups:
-                for seed in range(config.seeds):
-                    own = {
-                        "size": size,
-                        "schedule": schedule,
-                        "seed": seed,
-                        "tokens_per_parameter": group,
-                        "data_fingerprint": corpus.fingerprint,
-                    }
-                    made.append(Trial(**shared | own))
+            for group, seed in itertools.product(groups, range(config.seeds)):
+                own = {
+                    "size": size,
+                    "schedule": schedule,
+                    "seed": seed,
+                    "tokens_per_parameter": group,
+                    "peak_lr": rate,
+                    "data_fingerprint": corpus.fingerprint,
+                }
+                made.append(Trial(**shared | own))
     for trial in made:
         lengths.check_lengths(trial)
     return made
@@ -199,6 +218,7 @@ STUDY = Study(
         "smoke": "one to two minutes on 2 cores; that it runs",
         "laptop": "six to eight minutes on 2 cores",
         "full": "about three hours on 2 cores",
+        "rates": "about an hour on 2 cores; which learning rate is best",
         "tpu": "an accelerator; the published scale, not yet run by us",
     },
     make_trials=make_trials,

@@ -1,6 +1,7 @@
 """The grid, and the run of it all."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from experiments.harness import data, lengths
@@ -15,6 +16,7 @@ from experiments.training_precision.running import Trial, compile_key, run_trial
 PUBLISHED = (
     Path(__file__).parents[1] / "results" / "training_precision" / "full"
 )  # records of our own run of it
+PARTS = ("weights", "activations", "cache")
 
 
 @dataclasses.dataclass
@@ -43,6 +45,11 @@ class Config:
         ("ste",), "methods of the runs in which one part alone has few bits"
     )
     single: tuple[int, ...] = option((2, 3, 4), "widths of that part")
+    parts: tuple[str, ...] = option(PARTS, "which parts: weights, activations, cache")
+    widest: tuple[str, ...] = option(
+        (),
+        "methods that get the largest of `tied`, which is what gaps are to where it is 16; () is all of them",
+    )
     serving: tuple[int, ...] = option(
         (2, 3, 4, 6, 8), "widths of the weights when a trained model is served"
     )
@@ -53,6 +60,12 @@ class Config:
     sequence: int = option(64, "tokens of a window")
     batch: int = option(16, "windows of a step")
     peak_lr: float = option(8e-3, "the highest learning rate")
+    peak_lrs: tuple[float, ...] = option(
+        (), "highest learning rates, each of which every run is made with; () is `peak_lr`"
+    )
+    size_lrs: tuple[float, ...] = option(
+        (), "the highest learning rate of each of `sizes`; () is `peak_lr` for all"
+    )
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
     log_every: int = option(50, "steps between records of the loss")
     checkpoint_every: int = option(2000, "steps between saves, at most")
@@ -96,6 +109,19 @@ PRESETS = {
         data="generated",
         peak_lr=4e-3,
     ),
+    # Which learning rate is best, in full precision and at 4 bits.
+    "rates": Config(
+        sizes=("21k", "83k"),
+        tokens_per_parameter=(20, 60, 200),
+        max_tokens_per_parameter=(200, 60),
+        methods=("ste", "lsq", "quest"),
+        tied=(4, 16),
+        separate=(),
+        widest=("ste",),
+        serving=(),
+        evaluation_windows=512,
+        peak_lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
+    ),
     "tpu": Config(
         sizes=("30m", "57m", "113m", "223m"),
         tokens_per_parameter=(10, 20, 50, 100),
@@ -133,32 +159,36 @@ def make_trials(config: Config) -> list[Trial]:
     corpus = data.load(config.data, config.data_path)
     data.check_length(corpus, config.sequence)
     shared = lengths.shared_fields(config, Trial)
+    rates = lengths.rates_by_size(config)
     made = []
     for size, of_size in lengths.lengths_by_size(config).items():
         for method in config.methods[:1] if size in config.reduced_sizes else config.methods:
-            for bits in _precisions(config, method, size in config.reduced_sizes):
-                for seed in range(config.seeds):
-                    own = {"size": size, "method": method, "seed": seed}
-                    own |= dict(zip(("weights", "activations", "cache"), bits, strict=True))
-                    own["tokens_per_parameter"] = of_size
-                    own["serving"] = tuple(b for b in config.serving if b >= METHODS[method])
-                    own["data_fingerprint"] = corpus.fingerprint
-                    made.append(Trial(**shared | own))
+            widths = _precisions(config, method, size in config.reduced_sizes)
+            for bits, rate, seed in itertools.product(widths, rates[size], range(config.seeds)):
+                own = {"size": size, "method": method, "seed": seed, "peak_lr": rate}
+                own |= dict(zip(PARTS, bits, strict=True))
+                own["tokens_per_parameter"] = of_size
+                own["serving"] = tuple(b for b in config.serving if b >= METHODS[method])
+                own["data_fingerprint"] = corpus.fingerprint
+                made.append(Trial(**shared | own))
     for trial in made:
         lengths.check_lengths(trial)
     return made
 
 
-def _precisions(config: Config, method: str, is_reduced: bool) -> list[tuple[int, int, int]]:
+def _precisions(config: Config, method: str, is_reduced: bool) -> list[tuple[int, ...]]:
     """(weights, activations, cache) of a method's runs."""
-    found = [(b, b, b) for b in config.tied if b >= METHODS[method]]
+    tied = config.tied
+    if config.widest and method not in config.widest:
+        tied = tuple(b for b in tied if b < max(tied))
+    found = [(b, b, b) for b in tied if b >= METHODS[method]]
     if method in config.separate and not is_reduced:
         most = MOST_BITS
         found += [
             bits
             for b in config.single
             if b >= METHODS[method]
-            for bits in ((b, most, most), (most, b, most), (most, most, b))
+            for bits in (tuple(b if p == part else most for p in PARTS) for part in config.parts)
         ]
     return list(dict.fromkeys(found))
 
@@ -166,7 +196,9 @@ def _precisions(config: Config, method: str, is_reduced: bool) -> list[tuple[int
 def _check(config: Config) -> None:
     lengths.check(config)
     cli.check_each_once(config, "methods", "tied")
-    cli.check_each_once(config, "single", "serving", may_be_empty=True)
+    cli.check_each_once(config, "single", "serving", "parts", "widest", may_be_empty=True)
+    cli.check_choices(config, "parts", PARTS)
+    cli.check_choices(config, "widest", tuple(METHODS))
     cli.check_choices(config, "methods", tuple(METHODS))
     cli.check_choices(config, "separate", tuple(METHODS))
     for name, least in (("tied", 1), ("single", 2), ("serving", 1)):
@@ -207,6 +239,7 @@ STUDY = Study(
         "laptop": "minutes on 2 cores, by estimate; not yet run by us",
         "full": "about five hours on 2 cores",
         "generated": "22 minutes on 2 cores; a source of known entropy",
+        "rates": "about an hour on 2 cores; which learning rate is best",
         "tpu": "an accelerator; not yet run by us",
     },
     make_trials=make_trials,
