@@ -1,6 +1,6 @@
-"""Means with standard errors and Student's t intervals, of runs and of what they are evaluated on."""
+"""Means with standard errors, Student's t intervals and tests, and corrections for many comparisons."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from scipy import stats
@@ -47,3 +47,35 @@ def t_interval(values: Iterable[float], confidence: float = CONFIDENCE) -> Bound
         return mean, None, None
     half = t_half_width(float(given.std(ddof=1)) / len(given) ** 0.5, len(given) - 1, confidence)
     return mean, mean - half, mean + half
+
+
+def t_p_value(values: Iterable[float]) -> float | None:
+    """The two-sided p-value of a mean of zero, Student's; None of a single value.
+
+    >>> round(t_p_value([1.0, 2.0, 3.0]), 3)
+    0.074
+    """
+    given = np.asarray(list(values), float)
+    if len(given) < 2:
+        return None
+    if not given.std():
+        return 0.0 if given.any() else 1.0
+    _, p_value = stats.ttest_1samp(given, 0.0)
+    return float(p_value)
+
+
+def corrected(p_values: Sequence[float | None]) -> list[float | None]:
+    """Benjamini and Hochberg's q-values: rejecting all below 0.1 errs in a tenth of the rejections at most.
+
+    Tests without a p-value keep None and do not count.
+
+    Source: Benjamini and Hochberg 1995, "Controlling the False Discovery Rate".
+
+    >>> corrected([0.01, None, 0.04, 0.5])
+    [0.03, None, 0.06, 0.5]
+    """
+    known = [p for p in p_values if p is not None]
+    if not known:
+        return list(p_values)
+    found = iter(stats.false_discovery_control(known).tolist())
+    return [None if p is None else next(found) for p in p_values]
