@@ -97,6 +97,7 @@ EXPERIMENTS = [
     },
     {
         "": "fetch pack plan tokenize",
+        "public_runs": "readers gaps efficiencies analysis report __main__",
     },
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.

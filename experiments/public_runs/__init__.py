@@ -1,0 +1,1 @@
+"""Runs that others publish, and ours, by the same forms."""
