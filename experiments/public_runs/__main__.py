@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 
 from experiments.harness.running import cli
-from experiments.public_runs import analysis, report
+from experiments.public_runs import analysis, efficiencies, report
 
 FLAGS = flags.FLAGS
 _OURS = "experiments/results/training_precision/full"
@@ -25,6 +25,7 @@ def define_flags() -> None:
     text("quest", None, "QuEST's runs: for_plots/runs_for_scaling.json of its repository.")
     text("quartet", None, "Quartet's runs: notebooks/plots.ipynb of its repository.")
     text("ours", _OURS, "The workdir of a training_precision study.")
+    flags.DEFINE_integer("bootstraps", efficiencies.BOOTSTRAPS, "Refits of each law.", 2)
     text("workdir", None, "Where summary.json and report.html go.")
 
 
@@ -36,7 +37,7 @@ def run(_: Any) -> None:
     tables = analysis.read(FLAGS.quest, FLAGS.quartet, FLAGS.ours)
     workdir = Path(FLAGS.workdir)
     try:
-        print(report.write(workdir, tables, analysis.analyse(tables)))
+        print(report.write(workdir, tables, analysis.analyse(tables, FLAGS.bootstraps)))
     except OSError as error:
         raise ValueError(f"workdir '{workdir}' cannot be written: {error.strerror}") from None
     print(f"report: {workdir / 'report.html'}")

@@ -20,7 +20,8 @@ from jaxquant import laws
 METHODS = {"quest": "QuEST", "lsq": "LSQ", "ste": "straight-through"}
 SHARED_LENGTHS = (20, 160)  # tokens per parameter that both have: the published runs begin at 24.3
 SHARED = f", D/N of {SHARED_LENGTHS[0]} to {SHARED_LENGTHS[1]}"
-_NEAREST = "ours, QuEST, 4 bits"
+NEAREST = "ours, QuEST, 4 bits"
+TRANSFERRED = "ours, efficiency of 4 bits in Quartet's law of full precision"
 _BESIDE = "QuEST beside Quartet's full precision, "
 
 
@@ -109,7 +110,7 @@ def quartet_pairs(table: pd.DataFrame) -> pd.DataFrame:
     return gaps.pair(table[table["scheme"] != FULL], table[table["scheme"] == FULL])
 
 
-def quest_growths(tables: Tables) -> list[Growth]:
+def quest_growths(tables: Tables, bootstraps: int) -> list[Growth]:
     """QuEST's gaps: to its own full precision, which is of one D/N, and to Quartet's, of the same N and D.
 
     Of the latter those widths alone that have several D/N.
@@ -126,16 +127,16 @@ def quest_growths(tables: Tables) -> list[Growth]:
     pairs = pd.concat(several)
     found += _growths(pairs, _BESIDE)
     if pairs["P_w"].nunique() > 1:
-        found.append(_by_error(pairs, f"{_BESIDE}all widths"))
+        found.append(_by_error(pairs, f"{_BESIDE}all widths", bootstraps))
     return found
 
 
-def _by_error(pairs: pd.DataFrame, of: str, **options: str) -> Growth:
-    starts, bootstraps = efficiencies.STARTS // 2, efficiencies.BOOTSTRAPS
+def _by_error(pairs: pd.DataFrame, of: str, bootstraps: int, **options: str) -> Growth:
+    starts = efficiencies.STARTS // 2
     return gaps.by_error(pairs, of, starts=starts, bootstraps=bootstraps, **options)
 
 
-def own_growths(ours: dict[str, pd.DataFrame]) -> list[Growth]:
+def own_growths(ours: dict[str, pd.DataFrame], bootstraps: int) -> list[Growth]:
     """Our gaps: QuEST at 4 bits first, which is the nearest to what was published; then the others."""
     pairs = {
         method: gaps.pair(table[table["P_w"] < 16], table[table["P_w"] == 16], ("N", "D", "seed"))
@@ -143,9 +144,9 @@ def own_growths(ours: dict[str, pd.DataFrame]) -> list[Growth]:
         if len(table)
     }
     at_four = {method: own[own["P_w"] == 4] for method, own in pairs.items()}
-    found = [gaps.least_squares(at_four["quest"], _NEAREST, seed=1)]
+    found = [gaps.least_squares(at_four["quest"], NEAREST, seed=1)]
     found.append(
-        gaps.least_squares(_of_shared_lengths(at_four["quest"]), f"{_NEAREST}{SHARED}", seed=1)
+        gaps.least_squares(_of_shared_lengths(at_four["quest"]), f"{NEAREST}{SHARED}", seed=1)
     )
     found += [
         gaps.least_squares(own, f"ours, {METHODS[method]}, 4 bits", seed=1)
@@ -153,7 +154,9 @@ def own_growths(ours: dict[str, pd.DataFrame]) -> list[Growth]:
         if method != "quest"
     ]
     if pairs["quest"]["P_w"].nunique() > 1:
-        found.insert(2, _by_error(pairs["quest"], "ours, QuEST, all widths", strata="N"))
+        found.insert(
+            2, _by_error(pairs["quest"], "ours, QuEST, all widths", bootstraps, strata="N")
+        )
     return [growth for growth in found if growth is not None]
 
 
@@ -179,16 +182,20 @@ def implied(fit: laws.Fit, pairs: pd.DataFrame) -> Growth | None:
     return gaps.least_squares(own, "Quartet's law at its runs", bootstraps=200)
 
 
-def analyse(tables: Tables) -> Found:
+def analyse(tables: Tables, bootstraps: int = efficiencies.BOOTSTRAPS) -> Found:
     """All fits.
+
+    Args:
+        tables: of `read`.
+        bootstraps: refits of each law; exponents of gaps have their own, by least squares.
 
     Raises:
         ValueError: tables without the runs that the questions are of.
     """
-    base = efficiencies.quartet_base(tables.quartet)
-    joint, found = efficiencies.quartet(tables.quartet, base)
-    by_width, of_quest = efficiencies.quest(tables.quest)
-    mine, of_ours = efficiencies.ours(tables.ours["quest"])
+    base = efficiencies.quartet_base(tables.quartet, bootstraps)
+    joint, found = efficiencies.quartet(tables.quartet, base, bootstraps)
+    by_width, of_quest = efficiencies.quest(tables.quest, bootstraps)
+    mine, of_ours = efficiencies.ours(tables.ours["quest"], bootstraps)
     pairs = quartet_pairs(tables.quartet)
     growths = _growths(pairs, "Quartet, ")
     forward = pairs[pairs["scheme"] == efficiencies.FORWARD]
@@ -203,8 +210,9 @@ def analyse(tables: Tables) -> Found:
         growths.insert(1, short)
     if (law := implied(joint, forward)) is not None:
         growths.append(law)
-    growths += quest_growths(tables)
-    ours = own_growths(tables.ours)
+    growths += quest_growths(tables, bootstraps)
+    ours = own_growths(tables.ours, bootstraps)
+    ours.append(gaps.transferred(base, mine, forward, TRANSFERRED))
     predictors = [g for g in ours if "gamma_D" in g.params]
     return Found(
         [*found, *of_quest, *of_ours],

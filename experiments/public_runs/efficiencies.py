@@ -81,20 +81,23 @@ def held(law: laws.Law, params: Mapping[str, float], free: tuple[str, ...], bits
     )
 
 
-def quartet_base(table: pd.DataFrame) -> laws.Fit:
+def quartet_base(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> laws.Fit:
     """Fits L = (A N^−α + B D^−β)^γ + E to the runs in full precision, as Quartet does.
 
     Args:
         table: of `readers.read_quartet`.
+        bootstraps: refits.
     """
     bits = {"P_forward": 16.0, "P_backward": 16.0}
     free = tuple(n for n in _JOINT.names if not n.startswith("eff"))
     law = held(_JOINT, {"eff_N_4": 1.0, "eff_D_4": 1.0}, free, bits)
     full = table[table["scheme"] == FULL]
-    return laws.fit(law, full, starts=4 * STARTS, bootstraps=0, delta=QUARTET_DELTA)
+    return laws.fit(law, full, starts=2 * STARTS, bootstraps=bootstraps, delta=QUARTET_DELTA)
 
 
-def quartet(table: pd.DataFrame, base: laws.Fit) -> tuple[laws.Fit, list[Efficiency]]:
+def quartet(
+    table: pd.DataFrame, base: laws.Fit, bootstraps: int = BOOTSTRAPS
+) -> tuple[laws.Fit, list[Efficiency]]:
     """Fits Quartet's two efficiencies: with the base held, as it does, and all parameters at once.
 
     Units of the bootstrap are (size, length); the interval with a base that is held leaves out what the base
@@ -103,12 +106,13 @@ def quartet(table: pd.DataFrame, base: laws.Fit) -> tuple[laws.Fit, list[Efficie
     Args:
         table: of `readers.read_quartet`, with ``unit``.
         base: of `quartet_base`.
+        bootstraps: refits.
 
     Returns:
         (the fit of all parameters, the efficiencies by both).
     """
     chosen = table[table["scheme"].isin([FULL, FORWARD, BACKWARD])]
-    options = {"starts": STARTS, "bootstraps": BOOTSTRAPS, "delta": QUARTET_DELTA}
+    options = {"starts": STARTS, "bootstraps": bootstraps, "delta": QUARTET_DELTA}
     joint = laws.fit(_JOINT, chosen, groups="unit", **options)
     names = {
         "eff_N_4": (FORWARD, {"P_forward": 4.0, "P_backward": 16.0}),
@@ -136,16 +140,17 @@ def tied_widths(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["scheme"] == plain) | (table["scheme"] == FULL)]
 
 
-def quest(table: pd.DataFrame) -> tuple[laws.Fit, list[Efficiency]]:
+def quest(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> tuple[laws.Fit, list[Efficiency]]:
     """Fits an efficiency for each width of W = A: L = A (N eff)^−α + B D^−β + E; that of FP4 beside it.
 
     Units of the bootstrap are (size, length).
 
     Args:
         table: of `readers.read_quest`, with ``unit``.
+        bootstraps: refits.
     """
     own = tied_widths(table)
-    fit = _by_width(own, groups="unit")
+    fit = _by_width(own, bootstraps, groups="unit")
     source, printed = "Panferov et al. 2025", laws.QUEST_2025_EFFICIENCY
     found = [
         _of_fit(fit, f"eff_{b}", f"QuEST, {b} bits", "all at once", printed.get(b), source)
@@ -155,24 +160,25 @@ def quest(table: pd.DataFrame) -> tuple[laws.Fit, list[Efficiency]]:
     if len(fp4) > 3:
         one = laws.free_efficiency(4)
         law = held(one, {n: fit.params[n] for n in one.names[:5]}, ("eff_4",), {"P_w": 4.0})
-        alone = laws.fit(law, fp4, starts=STARTS, bootstraps=BOOTSTRAPS, delta=QUEST_DELTA)
+        alone = laws.fit(law, fp4, starts=STARTS, bootstraps=bootstraps, delta=QUEST_DELTA)
         found.append(_of_fit(alone, "eff_4", "QuEST, FP4", "base held", QUEST_2025_FP4, source))
     return fit, found
 
 
-def ours(table: pd.DataFrame) -> tuple[laws.Fit, list[Efficiency]]:
+def ours(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> tuple[laws.Fit, list[Efficiency]]:
     """Fits the same form to our runs with QuEST's quantizer.
 
     Args:
         table: of `training_precision`, with ``unit``: units are (size, seed), resampled within sizes.
+        bootstraps: refits.
     """
-    fit = _by_width(table, groups="unit", strata="N")
+    fit = _by_width(table, bootstraps, groups="unit", strata="N")
     widths = fit.law.widths or ()
     return fit, [_of_fit(fit, f"eff_{b}", f"ours, {b} bits", "all at once") for b in widths]
 
 
-def _by_width(table: pd.DataFrame, **options: str) -> laws.Fit:
+def _by_width(table: pd.DataFrame, bootstraps: int, **options: str) -> laws.Fit:
     widths = sorted({int(b) for b in table["P_w"] if b < 16})
     law = laws.free_efficiency(*widths)
-    numbers = {"starts": STARTS, "bootstraps": BOOTSTRAPS, "delta": QUEST_DELTA}
+    numbers = {"starts": STARTS, "bootstraps": bootstraps, "delta": QUEST_DELTA}
     return laws.fit(law, table, **numbers, **options)

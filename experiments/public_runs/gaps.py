@@ -179,6 +179,39 @@ def by_error(
     )
 
 
+def transferred(base: laws.Fit, efficiency: laws.Fit, pairs: pd.DataFrame, of: str) -> Growth:
+    """Returns the exponents of the gap L(eff N, D) − L(N, D) over the pairs' N and D.
+
+    Args:
+        base: L, a fit of a law of N and D to runs in full precision.
+        efficiency: a fit with "eff_4", to other runs.
+        pairs: with ``N`` and ``D``; their losses are not read.
+        of: in words.
+    """
+    size, tokens = pairs["N"].to_numpy(), pairs["D"].to_numpy()
+    table = np.stack([np.ones(len(pairs)), np.log(tokens), np.log(size)], axis=1)
+
+    def exponents(params: Mapping[str, float], share: float) -> np.ndarray:
+        few = base.law.evaluate(params, {"N": size * share, "D": tokens})
+        gap = few - base.law.evaluate(params, {"N": size, "D": tokens})
+        return np.linalg.lstsq(table, np.log(gap), rcond=None)[0][1:]
+
+    names, shares = ("gamma_D", "gamma_N"), efficiency.samples["eff_4"]
+    drawn = [
+        exponents({name: x[i] for name, x in base.samples.items()}, share)
+        for i, share in enumerate(shares)
+    ]
+    return Growth(
+        of,
+        "an efficiency and a law of full precision",
+        len(pairs),
+        min(base.units, efficiency.units),
+        dict(zip(names, exponents(base.params, efficiency.params["eff_4"]).tolist(), strict=True)),
+        dict(zip(names, np.array(drawn).T, strict=True)),
+        max(base.expanded(CONFIDENCE), efficiency.expanded(CONFIDENCE)),
+    )
+
+
 def difference(ours: Growth, theirs: Growth, name: str) -> tuple[float, float, float]:
     """Returns (value, low, high) of an exponent of ours less one of theirs, resampled apart."""
     size = min(len(ours.samples[name]), len(theirs.samples[name]))

@@ -16,7 +16,7 @@ from experiments.harness.reporting.law_tables import fit_summary, fit_table
 from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.reporting.values import bounds, number, rows_of
 from experiments.public_runs import efficiencies, gaps
-from experiments.public_runs.analysis import SHARED, Found, Tables
+from experiments.public_runs.analysis import NEAREST, SHARED, TRANSFERRED, Found, Tables
 from experiments.public_runs.gaps import SUM, Growth
 from jaxquant.artifacts.plain import plain
 
@@ -108,7 +108,7 @@ def _efficiency_table(found: list[efficiencies.Efficiency]) -> pd.DataFrame:
 
 def figure(found: Found) -> Figure:
     """The published gap by length, and what ours predicts from its first point on."""
-    chosen = [g for g in found.ours if "gamma_D" in g.params][:2]
+    chosen = [g for g in found.ours if g.of.startswith(NEAREST) or g.of == TRANSFERRED]
     lines = []
     for size, own in found.forward.groupby("size", sort=False):
         first = own.loc[own["D"].idxmin()]
@@ -123,9 +123,14 @@ def figure(found: Found) -> Figure:
         x=alt.X("D:Q", title="tokens D", scale=logarithmic, axis=alt.Axis(format=".0e")),
         y=alt.Y("added:Q", title="gap (nats per token)", scale=logarithmic),
         color=alt.Color("size:N", title="size", sort=list(found.forward["size"].unique())),
-        strokeDash=alt.StrokeDash("of:N", title="of", sort=["measured", *(g.of for g in chosen)]),
+        strokeDash=alt.StrokeDash(
+            "of:N",
+            title="gap",
+            sort=["measured", *(g.of for g in chosen)],
+            legend=alt.Legend(symbolType="stroke", labelLimit=400, columns=1),
+        ),
     )
-    panel = chart.mark_line(point=True).properties(title="Quartet's gap, FP4 forward")
+    panel = chart.mark_line().properties(title="Quartet's gap, FP4 forward")
     return Figure(
         "gap",
         "How the gap grows with training",
