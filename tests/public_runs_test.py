@@ -119,8 +119,9 @@ def test_quartets_names_are_bits_of_products_and_iterations_are_tokens(tmp_path)
     assert table["backward"][1] == "MXFP4, stochastic rounding"
 
 
-def bad_quest(**changes):
-    return [quest_run("30M", 10**9, 4, 3.2), quest_run("30M", 10**9, 4, 3.2, **changes)]
+def bad_quest(quantizer=None, **changes):
+    good = quest_run("30M", 10**9, 4, 3.2)
+    return [good, quest_run("30M", 10**9, 4, 3.2, quantizer) | changes]
 
 
 @pytest.mark.parametrize(
@@ -256,11 +257,22 @@ def test_efficiencies_are_found_again_in_tables_made_by_them(tmp_path):
     assert read.left_out.empty
     base = efficiencies.quartet_base(read.quartet, 20)
     _, of_quartet = efficiencies.quartet(read.quartet, base, 60)
-    _, of_quest = efficiencies.quest(read.quest, 60)
+    by_width, of_quest = efficiencies.quest(read.quest, 60)
     joint = [e for e in of_quartet if e.how == "all at once"] + of_quest[:5]
     assert [e.published is not None for e in joint] == [True] * 7
     inside = [e.low <= (e.published or 0) <= e.high for e in joint]
     assert sum(inside) >= 6, joint
+    pairs = analysis.quartet_pairs(read.quartet)
+    pairs = pairs[pairs["scheme"] == "QuEST/BF16"]
+    moved = gaps.transferred(base, by_width, pairs, "moved")
+    params = {**efficiencies.QUARTET_2025.params, "eff_N_4": laws.QUEST_2025.params["eff_4"]}
+    law = efficiencies.QUARTET_2025.law
+    few, full = (law.predict(params, pairs.assign(P_forward=bits)) for bits in (4, 16))
+    true = gaps.least_squares(pairs.assign(added=few - full), "true")
+    assert true is not None
+    for name, value in true.params.items():
+        low, high = moved.interval(name)
+        assert low <= value <= high, name
 
 
 @pytest.mark.long

@@ -196,11 +196,13 @@ def transferred(base: laws.Fit, efficiency: laws.Fit, pairs: pd.DataFrame, of: s
         gap = few - base.law.evaluate(params, {"N": size, "D": tokens})
         return np.linalg.lstsq(table, np.log(gap), rcond=None)[0][1:]
 
-    names, shares = ("gamma_D", "gamma_N"), efficiency.samples["eff_4"]
-    drawn = [
-        exponents({name: x[i] for name, x in base.samples.items()}, share)
-        for i, share in enumerate(shares)
+    names = ("gamma_D", "gamma_N")
+    # The two were resampled apart, and may have unlike numbers of samples.
+    bases = [
+        dict(zip(base.samples, x, strict=True)) for x in zip(*base.samples.values(), strict=True)
     ]
+    shares = efficiency.samples["eff_4"]
+    drawn = [exponents(params, share) for params, share in zip(bases, shares, strict=False)]
     return Growth(
         of,
         "an efficiency and a law of full precision",
