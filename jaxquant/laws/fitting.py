@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.checks import check_positive, check_whole
 from jaxquant.laws.criteria import squared_aicc
 from jaxquant.laws.intervals import expanded
-from jaxquant.laws.law import ROWS, Columns, Law, Values, check_params, x64
+from jaxquant.laws.law import Columns, Law, Values, check_params, filled_up, x64
 from jaxquant.laws.runs import check_runs, places, repeated, strata_of_units
 from jaxquant.laws.solving import huber, solve
 from jaxquant.stats import check_confidence_level, critical, percentile_interval, renamed
@@ -207,10 +207,9 @@ class Space:
 
     def natural(self, logs: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the parameters of some points, each float64[points]."""
-        points = np.asarray(logs).T
-        filled = np.pad(points, ((0, 0), (0, -points.shape[1] % ROWS)), mode="edge")
+        filled = np.stack([filled_up(column) for column in np.asarray(logs).T])
         found = _naturals(self.law, self._middle, self._unit, filled)
-        return {name: np.asarray(x)[: points.shape[1]] for name, x in found.items()}
+        return {name: np.asarray(x)[: len(logs)] for name, x in found.items()}
 
     def solve(
         self,

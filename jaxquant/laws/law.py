@@ -17,7 +17,7 @@ Values = Mapping[str, Any]  # a number for each parameter, or an array for each 
 Columns = dict[str, np.ndarray]
 
 _ABSURD = 1e6  # nats
-ROWS = 64  # columns are filled up to a multiple of it, so that about as many runs share a program
+_FEWEST_ROWS = 64
 
 COLUMNS = {
     "N": "parameters without embeddings",
@@ -150,20 +150,26 @@ class Law:
         names = [*columns]
         arrays = np.broadcast_arrays(*(np.asarray(columns[n], np.float64) for n in names))
         shape = arrays[0].shape
-        flat = {n: filled_up(a.ravel(), ROWS) for n, a in zip(names, arrays, strict=True)}
+        flat = {n: filled_up(a.ravel()) for n, a in zip(names, arrays, strict=True)}
         numbers = {name: np.float64(value) for name, value in params.items()}
         with x64():
             found = np.asarray(_compiled(self)(numbers, flat))
         return np.exp(found[: math.prod(shape)]).reshape(shape)
 
 
-def filled_up(column: np.ndarray, multiple: int) -> np.ndarray:
-    """Returns a column with its last value again until its length is a multiple.
+def filled_up(column: np.ndarray) -> np.ndarray:
+    """Returns a column with its last value again, up to one of a few lengths.
 
-    >>> filled_up(np.array([1.0, 2.0]), 4)
-    array([1., 2., 2., 2.])
+    So about as many runs share a compiled program.  Lengths are 64, 96, 128, 192, 256 and on.
+
+    >>> [len(filled_up(np.ones(n))) for n in (1, 65, 180, 700)]
+    [64, 96, 192, 768]
     """
-    return np.pad(column, (0, -len(column) % multiple), mode="edge")
+    length = _FEWEST_ROWS
+    while length < len(column):
+        # Powers of two, and halfway between them.
+        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+    return np.pad(column, (0, length - len(column)), mode="edge")
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.law import ROWS, filled_up, x64
+from jaxquant.laws.law import filled_up, x64
 
 Residual = Callable[[jax.Array, Any], jax.Array]  # (logs of parameters, columns) -> log ŷ
 # Steps of all starts by least squares; starts that go on; their steps at δ's that shrink to the one wanted.
@@ -65,8 +65,8 @@ def solve(
     Returns:
         (logarithms of the parameters [fits, parameters], objectives [fits]).
     """
-    columns = jax.tree.map(lambda x: filled_up(x, ROWS) if np.ndim(x) else x, columns)
-    log_target = filled_up(log_target, ROWS)
+    columns = jax.tree.map(lambda x: filled_up(x) if np.ndim(x) else x, columns)
+    log_target = filled_up(log_target)
     # Runs that fill up count for nothing.
     weights = np.pad(weights, ((0, 0), (0, len(log_target) - weights.shape[1])))
 
