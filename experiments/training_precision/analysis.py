@@ -23,10 +23,7 @@ SEPARATE = (
     laws.GROWING,
     laws.GROWING_WA,
     laws.KUMAR,
-    laws.KUMAR_UNBIASED,
     laws.KUMAR_D,
-    laws.KUMAR_BOTH,
-    laws.KUMAR_UNTIED,
     laws.ADDITIVE,
     laws.CHINCHILLA,
 )

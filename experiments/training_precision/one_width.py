@@ -14,8 +14,7 @@ from experiments.training_precision.runs import FULL, gaps, tied
 from jaxquant import laws
 
 BOOTSTRAPS = 60  # of the laws, by units of size and seed within sizes
-STARTS = 32  # of every fit here
-UNITS = {"groups": "unit", "strata": "size"}
+STARTS = 16  # of every fit here
 # Laws of a term that grows, and of a part of N that counts: what is set against each other.
 GROWING = (laws.GROWING_ERROR, laws.GROWING_ONE)
 OF_N = (laws.PANFEROV, laws.KUMAR_ONE)
@@ -30,8 +29,10 @@ def candidates(widths: list[int]) -> list[laws.Law]:
 
 
 def fit(law: laws.Law, table: pd.DataFrame) -> laws.Fit:
-    """A law with its intervals."""
-    return laws.fit(law, table, bootstraps=BOOTSTRAPS, starts=STARTS, **UNITS)
+    """A law with its intervals: over units of size and seed within sizes; of one seed, over trunks."""
+    has_seeds = (table.groupby("size")["seed"].nunique() > 1).all()
+    units = {"groups": "unit", "strata": "size"} if has_seeds else {"groups": "trunk"}
+    return laws.fit(law, table, bootstraps=BOOTSTRAPS, starts=STARTS, **units)
 
 
 def summary(table: pd.DataFrame, method: str) -> dict:

@@ -62,7 +62,9 @@ def findings(summary: dict) -> list[Finding]:
 def _grows(method: dict, summary: dict) -> Finding:
     found = _growth(method["gaps"])
     row, of_n = found["D"], found["N"]
-    answer = "yes" if row["low"] > 0 else "no" if row["high"] < 0 else UNRESOLVED
+    answer = UNRESOLVED
+    if row["low"] is not None:
+        answer = "yes" if row["low"] > 0 else "no" if row["high"] < 0 else UNRESOLVED
     notes = [f"γ_N {bounds(of_n['value'], of_n['low'], of_n['high'], '.2f')}", found["of"]]
     if summary["rates"]:
         notes.append("each at its best learning rate of those tried")
@@ -182,7 +184,8 @@ def _gaps_section(summary: dict, text: list[str]) -> Section:
     for row, w in zip(rows, _widths(summary), strict=True):
         for x in ("D", "N"):
             if x in w:
-                row[f"γ_{x}"] += f", p {w[x]['p_value']:.2g}, q {next(q_values):.2g}"
+                p, q = number(w[x]["p_value"], ".2g"), number(next(q_values), ".2g")
+                row[f"γ_{x}"] += f", p {p}, q {q}"
     folded = [(caption, pd.DataFrame(rows))] if rows else []
     return Section("How the gap to full precision grows", text, tables, folded=folded)
 

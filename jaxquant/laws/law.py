@@ -17,7 +17,7 @@ Values = Mapping[str, Any]  # a number for each parameter, or an array for each 
 Columns = dict[str, np.ndarray]
 
 _ABSURD = 1e6  # nats
-_FEWEST_ROWS = 64
+_FEWEST_ROWS = 192
 
 COLUMNS = {
     "N": "parameters without embeddings",
@@ -160,15 +160,14 @@ class Law:
 def filled_up(column: np.ndarray) -> np.ndarray:
     """Returns a column with its last value again, up to one of a few lengths.
 
-    So about as many runs share a compiled program.  Lengths are 64, 96, 128, 192, 256 and on.
+    So about as many runs share a compiled program.  Lengths are 192, 384, 768 and on.
 
-    >>> [len(filled_up(np.ones(n))) for n in (1, 65, 180, 700)]
-    [64, 96, 192, 768]
+    >>> [len(filled_up(np.ones(n))) for n in (1, 192, 193)]
+    [192, 192, 384]
     """
     length = _FEWEST_ROWS
     while length < len(column):
-        # Powers of two, and halfway between them.
-        length = length * 3 // 2 if length & (length - 1) == 0 else length * 4 // 3
+        length *= 2
     return np.pad(column, (0, length - len(column)), mode="edge")
 
 

@@ -28,7 +28,7 @@ def power_law(table: pd.DataFrame, target: str, columns: Sequence[str]) -> dict:
 
     Returns:
         points, units, reason (None where exponents could be had), and for each column a dict of value, low,
-        high and p_value.
+        high and p_value; of one seed a size, value alone.
     """
     units = table.groupby(["size", "seed"], sort=False).ngroup().to_numpy()
     found: dict = {"points": len(table), "units": len(set(units.tolist())), "reason": None}
@@ -41,6 +41,11 @@ def power_law(table: pd.DataFrame, target: str, columns: Sequence[str]) -> dict:
     x[:, 1:] -= x[:, 1:].mean(axis=0)
     y = np.log(table[target].to_numpy(float))
     own = _solved(x, y, np.ones((1, len(y))))[0]
+    if (table.groupby("size")["seed"].nunique() < 2).any():
+        ends = {"low": None, "high": None, "p_value": None}
+        return found | {
+            c: {"value": float(v)} | ends for c, v in zip(columns, own[1:], strict=True)
+        }
     weights = resampled(units, table["size"].to_numpy(), BOOTSTRAPS)
     drawn = _solved(x, y, weights)
     level = expanded(CONFIDENCE, max(found["units"], 2), len(y), x.shape[1])
