@@ -147,7 +147,8 @@ def gains_by_width(table: pd.DataFrame) -> Figure | None:
         "gain",
         "What training gains over quantizing after training",
         "Paired by seed: each estimator's best setting against the best setting after training, both "
-        "chosen on the selection examples; above zero, training is better (a lower NLL counts as a gain). Bars are 90 % intervals.",
+        "chosen on the selection examples; above zero, training is better (a lower NLL counts as a gain). "
+        "Bars are 90 % intervals.",
         facets(table, "model", draw, str),
         [scale],
     )

@@ -300,8 +300,8 @@ def _arm_section(means: pd.DataFrame, latencies: list[dict], text: list[str]) ->
 
 
 _COMPARED = (
-    "Training against quantizing after training: settings chosen on the selection examples; the gain with "
-    "its 90 % interval; rate: seeds, which rates those seeds chose, as shares of the training's; p: of no "
+    "Training against quantizing after training: settings chosen on the selection examples; rate: seeds, "
+    "which rates those seeds chose, as shares of the training's; the gain with its 90 % interval; p: of no "
     "gain, Student's over seeds; q: Benjamini and Hochberg's, over all pairs here"
 )
 _TABLE = (
@@ -342,8 +342,8 @@ def _setting(trial: dict) -> str:
         f"{task['model'].capitalize()}: size {task['size']}, data {task['data']} (fingerprint "
         f"{task['fingerprint']}), {trial['steps']} steps at a peak rate of {trial['peak_lr']:g} and "
         f"{trial['finetune_steps']} further steps at {', '.join(f'{r:g}' for r in trial['rates'])} of it, "
-        f"batches of {task['batch']}, AdamW; statistics from {trial['calibration_batches']} training batches; "
-        f"evaluated on up to {task['evaluation']} {examples}, {task['evaluation_batch']} together"
+        f"batches of {task['batch']}, AdamW; statistics from {trial['calibration_batches']} training "
+        f"batches; evaluated on up to {task['evaluation']} {examples}, {task['evaluation_batch']} together"
     )
     if task["corruptions"]:
         severities = ", ".join(map(str, task["severities"]))
