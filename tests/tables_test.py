@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -74,6 +76,34 @@ def test_every_interval_that_a_page_quotes_is_of_a_table_or_a_phrase(study):
 
 def _phrases(page):
     return map(markdown.typeset, tables.phrases()[page])
+
+
+def run(*names, check=False):
+    """The binary, in this process; its exit status."""
+    try:
+        with mock.patch.object(tables, "FLAGS", types.SimpleNamespace(names=names, check=check)):
+            tables.run(tables.Config())
+    except SystemExit as done:
+        return done.code
+    return 0
+
+
+def test_the_binary_mends_tables_and_prints_sentences(tmp_path, monkeypatch, capsys):
+    for page, text in TEXTS.items():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text(text)
+    tables.differences(TEXTS)  # whatever is read lies in a cache, also where ROOT is another
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    page, table, digit = tmp_path / "docs/tpu.md", "train/weak_scaling", "| 4 | 13.6 |"
+    page.write_text(TEXTS["docs/tpu.md"].replace(digit, "| 4 | 13.7 |").replace("96 ms", "97 ms"))
+    before = page.read_text()
+    assert run(table, check=True) == 1
+    assert 'the page has "| 4 | 13.7 |' in capsys.readouterr().out
+    assert page.read_text() == before
+    assert run(table) == 0
+    assert run(check=True) == run() == 1
+    assert "need 96 ms" in capsys.readouterr().out
+    assert page.read_text() == TEXTS["docs/tpu.md"].replace("96 ms", "97 ms")
 
 
 def test_markers_that_do_not_match_are_refused():

@@ -145,7 +145,9 @@ def missing_phrases(text: str, phrases: Iterable[str]) -> list[str]:
     return [f'the page does not say "{p}", as its records do' for p in said if p not in flat]
 
 
-INTERVAL = re.compile(r"[+−]?\d[\d.]*(?: ?%| bits| points)? ?\[[+−]?\d[\d.]*, [+−]?\d[\d.]*\]")
+INTERVAL = re.compile(
+    r"[+−]?\d[\d.]*(?: ?%| bits| points| nats)? ?\[[+−]?\d[\d.]*, [+−]?\d[\d.]*\]"
+)
 
 
 def intervals(text: str) -> set[str]:
