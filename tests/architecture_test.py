@@ -73,7 +73,8 @@ EXPERIMENTS = [
         ),
         "harness.peers": "codes optimizers",
         "harness.reporting": (
-            "statistics values findings charts provenance prose layout law_tables page report"
+            "statistics values findings exponents charts provenance prose layout law_tables markdown page "
+            "report"
         ),
     },
     {
@@ -87,16 +88,18 @@ EXPERIMENTS = [
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
         "optimizer_states": (
-            "law tasks analysis figures transformations optimizers report running study __main__"
+            "law tasks analysis figures transformations optimizers report running study tables __main__"
         ),
-        "pretrained_quantization": "arms report models study __main__",
-        "ptq_overtraining": "measuring analysis added_laws figures report study __main__",
+        "pretrained_quantization": "arms report models study tables __main__",
+        "ptq_overtraining": "measuring analysis added_laws figures report study tables __main__",
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
-        "train": "program aot aot_table run_identity monitoring watching running scaling __main__",
-        "training_precision": "analysis figures numerics report running study __main__",
+        "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
+        "training_precision": (
+            "runs robustness one_width analysis figures numerics report running study __main__"
+        ),
     },
     {
-        "": "fetch pack plan tokenize",
+        "": "fetch pack plan tables tokenize",
         "public_runs": "readers gaps efficiencies analysis report __main__",
     },
 ]

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 import jaxquant as jq
+from experiments.harness.reporting import markdown
 
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -89,8 +90,7 @@ def test_words_are_the_fields_own(page):
 
 
 def intervals_in(page):
-    interval = r"[+−]?\d[\d.]* %? ?\[[+−]?\d[\d.]*, [+−]?\d[\d.]*\]"
-    return set(re.findall(interval, " ".join(page.read_text().split())))
+    return markdown.intervals(page.read_text())
 
 
 def test_what_studies_found_is_the_same_everywhere():

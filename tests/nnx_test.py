@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 
 import jax
@@ -218,6 +219,20 @@ def test_learned_steps_are_parameters_that_train(model):
     kernel = np.asarray(model.up.kernel[...])
     expected = 2 * np.abs(kernel).mean(0, keepdims=True) / 7**0.5
     np.testing.assert_allclose(start["kernel_step"], expected, rtol=1e-5)
+
+
+def test_learned_steps_of_groups_start_from_each_groups_own_mean(model):
+    recipe = jq.recipe("w4a16-lsq")
+    weights = dataclasses.replace(recipe.forward.rhs, granularity=8)
+    recipe = dataclasses.replace(recipe, forward=dataclasses.replace(recipe.forward, rhs=weights))
+    quantized = jq.nnx.quantize(model, {"up": recipe})
+    kernel = np.asarray(model.up.kernel[...])
+    groups = np.abs(kernel).reshape(-1, 8, kernel.shape[1]).mean(1)
+    expected = 2 * groups / 7**0.5
+    assert expected.shape[0] > 1
+    np.testing.assert_allclose(quantized.up.kernel_step[...], expected, rtol=1e-5)
+    expected = np.asarray(quantized(TOKENS))
+    np.testing.assert_array_equal(np.asarray(jq.nnx.freeze(quantized)(TOKENS)), expected)
 
 
 def test_calibration_fixes_ranges_to_the_largest_seen_or_their_mean(model):

@@ -141,6 +141,33 @@ def test_a_layer_sees_its_inputs_as_the_layers_before_it_leave_them():
     assert (np.asarray(unaware.qvalue) != np.asarray(expected.qvalue)).any()
 
 
+@pytest.mark.parametrize("memory", [2**24, 1])
+def test_shared_statistics_change_nothing_and_spare_a_pass(memory):
+    model, passes = mlp(), []
+
+    def data():
+        passes.append(1)
+        return iter(batches())
+
+    shared = jq.ptq.SharedStatistics(model, data)
+    for recipe, method in (("w2a16", "gptq"), ("w4a16g16", "hadamard+gptq"), ("w4a4", "gptq")):
+        rules, begun = [("unused", None), (".*", recipe)], len(passes)
+        found = quantized(model, rules, data, method, memory=memory, shared=shared)
+        spared, begun = len(passes) - begun, len(passes)
+        assert_same(found, quantized(model, rules, data, method, memory=memory))
+        is_first = recipe == "w2a16"
+        assert spared == len(passes) - begun - (not is_first)
+
+
+def test_statistics_of_another_model_are_refused():
+    model, data = mlp(), batches()
+    shared = jq.ptq.SharedStatistics(model, data)
+    with pytest.raises(ValueError, match="of another model"):
+        quantized(mlp(), RULES, data, shared=shared)
+    with pytest.raises(ValueError, match="of another batches"):
+        quantized(model, RULES, batches(), shared=shared)
+
+
 @pytest.mark.long
 def test_stacked_layers_are_solved_as_if_alone():
     model, data = Stack(nnx.Rngs(0)), batches()

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import math
@@ -12,6 +13,7 @@ from scipy import stats
 import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.data import images
+from experiments.harness.running import packed, record_store
 from experiments.harness.training import train
 from experiments.qat_efficiency import analysis, latency, measuring, report, stages, study, tasks
 from experiments.qat_efficiency.stages import Arm
@@ -60,6 +62,7 @@ def record(model: str, seed: int, entries: dict[Arm, dict]) -> dict:
     made = []
     for arm, entry in entries.items():
         result = {"status": entry.get("status", "done"), "bytes": {"total": entry.get("size", 100)}}
+        result |= {"rate": 0.3 if seed else 1.0} if arm.family == "qat" else {}
         if result["status"] == "done":
             main = split_record(entry["accuracy"], entry["nll"], base, entry.get("silent", ()))
             splits = {"test": main} if model == "vision" else {"valid": main}
@@ -84,6 +87,7 @@ def record(model: str, seed: int, entries: dict[Arm, dict]) -> dict:
         "status": "done",
         "trial": dataclasses.asdict(trial(model, seed)),
         "versions": {"jaxquant": "0", "jax": "0", "device": "cpu"},
+        "reference_rate": 0.3,
         "derived": {w: {"macs": 10, "bit_operations": 640 if w else 2560} for w in widths},
         "arms": made,
     }
@@ -91,7 +95,12 @@ def record(model: str, seed: int, entries: dict[Arm, dict]) -> dict:
 
 def trial(model: str, seed: int) -> stages.Trial:
     settings = tasks.Settings(model, "8k", "digits", "", "abc", 64, 100, 50)  # pyright: ignore
-    return stages.Trial(settings, seed, 10, 5, 0.1, 0.01, 2, ("w4a4",), ("rtn",), ("ste",), 5, 50)
+    arms = {"widths": ("w4a4",), "methods": ("rtn",), "estimators": ("ste",)}
+    choices = {"rates": (0.3, 1.0), "groups": (0, 32), "activations": ("tensor",)}
+    steps = {"steps": 10, "finetune_steps": 5, "log_every": 5, "checkpoint_every": 50}
+    return stages.Trial(
+        settings, seed, peak_lr=0.1, calibration_batches=2, **steps, **arms, **choices
+    )
 
 
 RTN, GPTQ = (Arm("ptq", m, "w4a4") for m in ("rtn", "gptq"))
@@ -155,16 +164,76 @@ def test_an_interval_over_seeds_is_students_and_over_examples_normal():
 
 
 def test_methods_are_chosen_on_the_selection_and_compared_elsewhere():
-    (row,) = analysis.comparisons(analysis.arms(vision_records()))
+    row = best(vision_records())
     assert (row["ptq"], row["qat"], row["answer"]) == ("gptq", "lsq", "qat")
     expected = stats.t.interval(0.9, 2, loc=np.mean(GAINS), scale=stats.sem(GAINS))
     np.testing.assert_allclose((row["low"], row["high"]), expected)
 
 
+def best(records: list[dict]) -> dict:
+    rows = analysis.comparisons(analysis.arms(records))
+    (row,) = (row for row in rows if row["scope"] == "best")
+    return row
+
+
+def with_groups(records: list[dict]) -> list[dict]:
+    """The records with groups of 32 that are worse after training, and better with it."""
+    for one in records:
+        for arm, change in ((GPTQ, -0.1), (LSQ, 0.02)):
+            (made,) = (
+                copy.deepcopy(a) for a in one["arms"] if Arm(*arm_fields(a)).name == arm.name
+            )
+            made["group"] = 32
+            for place in (made["selection"], made["splits"]["test"]["quantized"]):
+                place["accuracy"] += change
+            one["arms"].append(made)
+    return records
+
+
+def arm_fields(made: dict) -> list:
+    return [made[field.name] for field in dataclasses.fields(Arm)]
+
+
+def test_comparisons_pair_like_with_like_and_count_each_pair_once():
+    rows = analysis.comparisons(analysis.arms(with_groups(vision_records())))
+    found = {row["scope"]: (row["qat"], row["ptq"]) for row in rows}
+    assert found == {
+        "best": ("lsq g32", "gptq"),
+        "channel": ("lsq", "gptq"),
+        "g32": ("lsq g32", "gptq g32"),
+        "ste": ("ste", "gptq"),
+        "lsq": ("lsq g32", "gptq"),
+    }
+    by_scope = {row["scope"]: row for row in rows}
+    changes = {"best": 0.02, "channel": 0.0, "g32": 0.12}
+    for scope, change in changes.items():
+        expected = stats.ttest_1samp(np.array(GAINS) + change, 0)[1]
+        np.testing.assert_allclose(by_scope[scope]["p"], expected)
+    assert by_scope["best"]["rates"] == {"0.3": 2, "1": 1}
+    assert by_scope["lsq"]["q"] == by_scope["best"]["q"]
+    once = [by_scope[scope] for scope in ("best", "channel", "g32", "ste")]
+    expected = stats.false_discovery_control([row["p"] for row in once])
+    np.testing.assert_allclose([row["q"] for row in once], expected)
+
+
+def test_both_p_and_q_are_shown_and_what_an_unresolved_gain_could_have_been():
+    summary = analysis.summarize(with_groups(vision_records()), 3)
+    text = report.to_text(summary)
+    row = next(r for r in summary["comparisons"] if r["scope"] == "best")
+    assert f"p {row['p']:.2g}, q {row['q']:.2g}" in text
+    shown = report.comparison_table(summary["comparisons"])
+    assert shown["p"].tolist() == [f"{r['p']:.2g}" for r in summary["comparisons"]]
+    assert shown["q"].tolist() == [f"{r['q']:.2g}" for r in summary["comparisons"]]
+    unresolved = vision_records((-0.1, 0.1, 0.0))
+    half = stats.t.ppf(0.95, 2) * stats.sem((-0.1, 0.1, 0.0))
+    text = report.to_text(analysis.summarize(unresolved, 3))
+    assert f"the least effect that these runs could show is {half:.4f} accuracy" in text
+
+
 def test_a_lower_nll_is_a_gain_for_language():
     answers = {}
     for gap in (0.05, 0.0, -0.05):
-        (row,) = analysis.comparisons(analysis.arms(language_records(gap)))
+        row = best(language_records(gap))
         np.testing.assert_allclose(row["mean"], gap, atol=1e-9)
         answers[gap] = row["answer"]
     assert answers == {0.05: "qat", 0.0: "unresolved", -0.05: "ptq"}
@@ -176,9 +245,7 @@ def test_a_method_that_broke_in_some_seed_is_not_chosen():
     for key in ("splits", "selection", "corruption"):
         broken.pop(key)
     broken["status"] = "diverged"
-    table = analysis.arms(records)
-    (row,) = analysis.comparisons(table)
-    assert row["qat"] == "ste"
+    assert best(records)["qat"] == "ste"
     summary = analysis.summarize(records, 3)
     assert summary["broken"] == [
         {"model": "vision", "seed": 1, "arm": "qat lsq w4a4", "status": "diverged"}
@@ -235,7 +302,10 @@ def test_losses_elsewhere_are_hidden_only_where_the_mean_is_kept():
 @pytest.mark.parametrize(
     ("records", "words"),
     [
-        (vision_records(), "vision W4A4, lsq over gptq: training is better, +0.0400"),
+        (
+            vision_records(),
+            "vision W4A4, training by lsq over gptq: training is better, +0.0400",
+        ),
         (
             vision_records((-0.03, -0.05, -0.04)),
             "lsq over gptq: quantizing after training is better",
@@ -299,6 +369,14 @@ def test_only_arms_that_multiply_integers_have_a_time():
     assert table["bit operations"].to_dict()["qat lsq w4a4"] == "0.250"
 
 
+def test_records_that_were_packed_are_reported_without_times(tmp_path):
+    grid = study.make_trials(SMOKE)
+    store = record_store.RecordStore(tmp_path, "qat_efficiency")
+    store.write(grid[0], {"status": "diverged", "step": 1, "arms": []}, 1.0)
+    packed.pack(tmp_path)
+    assert latency.measure(tmp_path, grid, 10) == []
+
+
 def test_every_method_names_its_program():
     for method in stages.METHODS:
         assert latency.program(Arm("ptq", method, "w4a4")) in jq.ptq.METHODS
@@ -313,13 +391,28 @@ def test_every_method_names_its_program():
 
 
 def test_arms_pair_every_width_with_the_methods_that_suit_it():
-    (one, *_) = study.make_trials(dataclasses.replace(SMOKE, methods=stages.METHODS))
+    changes = {"methods": stages.METHODS, "groups": (0, 32), "activations": tasks.ACTIVATIONS}
+    (one, *_) = study.make_trials(dataclasses.replace(SMOKE, **changes))
     names = [arm.name for arm in one.arms]
     assert names[:2] == [stages.REFERENCE, stages.AGAIN]
-    assert len(names) == len(set(names)) == 2 + 2 * (4 + 1)
+    assert len(names) == len(set(names))
     assert {"ptq smoothquant w8a8", "ptq awq w2a16"} <= set(names)
     assert not {"ptq awq w8a8", "ptq smoothquant w2a16"} & set(names)
-    assert stages.cost(one) == one.steps + one.finetune_steps * (2 + 8 / 2 + 2)
+    # Of 8 bits there are no groups and no searched ranges; weights alone have no activations' scales.
+    assert {"ptq gptq token w8a8", "ptq gptq g32 searched w2a16"} <= set(names)
+    assert not {"ptq gptq g32 w8a8", "ptq gptq searched w8a8", "ptq gptq token w2a16"} & set(names)
+    trained = [name for name in names if name.startswith("qat")]
+    assert trained == ["qat lsq w8a8", "qat lsq w2a16", "qat lsq g32 w2a16"]
+    after = len(names) - 2 - len(trained)
+    # The reference's rates are searched, and those of weights in 2 bits per channel.
+    searched, others = 2 * len(one.rates), 1 + len(trained) - 1
+    assert stages.cost(one) == one.steps + one.finetune_steps * (searched + others + after / 2)
+
+
+def test_statistics_are_of_as_many_examples_as_asked_for():
+    config = dataclasses.replace(SMOKE, calibration_images=1000, calibration_tokens=262_144)
+    batches = [t.calibration_batches for t in study.make_trials(config)]
+    assert batches == [16, 512]  # of 64 images, and of 8 windows of 64 tokens
 
 
 def test_a_trial_is_a_model_and_a_seed():
@@ -351,7 +444,12 @@ def test_a_trial_is_a_model_and_a_seed():
         ({"seeds": 0}, "seeds"),
         ({"seeds": 10**9}, "at most"),
         ({"finetune_share": 2.0}, "at most 1"),
-        ({"finetune_rate": 0.0}, "finetune_rate"),
+        ({"rates": (0.3, 0.0)}, "config.rates"),
+        ({"rates": ()}, "at least one"),
+        ({"groups": (48,)}, "config.groups divide"),
+        ({"groups": (-1,)}, "config.groups"),
+        ({"activations": ("row",)}, "tensor, token"),
+        ({"calibration_tokens": 0}, "calibration_tokens"),
         ({"vision_lr": math.inf}, "vision_lr"),
         ({"sequence": 10**9}, "fewer than one sequence"),
     ],
@@ -364,6 +462,29 @@ def test_bad_fields_are_named(change, message):
 @pytest.mark.parametrize("config", [*tasks.VISION_SIZES.values(), *tasks.LANGUAGE_SIZES.values()])
 def test_every_size_can_be_rotated_in_blocks_of_32(config):
     assert config.width % 32 == config.hidden % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("arm", "arithmetic"),
+    [
+        (Arm("ptq", "gptq", "w2a16", 32, "searched"), "native"),
+        (Arm("ptq", "gptq", "w4a4", 32, activations="token"), "simulated"),
+        (Arm("ptq", "gptq", "w4a4", 0, "searched", "token"), "native"),
+        (Arm("qat", "lsq", "w4a4", 32), "simulated"),
+        (Arm("qat", "quest", "w4a4", 32), "simulated"),
+    ],
+)
+def test_settings_reach_the_recipe(digits, arm, arithmetic):
+    recipe = stages.arm_rules(digits, arm)["blocks/.*"]
+    forward = jq.recipe(recipe).forward if isinstance(recipe, str) else recipe.forward
+    assert forward.rhs is not None
+    assert forward.rhs.granularity == (arm.group or "channel")
+    assert (forward.rhs.calibration == jq.calibration.mse()) == (arm.ranges == "searched")
+    is_row = arm.activations == "token" or arm.method == "quest"
+    if forward.lhs is not None:
+        assert forward.lhs.granularity == ("channel" if is_row else "tensor")
+    assert (forward.lhs is None) == arm.width.endswith("a16")
+    assert forward.arithmetic == arithmetic
 
 
 @pytest.mark.first(1)
@@ -449,7 +570,15 @@ def test_bit_operations_are_macs_times_bits(digits):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("arm", [Arm("qat", "lsq", "w4a4"), Arm("qat", "quest", "w2a16")])
+@pytest.mark.parametrize(
+    "arm",
+    [
+        Arm("qat", "lsq", "w4a4"),
+        Arm("qat", "lsq", "w4a4", 32),
+        Arm("qat", "quest", "w2a16"),
+        Arm("qat", "quest", "w2a16", 32),
+    ],
+)
 def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits, arm):
     model = digits.make(0)
     trained = stages.quantized(model, digits, arm, digits.calibration(1, 0))
@@ -460,7 +589,8 @@ def test_a_frozen_arm_gives_the_logits_of_the_trained_one_in_fewer_bytes(digits,
     np.testing.assert_array_equal(found, expected)
     size, before = measuring.nbytes(frozen), measuring.nbytes(model)
     bits = tasks.parse_width(arm.width)[0]
-    block = (4 * 32**2 + 2 * 32 * 64) * bits // 8 + 4 * (4 * 32 + 64 + 32)
+    groups = (4 * 32, 64, 32 * 64 // 32) if arm.group else (4 * 32, 64, 32)
+    block = (4 * 32**2 + 2 * 32 * 64) * bits // 8 + 4 * sum(groups)
     outer = (4 * 32 + 32 * 10) + 4 * (32 + 10)
     assert size["weights"] == block + outer
     assert size["total"] == size["weights"] + size["rest"] < before["total"] / 2

@@ -2,8 +2,8 @@
 
     python -m experiments.optimizer_states.optimizers
 
-runs all of them, 300 steps each, or those that are named; keeps what was seen in results/; and puts the table
-into experiments/README.md.
+runs all of them, 300 steps each, or those that are named, and keeps what was seen in results/, of which
+`python -m experiments.tables --names=optimizer_states/transformations` makes the table.
 """
 
 import argparse
@@ -26,8 +26,6 @@ from jaxquant.optim.codecs import BLOCK
 from jaxquant.optim.plans import Plan
 
 RECORDS = Path(__file__).parent.parent / "results" / "optimizer_states" / "optimizers.json"
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- optimizers: begin -->", "<!-- optimizers: end -->"
 STEPS = 300
 WIDTHS = {"8 bits": fixed(8), "5 + 4 bits": fixed(5, 4)}
 
@@ -142,7 +140,7 @@ def kind_of(make: Callable[[Policy | None], Case]) -> Kind:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The table
+# A row
 
 
 def within(row: Mapping[str, Any]) -> bool:
@@ -177,53 +175,26 @@ def measured(
     return row
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
-    """Markdown of some rows."""
-    lines = [
-        f"| transformation | state | slots | loss, optax | {' | '.join(WIDTHS)} |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, row in rows.items():
-        losses = [_shown(row.get(k, "")) for k in ("plain", *WIDTHS)]
-        lines.append(f"| {name} | {row['kind']} | {row['slots']} | {' | '.join(losses)} |")
-    return "\n".join(lines)
-
-
-def _shown(loss: float | str) -> str:
-    return loss if isinstance(loss, str) else f"{loss:.4f}"
-
-
-def parts() -> str:
-    """Of the transformations that optimizers are made of, what becomes of their state, in a list."""
-    by_kind: dict[str, list[str]] = {}
-    for name, make in cases().items():
-        if name in PARTS:
-            kind = kind_of(make)
-            said = "nothing to code" if kind.refusal else f"{kind.name} ({kind.slots})"
-            by_kind.setdefault(said, []).append(name)
-    return "\n".join(f"- {said}: {', '.join(names)}" for said, names in by_kind.items())
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="transformations to run; all where none is named")
-    parser.add_argument("--write", action="store_true", help="only write what was seen down again")
+    parser.add_argument("--describe", action="store_true", help="run none; look at states alone")
     given = parser.parse_args(arguments)
     rows = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-    known = {name: make for name, make in cases().items() if name not in PARTS}
-    for name in () if given.write else given.names or known:
+    known = cases()
+    trainable = [name for name in known if name not in PARTS]
+    for name in () if given.describe else given.names or trainable:
         # A wrapper changes nothing of what Adam's widths do, which has a row of its own.
-        rows[name] = measured(known[name], WIDTHS if name in OPTIMIZERS else {"8 bits": fixed(8)})
+        widths = WIDTHS if name in OPTIMIZERS else {"8 bits": fixed(8)}
+        rows[name] = measured(known[name], widths)
         print(name, rows[name], flush=True)
-        RECORDS.write_text(json.dumps({k: rows[k] for k in known if k in rows}, indent=1) + "\n")
-    if given.names:
-        return
-    rows = {k: rows.get(k) or described(make) for k, make in known.items()}
+        _keep({k: rows[k] for k in known if k in rows})
+    if not given.names:
+        _keep({k: rows.get(k, {}) | described(make) for k, make in known.items()})
+
+
+def _keep(rows: Mapping[str, Any]) -> None:
     RECORDS.write_text(json.dumps(rows, indent=1) + "\n")
-    text = README.read_text()
-    head, tail = text.split(BEGIN)[0], text.split(END)[1]
-    body = table({k: rows[k] for k in known if k in rows})
-    README.write_text(f"{head}{BEGIN}\n{body}\n\n{parts()}\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -161,9 +161,10 @@ def _gain(quantity: str, values: np.ndarray, unit: str, form: str, note: str) ->
     )
 
 
-def _shown(row: dict) -> str:
+def change_text(row: dict, form: str | None = None) -> str:
+    """A row's change with its unit and interval."""
     unit = {"smollm2": " %", "minilm": "", "vit": " points"}[row["model"]]
-    form = "+.4f" if row["model"] == "minilm" else "+.2f"
+    form = f"+{form or ('.4f' if row['model'] == 'minilm' else '.2f')}"
     if is_missing(row["low"]):
         return f"{row['change']:{form}}{unit}"
     return f"{row['change']:{form}}{unit} [{row['low']:{form}}, {row['high']:{form}}]"
@@ -174,7 +175,9 @@ def to_text(summary: dict) -> str:
     status = said.trial_status(summary["trials"])
     lines = [said.to_text(findings(summary["rows"]), status), ""]
     for row in summary["rows"]:
-        lines.append(f"  {row['model']:>8}  {row['arm']:<30} {_shown(row):<34} {row['verdict']}")
+        lines.append(
+            f"  {row['model']:>8}  {row['arm']:<30} {change_text(row):<34} {row['verdict']}"
+        )
     return "\n".join(lines)
 
 
@@ -185,7 +188,7 @@ def _table(rows: list[dict], model: str) -> pd.DataFrame:
             {
                 "arm": row["arm"],
                 "verdict (99 %)": row["verdict"],
-                "change, 90 % interval": _shown(row),
+                "change, 90 % interval": change_text(row),
                 "on 50 examples": row["few"],
                 **{k: f"{v:.4f}" for k, v in row["values"].items()},
                 "MB, of the float model's": " of ".join(

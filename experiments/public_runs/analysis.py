@@ -14,7 +14,7 @@ from experiments.public_runs.efficiencies import Efficiency
 from experiments.public_runs.gaps import Growth
 from experiments.public_runs.readers import FULL
 from experiments.training_precision import STUDY
-from experiments.training_precision import analysis as own_analysis
+from experiments.training_precision import runs as own_runs
 from jaxquant import laws
 
 METHODS = {"quest": "QuEST", "lsq": "LSQ", "ste": "straight-through"}
@@ -85,9 +85,8 @@ def read(quest: str | Path, quartet: str | Path, ours: str | Path) -> Tables:
         own = table.assign(unit=table["size"] + "/" + table["D"].map("{:.0f}".format))
         kept[name] = own[~is_rising]
         left.append(own[is_rising].assign(table=name))
-    mine = own_analysis.runs(STUDY.load(ours))
-    mine = mine.assign(unit=mine["size"] + "/" + mine["seed"].astype(str))
-    by_method = {method: own_analysis.tied(mine, method) for method in METHODS}
+    mine = own_runs.at_best_rate(own_runs.runs(STUDY.load(ours)))
+    by_method = {method: own_runs.tied(mine, method) for method in METHODS}
     widths = set(by_method["quest"]["P_w"])
     if not {4, 16} <= widths:
         raise ValueError(

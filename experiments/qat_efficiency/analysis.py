@@ -5,6 +5,7 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,18 +14,16 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
+from experiments.harness.reporting.statistics import CONFIDENCE, corrected, t_half_width, t_p_value
 from experiments.harness.reporting.values import rows_of, versions_of
 from experiments.qat_efficiency.stages import Arm
-from experiments.qat_efficiency.tasks import parse_width
+from experiments.qat_efficiency.tasks import PRIMARY, SUFFIXES, parse_width
 
 FEWEST_SEEDS = 3  # for an interval over seeds; below, intervals are over examples
 LOW_BITS = 4
-# What a model is judged by, and whether more of it is better.
-PRIMARY = {"vision": ("accuracy", 1.0), "language": ("nll", -1.0)}
 METRIC_NAMES = {"accuracy": "accuracy", "nll": "NLL (nats)"}
 MAIN_TEXT = "valid"
-KEYS = ["model", "family", "method", "width", "arm"]
+KEYS = ["model", "family", "method", "setting", "group", "activations", "width", "arm"]
 
 
 def arms(records: list[dict]) -> pd.DataFrame:
@@ -37,6 +36,7 @@ def arms(records: list[dict]) -> pd.DataFrame:
         task = record["trial"]["task"]
         for arm in record["arms"]:
             row = _identity(record, arm) | {"status": arm["status"]}
+            row["rate"] = arm.get("rate")
             row["bytes"] = arm["bytes"]["total"] if "bytes" in arm else None
             row["bit_operations"] = record["derived"][arm["width"]]["bit_operations"]
             if arm["status"] == "done":
@@ -48,18 +48,21 @@ def arms(records: list[dict]) -> pd.DataFrame:
 _NUMBERS = [
     *("bytes", "bit_operations", "accuracy", "nll", "ece", "brier", "d_accuracy", "d_accuracy_se"),
     *("d_nll", "d_nll_se", "lost", "gained", "flip_rate", "mcnemar_p", "agreement", "kl", "kl_p99"),
-    *("worst_change", "chosen_by", "mce"),
+    *("worst_change", "chosen_by", "mce", "rate"),
 ]
 _COLUMNS = [*KEYS, "seed", "status", *_NUMBERS, "worst_group", "gate", "silent"]
 
 
 def _identity(record: dict, arm: dict) -> dict:
-    named = Arm(arm["family"], arm["method"], arm["width"])
+    named = Arm(**{field.name: arm[field.name] for field in dataclasses.fields(Arm)})
     return {
         "model": record["trial"]["task"]["model"],
         "seed": record["trial"]["seed"],
         "family": named.family,
         "method": named.method,
+        "setting": named.setting,
+        "group": named.group,
+        "activations": named.activations,
         "width": named.width,
         "arm": named.name,
     }
@@ -181,90 +184,139 @@ def hidden(means: pd.DataFrame, away: pd.DataFrame) -> list[dict]:
     """Losses elsewhere that the main split does not show.
 
     Arms whose change on the main split has an interval that reaches zero or better, while elsewhere the
-    interval lies wholly on the losing side.  Many are looked at, and none is adjusted for the others.
+    interval lies wholly on the losing side.  ``p`` is of no change there, and ``q`` corrects it for all arms
+    and places that are looked at.
 
     Args:
         means: of `over_seeds`.
         away: of `elsewhere`.
     """
-    rows = []
+    looks = []
     for row in means.to_dict("records"):
         metric, sign = PRIMARY[row["model"]]
         edges = [row[f"d_{metric}_{end}"] for end in ("low", "high")]
         if any(e is None or pd.isna(e) for e in edges) or max(sign * e for e in edges) < 0:
             continue
         found = select(away, model=row["model"], arm=row["arm"])
-        for (where, kind), runs in found.groupby(["where", "kind"], sort=False):
-            here = interval(list(runs["value"]), [None if pd.isna(e) else e for e in runs["se"]])
-            # Errors are a ratio to the reference's, NLL is a difference; the main split is looked at above.
-            kept = {"corruption": 1.0, "text": 0.0}[kind]
-            if where != MAIN_TEXT and here["low"] is not None and here["low"] > kept:
-                rows.append({k: row[k] for k in KEYS} | {"where": where, "kind": kind} | here)
-    return rows
+        looks += [
+            {k: row[k] for k in KEYS} | {"where": where, "kind": kind} | _look(runs, kind)
+            for (where, kind), runs in found.groupby(["where", "kind"], sort=False)
+            if where != MAIN_TEXT  # which is the main split
+        ]
+    looks = [
+        look | {"q": q}
+        for look, q in zip(looks, corrected([look["p"] for look in looks]), strict=True)
+    ]
+    return [look for look in looks if look["low"] is not None and look["low"] > _KEPT[look["kind"]]]
+
+
+# Errors are a ratio to the reference's, NLL is a difference.
+_KEPT = {"corruption": 1.0, "text": 0.0}
+
+
+def _look(runs: pd.DataFrame, kind: str) -> dict:
+    values = [float(value) for value in runs["value"]]
+    found = interval(values, [None if pd.isna(e) else e for e in runs["se"]])
+    changes = [value - _KEPT[kind] for value in values]
+    return found | {"p": t_p_value(changes) if found["how"] == "seeds" else None}
 
 
 # ---------------------------------------------------------------------------------------------------
 # Training against quantizing after training
 
 
-def choose(table: pd.DataFrame, model: str, family: str, width: str) -> str | None:
-    """The method of a family that is best on the selection examples, on average over seeds.
+def choose(table: pd.DataFrame, **of: Any) -> str | None:
+    """The setting of a method that is best on the selection examples, on average over seeds.
 
-    Only methods that came to an end in every seed are chosen from.
+    Only settings that came to an end in every seed are chosen from.
+
+    Args:
+        table: of `arms`.
+        of: what is chosen among: a model and whatever else, as family, width, method, group.
     """
-    sign = PRIMARY[model][1]
-    group = select(table, model=model, family=family, width=width)
+    sign = PRIMARY[of["model"]][1]
     best = None
-    for method, runs in group.groupby("method", sort=False):
+    for setting, runs in select(table, **of).groupby("setting", sort=False):
         if (runs["status"] == "done").all():
             score = sign * float(runs["chosen_by"].mean())
-            best = max(best, (score, method), key=lambda x: x[0]) if best else (score, method)
+            best = max(best, (score, setting), key=lambda x: x[0]) if best else (score, setting)
     return best[1] if best else None
 
 
-def gain(table: pd.DataFrame, model: str, width: str, estimator: str, method: str) -> dict:
-    """What training by an estimator gains over a method after training, paired by seed.
+def gain(table: pd.DataFrame, model: str, width: str, qat: str, ptq: str) -> dict:
+    """What training in a setting gains over a setting after training, paired by seed, and its p-value.
 
     Positive is better, in the model's own metric.  With few seeds the standard errors of both are taken
-    as independent, which is on the careful side where both err on the same examples.
+    as independent, which is on the careful side where both err on the same examples; there is no p-value.
     """
     metric, sign = PRIMARY[model]
     runs = [
         select(
-            table, model=model, width=width, family=family, method=name, status="done"
+            table, model=model, width=width, family=family, setting=name, status="done"
         ).set_index("seed")
-        for family, name in (("qat", estimator), ("ptq", method))
+        for family, name in (("qat", qat), ("ptq", ptq))
     ]
     seeds = [seed for seed in runs[0].index if seed in runs[1].index]
     values = [sign * float(runs[0].loc[s, metric] - runs[1].loc[s, metric]) for s in seeds]
     errors = [math.hypot(*(float(r.loc[s, f"d_{metric}_se"]) for r in runs)) for s in seeds]
-    return interval(values, errors)
+    found = interval(values, errors)
+    return found | {"p": t_p_value(values) if found["how"] == "seeds" else None}
 
 
 def comparisons(table: pd.DataFrame) -> list[dict]:
-    """Each model and width: the chosen method of each family, the gain, and what it answers.
+    """What training gains over quantizing after training at each model and width: every question put.
+
+    ``scope`` says what both settings are chosen from, on the selection examples:
+
+    - "best": all settings of either family;
+    - "channel" and "g32": those whose weights have the same groups, where there are several;
+    - an estimator's name: its settings, against the best after training.
 
     ``answer`` is "qat" where the gain's interval lies above zero, "ptq" where it lies below, and
-    "unresolved" otherwise.
+    "unresolved" otherwise.  ``q`` corrects ``p`` for all rows at once; a row that repeats another's pair has
+    that one's, and does not count again.
     """
-    rows = []
-    for (model, width), _ in table[table["family"] == "qat"].groupby(
-        ["model", "width"], sort=False
-    ):
-        ptq, qat = (choose(table, model, family, width) for family in ("ptq", "qat"))
-        row = {
-            "model": model,
-            "width": width,
-            "bits": min(parse_width(width)),
-            "ptq": ptq,
-            "qat": qat,
-        }
-        if ptq is None or qat is None:
-            rows.append(row | interval([], []) | {"answer": "unresolved"})
-            continue
-        found = gain(table, model, width, qat, ptq)
-        rows.append(row | found | {"answer": _answer(found)})
+    rows = [
+        row
+        for (model, width), group in table[table["family"] == "qat"].groupby(
+            ["model", "width"], sort=False
+        )
+        for row in _of_width(table, group, {"model": model, "width": width})
+    ]
+    pairs = [(row["model"], row["width"], row["qat"], row["ptq"]) for row in rows]
+    once = {pair: row["p"] for pair, row in zip(pairs, rows, strict=True)}
+    adjusted = dict(zip(once, corrected(list(once.values())), strict=True))
+    return [row | {"q": adjusted[pair]} for pair, row in zip(pairs, rows, strict=True)]
+
+
+def _of_width(table: pd.DataFrame, trained: pd.DataFrame, where: dict) -> list[dict]:
+    best = choose(table, family="ptq", **where)
+    rows = [_compared(table, where, "best", choose(table, family="qat", **where), best)]
+    groups = list(dict.fromkeys(trained["group"]))
+    for group in groups if len(groups) > 1 else ():
+        found = [choose(table, family=f, group=group, **where) for f in ("qat", "ptq")]
+        rows.append(_compared(table, where, _group_name(group), *found))
+    for method in dict.fromkeys(trained["method"]):
+        found = choose(table, family="qat", method=method, **where)
+        rows.append(_compared(table, where, method, found, best))
     return rows
+
+
+def _group_name(group: int) -> str:
+    return f"g{group}" if group else "channel"
+
+
+def _compared(
+    table: pd.DataFrame, where: dict, scope: str, qat: str | None, ptq: str | None
+) -> dict:
+    named = {"scope": scope, "bits": min(parse_width(where["width"])), "qat": qat, "ptq": ptq}
+    if qat is None or ptq is None:
+        unknown = {"rates": {}, "p": None, "answer": "unresolved"}
+        return where | named | interval([], []) | unknown
+    found = gain(table, **where, qat=qat, ptq=ptq)
+    rates = select(table, family="qat", setting=qat, **where)["rate"].value_counts().sort_index()
+    named["rates"] = {f"{rate:g}": int(count) for rate, count in rates.items()}
+    return where | named | found | {"answer": _answer(found)}
 
 
 def _answer(found: dict) -> str:
@@ -273,19 +325,12 @@ def _answer(found: dict) -> str:
     return "qat" if found["low"] > 0 else "ptq" if found["high"] < 0 else "unresolved"
 
 
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Every estimator's gain over the chosen method after training, at each width."""
-    rows = []
-    for row in comparisons(table):
-        group = select(table, model=row["model"], width=row["width"], family="qat")
-        for estimator in dict.fromkeys(group["method"]):
-            if row["ptq"] is not None:
-                found = gain(table, row["model"], row["width"], estimator, row["ptq"])
-                rows.append(
-                    {k: row[k] for k in ("model", "width", "ptq")} | {"method": estimator} | found
-                )
-    columns = ["model", "width", "ptq", "method", "mean", "low", "high", "seeds", "how"]
-    return pd.DataFrame(rows, columns=columns)
+def gains(rows: list[dict]) -> pd.DataFrame:
+    """Every estimator's gain over the best setting after training, at each width, of `comparisons`."""
+    kept = [row | {"method": row["scope"]} for row in rows if row["scope"] in SUFFIXES]
+    columns = ["model", "width", "ptq", "qat", "method", "mean", "low", "high", "seeds", "how"]
+    table = pd.DataFrame(kept, columns=columns)
+    return table[table["mean"].notna()]
 
 
 def front(means: pd.DataFrame, model: str) -> set[str]:
@@ -328,5 +373,10 @@ def summarize(records: list[dict], expected: int) -> dict:
         "hidden": hidden(means, elsewhere(records)) if len(table) else [],
         "broken": rows_of(broken),
         "derived": derived,
+        "reference_rates": {
+            f"{r['trial']['task']['model']} seed {r['trial']['seed']}": r["reference_rate"]
+            for r in records
+            if r["arms"]
+        },
         "versions": versions_of(records),
     }

@@ -89,14 +89,18 @@ def with_ratios(means: pd.DataFrame, latencies: list[dict]) -> pd.DataFrame:
     ratios = [
         1.0
         if r["family"] == "float" and not r["method"]
-        else measured.get(
-            (r["model"], r["width"], program(Arm(r["family"], r["method"], r["width"])))
-        )
+        else measured.get((r["model"], r["width"], program(_arm(r))))
         for r in means.to_dict("records")
     ]
     return means.assign(ratio=pd.Series(ratios, dtype=float, index=means.index)).dropna(
         subset=["ratio"]
     )
+
+
+def _arm(row: dict) -> Arm:
+    """As much of a row's arm as its program depends on."""
+    names = ("family", "method", "width", "group", "activations")
+    return Arm(**{name: row[name] for name in names})
 
 
 def against_latency(means: pd.DataFrame, latencies: list[dict]) -> Figure | None:
@@ -132,7 +136,7 @@ def gains_by_width(table: pd.DataFrame) -> Figure | None:
             rows,
             "mean",
             f"gain in {METRIC_NAMES[metric]}",
-            tooltip=["width", "method", "ptq", "mean", "low", "high"],
+            tooltip=["width", "method", "qat", "ptq", "mean", "low", "high"],
             x=alt.X("width:N", title="width", sort=None, axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("method:N", sort=list(scale.names)),
             color=scale.of_field("method"),
@@ -142,8 +146,9 @@ def gains_by_width(table: pd.DataFrame) -> Figure | None:
     return Figure(
         "gain",
         "What training gains over quantizing after training",
-        "Paired by seed, against the method after training that was best on the selection examples; above "
-        "zero, training is better (a lower NLL counts as a gain). Bars are 90 % intervals.",
+        "Paired by seed: each estimator's best setting against the best setting after training, both "
+        "chosen on the selection examples; above zero, training is better (a lower NLL counts as a gain). "
+        "Bars are 90 % intervals.",
         facets(table, "model", draw, str),
         [scale],
     )
@@ -153,6 +158,8 @@ def away(table: pd.DataFrame, chosen: list[dict]) -> Figure | None:
     """Corruptions and other texts: the chosen arms of each family, and the float model trained again."""
     panels = []
     for row in chosen:
+        if row["scope"] != "best":
+            continue
         names = {AGAIN, *(f"{f} {row[f]} {row['width']}" for f in ("ptq", "qat") if row[f])}
         group = select(table, model=row["model"])
         group = group[group["arm"].isin(names)]

@@ -3,7 +3,8 @@
 Times are no part of a record: they lie in ``latency.json``, with what they were measured on.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from flax import nnx
 from tqdm.auto import tqdm
 
 import jaxquant as jq
-from experiments.harness.running import files, machine
+from experiments.harness.running import files, machine, packed
 from experiments.harness.running.timing import interleaved_timing, paired_ratio
 from experiments.qat_efficiency import tasks
-from experiments.qat_efficiency.stages import Arm, Trial
+from experiments.qat_efficiency.stages import Arm, Trial, arm_rules
 
 FILE = "latency.json"
 _LAYOUT = 1
@@ -33,28 +34,35 @@ _PROGRAMS = {
 
 
 def program(arm: Arm) -> str | None:
-    """The method whose program an arm's frozen model runs; None where its products are simulated.
+    """The name of the program that an arm's frozen model runs; None where its products are simulated.
 
     >>> program(Arm("qat", "ste", "w4a4")), program(Arm("qat", "lsq", "w4a4"))
     ('rtn', None)
+    >>> program(Arm("ptq", "gptq", "w2a16", 32)), program(Arm("ptq", "gptq", "w4a4", 32))
+    ('rtn g32', None)
     """
-    return _PROGRAMS.get((arm.family, arm.method))
+    method = _PROGRAMS.get((arm.family, arm.method))
+    if method is None or (arm.group and tasks.parse_width(arm.width)[1] != 16):
+        return None
+    return dataclasses.replace(arm, method=method, ranges="absmax").setting
 
 
 def measure(workdir: Path, trials: Sequence[Trial], rounds: int) -> list[dict]:
     """The rows of ``latency.json``: read where it is of this grid and machine, else measured.
 
+    Nothing is measured for records that were packed: they were made at another time, and times that were
+    kept beside them are read whatever the machine.
+
     A row is a model, a width, a program, and the median of the ratios to the float model's time within a
     round, with its interval.
     """
-    wanted = sorted(
-        {
-            (trial.task.model, arm.width, name)
-            for trial in trials
-            for arm in trial.arms
-            if (name := program(arm)) is not None
-        }
-    )
+    programs = {
+        (trial.task.model, arm.width, name): arm
+        for trial in reversed(trials)
+        for arm in trial.arms
+        if (name := program(arm)) is not None
+    }
+    wanted = sorted(programs)
     head = {
         "layout": _LAYOUT,
         "machine": _machine(),
@@ -64,15 +72,22 @@ def measure(workdir: Path, trials: Sequence[Trial], rounds: int) -> list[dict]:
     }
     path = workdir / FILE
     known = files.read_json(path)
-    if isinstance(known, dict) and all(known.get(k) == v for k, v in head.items()):
+    is_packed = bool(packed.read(workdir))
+    same = [k for k in head if not (is_packed and k == "machine")]
+    if isinstance(known, dict) and all(known.get(k) == head[k] for k in same):
         return known["rows"]
+    if is_packed or not rounds:
+        return []
     settings = {trial.task.model: trial.task for trial in trials}
     with tqdm(total=len(wanted) + len(settings) * (rounds + _WARM_UP), desc="latency") as bar:
         rows = [
             row
             for name, chosen in settings.items()
             for row in _race(
-                chosen, [(w, p) for m, w, p in wanted if m == name], rounds, bar.update
+                chosen,
+                {(w, p): programs[m, w, p] for m, w, p in wanted if m == name},
+                rounds,
+                bar.update,
             )
         ]
     files.write_json(path, head | {"rows": rows})
@@ -85,7 +100,7 @@ def _size(settings: tasks.Settings) -> list[Any]:
 
 def _race(
     settings: tasks.Settings,
-    programs: Iterable[tuple[str, str]],
+    programs: Mapping[tuple[str, str], Arm],
     rounds: int,
     advance: Callable[[], Any],
 ) -> list[dict]:
@@ -93,10 +108,12 @@ def _race(
     (batch,) = task.calibration(1, 0)
     model = task.make(0)
     runs = {("", "float"): _forward(model, batch)}
-    for width, method in programs:
-        chosen = tasks.rules(settings.model, width)
+    for key, arm in programs.items():
+        alike = dataclasses.replace(arm, family="ptq", ranges="absmax")  # "gptq" runs as "rtn" does
+        method = _PROGRAMS[arm.family, arm.method]
+        chosen = arm_rules(task, alike)
         frozen = jq.ptq.quantize(model, chosen, [batch], method, progress=False)
-        runs[width, method] = _forward(frozen, batch)
+        runs[key] = _forward(frozen, batch)
         advance()
     names = {f"{width} {method}": run for (width, method), run in runs.items()}
     interleaved_timing(names, _WARM_UP, on_round=advance)

@@ -31,6 +31,7 @@ from experiments.qat_efficiency.analysis import (
     summarize,
 )
 from experiments.qat_efficiency.measuring import TIER
+from experiments.qat_efficiency.tasks import SUFFIXES
 
 
 def findings(summary: dict) -> list[Finding]:
@@ -38,14 +39,17 @@ def findings(summary: dict) -> list[Finding]:
     rows = summary["comparisons"]
     if not rows:
         return [Finding(_LOW, "gain", UNRESOLVED, note="there is nothing to compare")]
-    found = [_gain(_LOW, row) for row in rows if row["bits"] <= LOW_BITS]
-    found += [_gain(_AT_EIGHT, row) for row in rows if row["width"] == _EIGHT]
+    best = [row for row in rows if row["scope"] == "best"]
+    found = [_gain(_LOW, row) for row in best if row["bits"] <= LOW_BITS]
+    found += [_gain(_AT_EIGHT, row) for row in best if row["width"] == _EIGHT]
+    found += [_gain(_ALIKE, row) for row in rows if row["scope"] not in ("best", *SUFFIXES)]
     return [*found, _silence(summary["arms"]), _hidden(summary["hidden"])]
 
 
 _EIGHT = "w8a8"
 _LOW = f"Does training beat quantizing after training at {LOW_BITS} bits and fewer?"
 _AT_EIGHT = "And at W8A8?"
+_ALIKE = "And where weights of both have the same groups?"
 _SILENT = "Does the mean hide groups that lost?"
 _ELSEWHERE = "Does quality stay on data like the training data and get lost elsewhere?"
 _ANSWERS = {"qat": "training is better", "ptq": "quantizing after training is better"}
@@ -58,7 +62,7 @@ def _gain(question: str, row: dict) -> Finding:
         return Finding(question, place, UNRESOLVED, note=none)
     made = said.from_mean(
         question,
-        f"{place}, {row['qat']} over {row['ptq']}",
+        f"{place}, training by {row['qat']} over {row['ptq']}",
         row,
         _ANSWERS["qat"],
         _ANSWERS["ptq"],
@@ -66,7 +70,13 @@ def _gain(question: str, row: dict) -> Finding:
         form="+.4f",
     )
     few = f"the interval is over examples: fewer than {FEWEST_SEEDS} seeds ran"
-    return dataclasses.replace(made, note=few) if row["how"] == "examples" else made
+    note = few if row["how"] == "examples" else _chance(row)
+    return dataclasses.replace(made, note=note)
+
+
+def _chance(row: dict) -> str:
+    """The p-value, and the q-value over all comparisons."""
+    return "" if row["p"] is None else f"p {row['p']:.2g}, q {row['q']:.2g}"
 
 
 def _silence(rows: list[dict]) -> Finding:
@@ -163,6 +173,37 @@ def _number(value: float | None, factor: float, spec: str, unit: str = "") -> st
     return "—" if value is None or is_missing(value) else f"{value * factor:{spec}}{unit}"
 
 
+def comparison_table(rows: list[dict]) -> pd.DataFrame:
+    """Every comparison as a table for readers."""
+    return pd.DataFrame(
+        [
+            {
+                "model": row["model"],
+                "width": row["width"].upper(),
+                "among": _among(row["scope"]),
+                "with training": row["qat"] or "—",
+                "rate: seeds": ", ".join(f"{r}: {n}" for r, n in row["rates"].items()) or "—",
+                "after training": row["ptq"] or "—",
+                "gain of training": _interval(row, ""),
+                "p": _number(row["p"], 1, ".2g"),
+                "q": _number(row["q"], 1, ".2g"),
+                "better": {"qat": "training", "ptq": "after training"}.get(
+                    row["answer"], UNRESOLVED
+                ),
+            }
+            for row in rows
+        ]
+    )
+
+
+def _among(scope: str) -> str:
+    if scope == "best":
+        return "all settings"
+    if scope in SUFFIXES:
+        return f"{scope}, best after training"
+    return "weights per channel" if scope == "channel" else f"weights in groups of {scope[1:]}"
+
+
 def _silent_table(means: pd.DataFrame) -> pd.DataFrame:
     rows = [
         {
@@ -189,6 +230,8 @@ def _hidden_table(rows: list[dict]) -> pd.DataFrame:
                 "what": what[row["kind"]],
                 "value": f"{row['mean']:.4f} [{row['low']:.4f}, {row['high']:.4f}]",
                 "interval over": row["how"],
+                "p": _number(row["p"], 1, ".2g"),
+                "q": _number(row["q"], 1, ".2g"),
             }
             for row in rows
         ]
@@ -223,7 +266,8 @@ def write(
             Section(
                 "What does training with quantization buy?",
                 text["Gain"],
-                figures=_drawn(figures.gains_by_width(gains(table))),
+                figures=_drawn(figures.gains_by_width(gains(summary["comparisons"]))),
+                tables=[(_COMPARED, comparison_table(summary["comparisons"]))],
             ),
             _arm_section(means, latencies, text["Costs"]),
             Section(
@@ -255,6 +299,11 @@ def _arm_section(means: pd.DataFrame, latencies: list[dict], text: list[str]) ->
     return Section(title, text, figures=drawn, folded=tables)
 
 
+_COMPARED = (
+    "Training against quantizing after training: settings chosen on the selection examples; rate: seeds, "
+    "which rates those seeds chose, as shares of the training's; the gain with its 90 % interval; p: of no "
+    "gain, Student's over seeds; q: Benjamini and Hochberg's, over all pairs here"
+)
 _TABLE = (
     "Every arm of {}: means over seeds; differences to the reference with 90 % intervals; McNemar: in how "
     "many seeds both directions of flips are told apart (p < 0.1); worst group: its change of accuracy"
@@ -279,6 +328,10 @@ def _settings(summary: dict, records: list[dict], timed: bool) -> list[str]:
         settings.append(f"Arms that came to no end: {named}.")
     if not timed:
         settings.append("Nothing was timed in this run.")
+    rates = summary["reference_rates"]
+    if rates:
+        named = "; ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        settings.append(f"Rates of the references, as shares of the training's: {named}.")
     return settings + [_setting(r["trial"]) for r in records if r["trial"]["seed"] == 0]
 
 
@@ -288,9 +341,9 @@ def _setting(trial: dict) -> str:
     text = (
         f"{task['model'].capitalize()}: size {task['size']}, data {task['data']} (fingerprint "
         f"{task['fingerprint']}), {trial['steps']} steps at a peak rate of {trial['peak_lr']:g} and "
-        f"{trial['finetune_steps']} further steps from {trial['finetune_lr']:g}, batches of "
-        f"{task['batch']}, AdamW; statistics from {trial['calibration_batches']} training batches; "
-        f"evaluated on up to {task['evaluation']} {examples}, {task['evaluation_batch']} together"
+        f"{trial['finetune_steps']} further steps at {', '.join(f'{r:g}' for r in trial['rates'])} of it, "
+        f"batches of {task['batch']}, AdamW; statistics from {trial['calibration_batches']} training "
+        f"batches; evaluated on up to {task['evaluation']} {examples}, {task['evaluation_batch']} together"
     )
     if task["corruptions"]:
         severities = ", ".join(map(str, task["severities"]))

@@ -1,6 +1,7 @@
 """The grid, and the run of it all."""
 
 import dataclasses
+import math
 from typing import Any
 
 from experiments.harness import data
@@ -17,6 +18,7 @@ from experiments.qat_efficiency.stages import (
     cost,
     run_trial,
 )
+from jaxquant import checks
 
 _MOST_SEEDS = 10_000
 
@@ -30,7 +32,7 @@ class Config:
         "98k", "of the vision transformer, by the weights of the blocks' products"
     )
     language_size: str = option("94k", "of the language model, likewise")
-    seeds: int = option(3, "runs of everything, each from its own initialization and data order")
+    seeds: int = option(5, "runs of everything, each from its own initialization and data order")
     widths: tuple[str, ...] = option(
         ("w8a8", "w4a4", "w2a16"), "of weights and activations, as w4a4"
     )
@@ -38,7 +40,7 @@ class Config:
         ("rtn", "gptq", "hadamard+gptq"), "of rounding after training"
     )
     estimators: tuple[str, ...] = option(
-        ESTIMATORS, "of gradients through rounding, for training in few bits"
+        ("lsq", "quest"), "of gradients through rounding, for training in few bits"
     )
     images: str = option("fashion_mnist", "fashion_mnist or digits")
     images_path: str = option("", "where images lie; the package's own place where empty")
@@ -55,10 +57,18 @@ class Config:
     language_batch: int = option(8, "windows of a step")
     vision_lr: float = option(4e-3, "the vision transformer's learning rate")
     language_lr: float = option(4e-3, "the language model's learning rate")
-    finetune_rate: float = option(
-        0.3, "learning rate where the further steps begin, as a share of those rates"
+    rates: tuple[float, ...] = option(
+        (0.1, 0.3, 1.0),
+        "of the further steps, as shares of those rates, of which the best is chosen",
     )
-    calibration_batches: int = option(8, "batches that methods look at")
+    groups: tuple[int, ...] = option(
+        (0, 32), "of weights of at most 4 bits that share a scale; 0 is an output channel"
+    )
+    activations: tuple[str, ...] = option(
+        tasks.ACTIVATIONS, "what shares a scale of the activations after training: tensor, token"
+    )
+    calibration_images: int = option(8192, "images that methods after training look at")
+    calibration_tokens: int = option(262_144, "tokens that they look at")
     evaluation_images: int = option(5000, "images that are evaluated")
     evaluation_windows: int = option(64, "windows of text that are evaluated, of each split")
     image_batch: int = option(500, "images evaluated together")
@@ -89,7 +99,11 @@ PRESETS = {
         evaluation_images=300,
         evaluation_windows=16,
         image_batch=100,
-        calibration_batches=2,
+        rates=(0.3, 1.0),
+        groups=(0,),
+        activations=("tensor",),
+        calibration_images=128,
+        calibration_tokens=1024,
         corrupted_images=100,
         corruptions=("gaussian_noise", "rotate"),
         severities=(3,),
@@ -102,6 +116,7 @@ PRESETS = {
         seeds=5,
         widths=("w8a8", "w4a8", "w4a4", "w3a16", "w2a16"),
         methods=METHODS,
+        estimators=ESTIMATORS,
         vision_steps=8000,
         language_steps=8000,
         language_batch=16,
@@ -118,6 +133,7 @@ PRESETS = {
         seeds=5,
         widths=("w8a8", "w4a8", "w4a4", "w3a16", "w2a16"),
         methods=METHODS,
+        estimators=ESTIMATORS,
         grid=7,
         sequence=1024,
         vision_steps=20_000,
@@ -126,7 +142,6 @@ PRESETS = {
         language_batch=64,
         vision_lr=1e-3,
         language_lr=1e-3,
-        calibration_batches=16,
         evaluation_images=10_000,
         evaluation_windows=256,
         corrupted_images=10_000,
@@ -158,17 +173,26 @@ def make_trials(config: Config) -> list[Trial]:
                 steps=steps,
                 finetune_steps=max(1, round(config.finetune_share * steps)),
                 peak_lr=rate,
-                finetune_lr=config.finetune_rate * rate,
-                calibration_batches=config.calibration_batches,
+                rates=tuple(config.rates),
+                calibration_batches=_calibration_batches(config, model),
                 widths=tuple(config.widths),
                 methods=tuple(config.methods),
                 estimators=tuple(config.estimators),
+                groups=tuple(config.groups),
+                activations=tuple(config.activations),
                 log_every=config.log_every,
                 checkpoint_every=config.checkpoint_every,
             )
             for seed in range(config.seeds)
         ]
     return made
+
+
+def _calibration_batches(config: Config, model: str) -> int:
+    """As many training batches as hold the examples asked for, at least."""
+    if model == "vision":
+        return math.ceil(config.calibration_images / config.vision_batch)
+    return math.ceil(config.calibration_tokens / (config.language_batch * config.sequence))
 
 
 def _settings(config: Config, model: str) -> tasks.Settings:
@@ -214,21 +238,25 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "estimators": ESTIMATORS,
     "corruptions": tuple(corruptions.CORRUPTIONS),
     "severities": corruptions.SEVERITIES,
+    "activations": tasks.ACTIVATIONS,
 }
 
 
 def _check(config: Config) -> None:
-    cli.check_each_once(config, *_CHOICES, "widths")
+    cli.check_each_once(config, *_CHOICES, "widths", "rates", "groups")
     for name, known in _CHOICES.items():
         cli.check_choices(config, name, known)
     for width in config.widths:
         tasks.parse_width(width)
+    for rate in config.rates:
+        checks.check_positive("each of config.rates", rate)
     for model in tasks.MODELS:
         size = getattr(config, f"{model}_size")
         if size not in tasks.SIZES[model]:
             raise ValueError(
                 f"config.{model}_size is one of {', '.join(tasks.SIZES[model])}; got {size!r}"
             )
+        _check_groups(model, size, config.groups)
     if config.text not in ("sotu", "text"):
         raise ValueError(
             f"config.text is 'sotu' or 'text', for it is read as bytes; got {config.text!r}"
@@ -240,10 +268,27 @@ def _check(config: Config) -> None:
         raise ValueError(f"config.finetune_share is at most 1; got {config.finetune_share}")
 
 
+def _check_groups(model: str, size: str, groups: tuple[int, ...]) -> None:
+    made = tasks.SIZES[model][size]
+    for group in groups:
+        checks.check_whole("each of config.groups", group, 0, unit="weights")
+        if group and (made.width % group or made.hidden % group):
+            raise ValueError(
+                f"config.groups divide the inputs of every layer, {made.width} and {made.hidden} in the "
+                f"{model} model {size!r}; got {group}"
+            )
+
+
 _POSITIVE = (
     *("seeds", "grid", "sequence", "vision_steps", "language_steps", "finetune_share"),
-    *("vision_batch", "language_batch", "vision_lr", "language_lr", "finetune_rate"),
-    *("calibration_batches", "evaluation_images", "evaluation_windows", "image_batch"),
+    *("vision_batch", "language_batch", "vision_lr", "language_lr"),
+    *(
+        "calibration_images",
+        "calibration_tokens",
+        "evaluation_images",
+        "evaluation_windows",
+        "image_batch",
+    ),
     *("window_batch", "corrupted_images", "latency_rounds", "log_every", "checkpoint_every"),
 )
 
@@ -267,7 +312,7 @@ STUDY = Study(
     presets=PRESETS,
     costs={
         "smoke": "some three minutes on 2 cores; that it runs",
-        "laptop": "about 13 minutes on 2 cores",
+        "laptop": "some 80 minutes of one core, half of that on 2",
         "full": "hours on 2 cores; not yet run by us",
         "tpu": "an accelerator; not yet run by us",
     },

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import nnx
 
+import jaxquant as jq
 from experiments.harness import data
 from experiments.harness.data import corruptions, images, ood
 from experiments.harness.models import lm, vision
@@ -32,11 +33,18 @@ LANGUAGE_SIZES = {
     "1.3m": lm.sized("1.3m"),
     "30m": lm.sized("30m"),
 }
-SIZES = {"vision": tuple(VISION_SIZES), "language": tuple(LANGUAGE_SIZES)}
+SIZES = {"vision": VISION_SIZES, "language": LANGUAGE_SIZES}
+# What a model is judged by, and the sign with which more is better.
+PRIMARY = {"vision": ("accuracy", 1.0), "language": ("nll", -1.0)}
 SUFFIXES = {"ste": "", "lsq": "-lsq", "quest": "-quest"}
+# Of weights: the largest magnitude, or that of the least squared error.
+RANGES = ("absmax", "searched")
+_ACTIVATION_SUFFIXES = {"tensor": "", "token": "-token"}
+ACTIVATIONS = tuple(_ACTIVATION_SUFFIXES)
 CODE_BYTES = 200_000  # of program code, as text unlike the training text
 _WIDTH = re.compile(r"w([2-8])a([2-8]|16)")
 _FLOAT_BITS = 16
+_FEW_BITS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,13 +170,54 @@ def outer_rules(model: str, width: str) -> dict[str, str]:
     )
 
 
-def rules(model: str, width: str, estimator: str = "ste") -> dict[str, str]:
-    """Every layer's recipe: the blocks' linears at the width, the first and the last layer at 8 bits.
+def rules(
+    model: str,
+    width: str,
+    estimator: str = "ste",
+    group: int = 0,
+    ranges: str = "absmax",
+    activations: str = "tensor",
+) -> dict[str, str | jq.DotGeneral]:
+    """Every layer's recipe: the blocks' linears as asked for, the first and the last layer at 8 bits.
+
+    Args:
+        model: of `MODELS`.
+        width: as of `parse_width`.
+        estimator: of `SUFFIXES`.
+        group: neighbours along a weight's inputs that share a scale; 0 is a whole output channel.
+        ranges: of the weights, of `RANGES`.
+        activations: what shares a scale of the activations, of `ACTIVATIONS`; QuEST has its own rows.
 
     >>> rules("language", "w4a4", "lsq")
     {'embed': 'w8a16', 'head': 'w8a8', 'blocks/.*': 'w4a4-lsq'}
     """
-    return outer_rules(model, width) | {"blocks/.*": width + SUFFIXES[estimator]}
+    name = width + (SUFFIXES[estimator] or _ACTIVATION_SUFFIXES[activations])
+    made = name if not group and ranges == "absmax" else _changed(jq.recipe(name), group, ranges)
+    return {**outer_rules(model, width), "blocks/.*": made}
+
+
+def _changed(recipe: jq.DotGeneral, group: int, ranges: str) -> jq.DotGeneral:
+    """A recipe whose weights have other groups and ranges."""
+    forward = recipe.forward
+    assert forward.rhs is not None
+    weights = dataclasses.replace(
+        forward.rhs,
+        granularity=group or forward.rhs.granularity,
+        calibration=jq.calibration.mse() if ranges == "searched" else forward.rhs.calibration,
+    )
+    # Integers of several groups cannot be summed before they are scaled.
+    is_simulated = group and forward.lhs is not None
+    arithmetic = "simulated" if is_simulated else forward.arithmetic
+    forward = dataclasses.replace(forward, rhs=weights, arithmetic=arithmetic)
+    return dataclasses.replace(recipe, forward=forward)
+
+
+def is_grouped(width: str) -> bool:
+    """Whether arms of a width also come with a scale for each group, and with searched ranges.
+
+    With more bits than 4 a channel's largest magnitude costs too little for either to matter.
+    """
+    return parse_width(width)[0] <= _FEW_BITS
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from experiments.harness.reporting.charts import (
     with_intervals,
 )
 from experiments.harness.reporting.layout import Figure
-from experiments.training_precision.analysis import METHOD_NAMES, tied
+from experiments.training_precision.runs import METHOD_NAMES, tied
 from jaxquant import laws
 
 _METHODS = Scale("method", tuple(METHOD_NAMES.values()))
@@ -102,55 +102,43 @@ def efficiencies(methods: list[dict]) -> Figure | None:
     )
 
 
-_LAWS = {
-    "optimum_error": "squared errors",
-    "optimum": "N_eff with its bias",
-    "optimum_free": "free at each width",
-}
-
-
 def optima(methods: list[dict]) -> Figure:
-    """P* of each method by each law, beside the published 7 to 8 bits."""
+    """P* of each method by compute, beside the published 7 to 8 bits."""
     rows = [
-        {"method": METHOD_NAMES[m["method"]], "law": name}
-        | {k: m[key][k] for k in ("bits", "low", "high")}
+        {"method": METHOD_NAMES[m["method"]]} | {k: o[k] for k in ("flops", "bits", "low", "high")}
         for m in methods
-        if "optimum" in m
-        for key, name in _LAWS.items()
-        if m[key]["is_determined"]
+        for o in m.get("optima", ())
+        if o["is_determined"]
     ]
-    table = pd.DataFrame(rows, columns=["method", "law", "bits", "low", "high"])
-    scale = Scale("law", tuple(_LAWS.values()))
-    drawn = with_intervals(
-        table,
-        "bits",
-        "P*, bits",
-        is_across=True,
-        tooltip=list(table),
-        y=alt.Y("method:N", title=None, sort=None),
-        yOffset=alt.YOffset("law:N", sort=list(_LAWS.values())),
-        color=scale.of_field("law"),
+    table = pd.DataFrame(rows, columns=["method", "flops", "bits", "low", "high"])
+    scale = _methods_of(table)
+    ends = (float(table["flops"].min()), float(table["flops"].max()))
+    x = Axis("flops", "operations of training, 6 N D of 16 bits", is_log=True, domain=ends)
+    most = max(9.0, float(table["high"].max()))
+    y = Axis("bits", "P*, bits", domain=(min(4.0, float(table["low"].min())), most))
+    bars = (
+        alt.Chart(table)
+        .mark_rule()
+        .encode(x="flops:Q", y="low:Q", y2="high:Q", color=scale.of_field("method"))
     )
-    band = alt.Chart(pd.DataFrame([{"from": 7, "to": 8, "text": "Kumar et al.: 7 to 8"}]))
-    at = {"x": alt.X("from:Q", scale=alt.Scale(zero=False, padding=14)), "x2": "to:Q"}
-    words = band.mark_text(align="right", dx=-4, y=8, fontSize=11, color="#555")
-    layers = [band.mark_rect(color="#ddd").encode(**at), drawn]
+    band = alt.Chart(pd.DataFrame([{"from": 7, "to": 8}])).mark_rect(color="#ddd")
+    layers = [
+        band.encode(y="from:Q", y2="to:Q"),
+        bars,
+        labelled_lines(table, table, x, y, "method", scale),
+    ]
     return Figure(
         "optima",
-        "The best precision by each law",
-        "Bars are 90 % intervals; grey: the published 7 to 8 bits. An optimum that the runs do not "
-        "determine is left out.",
-        [
-            alt.layer(*layers, words.encode(x="from:Q", text="text:N")).properties(
-                title="P* by method and law"
-            )
-        ],
+        "The best precision by compute",
+        "Bars are 90 % intervals, of all laws that the runs do not tell apart; grey: 7 to 8 bits, as Kumar "
+        "et al. have it. An optimum that the runs do not determine is left out.",
+        [alt.layer(*layers).properties(title="P* by method")],
         [scale],
     )
 
 
-def robustness(rows: list[dict]) -> Figure:
-    """What serving adds to models of few bits, less what it adds to those of 16."""
+def robustness(rows: list[dict], words: str) -> Figure:
+    """What weights trained in few bits change of a loss, beside weights trained in 16."""
     table = pd.DataFrame(rows)
     table = table.assign(method=table["method"].map(METHOD_NAMES))
     widths = tuple(sorted(map(int, set(table["P"]))))
@@ -160,7 +148,7 @@ def robustness(rows: list[dict]) -> Figure:
         drawn = with_intervals(
             one,
             "mean",
-            "δ − δ of 16 bits (nats)",
+            "less that of 16 bits (nats)",
             tooltip=["P", "P_post", "mean", "low", "high"],
             x=alt.X("P_post:O", title="served at (bits)", axis=alt.Axis(labelAngle=0)),
             xOffset=alt.XOffset("P:O"),
@@ -168,11 +156,12 @@ def robustness(rows: list[dict]) -> Figure:
         )
         return alt.layer(reference(0.0, ""), drawn)
 
+    name = words.replace(" ", "_")
     return Figure(
-        "robustness",
-        "What serving adds, beside models of 16 bits",
-        "Means over seeds, sizes and lengths with 90 % intervals. Dashed: as models of 16 bits; below it, "
-        "training in few bits helps.",
+        f"robustness_{name}",
+        f"Weights alone in few bits: {words}",
+        "Means over seeds, sizes and lengths with 90 % intervals. Dashed: as weights trained in 16 bits; "
+        "below it, training in few bits helps.",
         facets(table, "method", draw, str),
         [scale],
     )

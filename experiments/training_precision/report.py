@@ -5,6 +5,7 @@
 # pyright: reportCallIssue=false, reportIndexIssue=false
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -22,82 +23,117 @@ from experiments.harness.reporting.law_tables import (
 )
 from experiments.harness.reporting.layout import Report, Section, method_section
 from experiments.harness.reporting.provenance import Source
-from experiments.training_precision import figures
-from experiments.training_precision.analysis import METHOD_NAMES, runs, summarize, tied
+from experiments.harness.reporting.statistics import corrected
+from experiments.harness.reporting.values import bounds
+from experiments.training_precision import figures, robustness
+from experiments.training_precision.analysis import summarize
+from experiments.training_precision.runs import METHOD_NAMES, runs, tied
 from jaxquant import laws
 
+_GROWS = "Does the gap to full precision grow with training?"
+_LIKE_N = "Do few bits act like fewer parameters, in the loss that they cost?"
 _BEST = "Are 7 to 8 bits compute-optimal, with all tensors alike?"
-_APART = "And with weights, activations and cache apart, by Kumar's own law?"
-_ROBUST = "Does training in few bits lower what serving in fewer bits adds?"
+_COMPUTE = "Does the best precision grow with compute?"
+_ROBUST = "Does training weights alone in few bits lower what serving them in fewer costs?"
 _ENTROPY = "Do the fits find the entropy of the source, which is known?"
 _KUMAR = Published(7, 8, "Kumar et al. 2024", "more than", "fewer than", tolerance=0.5)
 _ANSWERS = {"agrees": "yes", "above": "no", "below": "no"}
+_CLEAR = 10.0  # of the criterion, for one form to be called likelier than another
 
 
 def findings(summary: dict) -> list[Finding]:
-    """What was asked and answered."""
-    fitted = [m for m in summary["methods"] if "optimum" in m]
-    apart = {name: s for name, s in summary["separate"].items() if "optimum" in s}
-    found = list(map(_best, fitted))
+    """What was asked and answered, in the order of its strength."""
+    fitted = [m for m in summary["methods"] if "optima" in m]
+    found = [_grows(m, summary) for m in summary["methods"] if _growth(m["gaps"])]
+    found += list(map(_like_n, fitted))
+    found += [_best(m) for m in fitted if m["optima"]]
+    found += [_compute(m) for m in fitted if len(m["optima"]) > 1]
     if not fitted:
         reasons = sorted({m["reason"] for m in summary["methods"]})
         why = f"no law could be fitted: {'; '.join(reasons) or 'no runs'}"
         found.append(Finding(_BEST, "P*", UNRESOLVED, note=why))
-    found += [_apart(name, one["optimum"]) for name, one in apart.items()]
-    if summary["robustness"]:
-        found.append(_robust(summary["robustness"]))
+    for kind, words in robustness.KINDS.items():
+        rows = robustness.selected(summary["robustness"], "weights", kind)
+        if rows:
+            found.append(_robust(rows, words))
     return found + list(map(_entropy, summary["entropy"]))
 
 
+def _grows(method: dict, summary: dict) -> Finding:
+    found = _growth(method["gaps"])
+    row, of_n = found["D"], found["N"]
+    answer = UNRESOLVED
+    if row["low"] is not None:
+        answer = "yes" if row["low"] > 0 else "no" if row["high"] < 0 else UNRESOLVED
+    notes = [f"γ_N {bounds(of_n['value'], of_n['low'], of_n['high'], '.2f')}", found["of"]]
+    if summary["rates"]:
+        notes.append("each at its best learning rate of those tried")
+    else:
+        notes.append("one learning rate for all widths and lengths of a size")
+    if (epochs := summary["most_epochs"]) is not None:
+        notes.append(f"no token seen more than {max(1, math.ceil(epochs))} times")
+    quantity = f"γ_D, {METHOD_NAMES[method['method']]}"
+    ends = (row["value"], row["low"], row["high"])
+    return Finding(_GROWS, quantity, answer, *ends, note="; ".join(notes))
+
+
+def _growth(gaps: dict) -> dict:
+    """The exponents of all widths together; where no law could be fitted, those of 4 bits."""
+    if "fit" in gaps:
+        own = {p["name"]: p for p in gaps["fit"]["parameters"]}
+        return {"D": own["gamma_D"], "N": own["gamma_N"], "of": "all widths"}
+    alone = [w for w in gaps["widths"] if w["P"] == 4 and "D" in w and "N" in w]
+    return alone[0] | {"of": "4 bits alone"} if alone else {}
+
+
+def _like_n(method: dict) -> Finding:
+    """Which form the runs obey: a part of N that counts, or a term that is added and grows."""
+    lead = method["over_n"]
+    quantity = f"AICc of N_eff's laws less that of growing terms, {METHOD_NAMES[method['method']]}"
+    note = f"{method['runs']} runs, worth {method['independent']:.0f} independent ones"
+    if not method["kept"]:
+        return Finding(
+            _LIKE_N, quantity, UNRESOLVED, note=f"{note}: too few to tell such laws apart"
+        )
+    answer = "no" if lead > _CLEAR else "yes" if lead < -_CLEAR else UNRESOLVED
+    return Finding(_LIKE_N, quantity, answer, lead, form=".0f", null=None, note=note)
+
+
 def _best(method: dict) -> Finding:
-    optimum, free = likeliest(method), method["optimum_free"]
-    notes = [f"efficiencies free at each width trained give {free['text']}"]
-    if not optimum["is_determined"]:
-        notes.insert(0, "not determined by the likelier law")
+    """P* at the largest budget that the runs surround."""
+    last = method["optima"][-1]
+    notes = ["interval: the union over laws that the runs do not tell apart"]
+    if not last["is_determined"]:
+        notes.insert(0, "not determined")
     if method["control"]["is_rejected"]:
         notes.append("bits shuffled among runs explain as much")
-    quantity = f"P*, {METHOD_NAMES[method['method']]}"
-    return _optimum(_BEST, quantity, optimum, answer(optimum, free), "; ".join(notes))
-
-
-def _apart(method: str, optimum: dict) -> Finding:
-    note = "" if optimum["is_determined"] else "not determined"
-    made = _optimum(_APART, f"P*, {METHOD_NAMES[method]}", optimum, UNRESOLVED, note)
+    ends = [last[k] for k in ("bits", "low", "high")] if last["is_determined"] else []
+    quantity = f"P* at {last['flops']:.0e} operations, {METHOD_NAMES[method['method']]}"
+    note = "; ".join(notes)
+    made = Finding(
+        _BEST, quantity, UNRESOLVED, *ends, unit="bits", null=None, published=_KUMAR, note=note
+    )
     return dataclasses.replace(made, answer=_ANSWERS.get(made.against, UNRESOLVED))
 
 
-def _optimum(question: str, quantity: str, optimum: dict, answer: str, note: str) -> Finding:
-    ends = ("bits", "low", "high") if optimum["is_determined"] else ()
-    values = [optimum[k] for k in ends]
-    return Finding(
-        question, quantity, answer, *values, unit="bits", null=None, published=_KUMAR, note=note
-    )
+def _compute(method: dict) -> Finding:
+    first, last = method["optima"][0], method["optima"][-1]
+    is_known = first["is_determined"] and last["is_determined"]
+    answer = UNRESOLVED
+    if is_known and (first["high"] < last["low"] or last["high"] < first["low"]):
+        answer = "yes" if first["high"] < last["low"] else "no"
+    note = f"from {first['text']} at {first['flops']:.0e} to {last['text']} at {last['flops']:.0e}"
+    change = last["bits"] - first["bits"] if is_known else None
+    quantity = f"change of P*, {METHOD_NAMES[method['method']]}"
+    return Finding(_COMPUTE, quantity, answer, change, unit="bits", form="+.2f", note=note)
 
 
-def likeliest(method: dict) -> dict:
-    """The optimum of the likelier law among those that have one at any width."""
-    found = {laws.KUMAR_ONE.name: "optimum", laws.PANFEROV.name: "optimum_error"}
-    return method[next(found[row["law"]] for row in method["laws"] if row["law"] in found)]
-
-
-def answer(optimum: dict, free: dict) -> str:
-    """Whether 7 to 8 bits are best: where the likelier law says so, and free efficiencies allow it."""
-    low, high = optimum["low"], optimum["high"]
-    if not optimum["is_determined"] or low is None or free["low"] is None:
-        return UNRESOLVED
-    if low >= 6.5 and high <= 8.5 and free["low"] <= 8 and free["high"] >= 7:
-        return "yes"
-    is_elsewhere = (high < 6.5 and free["high"] < 7) or (low > 8.5 and free["low"] > 8)
-    return "no" if is_elsewhere else UNRESOLVED
-
-
-def _robust(rows: list[dict]) -> Finding:
-    lower = sum(r["high"] is not None and r["high"] < 0 for r in rows)
-    higher = sum(r["low"] is not None and r["low"] > 0 for r in rows)
-    counts = {"lower": lower, "higher": higher, UNRESOLVED: len(rows) - lower - higher}
-    chance = f"about {len(rows) / 10:.0f} of their 90 % intervals would leave out zero by chance"
+def _robust(rows: list[dict], words: str) -> Finding:
+    found = robustness.counts(rows)
+    counts = {"lower": found["lower"], "higher": found["higher"], UNRESOLVED: found["not"]}
     answer = ", ".join(f"{k} in {n}" for k, n in counts.items() if n)
-    return Finding(_ROBUST, f"{len(rows)} pairs of widths", answer, note=chance)
+    note = "Benjamini and Hochberg's q-values at 0.1"
+    return Finding(_ROBUST, f"{words}, {len(rows)} pairs of widths", answer, note=note)
 
 
 def _entropy(row: dict) -> Finding:
@@ -124,7 +160,53 @@ def to_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-_RANKED = "Laws ranked by AICc; R² of the logarithm of the loss"
+_RANKED = "Laws ranked by AICc of as many runs as are independent; R² of the logarithm of the loss"
+
+
+def _gaps_section(summary: dict, text: list[str]) -> Section:
+    """How gaps grow: of each method by one law, and at each width alone."""
+    fitted = {
+        METHOD_NAMES[m["method"]]: m["gaps"]["fit"]
+        for m in summary["methods"]
+        if "fit" in m["gaps"]
+    }
+    tables = [(_equation(fitted), fit_table(fitted))] if fitted else []
+    rows = [
+        {"method": METHOD_NAMES[m["method"]], "P": w["P"], "runs": w["points"]}
+        | {f"γ_{x}": _exponent(w, x) for x in ("D", "N")}
+        for m in summary["methods"]
+        for w in m["gaps"]["widths"]
+    ]
+    caption = "At each width alone, least squares on the logarithm of the gap [90 %], p and q"
+    q_values = iter(
+        corrected([w[x]["p_value"] for w in _widths(summary) for x in ("D", "N") if x in w])
+    )
+    for row, w in zip(rows, _widths(summary), strict=True):
+        for x in ("D", "N"):
+            if x in w:
+                p, q = number(w[x]["p_value"], ".2g"), number(next(q_values), ".2g")
+                row[f"γ_{x}"] += f", p {p}, q {q}"
+    folded = [(caption, pd.DataFrame(rows))] if rows else []
+    return Section("How the gap to full precision grows", text, tables, folded=folded)
+
+
+def _widths(summary: dict) -> list[dict]:
+    return [w for m in summary["methods"] for w in m["gaps"]["widths"]]
+
+
+def _exponent(width: dict, column: str) -> str:
+    if column not in width:
+        return f"— ({width['reason']})" if width["reason"] else "—"
+    return interval(width[column], ".2f")
+
+
+def _rates_section(rows: list[dict]) -> Section:
+    table = pd.DataFrame(rows).assign(method=lambda t: t["method"].map(METHOD_NAMES))
+    keys = ["size", "method", "P", "d_over_n"]
+    shown = table.pivot_table(index=keys, columns="peak_lr", values="loss", sort=False)
+    shown = shown[sorted(shown.columns)].rename(columns=lambda r: f"{r:g}")
+    shown = shown.map(number).reset_index().rename(columns={"size": "N", "d_over_n": "D/N"})
+    return Section("Learning rates", [], [("Loss by peak learning rate, means over seeds", shown)])
 
 
 def _alike_section(methods: list[dict], text: list[str]) -> Section:
@@ -132,18 +214,40 @@ def _alike_section(methods: list[dict], text: list[str]) -> Section:
     fitted = {METHOD_NAMES[m["method"]]: m for m in methods if "laws" in m}
     paragraphs = [*text, *_reasons({METHOD_NAMES[m["method"]]: m for m in methods})]
     paragraphs += [
-        f"**{k}**, {m['runs']} runs. {control_text(m['control'])}" for k, m in fitted.items()
+        f"**{k}**, {m['runs']} runs, worth {m['independent']:.0f} independent ones. "
+        f"{control_text(m['control'])}"
+        for k, m in fitted.items()
     ]
+    paragraphs += [f"Warning ({k}): {w}." for k, m in fitted.items() for w in m["warnings"]]
     folded = []
-    for key, kind in (("fit_error", "Squared errors"), ("fit", "N_eff")):
-        fits = {name: m[key] for name, m in fitted.items()}
-        paragraphs += _warnings(fits, kind)
+    for law in (laws.GROWING_ERROR, laws.GROWING_ONE, laws.KUMAR_ONE):
+        fits = {name: m["fits"][law.name] for name, m in fitted.items()}
+        paragraphs += _warnings(fits, law.name)
         if fits:
-            folded.append((f"{kind}: {_equation(fits)}", fit_table(fits)))
+            folded.append((f"{law.name}: {_equation(fits)}", fit_table(fits)))
+    tables = []
+    if any(m["optima"] for m in fitted.values()):
+        tables = [("P* in bits by compute [90 %]", _optima_table(fitted))]
     if fitted:
         folded.append((_RANKED, laws_table({k: m["laws"] for k, m in fitted.items()})))
-    drawn = [figures.optima(methods)] if fitted else []
-    return Section("The best precision, all tensors in one width", paragraphs, (), drawn, folded)
+    drawn = [figures.optima(methods)] if tables else []
+    return Section(
+        "The best precision, all tensors in one width", paragraphs, tables, drawn, folded
+    )
+
+
+def _optima_table(fitted: dict[str, dict]) -> pd.DataFrame:
+    rows: dict[float, dict] = {}
+    for name, method in fitted.items():
+        for one in method["optima"]:
+            rows.setdefault(one["flops"], {})[name] = one["text"]
+    names = [name for name, m in fitted.items() if m["optima"]]
+    return pd.DataFrame(
+        [
+            {"operations": f"{c:.0e}"} | {n: row.get(n, "—") for n in names}
+            for c, row in sorted(rows.items())
+        ]
+    )
 
 
 def _laws_section(
@@ -205,19 +309,26 @@ def _losses(table: pd.DataFrame) -> pd.DataFrame:
 def _robustness_section(rows: list[dict], text: list[str]) -> Section:
     shown = [
         {
+            "few bits in": robustness.TENSORS[r["tensors"]],
             "method": METHOD_NAMES[r["method"]],
             "trained at": r["P"],
             "served at": r["P_post"],
-            "δ less δ of 16 bits [90 %]": interval({"value": r["mean"], **r}, "+.4f"),
+            "change of": robustness.KINDS[r["kind"]],
+            "less that of 16 bits [90 %]": interval({"value": r["mean"], **r}, "+.4f"),
+            "p": number(r["p_value"], ".2g"),
+            "q": number(r["q_value"], ".2g"),
             "seeds": r["seeds"],
         }
         for r in rows
     ]
-    caption = "Loss added by serving, in nats per token"
+    caption = "Differences in nats per token; q of all pairs with the same tensors and loss"
     title = "Does training in few bits help serving in fewer?"
-    return Section(
-        title, text, figures=[figures.robustness(rows)], folded=[(caption, pd.DataFrame(shown))]
-    )
+    drawn = [
+        figures.robustness(own, words)
+        for kind, words in robustness.KINDS.items()
+        if (own := robustness.selected(rows, "weights", kind))
+    ]
+    return Section(title, text, figures=drawn, folded=[(caption, pd.DataFrame(shown))])
 
 
 # What these runs do not vary, so that no fit could tell what it does.
@@ -273,6 +384,7 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         drawn = [figures.loss_by_bits(table), *([worth] if worth else [])]
         folded = [("Loss in nats per token, means over seeds", _losses(table))]
         sections.append(Section("What bits cost", figures=drawn, folded=folded))
+        sections.append(_gaps_section(summary, text["Gaps"]))
         sections.append(_alike_section(summary["methods"], text["Best precision"]))
     if summary["separate"]:
         apart = {METHOD_NAMES[name]: one for name, one in summary["separate"].items()}
@@ -281,6 +393,8 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         sections.append(_serving_section(summary, text["Serving"]))
     if summary["robustness"]:
         sections.append(_robustness_section(summary["robustness"], text["Robustness"]))
+    if summary["rates"]:
+        sections.append(_rates_section(summary["rates"]))
     measured = method_section(text["Measured"], summary, _settings(summary, records))
     status = said.trial_status(summary["trials"])
     made = Report(
@@ -299,10 +413,11 @@ def _settings(summary: dict, records: list[dict]) -> list[str]:
     if not records:
         return counts
     t = records[0]["trial"]
+    rates = ", ".join(f"{r:g}" for r in sorted({r["trial"]["peak_lr"] for r in records}))
     return [
         *counts,
         f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
         f"{t['sequence']} tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping "
-        f"at 1, peak learning rate {t['peak_lr']}, warm-up, constant, linear cooldown over the last tenth "
+        f"at 1, peak learning rate {rates}, warm-up, constant, linear cooldown over the last tenth "
         f"of each length; {t['dtype']}.",
     ]

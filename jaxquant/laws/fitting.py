@@ -13,7 +13,7 @@ import numpy as np
 from jaxquant.checks import check_positive, check_whole
 from jaxquant.laws.criteria import squared_aicc
 from jaxquant.laws.intervals import expanded
-from jaxquant.laws.law import Columns, Law, Values, check_params, x64
+from jaxquant.laws.law import Columns, Law, Values, check_params, filled_up, x64
 from jaxquant.laws.runs import check_runs, places, repeated, strata_of_units
 from jaxquant.laws.solving import huber, solve
 from jaxquant.stats import check_confidence_level, critical, percentile_interval, renamed
@@ -207,8 +207,9 @@ class Space:
 
     def natural(self, logs: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the parameters of some points, each float64[points]."""
-        found = _natural(self.law, self._middle, self._unit, jnp.asarray(logs).T)
-        return {name: np.asarray(x) for name, x in found.items()}
+        filled = np.stack([filled_up(column) for column in np.asarray(logs).T])
+        found = _naturals(self.law, self._middle, self._unit, filled)
+        return {name: np.asarray(x)[: len(logs)] for name, x in found.items()}
 
     def solve(
         self,
@@ -220,11 +221,11 @@ class Space:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (best points [fits, parameters], objectives [fits]); call it within `x64`."""
         # Middle and unit are data, so that one compilation serves every set of as many runs.
-        data = self.columns, jnp.asarray(self._middle), jnp.asarray(self._unit)
+        data = self.columns, self._middle, self._unit
         found = solve(
             _predictor(self.law),
-            jax.tree.map(jnp.asarray, data),
-            jnp.log(jnp.asarray(self.target)),
+            data,
+            np.log(self.target),
             weights,
             starts,
             jnp.asarray(self.low if low is None else low),
@@ -244,6 +245,9 @@ def _natural(law: Law, middle: Any, unit: Any, logs: Any) -> dict[str, Any]:
             powers = sum(s * found[e] * at[column] for e, column, s in parameter.term)
             found[parameter.name] = jnp.exp(moved[parameter.name] + unit - powers)
     return {name: found[name] for name in law.names}
+
+
+_naturals = jax.jit(_natural, static_argnums=0)
 
 
 @functools.lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from jaxquant.laws.terms import (
     B,
     E,
     bias,
+    check_one_bit,
     coefficient,
     efficiency_at,
     gamma,
@@ -390,6 +391,7 @@ PANFEROV = Law(
     source="after Panferov et al. 2025, arXiv 2506.01863: efficiency as a function of a normal's squared "
     "error; this function of it is ours",
     efficiency=_of_error,
+    check_bits=check_one_bit,
 )
 
 

@@ -11,7 +11,18 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxquant.laws.law import Law, Parameter, Values, log_sum
-from jaxquant.laws.terms import ALPHA, BETA, TENSORS, A, B, E, gamma, gaussian_mse, log_loss
+from jaxquant.laws.terms import (
+    ALPHA,
+    BETA,
+    TENSORS,
+    A,
+    B,
+    E,
+    check_one_bit,
+    gamma,
+    gaussian_mse,
+    log_loss,
+)
 
 _SOURCE = "ours; that the gap grows with D is in Chen et al. 2025, arXiv 2505.14302"
 _ADDED = "the additive alternative to N_eff, as weighed in Kumar et al. 2024, arXiv 2411.04330, section 4"
@@ -77,6 +88,7 @@ def _one_width(name: str, text: str, grows: bool, of_bits: OfBits, shape: Parame
         log_prediction=lambda p, r: log_sum(log_loss(p, r), penalty(p, r)),
         columns=("N", "D", "P_w"),
         source=_SOURCE if grows else _ADDED,
+        check_bits=check_one_bit if of_bits is _squared_error else None,
     )
 
 
@@ -126,6 +138,7 @@ def _gap(name: str, text: str, of_bits: OfBits, shape: Parameter) -> Law:
         log_prediction=lambda p, r: log_sum(jnp.log(r["loss_full"]), penalty(p, r)),
         columns=("N", "D", "P_w", "loss_full"),
         source=f"{_SOURCE}; L_full is that of the run in full precision with the same seed, size and data",
+        check_bits=check_one_bit if of_bits is _squared_error else None,
     )
 
 

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.law import x64
+from jaxquant.laws.law import filled_up, x64
 
 Residual = Callable[[jax.Array, Any], jax.Array]  # (logs of parameters, columns) -> log ŷ
 # Steps of all starts by least squares; starts that go on; their steps at δ's that shrink to the one wanted.
 _SCREENING, _KEPT, _POLISHING = 15, 6, ((30.0, 8), (5.0, 12), (1.0, 40))
+_LANES = 8  # starts that a program takes at once
 
 
 def huber(residual: jax.Array, delta: float) -> jax.Array:
@@ -38,7 +39,7 @@ def huber(residual: jax.Array, delta: float) -> jax.Array:
 def solve(
     predict: Residual,
     columns: Any,
-    log_target: jax.Array,
+    log_target: np.ndarray,
     weights: np.ndarray,
     starts: np.ndarray,
     low: jax.Array,
@@ -48,12 +49,13 @@ def solve(
     """Returns the best fit of each set of weights over all starts.
 
     All starts take some steps, and the best few go on until they stand still.  One program serves every
-    number of fits, which threads share among them: a small fit does not fill a core's vectors, let alone two
+    number of fits, of starts and of steps, and about as many runs, since compiling takes longer than most
+    fits do.  Threads share the fits among them: a small fit does not fill a core's vectors, let alone two
     cores.
 
     Args:
         predict: from the logarithms of the parameters and the columns to the prediction's.
-        columns: arrays [runs].
+        columns: arrays [runs], or numbers.
         log_target: [runs].
         weights: of the runs in each fit, [fits, runs].
         starts: logarithms of the parameters, [fits, starts, parameters].
@@ -63,13 +65,17 @@ def solve(
     Returns:
         (logarithms of the parameters [fits, parameters], objectives [fits]).
     """
-
-    one = functools.partial(_solve_one, predict, delta)
+    columns = jax.tree.map(lambda x: filled_up(x) if np.ndim(x) else x, columns)
+    log_target = filled_up(log_target)
+    # Runs that fill up count for nothing.
+    weights = np.pad(weights, ((0, 0), (0, len(log_target) - weights.shape[1])))
 
     def run(i: int) -> tuple[np.ndarray, np.ndarray]:
         with x64():  # of this thread
-            found = one(columns, log_target, weights[i], starts[i], low, high)
-            return np.asarray(found[0]), np.asarray(found[1])
+            improve = functools.partial(
+                _improved, predict, columns, log_target, jnp.asarray(weights[i]), low, high
+            )
+            return _best_of(improve, starts[i], delta)
 
     first = run(0)  # compiles
     with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -77,24 +83,37 @@ def solve(
     return np.stack([x for x, _ in found]), np.stack([value for _, value in found])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _solve_one(
-    predict, delta: float, columns, log_target, weights, starts, low, high
-) -> tuple[jax.Array, jax.Array]:
+def _best_of(improve: Callable, starts: np.ndarray, delta: float) -> tuple[np.ndarray, np.ndarray]:
     """Returns (best point, its objective) over all starts."""
-    improve = functools.partial(_improved, predict, columns, log_target, weights, low, high)
-    screened = jax.vmap(lambda x: improve(1.0, x, _SCREENING))(starts)
-    order = jnp.argsort(screened[1])[:_KEPT]
-    x, value = screened[0][order], screened[1][order]
+    parts = [starts[i : i + _LANES] for i in range(0, len(starts), _LANES)]
+    screened = [improve(1.0, _lanes(part), _SCREENING) for part in parts]
+    x, value = (np.concatenate([np.asarray(one[k]) for one in screened]) for k in (0, 1))
+    kept = _lanes(x[np.argsort(value[: len(starts)], kind="stable")[:_KEPT]])
+    value = np.empty(0)
     for factor, steps in _POLISHING:
-        polish = functools.partial(improve, factor * delta, steps=steps)
-        x, value = jax.vmap(polish)(x)
-    best = jnp.argmin(value)
-    return x[best], value[best]
+        kept, value = improve(factor * delta, kept, steps)
+    best = int(np.argmin(np.asarray(value)))
+    return np.asarray(kept)[best], np.asarray(value)[best]
 
 
+def _lanes(points: np.ndarray) -> np.ndarray:
+    """Returns points as many as a program takes, the last one again for what is missing."""
+    return np.pad(points, ((0, _LANES - len(points)), (0, 0)), mode="edge")
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _improved(
-    predict, columns, log_target, weights, low, high, delta, start, steps: int
+    predict, columns, log_target, weights, low, high, delta, starts, steps
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (points, objectives) after so many steps from each start."""
+    improve = functools.partial(
+        _improved_one, predict, columns, log_target, weights, low, high, delta, steps
+    )
+    return jax.vmap(improve)(starts)
+
+
+def _improved_one(
+    predict, columns, log_target, weights, low, high, delta, steps, start
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (x, objective) after some steps."""
 
@@ -105,7 +124,7 @@ def _improved(
         value = jnp.sum(weights * huber(residual(x), delta))
         return jnp.where(jnp.isfinite(value), value, jnp.inf)
 
-    def step(state, _):
+    def step(_, state):
         x, value, damping = state
         r, pushforward = jax.linearize(residual, x)
         jacobian = jax.vmap(pushforward)(jnp.eye(x.size, dtype=x.dtype))  # [parameters, runs]
@@ -127,9 +146,9 @@ def _improved(
         is_better = new < value
         x = jnp.where(is_better, there, x)
         damping = jnp.clip(jnp.where(is_better, damping * 0.2, damping * 5.0), 1e-10, 1e8)
-        return (x, jnp.where(is_better, new, value), damping), None
+        return x, jnp.where(is_better, new, value), damping
 
     start = jnp.clip(start, low, high)
     state = start, objective(start), jnp.asarray(1e-2, start.dtype)
-    (x, value, _), _ = jax.lax.scan(step, state, None, length=steps)
+    x, value, _ = jax.lax.fori_loop(0, steps, step, state)
     return x, value

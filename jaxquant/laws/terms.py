@@ -7,7 +7,7 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from jaxquant.laws.law import Parameter, Values, log_sum
+from jaxquant.laws.law import Columns, Parameter, Values, log_sum
 
 _TERM = (1e-5, 10.0, (0.03, 0.7))  # bounds and starts of a term of the loss, in units of the loss
 
@@ -81,6 +81,12 @@ def efficiency_at(p: Values, prefix: str, widths: tuple[int, ...], bits: Any) ->
 
 # E[(z − Q(z))²] of a unit normal on its best uniform grid of 2^b levels.
 _GAUSSIAN_MSE = {1: 0.3634, 2: 0.11885, 3: 0.03744, 4: 0.011543, 8: 8.782e-5}
+
+
+def check_one_bit(columns: Columns) -> None:
+    """Raises a ValueError for integers of less than one bit, which have no grid."""
+    if np.any(columns["P_w"] < 1):
+        raise ValueError(f"a grid has one bit or more; P_w has {columns['P_w'].min():g}")
 
 
 def gaussian_mse(bits: Any) -> Any:

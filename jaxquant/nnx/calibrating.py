@@ -82,7 +82,10 @@ def _first(weight: jax.Array, quantizer: Quantizer, operation: Operation) -> jax
         one = dataclasses.replace(operation, axes=own, stacking=None)
         return stacking.each(lambda w: _first(w, quantizer, one))(weight)
     groups = scale_shape(weight.shape, quantizer.granularity, axes)  # pyright: ignore
-    return first_step(weight, quantizer, tuple(a for a in range(weight.ndim) if groups[a] == 1))
+    sizes = [n // count for n, count in zip(weight.shape, groups, strict=True)]
+    # An axis of groups, then one of a group's elements, for each of the weight's.
+    view = weight.reshape([n for pair in zip(groups, sizes, strict=True) for n in pair])
+    return first_step(view, quantizer, tuple(range(1, view.ndim, 2))).reshape(groups)
 
 
 def held(model: nnx.Module, path: str) -> tuple[Any, str]:

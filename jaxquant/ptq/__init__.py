@@ -7,7 +7,7 @@
 """
 
 from jaxquant.operations.smoothed import Smoothed
-from jaxquant.ptq.quantizing import METHODS, quantize
+from jaxquant.ptq.quantizing import METHODS, SharedStatistics, quantize
 from jaxquant.ptq.searching import Search, search
 
-__all__ = ["METHODS", "Search", "Smoothed", "quantize", "search"]
+__all__ = ["METHODS", "Search", "SharedStatistics", "Smoothed", "quantize", "search"]

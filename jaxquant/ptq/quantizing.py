@@ -47,6 +47,41 @@ METHODS = ("rtn", "gptq", "awq", "smoothquant", "hadamard")
 _LARGEST_ROTATION = 512
 
 
+@dataclasses.dataclass(eq=False)
+class SharedStatistics:
+    """Statistics that calls of `quantize` on the same model and batches share.
+
+    Args:
+        model: of the calls, which must not change between them.
+        batches: of the calls.
+        call: of the calls.
+
+    >>> import jax
+    >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    >>> batches = [jax.random.normal(jax.random.key(0), (32, 64))]
+    >>> shared = SharedStatistics(model, batches)
+    >>> for recipe in ("w2a16", "w4a16"):  # the batches are gone through once
+    ...     frozen = quantize(model, {".*": recipe}, batches, shared=shared, progress=False)
+    """
+
+    model: nnx.Module
+    batches: Batches
+    call: Callable[..., Any] | None = None
+    found: dict[tuple[str, bool], InputStatistics] = dataclasses.field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def check(self, model: nnx.Module, batches: Batches, call: Callable[..., Any] | None) -> None:
+        """Raises a ValueError unless all three are those that the statistics are of."""
+        given = {"model": model, "batches": batches, "call": call}
+        for name, value in given.items():
+            if value is not getattr(self, name):
+                raise ValueError(
+                    f"shared statistics are of another {name}; make SharedStatistics({', '.join(given)}) "
+                    "for this one"
+                )
+
+
 def quantize(
     model: Model,
     rules: Rules,
@@ -56,6 +91,7 @@ def quantize(
     memory: int = 2**24,
     call: Callable[..., Any] | None = None,
     workdir: str | os.PathLike | None = None,
+    shared: "SharedStatistics | None" = None,
     progress: bool = True,
 ) -> Model:
     """Returns the model frozen, its weights rounded with regard to the inputs that each layer gets.
@@ -91,6 +127,8 @@ def quantize(
         call: from (model, *batch); the model's own call where not given.
         workdir: a folder in which finished layers are kept, so that the same call goes on where it stopped.
             `call` is known by its code and what it closes over, or by its string ``fingerprint``.
+        shared: statistics that calls on the same model and batches share, so that only the first of them goes
+            through the batches for the layers that fit into `memory` first.
         progress: whether a bar is shown.
 
     Returns:
@@ -100,7 +138,8 @@ def quantize(
         ValueError: whatever `jaxquant.nnx.quantize` refuses; an unknown method, or two that scale channels;
             no batches, or one with a NaN; recipes with learned steps or traced widths; a layer that the
             batches do not reach, or that the method does not take; a weight of several layers; a workdir of
-            another model, method, data, call or other rules, or a call whose content cannot be told.
+            another model, method, data, call or other rules, or a call whose content cannot be told;
+            shared statistics of another model, batches or call.
 
     >>> import jax
     >>> from jaxquant.nnx import read
@@ -113,6 +152,8 @@ def quantize(
     chosen = _parse(method)
     check_batches(batches)
     check_whole("memory", memory, 1, unit="bytes")
+    if shared is not None:
+        shared.check(model, batches, call)
     if workdir is not None and not isinstance(workdir, str | os.PathLike):
         raise ValueError(f"workdir is a folder; got {workdir!r}")
     target = quantized_copy(model, rules)
@@ -139,7 +180,9 @@ def quantize(
             store.enter(paths)
             solved = store.read(paths)
             if solved is None:
-                seen = _statistics(working, stage, batches, chosen, call)
+                # Those of later stages depend on how the layers before were rounded.
+                found = None if done or shared is None else shared
+                seen = _statistics(working, stage, batches, chosen, call, found)
                 solved = {layer.path: solve(layer, seen, chosen) for layer in stage}
                 store.write(paths, solved)
             working = _with_layers(working, stage, solved)
@@ -285,7 +328,12 @@ def _stages(ordered: Sequence[Layer], memory: int, chosen: Method) -> list[list[
 
 
 def _statistics(
-    model: nnx.Module, stage: Sequence[Layer], batches: Any, chosen: Method, call: Any
+    model: nnx.Module,
+    stage: Sequence[Layer],
+    batches: Any,
+    chosen: Method,
+    call: Any,
+    shared: "SharedStatistics | None",
 ) -> dict[str, InputStatistics]:
     """Returns statistics by the derivation of each weight of a stage."""
     wanted = {
@@ -301,9 +349,14 @@ def _statistics(
         made = product.derivation
         return None if made is None else wanted.get(made.stored.key)
 
+    kinds = {key: (key, one.start.products is not None) for key, one in wanted.items()}
+    if shared is not None and shared.found.keys() >= set(kinds.values()):
+        return {key: shared.found[kind] for key, kind in kinds.items()}
     found = observe(model, series(batches), statistics, call)
     for layer in stage:
         check_seen(layer, [found[key] for key in layer.decisions if key in found])
+    if shared is not None:
+        shared.found.update({kinds[key]: state for key, state in found.items()})
     return found
 
 

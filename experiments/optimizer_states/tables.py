@@ -1,0 +1,173 @@
+"""The tables of this study in the pages, and what they say of it in sentences."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from experiments.harness.reporting.law_tables import interval
+from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
+from experiments.harness.reporting.values import bounds
+from experiments.harness.training.arms import EXACT, budget_of, fixed_bits
+from experiments.optimizer_states.transformations import PARTS
+from jaxquant import laws
+
+_LAPTOP, _LAW = "optimizer_states/laptop/summary.json", "optimizer_states/law/summary.json"
+_PAGES = ("experiments/README.md", "docs/studies/optimizer_states.md")
+_TASKS = {"language": "LM", "vision": "ViT"}
+_SCHEDULES = {"wsd": "WSD", "cosine": "cosine"}
+_WIDTHS = ("8 bits", "5 + 4 bits")
+
+# ---------------------------------------------------------------------------------------------------
+# Gaps to full precision
+
+
+def gaps(summary: dict) -> str:
+    """Each arm's bits and paired gaps, the widest first."""
+    head = ["state"]
+    for i, task in enumerate(_TASKS.values()):
+        head += [f"bits{'' if i else ', all counted'}: {task}", *_SCHEDULES.values()]
+    rows = {(r["task"], r["schedule"], r["arm"]): r for r in summary["gaps"]}
+    bits = {r["arm"]: r["bits"] for r in reversed(summary["gaps"]) if r["task"] == "language"}
+    arms = sorted((arm for arm in bits if arm != EXACT), key=lambda arm: -bits[arm])
+    return to_markdown(head, [[_name(arm), *_cells(rows, arm)] for arm in arms])
+
+
+def _cells(rows: dict, arm: str) -> list[str]:
+    cells = []
+    for task in _TASKS:
+        own = [rows[task, schedule, arm] for schedule in _SCHEDULES]
+        cells.append(f"{own[0]['bits']:.2f}")
+        cells += [bounds(r["gap"], r["low"], r["high"], "+.3f") for r in own]
+    return cells
+
+
+def _name(arm: str) -> str:
+    """An arm in words.
+
+    >>> _name("felt-5.0"), _name("fixed-8"), _name("torchao-4bit")
+    ('`felt` 5.0', 'fixed 8', 'torchao 4 bits')
+    """
+    if budget := budget_of(arm):
+        return f"`{budget[0]}` {budget[1]}"
+    if bits := fixed_bits(arm):
+        return f"fixed {bits}"
+    return arm.replace("-", " ").replace("bit", " bits")
+
+
+def spreads(summary: dict) -> dict[str, list[str]]:
+    """Full precision's own spread over seeds."""
+    rows = {(r["task"], r["schedule"]): r for r in summary["gaps"] if r["arm"] == EXACT}
+    lm, vit = ([f"{rows[task, s]['exact_sd']:.4f}" for s in _SCHEDULES] for task in _TASKS)
+    said = f"LM {lm[0]} under WSD and {lm[1]} under cosine, ViT {vit[0]} and {vit[1]}"
+    return {page: [said] for page in _PAGES}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The laws of the state's bits
+
+
+def law_phrases(summary: dict) -> dict[str, list[str]]:
+    """What the laws say, and the gaps that decide it."""
+    found, rows = summary["law"], summary["gaps"]
+    said = [*_ranks(found), *_of_two_bits(rows), *_of_more_bits(rows)]
+    trials = f"{summary['trials']['finished']} trials of the law"
+    return dict.fromkeys(_PAGES, said) | {"README.md": [trials]}
+
+
+def _ranks(found: dict) -> list[str]:
+    """Over all widths, and without the narrowest, by how much in AICc."""
+    fits = {fit["law"]: fit for fit in found["fits"]}
+    added, params, tokens = (laws.state_law(place).name for place in "END")
+    scale = next(p for p in fits[added]["parameters"] if p["name"] == "gamma_state")
+    every = {r["law"]: r for r in found["laws"]}
+    rest = {r["law"]: r["delta_aicc"] for r in found["without_narrowest"]}
+    apart = " and ".join(f"{every[n]['aicc'] - every[added]['aicc']:.0f}" for n in (params, tokens))
+    r2 = ", ".join(f"{every[n]['r2']:.3f}" for n in (added, params, tokens))
+    return [
+        f"γ = {interval(scale, '.2f')} bits",
+        f"(AICc less by {apart}; R² {r2})",
+        f"(AICc less by {rest[added] - rest[tokens]:.0f} than the added loss, by "
+        f"{rest[params] - rest[tokens]:.0f} than parameters)",
+    ]
+
+
+def _of_two_bits(rows: list[dict]) -> list[str]:
+    """The least and the largest size at 2 bits, and the losses at all."""
+    two = [r for r in rows if r["arm"] == "fixed-2"]
+    exact = [r["loss"] for r in rows if r["arm"] == EXACT]
+    sizes = list(dict.fromkeys(r["size"] for r in two))
+    small = [r["gap"] for r in two if r["size"] == sizes[0]]
+    large = sorted((r for r in two if r["size"] == sizes[-1]), key=lambda r: r["steps"])
+    first, last = (bounds(r["gap"], r["low"], r["high"], ".2f") for r in (large[0], large[-1]))
+    return [
+        f"the mean loss stays between {_range((r['loss'] for r in two), ' and ')}",
+        f"full precision goes from {max(exact):.2f} to {min(exact):.2f}",
+        f"({_range(small)} nats at {sizes[0]}, {first} to {last} at {sizes[-1]})",
+    ]
+
+
+def _of_more_bits(rows: list[dict]) -> list[str]:
+    gap: Callable[[int], list[float]] = lambda bits: [  # noqa: E731
+        r["gap"] for r in rows if r["arm"] == f"fixed-{bits}"
+    ]
+    largest = max(map(abs, [*gap(6), *gap(8)]))
+    three, four = gap(3), gap(4)
+    return [
+        f"At 3 bits the gap is {_range(three)}, at 4 bits {min(four):+.3f} to {max(four):+.3f}, at 6 "
+        f"and 8 within {_up(largest)}"
+    ]
+
+
+def _range(values: Iterable[float], joint: str = " to ") -> str:
+    """The least and the largest.
+
+    >>> _range([0.11, 0.031])
+    '0.03 to 0.11'
+    """
+    given = list(values)
+    return f"{min(given):.2f}{joint}{max(given):.2f}"
+
+
+def _up(value: float) -> str:
+    """A bound that holds: rounded up, to thousandths.
+
+    >>> _up(0.0074)
+    '0.008'
+    """
+    return f"{-(-value // 0.001) * 0.001:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Every transformation
+
+
+def transformations(rows: dict[str, dict[str, Any]]) -> str:
+    """Optimizers and wrappers as a table, and what they are made of as a list."""
+    head = ("transformation", "state", "slots", "loss, optax", *_WIDTHS)
+    whole = {name: row for name, row in rows.items() if name not in PARTS}
+    cells = [
+        [name, row["kind"], row["slots"], *(_shown(row.get(k, "")) for k in ("plain", *_WIDTHS))]
+        for name, row in whole.items()
+    ]
+    return f"{to_markdown(head, cells)}\n\n{_parts(rows)}"
+
+
+def _shown(loss: float | str) -> str:
+    return loss if isinstance(loss, str) else f"{loss:.4f}"
+
+
+def _parts(rows: dict[str, dict[str, Any]]) -> str:
+    """Transformations that optimizers are made of, by what becomes of their state."""
+    by_kind: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if name in PARTS:
+            is_refused = row["kind"] == "refused"
+            said = "nothing to code" if is_refused else f"{row['kind']} ({row['slots']})"
+            by_kind.setdefault(said, []).append(name)
+    return "\n".join(f"- {said}: {', '.join(names)}" for said, names in by_kind.items())
+
+
+TABLES = {
+    "optimizer_states/laptop": Table(_LAPTOP, gaps),
+    "optimizer_states/transformations": Table("optimizer_states/optimizers.json", transformations),
+}
+PHRASES = (Phrases(_LAPTOP, spreads), Phrases(_LAW, law_phrases))

@@ -1,0 +1,97 @@
+"""The tables of this study in the pages, and what they say of it in sentences."""
+
+from experiments.harness.reporting.law_tables import interval
+from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
+from experiments.harness.reporting.values import bounds
+from experiments.ptq_overtraining.analysis import KUMAR_EXPONENT, SCHEDULE_NAMES
+from jaxquant import laws
+
+_RECORDS = "ptq_overtraining/full/summary.json"
+_EXPONENTS = {"gamma_D": "γ_D", "gamma_N": "γ_N", "gamma_post": "γ_post"}
+
+
+def exponents(summary: dict) -> str:
+    """γ_D of each size and schedule, at 4 bits per tensor."""
+    found = _by_size(summary)
+    schedules = _schedules(summary)
+    head = ["N", *(f"γ_D under {SCHEDULE_NAMES[s]}" for s in schedules)]
+    return to_markdown(head, [[n, *(row[s] for s in schedules)] for n, row in found.items()])
+
+
+def _by_size(summary: dict) -> dict[str, dict[str, str]]:
+    """γ_D with its interval, by size and schedule."""
+    found: dict[str, dict[str, str]] = {}
+    for row in summary["headline"]["rows"]:
+        value = bounds(row["gamma"], row["low"], row["high"], ".2f")
+        found.setdefault(row["size"], {})[row["schedule"]] = value
+    return found
+
+
+def _schedules(summary: dict) -> list[str]:
+    given = {row["schedule"] for row in summary["headline"]["rows"]}
+    return [schedule for schedule in SCHEDULE_NAMES if schedule in given]
+
+
+def one_law(summary: dict) -> str:
+    """Kumar's law of all sizes, lengths and widths, scales per tensor, beside what was published."""
+    rows = [
+        [SCHEDULE_NAMES[schedule], *(interval(fit[name], ".2f") for name in _EXPONENTS)]
+        for schedule, fit in _fits(summary).items()
+    ]
+    published = [f"{laws.KUMAR_2024_PTQ.params[name]:.3f}" for name in _EXPONENTS]
+    rows.append(["Kumar et al. (GPTQ, 30M to 220M)", *published])
+    return to_markdown(["schedule", *_EXPONENTS.values()], rows)
+
+
+def _per_tensor(summary: dict) -> dict[str, dict]:
+    """What was found with scales per tensor, by schedule."""
+    found = {o["schedule"]: o for o in summary["laws"] if o["granularity"] == "tensor"}
+    return {schedule: found[schedule] for schedule in _schedules(summary)}
+
+
+def _fits(summary: dict) -> dict[str, dict[str, dict]]:
+    """Its parameters by name."""
+    return {
+        schedule: {p["name"]: p for p in one["fit"]["parameters"]}
+        for schedule, one in _per_tensor(summary).items()
+    }
+
+
+def phrases(summary: dict) -> dict[str, list[str]]:
+    """The exponents in sentences."""
+    of_law = {s: interval(fit["gamma_D"], ".2f") for s, fit in _fits(summary).items()}
+    wsd, cosine = (f"{of_law[s]} under {SCHEDULE_NAMES[s]}" for s in ("wsd", "cosine"))
+    published = f"(published: {KUMAR_EXPONENT:.3f})"
+    sizes = [
+        f"{size} {row['wsd']} under WSD and {row['cosine']} under cosine"
+        if i == 0
+        else f"{size} {row['wsd']} and {row['cosine']}"
+        for i, (size, row) in enumerate(_by_size(summary).items())
+    ]
+    trials = f"{summary['trials']['finished']} trials, 3 seeds"
+    return {
+        "README.md": [f"γ = {wsd}, {cosine} {published}", trials],
+        "docs/studies/index.md": [f"γ = {wsd} and {cosine} {published}", trials],
+        "docs/studies/ptq_overtraining.md": [trials, _held_out(summary)],
+        "experiments/README.md": [*sizes, trials, _held_out(summary)],
+    }
+
+
+def _held_out(summary: dict) -> str:
+    """R² of Kumar's law on what it was not fitted to, over both schedules."""
+    found = [
+        value
+        for one in _per_tensor(summary).values()
+        for row in one["laws"]
+        if row["law"] == laws.KUMAR_PTQ.name
+        for key, value in row.items()
+        if key.startswith("r2_by_")
+    ]
+    return f"R² held out by N, D and P of {min(found):.2f} to {max(found):.2f}"
+
+
+TABLES = {
+    "ptq_overtraining/exponents": Table(_RECORDS, exponents),
+    "ptq_overtraining/one_law": Table(_RECORDS, one_law),
+}
+PHRASES = (Phrases(_RECORDS, phrases),)
