@@ -117,7 +117,7 @@ def to_text(summary: dict) -> str:
         change = _interval(row, f"d_{metric}")
         size = "—" if row["bytes"] is None else f"{row['bytes'] / 1000:,.1f} kB"
         lines.append(
-            f"  {row['model']:9} {row['arm']:26} {size:>12}  {metric} {change}  {_gate(row)}"
+            f"  {row['model']:9} {row['arm']:42} {size:>12}  {metric} {change}  {_gate(row)}"
         )
     return "\n".join(lines)
 
