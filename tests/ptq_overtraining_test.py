@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from flax import nnx
+from ptq_records import record
 
 import jaxquant as jq
 from experiments.harness import data
@@ -181,30 +182,6 @@ def test_no_exponent_is_claimed_where_there_is_none():
     assert analysis.fit_exponent(table[table["tokens"] == 1e6])["gamma"] is None
     negative = table.assign(mean=table["mean"].where(table["seed"] > 0, -1.0))
     assert "3 of 9 points add no loss" in analysis.fit_exponent(negative)["reason"]
-
-
-def record(seed, schedule, added, size="14k"):
-    point = {
-        "base": {"valid": {"mean": 2.0, "se": 0.1}},
-        "epochs": 1.0,
-        "windows": {"valid": 4},
-        "curve": [[1, 3.0], [2, 2.5]],
-    }
-    kind = {"split": "valid", "granularity": "tensor", "scope": "linears", "bits": 4, "se": 0.01}
-    return {
-        "id": f"{seed}{schedule}",
-        "status": "done",
-        "trial": {
-            "size": size, "schedule": schedule, "seed": seed, "tokens_per_parameter": [10, 30, 90],
-            "data": "sotu", "data_path": "", "data_fingerprint": "0", "sequence": 64, "batch": 16,
-            "peak_lr": 0.1, "dtype": "float32", "evaluation_windows": 4,
-        },
-        "versions": {"jax": "0"},
-        "points": [
-            point | {"tokens_per_parameter": d, "tokens": d * 1000, "added": [kind | {"mean": x}]}
-            for d, x in zip((10, 30, 90), added, strict=True)
-        ],
-    }  # fmt: skip
 
 
 def test_a_law_that_does_not_hold_is_said_not_to_hold():

@@ -39,14 +39,18 @@ def summaries(added: pd.DataFrame) -> list[dict]:
 
 
 def runs(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `analysis.added_loss` with the columns of `jaxquant.laws`; lengths of a run share a trunk."""
+    """Rows of `analysis.added_loss` with the columns of `jaxquant.laws`; lengths of a run share a trunk.
+
+    A trunk is a size, a seed and a learning rate.
+    """
+    names = (table[k].astype(str) for k in ("size", "seed", "peak_lr"))
     return pd.DataFrame(
         {
             "N": [lm.SIZES[size].non_embedding_parameters for size in table["size"]],
             "D": table["tokens"].to_numpy(),
             "P_post": table["bits"].to_numpy(),
             "added": table["mean"].to_numpy(),
-            "trunk": (table["size"] + "-" + table["seed"].astype(str)).to_numpy(),
+            "trunk": ["-".join(parts) for parts in zip(*names, strict=True)],
         }
     )
 

@@ -10,33 +10,30 @@ import pandas as pd
 
 from experiments.harness.reporting import findings as found
 from experiments.harness.reporting import prose, report
-from experiments.harness.reporting.findings import UNRESOLVED, Finding, Published
+from experiments.harness.reporting.findings import UNRESOLVED, Finding
 from experiments.harness.reporting.layout import Report, Section, method_section
 from experiments.harness.reporting.provenance import Source
 from experiments.harness.reporting.values import bounds, number
-from experiments.ptq_overtraining import added_laws, figures
+from experiments.ptq_overtraining import added_laws, figures, rates
 from experiments.ptq_overtraining.analysis import (
-    KUMAR_EXPONENT,
     SCHEDULE_NAMES,
     SPLIT_NAMES,
     added_loss,
+    at_best,
     base_loss,
+    best_rates,
     exponents,
+    main_rows,
     over_seeds,
     select,
     summarize,
+    varied,
 )
+from experiments.ptq_overtraining.corrections import KUMAR
 from jaxquant.artifacts.plain import plain
 
 _GROWTH = "Does the loss that 4-bit per-tensor quantization adds grow with training length?"
 _SCHEDULE = "Does it grow differently under cosine and under WSD?"
-_KUMAR = Published(
-    round(KUMAR_EXPONENT, 3),
-    round(KUMAR_EXPONENT, 3),
-    "Kumar et al. 2024",
-    "steeper than",
-    "flatter than",
-)
 
 
 def findings(summary: dict) -> list[Finding]:
@@ -46,8 +43,9 @@ def findings(summary: dict) -> list[Finding]:
         none = "no 4-bit per-tensor measurement is there"
         return [Finding(_GROWTH, "exponent γ_D", UNRESOLVED, note=none)]
     laws = added_laws.findings(summary.get("laws", []))
+    tuned = rates.findings(summary.get("rates", []))
     return [
-        *map(_growth, headline["rows"]),
+        *(tuned or map(_growth, headline["rows"])),
         *map(_schedule, headline["cosine_minus_wsd"]),
         *laws,
     ]
@@ -61,7 +59,7 @@ def _growth(row: dict) -> Finding:
         quantity,
         row["grows"],
         *(row[k] for k in ("gamma", "low", "high")),
-        published=_KUMAR,
+        published=KUMAR,
         note=note,
         least_effect=_half(row),
     )
@@ -114,7 +112,7 @@ def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
     cells = [bounds(row["gamma"], row["low"], row["high"], ".2f") for row in rows]
     shown = table.assign(cell=cells, schedule=table["schedule"].map(SCHEDULE_NAMES))
     pivot = shown.pivot_table(
-        index=["size", "schedule", "granularity"],
+        index=["size", "schedule", *varied(table), "granularity"],
         columns="bits",
         values="cell",
         aggfunc="first",
@@ -125,12 +123,13 @@ def _exponent_table(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _base_table(base: pd.DataFrame) -> pd.DataFrame:
-    keys = ["size", "schedule", "split", "d_over_n", "epochs"]
-    table = over_seeds(base, keys)
+    by = varied(base)
+    table = over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs", *by])
     return pd.DataFrame(
         {
             "N": table["size"],
             "schedule": table["schedule"].map(SCHEDULE_NAMES),
+            **({"peak rate": table["peak_lr"]} if by else {}),
             "text": table["split"].map(SPLIT_NAMES),
             "D/N": table["d_over_n"],
             "loss (nats per token)": table["mean"].map("{:.4f}".format),
@@ -157,10 +156,14 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         expected: how many trials the grid has.
         source: of the records.
     """
-    added, base = added_loss(records), base_loss(records)
+    everything, base = added_loss(records), base_loss(records)
+    added, best = main_rows(everything, base), best_rates(base)
     summary = summarize(records, expected) | {"laws": plain(added_laws.summaries(added))}
+    by_rate = rates.summaries(everything, base)
+    summary |= {"rates": plain(by_rate)} if by_rate else {}
     text = prose.read(__file__)
     sections = [_question(summary, added, text)]
+    sections += [rates.section(by_rate, text["Rates"])] if by_rate else []
     if not added.empty:
         sections += [
             Section(
@@ -170,12 +173,12 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
             Section(
                 "The exponent by bits",
                 figures=[figures.exponent(exponents(added))],
-                folded=[(_EXPONENTS, _exponent_table(exponents(added)))],
+                folded=[(_EXPONENTS, _exponent_table(exponents(everything)))],
             ),
             *([added_laws.section(summary["laws"], text["One law"])] if summary["laws"] else []),
             Section(
                 "The models themselves",
-                figures=[figures.models_themselves(base, records)],
+                figures=[figures.models_themselves(at_best(base, best), _chosen(records, best))],
                 folded=[(_BASE, _base_table(base))],
             ),
         ]
@@ -183,6 +186,13 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
     title, status = "Overtraining against quantization", found.trial_status(summary["trials"])
     made = Report(title, findings(summary), sections, summary, status, source)
     return report.write(workdir, made)
+
+
+def _chosen(records: list[dict], best: dict[tuple[str, str], float]) -> list[dict]:
+    """The records at the best rate of their size and schedule."""
+    trials = [r["trial"] for r in records]
+    kept = [best.get((t["size"], t["schedule"])) == t["peak_lr"] for t in trials]
+    return [r for r, is_kept in zip(records, kept, strict=True) if is_kept]
 
 
 def _question(summary: dict, added: pd.DataFrame, text: dict[str, list[str]]) -> Section:
@@ -193,6 +203,7 @@ def _question(summary: dict, added: pd.DataFrame, text: dict[str, list[str]]) ->
     if effect:
         folded = [("Loss added under cosine over that under WSD, 4 bits", _ratio_table(effect))]
     paragraphs = [*text["Question"], *(text["Schedules"] if effect else [])]
+    paragraphs += text["At the best rate"] if "rates" in summary else []
     drawn = [] if added.empty else [figures.by_bits(added)]
     return Section("Loss added against training length", paragraphs, tables, drawn, folded)
 
@@ -202,11 +213,12 @@ def _settings(summary: dict, records: list[dict]) -> list[str]:
     said = [f"Non-embedding parameters N: {sizes}."]
     if records:
         t = records[0]["trial"]
+        peaks = ", ".join(f"{x:g}" for x in sorted({r["trial"]["peak_lr"] for r in records}))
         counts = {k: v for r in records for p in r["points"] for k, v in p["windows"].items()}
         windows = ", ".join(f"{n} of text {SPLIT_NAMES[k]}" for k, n in counts.items())
         said.append(
             f"Data: {t['data']} {t['data_path']} (fingerprint {t['data_fingerprint']}); sequences of "
             f"{t['sequence']} tokens, batches of {t['batch']}; AdamW (0.9, 0.95), weight decay 0.1, clipping "
-            f"at 1, peak learning rate {t['peak_lr']}, {t['dtype']}; evaluation windows: {windows}."
+            f"at 1, peak learning rate {peaks}, {t['dtype']}; evaluation windows: {windows}."
         )
     return said
