@@ -15,12 +15,12 @@ import pandas as pd
 from experiments.harness.models import lm
 from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
 from experiments.harness.reporting.values import rows_of, versions_of
+from experiments.ptq_overtraining.measuring import NEAREST
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
 HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
 KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
 SETTINGS = ["peak_lr", "solver"]  # told apart where a size and schedule has several
-NEAREST = "nearest"
 SPLIT_NAMES = {"valid": "like training", "shift": "shifted"}
 SCHEDULE_NAMES = {"wsd": "WSD", "cosine": "cosine"}
 
