@@ -92,7 +92,8 @@ EXPERIMENTS = [
         ),
         "pretrained_quantization": "arms report models study tables __main__",
         "ptq_overtraining": (
-            "measuring analysis corrections added_laws figures rates report study __main__"
+            "measuring analysis corrections one_exponent added_laws figures rates passes solvers "
+            "report repetition study tables __main__"
         ),
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",

@@ -217,14 +217,15 @@ def test_the_schedules_are_compared_with_an_interval():
     assert row["ratio"]["90"] == pytest.approx(0.918 / 0.4)
     assert row["gamma"] == pytest.approx(0.37, abs=0.03)
     assert 0 < row["low"] < row["gamma"] < row["high"]
-    assert report._schedule(row).answer == "faster under cosine"
+    assert report._schedule(row, row["p_value"]).answer == "faster under cosine"
+    assert report._schedule(row, 0.2).answer == "unresolved", "corrected for several sizes"
     (same,) = analysis.schedule_effect(
         analysis.added_loss(
             wsd + [record(s, "cosine", (0.1, 0.2 * (1 + s / 50), 0.4)) for s in range(3)]
         )
     )
     assert same["gamma"] == pytest.approx(0)
-    assert report._schedule(same).answer == "unresolved"
+    assert report._schedule(same, same["p_value"]).answer == "unresolved"
 
 
 @pytest.mark.long

@@ -20,7 +20,8 @@ def record(seed, schedule, added, size="14k", lengths=LENGTHS, base=2.0, epochs=
         "data": "sotu", "data_path": "", "data_fingerprint": "0", "sequence": 64, "batch": 16,
         "peak_lr": 0.1, "dtype": "float32", "evaluation_windows": 4,
     }  # fmt: skip
-    name = f"{seed}{schedule}{size}{'-'.join(map(str, trial.values()))}"
+    changed = "-".join(map(str, trial.values())).replace("/", "_")
+    name = f"{seed}{schedule}{size}{changed}"
     return {
         "id": name,
         "status": "done",

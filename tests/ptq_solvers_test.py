@@ -110,7 +110,7 @@ def test_weights_come_back_from_the_solver_as_they_are_stored(trial, model, gran
     corpus = data.load("sotu")
     batches = measuring.calibration(trial, corpus)[:1]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        found = measuring.rounded(graphdef, params, 3, granularity, batches, "rtn")
+        found = measuring.rounded(nnx.merge(graphdef, params), 3, granularity, batches, "rtn")
     windows = data.evaluation_windows(corpus, "valid", 32, 6)
     plain = measuring.make_evaluate(graphdef, None)
     expected = measuring.make_evaluate(graphdef, granularity)(params, jnp.float32(3), windows)

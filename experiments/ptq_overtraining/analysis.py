@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.harness.models import lm
-from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
+from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width, t_test
 from experiments.harness.reporting.values import rows_of, versions_of
 from experiments.ptq_overtraining.measuring import NEAREST
 
@@ -256,13 +256,14 @@ def _difference(one: dict, other: dict) -> dict:
     """one − other of two fitted exponents, with Welch's interval."""
     if one["gamma"] is None or other["gamma"] is None:
         reason = one["reason"] or other["reason"]
-        return {"gamma": None, "low": None, "high": None, "reason": reason}
+        return dict.fromkeys(("gamma", "low", "high", "p_value")) | {"reason": reason}
     squares = [fit["error"] ** 2 for fit in (one, other)]
     parts = [s**2 / fit["freedom"] for s, fit in zip(squares, (one, other), strict=True)]
     freedom = sum(squares) ** 2 / sum(parts) if sum(parts) else float(one["freedom"])
-    half = t_half_width(math.sqrt(sum(squares)), freedom)
-    gamma = one["gamma"] - other["gamma"]
-    return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "reason": None}
+    error, gamma = math.sqrt(sum(squares)), one["gamma"] - other["gamma"]
+    half, p_value = t_half_width(error, freedom), t_test(gamma, error, freedom)
+    ends = {"gamma": gamma, "low": gamma - half, "high": gamma + half}
+    return ends | {"p_value": p_value, "reason": None}
 
 
 def select(table: pd.DataFrame, **values) -> pd.DataFrame:

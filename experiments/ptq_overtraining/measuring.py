@@ -12,6 +12,7 @@ from flax import nnx
 
 import jaxquant as jq
 from experiments.harness import data, lengths
+from experiments.harness.models import lm
 from experiments.harness.reporting.statistics import mean_and_error
 from experiments.harness.running.record_store import later
 from jaxquant.numerics.groups import Granularity
@@ -110,28 +111,39 @@ _CALIBRATION_SEED, _TOGETHER = 1_000_003, 64
 
 
 def rounded(
-    graphdef: nnx.GraphDef, params, bits: int, granularity: str, batches: list, method: str = GPTQ
-):
+    model: lm.LM,
+    bits: int,
+    granularity: str,
+    batches: list[jax.Array],
+    method: str = GPTQ,
+    shared: jq.ptq.SharedStatistics | None = None,
+) -> nnx.State:
     """The parameters with the blocks' linears rounded by `jaxquant.ptq.quantize`, as floats.
 
     Blocks are taken one after another; each is given what the blocks before it became.
 
     Args:
-        graphdef: the model.
-        params: its parameters; not changed.
+        model: a language model; not changed.
         bits: of the weights.
         granularity: of their scales.
         batches: tokens that the model is called with.
         method: of `jaxquant.ptq.quantize`.
+        shared: by calls on the same model and batches.
     """
-    model = nnx.merge(graphdef, jax.tree.map(jnp.copy, params))
     weights = jq.Quantizer(jq.Int(bits), parse_granularity(granularity))
     rules = {"blocks/.*": jq.DotGeneral(jq.Operands(rhs=weights))}
-    memory = _statistics_bytes(model.blocks[0])
-    frozen = jq.ptq.quantize(model, rules, batches, method, memory=memory, progress=False)
+    frozen = jq.ptq.quantize(
+        model,
+        rules,
+        batches,
+        method,
+        memory=_statistics_bytes(model.blocks[0]),
+        shared=shared,
+        progress=False,
+    )
     stored = dict(nnx.to_flat_state(nnx.state(frozen, jq.nnx.Stored)))
-    paths = [(path, stored.get(path, x)) for path, x in nnx.to_flat_state(params)]
-    return nnx.from_flat_state([(path, _plain(x)) for path, x in paths])
+    whole = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return nnx.from_flat_state([(path, _plain(stored.get(path, x))) for path, x in whole])
 
 
 def _plain(x):
@@ -176,7 +188,8 @@ def _by_gptq(trial: Trial, graphdef: nnx.GraphDef, params, corpus: data.Corpus):
     """Yields what was done and the weights, for each quantization of the blocks' linears by GPTQ."""
     if GPTQ not in trial.solvers:
         return
-    batches = calibration(trial, corpus)
+    batches, model = calibration(trial, corpus), nnx.merge(graphdef, params)
+    shared = jq.ptq.SharedStatistics(model, batches)
     for granularity, bits in itertools.product(trial.granularities, trial.bits):
         kind = {"granularity": granularity, "scope": "linears", "bits": bits, "solver": GPTQ}
-        yield kind, rounded(graphdef, params, bits, granularity, batches)
+        yield kind, rounded(model, bits, granularity, batches, shared=shared)

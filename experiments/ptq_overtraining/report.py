@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false, reportReturnType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportIndexIssue=false
 
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -13,8 +14,17 @@ from experiments.harness.reporting import prose, report
 from experiments.harness.reporting.findings import UNRESOLVED, Finding
 from experiments.harness.reporting.layout import Report, Section, method_section
 from experiments.harness.reporting.provenance import Source
+from experiments.harness.reporting.statistics import corrected, is_discovery
 from experiments.harness.reporting.values import bounds, number
-from experiments.ptq_overtraining import added_laws, figures, rates
+from experiments.ptq_overtraining import (
+    added_laws,
+    corrections,
+    figures,
+    one_exponent,
+    passes,
+    rates,
+    solvers,
+)
 from experiments.ptq_overtraining.analysis import (
     SCHEDULE_NAMES,
     SPLIT_NAMES,
@@ -29,7 +39,6 @@ from experiments.ptq_overtraining.analysis import (
     summarize,
     varied,
 )
-from experiments.ptq_overtraining.corrections import KUMAR
 from jaxquant.artifacts.plain import plain
 
 _GROWTH = "Does the loss that 4-bit per-tensor quantization adds grow with training length?"
@@ -42,37 +51,44 @@ def findings(summary: dict) -> list[Finding]:
     if not headline["rows"]:
         none = "no 4-bit per-tensor measurement is there"
         return [Finding(_GROWTH, "exponent γ_D", UNRESOLVED, note=none)]
-    laws = added_laws.findings(summary.get("laws", []))
     tuned = rates.findings(summary.get("rates", []))
+    effects = headline["cosine_minus_wsd"]
+    q_values = corrected([row["p_value"] for row in effects])
     return [
-        *(tuned or map(_growth, headline["rows"])),
-        *map(_schedule, headline["cosine_minus_wsd"]),
-        *laws,
+        *(tuned or map(_growth, corrections.tested(headline["rows"]))),
+        *map(_schedule, effects, q_values),
+        *passes.findings(summary.get("passes", {})),
+        *solvers.findings(summary.get("solvers", [])),
+        *one_exponent.findings(summary.get("one_exponent", [])),
+        *added_laws.findings(summary.get("laws", [])),
     ]
 
 
 def _growth(row: dict) -> Finding:
     quantity = f"γ_D, N = {row['size']}, {SCHEDULE_NAMES[row['schedule']]}"
-    note = f"not determined: {row['reason']}" if row["reason"] else ""
+    note = f"not determined: {row['reason']}" if row["reason"] else corrections.note(row)
+    is_sure = row["grows"] != "yes" or is_discovery(row["q_zero"])
     return Finding(
         _GROWTH,
         quantity,
-        row["grows"],
+        row["grows"] if is_sure else UNRESOLVED,
         *(row[k] for k in ("gamma", "low", "high")),
-        published=KUMAR,
+        published=corrections.KUMAR,
+        q_published=row["q_published"],
         note=note,
         least_effect=_half(row),
     )
 
 
-def _schedule(row: dict) -> Finding:
+def _schedule(row: dict, q: float | None) -> Finding:
     quantity = f"γ_D of cosine − of WSD, N = {row['size']}"
     if row["gamma"] is None:
         return Finding(_SCHEDULE, quantity, UNRESOLVED, note=row["reason"])
     found_row = {"mean": row["gamma"], "low": row["low"], "high": row["high"]}
-    return found.from_mean(
-        _SCHEDULE, quantity, found_row, "faster under cosine", "faster under WSD", form="+.2f"
-    )
+    answers = "faster under cosine", "faster under WSD"
+    note = f"q {corrections.q_text(q)}"
+    made = found.from_mean(_SCHEDULE, quantity, found_row, *answers, form="+.2f", note=note)
+    return made if is_discovery(q) else dataclasses.replace(made, answer=UNRESOLVED)
 
 
 def _half(row: dict) -> float | None:
@@ -94,6 +110,31 @@ def _headline_table(rows: list[dict]) -> pd.DataFrame:
             {"N": r["size"], "schedule": SCHEDULE_NAMES[r["schedule"]], "seeds": r["seeds"]}
             | {f"D/N = {d}": number(v, "+.4f") for d, v in r["added"].items()}
             for r in rows
+        ]
+    )
+
+
+_HEADLINE_TESTS = "γ_D of 4 bits per tensor against zero and the published one; q over these rows"
+
+
+def _headline_tests(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"N": r["size"], "schedule": SCHEDULE_NAMES[r["schedule"]]}
+            | {"γ_D [90 %]": bounds(r["gamma"], r["low"], r["high"], ".2f")}
+            | corrections.columns(r)
+            for r in corrections.tested(rows)
+        ]
+    )
+
+
+def _effect_tests(rows: list[dict]) -> pd.DataFrame:
+    q_values = corrected([row["p_value"] for row in rows])
+    return pd.DataFrame(
+        [
+            {"N": r["size"], "difference [90 %]": bounds(r["gamma"], r["low"], r["high"], "+.2f")}
+            | {"p": corrections.q_text(r["p_value"]), "q": corrections.q_text(q)}
+            for r, q in zip(rows, q_values, strict=True)
         ]
     )
 
@@ -144,6 +185,12 @@ _EXPONENTS = (
     "γ_D [90 % interval], blocks' linears, held-out text; a dash where some run adds no loss or breaks, "
     "or where there are too few lengths or seeds"
 )
+_TESTS = (
+    "Exponents against zero and against the published one: p of each by itself, and q by Benjamini and "
+    "Hochberg over all exponents of this study, those of other layers and texts included"
+)
+_SETTINGS = {"peak_lr": "peak rate", "solver": "solver"}
+_TEXTS = {"rates": "Rates", "passes": "Passes", "solvers": "Solvers"}
 _BASE = "Unquantized loss; above one pass over the text, tokens were repeated"
 
 
@@ -158,12 +205,20 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
     """
     everything, base = added_loss(records), base_loss(records)
     added, best = main_rows(everything, base), best_rates(base)
-    summary = summarize(records, expected) | {"laws": plain(added_laws.summaries(added))}
-    by_rate = rates.summaries(everything, base)
-    summary |= {"rates": plain(by_rate)} if by_rate else {}
+    summary = summarize(records, expected)
+    summary["exponents"] = corrections.tested(summary["exponents"])
+    summary |= {"laws": plain(added_laws.summaries(added))}
+    summary |= {"one_exponent": plain(one_exponent.summaries(added))}
+    further = {
+        "rates": rates.summaries(everything, base),
+        "passes": passes.summaries(added),
+        "solvers": solvers.summaries(at_best(everything, best)),
+    }
+    summary |= {name: plain(one) for name, one in further.items() if one}
     text = prose.read(__file__)
     sections = [_question(summary, added, text)]
-    sections += [rates.section(by_rate, text["Rates"])] if by_rate else []
+    made = {"rates": rates.section, "passes": passes.section, "solvers": solvers.section}
+    sections += [make(summary[k], text[_TEXTS[k]]) for k, make in made.items() if k in summary]
     if not added.empty:
         sections += [
             Section(
@@ -173,8 +228,12 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
             Section(
                 "The exponent by bits",
                 figures=[figures.exponent(exponents(added))],
-                folded=[(_EXPONENTS, _exponent_table(exponents(everything)))],
+                folded=[
+                    (_EXPONENTS, _exponent_table(exponents(everything))),
+                    (_TESTS, _tests_table(summary["exponents"])),
+                ],
             ),
+            *_one_exponent(summary["one_exponent"], text["One exponent"]),
             *([added_laws.section(summary["laws"], text["One law"])] if summary["laws"] else []),
             Section(
                 "The models themselves",
@@ -186,6 +245,24 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
     title, status = "Overtraining against quantization", found.trial_status(summary["trials"])
     made = Report(title, findings(summary), sections, summary, status, source)
     return report.write(workdir, made)
+
+
+def _one_exponent(rows: list[dict], paragraphs: list[str]) -> list[Section]:
+    return [one_exponent.section(rows, paragraphs)] if rows else []
+
+
+def _tests_table(rows: list[dict]) -> pd.DataFrame:
+    shown = [r for r in rows if r["scope"] == "linears" and r["split"] == "valid"]
+    return pd.DataFrame(
+        [
+            {"N": r["size"], "schedule": SCHEDULE_NAMES[r["schedule"]]}
+            | {name: r[k] for k, name in _SETTINGS.items() if k in r}
+            | {"one scale per": r["granularity"], "bits": r["bits"]}
+            | {"γ_D": number(r["gamma"], ".2f")}
+            | corrections.columns(r)
+            for r in shown
+        ]
+    )
 
 
 def _chosen(records: list[dict], best: dict[tuple[str, str], float]) -> list[dict]:
@@ -200,8 +277,11 @@ def _question(summary: dict, added: pd.DataFrame, text: dict[str, list[str]]) ->
     caption = "Loss added by 4-bit per-tensor weights, in nats per token, mean over seeds"
     tables = [(caption, _headline_table(rows))] if rows else []
     folded = []
+    if rows:
+        folded.append((_HEADLINE_TESTS, _headline_tests(rows)))
     if effect:
-        folded = [("Loss added under cosine over that under WSD, 4 bits", _ratio_table(effect))]
+        folded.append(("Loss added under cosine over that under WSD, 4 bits", _ratio_table(effect)))
+        folded.append(("γ_D of cosine − of WSD against zero", _effect_tests(effect)))
     paragraphs = [*text["Question"], *(text["Schedules"] if effect else [])]
     paragraphs += text["At the best rate"] if "rates" in summary else []
     drawn = [] if added.empty else [figures.by_bits(added)]
