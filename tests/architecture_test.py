@@ -91,7 +91,10 @@ EXPERIMENTS = [
             "law tasks analysis figures transformations optimizers report running study tables __main__"
         ),
         "pretrained_quantization": "arms report models study tables __main__",
-        "ptq_overtraining": "measuring analysis added_laws figures report study tables __main__",
+        "ptq_overtraining": (
+            "measuring analysis corrections one_exponent added_laws figures rates passes solvers "
+            "report repetition study tables __main__"
+        ),
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
         "training_precision": (

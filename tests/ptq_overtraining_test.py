@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from flax import nnx
+from ptq_records import record
 
 import jaxquant as jq
 from experiments.harness import data
@@ -183,30 +184,6 @@ def test_no_exponent_is_claimed_where_there_is_none():
     assert "3 of 9 points add no loss" in analysis.fit_exponent(negative)["reason"]
 
 
-def record(seed, schedule, added, size="14k"):
-    point = {
-        "base": {"valid": {"mean": 2.0, "se": 0.1}},
-        "epochs": 1.0,
-        "windows": {"valid": 4},
-        "curve": [[1, 3.0], [2, 2.5]],
-    }
-    kind = {"split": "valid", "granularity": "tensor", "scope": "linears", "bits": 4, "se": 0.01}
-    return {
-        "id": f"{seed}{schedule}",
-        "status": "done",
-        "trial": {
-            "size": size, "schedule": schedule, "seed": seed, "tokens_per_parameter": [10, 30, 90],
-            "data": "sotu", "data_path": "", "data_fingerprint": "0", "sequence": 64, "batch": 16,
-            "peak_lr": 0.1, "dtype": "float32", "evaluation_windows": 4,
-        },
-        "versions": {"jax": "0"},
-        "points": [
-            point | {"tokens_per_parameter": d, "tokens": d * 1000, "added": [kind | {"mean": x}]}
-            for d, x in zip((10, 30, 90), added, strict=True)
-        ],
-    }  # fmt: skip
-
-
 def test_a_law_that_does_not_hold_is_said_not_to_hold():
     growing = [record(s, "wsd", (0.1, 0.2, 0.4)) for s in range(2)]
     falling = [record(s, "cosine", (0.1, 0.3, 0.2)) for s in range(2)]
@@ -240,14 +217,15 @@ def test_the_schedules_are_compared_with_an_interval():
     assert row["ratio"]["90"] == pytest.approx(0.918 / 0.4)
     assert row["gamma"] == pytest.approx(0.37, abs=0.03)
     assert 0 < row["low"] < row["gamma"] < row["high"]
-    assert report._schedule(row).answer == "faster under cosine"
+    assert report._schedule(row, row["p_value"]).answer == "faster under cosine"
+    assert report._schedule(row, 0.2).answer == "unresolved", "corrected for several sizes"
     (same,) = analysis.schedule_effect(
         analysis.added_loss(
             wsd + [record(s, "cosine", (0.1, 0.2 * (1 + s / 50), 0.4)) for s in range(3)]
         )
     )
     assert same["gamma"] == pytest.approx(0)
-    assert report._schedule(same).answer == "unresolved"
+    assert report._schedule(same, same["p_value"]).answer == "unresolved"
 
 
 @pytest.mark.long

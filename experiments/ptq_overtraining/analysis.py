@@ -5,18 +5,22 @@
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # pyright: reportIndexIssue=false, reportOperatorIssue=false
 
+import dataclasses
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 
 from experiments.harness.models import lm
-from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
+from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width, t_test
 from experiments.harness.reporting.values import rows_of, versions_of
+from experiments.ptq_overtraining.measuring import NEAREST
 
 KUMAR_EXPONENT = 0.5068  # γ_D, arXiv 2411.04330, Table 2
 HEADLINE = {"bits": 4, "granularity": "tensor", "scope": "linears", "split": "valid"}
 KIND = ["size", "schedule", "granularity", "scope", "split", "bits"]
+SETTINGS = ["peak_lr", "solver"]  # told apart where a size and schedule has several
 SPLIT_NAMES = {"valid": "like training", "shift": "shifted"}
 SCHEDULE_NAMES = {"wsd": "WSD", "cosine": "cosine"}
 
@@ -25,24 +29,105 @@ def added_loss(records: list[dict]) -> pd.DataFrame:
     """One row per run, length, quantization and split: the loss added, in nats per token."""
     rows = []
     for record in records:
-        run = {k: record["trial"][k] for k in ("size", "schedule", "seed")}
+        run = {k: record["trial"][k] for k in ("size", "schedule", "seed", "peak_lr")}
+        run["solver"] = NEAREST
         for point in record["points"]:
             at = {"d_over_n": point["tokens_per_parameter"], "tokens": point["tokens"]}
+            at["epochs"] = point["epochs"]
             rows += [run | at | entry for entry in point["added"]]
-    table = pd.DataFrame(rows, columns=["seed", "d_over_n", "tokens", "mean", "se", *KIND])
-    return table.astype({"mean": float, "se": float})
+    columns = ["seed", "d_over_n", "tokens", "epochs", "mean", "se", *SETTINGS, *KIND]
+    return pd.DataFrame(rows, columns=columns).astype({"mean": float, "se": float})
 
 
 def base_loss(records: list[dict]) -> pd.DataFrame:
     """One row per run, length and split: the unquantized loss, in nats per token."""
     rows = []
     for record in records:
-        run = {k: record["trial"][k] for k in ("size", "schedule", "seed")}
+        run = {k: record["trial"][k] for k in ("size", "schedule", "seed", "peak_lr")}
         for point in record["points"]:
             at = {"d_over_n": point["tokens_per_parameter"], "epochs": point["epochs"]}
             rows += [run | at | {"split": split} | value for split, value in point["base"].items()]
-    columns = ["size", "schedule", "seed", "d_over_n", "epochs", "split", "mean", "se"]
+    columns = ["size", "schedule", "seed", "peak_lr", "d_over_n", "epochs", "split", "mean", "se"]
     return pd.DataFrame(rows, columns=columns).astype({"mean": float, "se": float})
+
+
+def varied(table: pd.DataFrame) -> list[str]:
+    """Those of `SETTINGS` of which some size and schedule has several: their runs are no seeds."""
+    if table.empty:
+        return []
+    runs = table.groupby(["size", "schedule"])
+    return [k for k in SETTINGS if k in table and (runs[k].nunique() > 1).any()]
+
+
+def best_rates(base: pd.DataFrame) -> dict[tuple[str, str], float]:
+    """The learning rate of least loss on held-out text at the longest length, by size and schedule.
+
+    Rates at which fewer seeds reached that length than at others are left out: those diverged, or go on.
+    """
+    found = {}
+    own = select(base, split="valid")
+    for key, runs in own.groupby(["size", "schedule"], sort=False):
+        longest = select(runs, d_over_n=runs["d_over_n"].max()).groupby("peak_lr")["mean"]
+        means = longest.mean()[longest.count() == longest.count().max()]
+        found[key] = float(means.idxmin() if means.notna().any() else means.index[0])
+    return found
+
+
+def at_best(table: pd.DataFrame, best: dict[tuple[str, str], float]) -> pd.DataFrame:
+    """The rows of `added_loss` or `base_loss` at the best rate of their size and schedule."""
+    is_best = [
+        best.get((size, schedule)) == rate
+        for size, schedule, rate in zip(
+            table["size"], table["schedule"], table["peak_lr"], strict=True
+        )
+    ]
+    return table[is_best] if len(table) else table
+
+
+def main_rows(added: pd.DataFrame, base: pd.DataFrame) -> pd.DataFrame:
+    """What the report is about: weights rounded to nearest, at the best rate of each size and schedule."""
+    return at_best(select(added, solver=NEAREST), best_rates(base))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope:
+    """Least squares on log δ = a_seed + γ log D.
+
+    Attributes:
+        gamma: γ.
+        spread: the sum of squares of log D about the seeds' means.
+        squares: of the residuals, their sum.
+        freedom: their degrees of freedom.
+    """
+
+    gamma: float
+    spread: float
+    squares: float
+    freedom: int
+
+
+def slope(table: pd.DataFrame) -> Slope | str:
+    """The exponent of `added_loss` rows of one kind, or the reason why there is none."""
+    positive = table[table["mean"] > 0]
+    broken = int(table["mean"].isna().sum())
+    if broken:
+        return f"{broken} of {len(table)} points are not finite"
+    if len(positive) < len(table):
+        return f"{len(table) - len(positive)} of {len(table)} points add no loss"
+    if positive["tokens"].nunique() < 2:
+        return _TOO_FEW
+    log_d, log_loss = np.log(positive["tokens"]), np.log(positive["mean"])
+    x = (log_d - log_d.groupby(positive["seed"]).transform("mean")).to_numpy()
+    y = (log_loss - log_loss.groupby(positive["seed"]).transform("mean")).to_numpy()
+    spread = float(x @ x)
+    if not spread:
+        return _TOO_FEW
+    gamma = float(x @ y / (x @ x))
+    squares = float(np.sum((y - gamma * x) ** 2))
+    return Slope(gamma, spread, squares, len(positive) - positive["seed"].nunique() - 1)
+
+
+_TOO_FEW = "too few lengths or seeds"
 
 
 def fit_exponent(table: pd.DataFrame) -> dict:
@@ -60,33 +145,56 @@ def fit_exponent(table: pd.DataFrame) -> dict:
         and the degrees of freedom.
     """
     positive = table[table["mean"] > 0]
-    lengths, seeds = positive["tokens"].nunique(), positive["seed"].nunique()
-    freedom = len(positive) - seeds - 1
+    freedom = len(positive) - positive["seed"].nunique() - 1
     result: dict = dict.fromkeys(("gamma", "low", "high", "error", "reason"))
     result |= {"points": len(positive), "freedom": freedom}
-    broken = int(table["mean"].isna().sum())
-    if broken:
-        return result | {"reason": f"{broken} of {len(table)} points are not finite"}
-    if len(positive) < len(table):
-        return result | {
-            "reason": f"{len(table) - len(positive)} of {len(table)} points add no loss"
-        }
-    if lengths < 2 or freedom < 1:
-        return result | {"reason": "too few lengths or seeds"}
-    log_d, log_loss = np.log(positive["tokens"]), np.log(positive["mean"])
-    x = (log_d - log_d.groupby(positive["seed"]).transform("mean")).to_numpy()
-    y = (log_loss - log_loss.groupby(positive["seed"]).transform("mean")).to_numpy()
-    gamma = float(x @ y / (x @ x))
-    error = math.sqrt(float(np.sum((y - gamma * x) ** 2)) / freedom / float(x @ x))
+    found = slope(table)
+    if isinstance(found, str):
+        return result | {"reason": found}
+    if freedom < 1:
+        return result | {"reason": _TOO_FEW}
+    error = math.sqrt(found.squares / freedom / found.spread)
+    return result | _with_error(found.gamma, error, freedom)
+
+
+def pooled_exponents(tables: Iterable[pd.DataFrame]) -> list[dict]:
+    """Exponents whose residuals have one variance, so that few seeds or lengths of each suffice together.
+
+    Args:
+        tables: of `added_loss` rows, each of one kind.
+
+    Returns:
+        As of `fit_exponent`, of each; without interval where no table has a residual's freedom.
+    """
+    slopes = [slope(table) for table in tables]
+    fitted = [s for s in slopes if isinstance(s, Slope)]
+    freedom = sum(s.freedom for s in fitted)
+    variance = sum(s.squares for s in fitted) / freedom if freedom else None
+    found = []
+    for one in slopes:
+        row: dict = dict.fromkeys(("gamma", "low", "high", "error", "reason"))
+        row |= {"freedom": freedom}
+        if isinstance(one, str):
+            row["reason"] = one
+        elif variance is None:
+            row |= {"gamma": one.gamma, "reason": _TOO_FEW}
+        else:
+            row |= _with_error(one.gamma, math.sqrt(variance / one.spread), freedom)
+        found.append(row)
+    return found
+
+
+def _with_error(gamma: float, error: float, freedom: int) -> dict:
     half = t_half_width(error, freedom)
-    return result | {"gamma": gamma, "low": gamma - half, "high": gamma + half, "error": error}
+    return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "error": error}
 
 
 def exponents(added: pd.DataFrame) -> pd.DataFrame:
-    """`fit_exponent` of every size, schedule, granularity, scope, split and width."""
+    """`fit_exponent` of every size, schedule, granularity, scope, split, width, and rate of several."""
+    keys = [*KIND, *varied(added)]
     rows = [
-        dict(zip(KIND, kind, strict=True)) | fit_exponent(group)
-        for kind, group in added.groupby(KIND, sort=False)
+        dict(zip(keys, kind, strict=True)) | fit_exponent(group)
+        for kind, group in added.groupby(keys, sort=False)
     ]
     return pd.DataFrame(rows)
 
@@ -148,13 +256,14 @@ def _difference(one: dict, other: dict) -> dict:
     """one − other of two fitted exponents, with Welch's interval."""
     if one["gamma"] is None or other["gamma"] is None:
         reason = one["reason"] or other["reason"]
-        return {"gamma": None, "low": None, "high": None, "reason": reason}
+        return dict.fromkeys(("gamma", "low", "high", "p_value")) | {"reason": reason}
     squares = [fit["error"] ** 2 for fit in (one, other)]
     parts = [s**2 / fit["freedom"] for s, fit in zip(squares, (one, other), strict=True)]
     freedom = sum(squares) ** 2 / sum(parts) if sum(parts) else float(one["freedom"])
-    half = t_half_width(math.sqrt(sum(squares)), freedom)
-    gamma = one["gamma"] - other["gamma"]
-    return {"gamma": gamma, "low": gamma - half, "high": gamma + half, "reason": None}
+    error, gamma = math.sqrt(sum(squares)), one["gamma"] - other["gamma"]
+    half, p_value = t_half_width(error, freedom), t_test(gamma, error, freedom)
+    ends = {"gamma": gamma, "low": gamma - half, "high": gamma + half}
+    return ends | {"p_value": p_value, "reason": None}
 
 
 def select(table: pd.DataFrame, **values) -> pd.DataFrame:
@@ -164,17 +273,17 @@ def select(table: pd.DataFrame, **values) -> pd.DataFrame:
 
 
 def summarize(records: list[dict], expected: int) -> dict:
-    """What ``summary.json`` holds."""
+    """What ``summary.json`` holds; the headline is of the best learning rates, where there are several."""
     added, base = added_loss(records), base_loss(records)
+    main, by = main_rows(added, base), varied(added)
+    rates = ["peak_lr"] if varied(pd.DataFrame([r["trial"] for r in records])) else []
+    named = ["size", "schedule", *rates, "seed"]
     diverged = [
-        {
-            "id": r["id"],
-            **{k: r["trial"][k] for k in ("size", "schedule", "seed")},
-            "step": r["step"],
-        }
+        {"id": r["id"], **{k: r["trial"][k] for k in named}, "step": r["step"]}
         for r in records
         if r["status"] == "diverged"
     ]
+    of_base = ["size", "schedule", "split", "d_over_n", "epochs", *varied(base)]
     return {
         "study": "ptq_overtraining",
         "trials": {"finished": len(records), "expected": expected, "diverged": diverged},
@@ -182,12 +291,12 @@ def summarize(records: list[dict], expected: int) -> dict:
             "question": "Does the loss added by 4-bit per-tensor weights grow with D/N?",
             "kumar_2024_gamma_D": KUMAR_EXPONENT,
             "confidence": CONFIDENCE,
-            "rows": rows_of(growth(added)),
-            "cosine_minus_wsd": schedule_effect(added),
+            "rows": rows_of(growth(main)),
+            "cosine_minus_wsd": schedule_effect(main),
         },
         "exponents": rows_of(exponents(added)),
-        "added_loss": rows_of(over_seeds(added, [*KIND, "d_over_n", "tokens"])),
-        "base_loss": rows_of(over_seeds(base, ["size", "schedule", "split", "d_over_n", "epochs"])),
+        "added_loss": rows_of(over_seeds(added, [*KIND, "d_over_n", "tokens", *by])),
+        "base_loss": rows_of(over_seeds(base, of_base)),
         "parameters": {s: lm.SIZES[s].non_embedding_parameters for s in sorted(set(base["size"]))},
         "versions": versions_of(records),
     }

@@ -155,6 +155,30 @@ def exponent(table: pd.DataFrame) -> Figure:
     )
 
 
+def rates(table: pd.DataFrame) -> Figure:
+    """Base loss and exponent against the learning rate, from the rows of `rates.summaries`."""
+    table = table.assign(schedule=table["schedule"].map(SCHEDULE_NAMES))
+    sizes, dashes = Scale.of("N", table["size"]), _dashes(table)
+    x = Axis("peak_lr", "peak learning rate", is_log=True, ticks=sorted(set(table["peak_lr"])))
+
+    def draw(column: str, title: str):
+        drawn = table[table[column].notna()].astype({column: float})
+        shown = drawn[["peak_lr", "size", "schedule", column]]
+        dash = dashes.of_field("schedule")
+        return labelled_lines(shown, shown, x, Axis(column, title), "size", sizes, dash=dash)
+
+    return Figure(
+        "rates",
+        "Base loss and exponent by learning rate",
+        "Left: unquantized loss on held-out text at the longest length. Right: γ_D of 4 bits per tensor.",
+        [
+            draw("loss", "loss (nats per token)").properties(title="base loss on held-out text"),
+            draw("gamma", "γ_D").properties(title="γ_D, 4 bits per tensor"),
+        ],
+        [sizes, dashes],
+    )
+
+
 def models_themselves(base: pd.DataFrame, records: list[dict]) -> Figure:
     table = select(base, split="valid").assign(schedule=lambda t: t["schedule"].map(SCHEDULE_NAMES))
     sizes, dashes = Scale.of("N", table["size"]), _dashes(table)

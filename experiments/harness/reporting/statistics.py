@@ -61,7 +61,28 @@ def t_p_value(values: Iterable[float]) -> float | None:
     if not given.std():
         return 0.0 if given.any() else 1.0
     error = float(given.std(ddof=1)) / len(given) ** 0.5
-    return 2 * float(stats.t.sf(abs(float(given.mean())) / error, len(given) - 1))
+    return t_test(float(given.mean()), error, len(given) - 1)
+
+
+def t_test(difference: float, error: float, freedom: float) -> float:
+    """The two-sided p-value of a difference from its null, Student's.
+
+    Args:
+        difference: estimate − null.
+        error: its standard error; 0 where the estimate is exact.
+        freedom: degrees of freedom of the error.
+
+    >>> round(t_test(2.92, 1.0, 2), 3)
+    0.1
+    """
+    if not error:
+        return 0.0 if difference else 1.0
+    return 2 * float(stats.t.sf(abs(difference) / error, freedom))
+
+
+def is_discovery(q: float | None) -> bool:
+    """Whether a q-value rejects at the level of the intervals; None does not."""
+    return q is not None and q < 1 - CONFIDENCE
 
 
 def corrected(p_values: Sequence[float | None]) -> list[float | None]:

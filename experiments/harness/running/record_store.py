@@ -1,9 +1,10 @@
 """A study's folder: one record for each finished trial, here or on storage that machines share.
 
 A trial is a frozen dataclass.  Its id is the hash of its content, so the same trial has the same
-record wherever it comes up.  A record holds only what follows from the trial, the code and the machine
-(no times: those lie in ``timings/``), so that records can be compared byte for byte.  Records that are kept
-may lie in one table (`experiments.harness.running.packed`), and are read from there.
+record wherever it comes up.  A field that came later (`later`) is left out at its default, so that trials
+that were there before it keep their ids.  A record holds only what follows from the trial, the code and the
+machine (no times: those lie in ``timings/``), so that records can be compared byte for byte.  Records that
+are kept may lie in one table (`experiments.harness.running.packed`), and are read from there.
 """
 
 import contextlib
@@ -24,6 +25,25 @@ _log = logging.getLogger(__name__)
 SCHEMA = 2  # raised when the form of a record changes, or the arithmetic behind its numbers
 
 
+def later(default: Any) -> Any:
+    """Returns a trial's field that records which were made before it lack: those of its default.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Old:
+    ...     bits: int
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class New:
+    ...     bits: int
+    ...     solver: str = later("nearest")
+    >>> trial_id(Old(4)) == trial_id(New(4)), trial_id(Old(4)) == trial_id(New(4, "gptq"))
+    (True, False)
+    """
+    return dataclasses.field(default=default, metadata={_LATER: True})
+
+
+_LATER = "left out of records at its default"
+
+
 def trial_id(trial: Any) -> str:
     """Returns twelve hexadecimal digits of the hash of the trial's fields.
 
@@ -33,7 +53,7 @@ def trial_id(trial: Any) -> str:
     >>> trial_id(Trial(4)) == trial_id(Trial(4)), trial_id(Trial(4)) == trial_id(Trial(5))
     (True, False)
     """
-    content = json.dumps({"schema": SCHEMA, **dataclasses.asdict(trial)}, sort_keys=True)
+    content = json.dumps({"schema": SCHEMA, **_content(trial)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -191,5 +211,15 @@ def read_records(workdir: str | Path, study: str) -> list[dict]:
     return found
 
 
+def _content(trial: Any) -> dict:
+    """A trial's fields, without later ones that are at their default."""
+    left_out = {
+        field.name
+        for field in dataclasses.fields(trial)
+        if field.metadata.get(_LATER) and getattr(trial, field.name) == field.default
+    }
+    return {k: v for k, v in dataclasses.asdict(trial).items() if k not in left_out}
+
+
 def _as_json(trial: Any) -> dict:
-    return json.loads(json.dumps(dataclasses.asdict(trial)))
+    return json.loads(json.dumps(_content(trial)))
