@@ -55,7 +55,7 @@ LIBRARY = [
         ),
         "laws": (
             "law terms forms growing constants intervals criteria solving runs fitting comparison "
-            "optimum budgets planning"
+            "optimum sizes budgets planning"
         ),
     },
 ]
