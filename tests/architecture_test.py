@@ -94,7 +94,9 @@ EXPERIMENTS = [
         "ptq_overtraining": "measuring analysis added_laws figures report study tables __main__",
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
-        "training_precision": "runs robustness one_width analysis figures numerics report running study __main__",
+        "training_precision": (
+            "runs robustness one_width analysis planning figures numerics report running study __main__"
+        ),
     },
     {
         "": "fetch pack plan tables tokenize",

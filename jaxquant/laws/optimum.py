@@ -27,7 +27,7 @@ _STEP = 0.01  # bits between points of the search
 _AT_BOUNDARY = 0.05  # the share of bootstraps at an end of the range beyond which it counts as open
 
 # What is printed, and what follows from the law that the same paper fits (Kumar et al. 2024, arXiv
-# 2411.04330).
+# 2411.04330); the last is of runs instead.
 ERRATA = (
     (
         "optimal precision",
@@ -43,6 +43,13 @@ ERRATA = (
         "critical data size",
         "equation 12: D_crit without β in the numerator and without the table's b",
         "D_crit = (β B N^γ_N e^(P_post/γ_post − b) / (γ_D C_T))^(1/(γ_D + β))",
+    ),
+    (
+        "what training in few bits costs",
+        "parameters: N_eff = N f(P), so that the gap to full precision shrinks as N grows and does not depend "
+        "on D, and P* is one for every budget",
+        "not supported by this project's runs (experiments/results/training_precision/full): their gap grows "
+        "with D and hardly falls with N, as in GROWING_ERROR and GROWING_ONE, so that P* grows with compute",
     ),
 )
 
