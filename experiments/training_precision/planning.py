@@ -104,7 +104,7 @@ def ranks(chosen: Chosen) -> pd.DataFrame:
 def plan(
     chosen: Chosen, ptq: laws.Fit | None, asked: dict[str, Any]
 ) -> tuple[laws.Plan, pd.DataFrame]:
-    """Returns the plan by the likeliest law, its intervals over all that are not rejected, and what it changes.
+    """Returns the plan by the likeliest law, with intervals over all that are kept, and what it changes.
 
     Args:
         chosen: laws.
