@@ -1,7 +1,8 @@
 """What to train for a budget: python -m experiments.plan --flops=1e21 --serve_bits=4 --fit=kumar2024.
 
 Prints runs by precision, the best of them, and what is not known; --workdir keeps that, with a figure.
-`--fit` is published constants or the records of a study of our own (its workdir).
+`--fit` is published constants or the records of a study of our own (its workdir).  By a study's records, the
+law is the one that they do not reject, and Kumar et al.'s stands beside it.
 """
 
 import dataclasses
@@ -17,13 +18,17 @@ from absl import flags
 from experiments.harness.reporting import report
 from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.running import cli
-from experiments.training_precision import analysis
+from experiments.training_precision import analysis, planning
 from experiments.training_precision.study import STUDY
 from jaxquant import laws
 
 FLAGS = flags.FLAGS
 _ASKED = ("flops", "params", "tokens", "serve_bits", "memory")
 PUBLISHED = ("kumar2024", "quest2025")
+REJECTED = (
+    "runs of this project reject this form for the bits of training: what these cost grows with the tokens; "
+    "--fit=experiments/results/training_precision/full plans by a law that they do not reject"
+)
 
 
 def define_flags() -> None:
@@ -48,18 +53,42 @@ def define_flags() -> None:
     )
 
 
-def source(name: str, method: str | None) -> tuple[Any, Any, str]:
-    """(law of the loss, law of what serving adds or None, what it is of).
+def published(name: str) -> tuple[laws.Published, laws.Published]:
+    """(law of the loss, law of what serving adds)."""
+    return {"kumar2024": laws.KUMAR_2024, "quest2025": laws.QUEST_2025}[name], laws.KUMAR_2024_PTQ
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """A plan, and what it is by.
+
+    Attributes:
+        plan: of the least loss.
+        law: its equation.
+        of: what the law is of.
+        tables: (caption, rows) of what else there is to say.
+        notes: likewise, a sentence each.
+    """
+
+    plan: laws.Plan
+    law: str
+    of: str
+    tables: tuple[tuple[str, pd.DataFrame], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
+    """The plan by published constants, or by the law that a study's runs do not reject.
 
     Raises:
         ValueError: neither published constants nor a study's folder; records that no law fits.
     """
-    if name in PUBLISHED and method is not None:
-        raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
-    if name == "kumar2024":
-        return laws.KUMAR_2024, laws.KUMAR_2024_PTQ, laws.KUMAR_2024.source
-    if name == "quest2025":
-        return laws.QUEST_2025, laws.KUMAR_2024_PTQ, laws.QUEST_2025.source
+    if name in PUBLISHED:
+        if method is not None:
+            raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
+        law, ptq = published(name)
+        found = laws.plan(law, ptq=ptq, **asked)
+        return Answer(found, law.law.equation, law.source, notes=(REJECTED,))
     try:
         own = STUDY.load(name)
     except ValueError as error:
@@ -67,19 +96,12 @@ def source(name: str, method: str | None) -> tuple[Any, Any, str]:
     method = method or "ste"
     if method not in analysis.METHOD_NAMES:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
-    table = analysis.tied(analysis.runs(own), method)
-    fitted = analysis.fit(laws.KUMAR_ONE, table)
-    return fitted, _added(own, method), f"{len(table)} runs of {name} ({method})"
-
-
-def _added(records: list[dict], method: str) -> Any:
-    """What serving adds to models trained at 16 bits; None where no law fits."""
-    table = analysis.served(records)
-    own: Any = table[(table["method"] == method) & (table["P_w"] == 16) & (table["added"] > 0)]
-    try:
-        return analysis.fit(laws.KUMAR_PTQ, own)
-    except ValueError:
-        return None
+    chosen = planning.choose(analysis.tied(analysis.runs(own), method))
+    ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
+    found, others = planning.plan(chosen, ptq, asked)
+    tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)
+    of = f"{chosen.fits[0].runs} runs of {name} ({method}), {chosen.resampled}"
+    return Answer(found, chosen.fits[0].law.equation, of, tables, (planning.union_text(chosen),))
 
 
 def figure(found: laws.Plan) -> Figure:
@@ -101,21 +123,25 @@ def figure(found: laws.Plan) -> Figure:
 
 def run(precisions: Sequence[float]) -> laws.Plan:
     """The plan that the flags ask for."""
-    law, ptq, of = source(FLAGS.fit, FLAGS.method)
-    found = laws.plan(
-        law,
-        flops=FLAGS.flops,
-        N=FLAGS.params,
-        D=FLAGS.tokens,
-        serve_bits=FLAGS.serve_bits,
-        memory=FLAGS.memory,
-        ptq=ptq,
-        precisions=precisions,
-    )
-    print(f"law: {law.law.equation}\nfrom: {of}\n{found}\n{headline(found)}")
+    asked = {
+        "flops": FLAGS.flops,
+        "N": FLAGS.params,
+        "D": FLAGS.tokens,
+        "serve_bits": FLAGS.serve_bits,
+        "memory": FLAGS.memory,
+        "precisions": precisions,
+    }
+    found = answer(FLAGS.fit, FLAGS.method, asked)
+    print(f"law: {found.law}\nfrom: {found.of}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(found.plan)
+    for caption, table in found.tables:
+        print(f"\n{caption}:\n{table.to_string(index=False)}")
+    print(headline(found.plan))
     if FLAGS.workdir:
-        _write(Path(FLAGS.workdir), found, of, law.law.equation)
-    return found
+        _write(Path(FLAGS.workdir), found)
+    return found.plan
 
 
 def headline(found: laws.Plan) -> str:
@@ -132,7 +158,8 @@ def headline(found: laws.Plan) -> str:
     return f"Train at {said}."
 
 
-def _write(workdir: Path, found: laws.Plan, of: str, equation: str) -> None:
+def _write(workdir: Path, answered: Answer) -> None:
+    found, of, equation = answered.plan, answered.of, answered.law
     rows = pd.DataFrame([vars(row) for row in found.rows]).drop(columns="notes")
     rows["outside"] = rows["outside"].map(" ".join)
     best, asked = headline(found), {name: FLAGS[name].value for name in _ASKED}
@@ -140,15 +167,20 @@ def _write(workdir: Path, found: laws.Plan, of: str, equation: str) -> None:
     optimum = None if found.optimum is None else str(found.optimum)
     paragraphs = [
         f"Given: {given}. Law: {equation}, from {of}.",
+        *(f"Note: {text}." for text in answered.notes),
         *([f"P* = {optimum}."] if optimum else []),
         *(f"Warning: {text}." for text in found.warnings),
     ]
-    section = Section("The runs", paragraphs, [("by precision", rows)], [figure(found)])
+    section = Section(
+        "The runs", paragraphs, [("by precision", rows), *answered.tables], [figure(found)]
+    )
     summary = {
         "best": best,
         "rows": rows.astype(object).where(rows.notna(), None).to_dict("records"),
     }
     summary |= {"given": asked, "law": equation, "from": of, "optimum": optimum}
+    summary |= {"notes": list(answered.notes)}
+    summary |= {caption: table.to_dict("records") for caption, table in answered.tables}
     try:
         report.write(
             workdir,

@@ -55,7 +55,7 @@ LIBRARY = [
         ),
         "laws": (
             "law terms forms growing constants intervals criteria solving runs fitting comparison "
-            "optimum budgets planning"
+            "optimum sizes budgets planning"
         ),
     },
 ]
@@ -98,7 +98,7 @@ EXPERIMENTS = [
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
         "training_precision": (
-            "runs robustness one_width analysis figures numerics report running study __main__"
+            "runs robustness one_width analysis planning figures numerics report running study __main__"
         ),
     },
     {

@@ -74,6 +74,19 @@ def test_the_law_that_made_the_runs_leads_and_neff_does_not():
     assert 12 < ranked.independent < len(grid()["N"])
 
 
+def test_laws_that_are_not_rejected_lie_within_a_margin_of_the_least():
+    pair, few = [laws.GROWING_ERROR, laws.CHINCHILLA], {"starts": 4, "held_out": ()}
+    ranked = laws.compare(pair, grid(seeds=2), groups="unit", strata="N", bootstraps=5, **few)
+    assert ranked.not_rejected() == ranked.fits[:1]
+    assert ranked.not_rejected(1e9) == ranked.fits
+    assert len(ranked.fits[0].samples["kappa"]) == 5
+    with pytest.raises(ValueError, match="margin must be a number"):
+        ranked.not_rejected(-1)
+    unknown = dataclasses.replace(ranked, criteria=(np.inf, np.inf), independent=4.0)
+    with pytest.raises(ValueError, match=r"4\.0 independent runs are too few"):
+        unknown.not_rejected()
+
+
 def test_held_out_runs_worse_than_their_mean_are_a_warning():
     ranked = laws.compare([laws.GROWING_ONE], grid(seeds=1), held_out=("D",), starts=4)
     assert not ranked.warnings

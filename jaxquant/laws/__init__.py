@@ -59,14 +59,12 @@ from jaxquant.laws.optimum import (
     ERRATA,
     Optimum,
     bits_linear,
-    critical_tokens,
     efficiency_from_losses,
     optimal_precision,
-    optimal_sizes,
-    qat_share,
     throughput,
 )
 from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
+from jaxquant.laws.sizes import critical_tokens, optimal_sizes, qat_share
 from jaxquant.laws.terms import gaussian_mse
 
 __all__ = [

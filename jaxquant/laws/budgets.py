@@ -28,11 +28,11 @@ from jaxquant.laws.optimum import (
     parts,
     resolve_confidence,
 )
+from jaxquant.laws.sizes import training_bits
 from jaxquant.stats import renamed
 
 _SIZES = 121  # of N, evenly in the logarithm, between which the least loss is interpolated
 _STEP = 0.05  # bits between points of the search
-_BITS = ("P_w", "P_a", "P_kv")
 
 
 @renamed("confidence", "confidence_level")
@@ -72,8 +72,8 @@ def precision_at_budget(
     7.00
     """
     form, numbers, samples = parts(law, params)
-    own = tuple(c for c in form.columns if c in _BITS)
-    if not own or set(form.columns) != {"N", "D", *own}:
+    own = training_bits(form)
+    if not own:
         raise ValueError(
             f"law must read N, D and bits of training alone; {form.name} reads {', '.join(form.columns)}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.checks import check_whole
+from jaxquant.checks import check_number, check_whole
 from jaxquant.laws.criteria import aicc, independent_runs
 from jaxquant.laws.fitting import DELTA, Fit, Space, check_numbers, fit, r2
 from jaxquant.laws.law import Columns, Law, check_law, x64
@@ -22,7 +22,7 @@ class Comparison:
     """Laws ranked on the same runs, the likeliest first.
 
     Attributes:
-        fits: without intervals.
+        fits: with intervals where bootstraps were asked for.
         criteria: AICc of each, all of `independent` runs.
         independent: how many independent runs they count, by the leader's residuals; all without groups.
         held_out: for each, R² on runs that it was not fitted to, by the column by which they were held out;
@@ -61,6 +61,23 @@ class Comparison:
             if value < 0
         )
 
+    def not_rejected(self, margin: float = 2.0) -> tuple[Fit, ...]:
+        """Returns the fits whose criterion lies within a margin of the least, the likeliest first.
+
+        Raises:
+            ValueError: a margin below 0; too few independent runs for any law to have a criterion.
+
+        Source: Burnham and Anderson 2002, "Model Selection and Multimodel Inference", section 2.6: laws
+        within 2 of the least are as well supported.
+        """
+        check_number("margin", margin, 0)
+        if not math.isfinite(min(self.criteria)):
+            raise ValueError(
+                f"{self.independent:.1f} independent runs are too few to tell these laws apart"
+            )
+        pairs = zip(self.fits, self.criteria, strict=True)
+        return tuple(f for f, value in pairs if value - min(self.criteria) <= margin)
+
     def __str__(self) -> str:
         rows = self.rows
         cells = [list(rows[0])] + [
@@ -78,7 +95,9 @@ def compare(
     *,
     held_out: Iterable[str] = ("N", "D", "P_w"),
     groups: str | None = None,
+    strata: str | None = None,
     starts: int = 64,
+    bootstraps: int = 0,
     delta: float = DELTA,
     seed: int = 0,
 ) -> Comparison:
@@ -95,7 +114,8 @@ def compare(
         laws: of one target.
         runs: as of `fit`, with the columns of all laws.
         held_out: columns by which runs are held out.
-        groups: as of `fit`: a column of what belongs together.
+        groups, strata: as of `fit`: columns of what belongs together, and within what it is resampled.
+        bootstraps: as of `fit`; they give the fits intervals, and may lead them to better valleys.
         starts, delta, seed: as of `fit`.
 
     Raises:
@@ -113,10 +133,19 @@ def compare(
     held_out = [*held_out]
     if not laws or len({law.target for law in laws}) != 1:
         raise ValueError(f"laws are one or more of one target; got {[law.name for law in laws]}")
-    check_numbers(starts, 0, delta, seed)
+    check_numbers(starts, bootstraps, delta, seed)
     found = []
     for law in laws:
-        fitted = fit(law, runs, starts=starts, bootstraps=0, delta=delta, groups=groups, seed=seed)
+        fitted = fit(
+            law,
+            runs,
+            starts=starts,
+            bootstraps=bootstraps,
+            delta=delta,
+            groups=groups,
+            strata=strata,
+            seed=seed,
+        )
         columns, target = check_runs(law, runs)
         scores = {
             name: _held_out_r2(

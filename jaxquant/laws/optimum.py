@@ -27,7 +27,7 @@ _STEP = 0.01  # bits between points of the search
 _AT_BOUNDARY = 0.05  # the share of bootstraps at an end of the range beyond which it counts as open
 
 # What is printed, and what follows from the law that the same paper fits (Kumar et al. 2024, arXiv
-# 2411.04330).
+# 2411.04330); the last is of runs instead.
 ERRATA = (
     (
         "optimal precision",
@@ -43,6 +43,13 @@ ERRATA = (
         "critical data size",
         "equation 12: D_crit without β in the numerator and without the table's b",
         "D_crit = (β B N^γ_N e^(P_post/γ_post − b) / (γ_D C_T))^(1/(γ_D + β))",
+    ),
+    (
+        "what training in few bits costs",
+        "parameters: N_eff = N f(P), so that the gap to full precision shrinks as N grows and does not "
+        "depend on D, and P* is one for every budget",
+        "not supported by this project's runs (experiments/results/training_precision/full): their gap grows "
+        "with D and hardly falls with N, as in GROWING_ERROR and GROWING_ONE, so that P* grows with compute",
     ),
 )
 
@@ -263,117 +270,3 @@ def efficiency_from_losses(
             raise ValueError(f"a loss of {loss} at {bits} bits is below what the law can have")
         found[bits] = share ** (-1 / alpha)
     return found
-
-
-def optimal_sizes(
-    law: Law | Fit | Published,
-    params: Values | None = None,
-    *,
-    flops: Any,
-    bits: Any = FULL_BITS,
-    cost: Callable[[Any], Any] = bits_linear,
-) -> tuple[Any, Any]:
-    """Returns (N*, D*), the parameters and tokens with the least loss for a budget, C = 6 N D c(P).
-
-    Args:
-        law, params: as of `optimal_precision`; with A, α, B, β.
-        flops: C, in operations that cost as 16-bit ones.
-        bits: P of training.
-        cost: c(P).
-
-    Raises:
-        ValueError: a law of another form; a budget that is not positive.
-
-    >>> from jaxquant.laws.constants import KUMAR_2024
-    >>> n, d = optimal_sizes(KUMAR_2024, flops=1e20, bits=7.0)
-    >>> f"{n:.2g} {d:.2g}"
-    '1.7e+09 2.3e+10'
-    """
-    form, numbers, _ = parts(law, params)
-    return _sizes(form, numbers, flops, bits, cost)
-
-
-def _sizes(law: Law, p: Any, flops: Any, bits: Any, cost: Any) -> tuple[Any, Any]:
-    missing = {"A", "alpha", "B", "beta"} - set(law.names)
-    if missing:
-        raise ValueError(f"{law.name} has no {', '.join(sorted(missing))}, so no N* and D*")
-    for name, value in (("flops", flops), ("bits", bits)):
-        for one in np.asarray(value, object).ravel():
-            check_positive(name, one)
-    absent = {"A", "alpha", "B", "beta"} - set(p)
-    if absent:
-        raise ValueError(f"params lack {', '.join(sorted(absent))}")
-    check_cost(cost, bits)
-    if law.check_bits is not None and "P_w" in law.columns:
-        law.check_bits({"P_w": np.atleast_1d(np.asarray(bits, float))})
-    with x64():
-        f = 1.0 if law.efficiency is None else np.asarray(law.efficiency(p, bits), float)
-    if not np.all(np.asarray(f) > LEAST_EFFICIENCY):
-        raise ValueError(
-            f"at {bits} bits the efficiency of {law.name} is next to nothing: it says nothing of them"
-        )
-    tokens = flops / (MAC_FLOPS * cost(bits))  # N · D
-    ratio = p["alpha"] * p["A"] / (p["beta"] * p["B"]) * f ** -p["alpha"] * tokens ** p["beta"]
-    n = ratio ** (1 / (p["alpha"] + p["beta"]))
-    return n, tokens / n
-
-
-def critical_tokens(loss: Values, added: Values, *, N: Any, P_post: Any) -> Any:
-    """Returns D_crit, the tokens beyond which more training makes the quantized model worse.
-
-    D_crit = (β B N^γ_N e^(P_post/γ_post) / (γ_D C_T))^(1/(γ_D + β)), where ∂/∂D of B D^−β and of δ cancel.
-
-    Args:
-        loss: with B and beta.
-        added: the parameters of `KUMAR_PTQ`.
-        N: parameters without embeddings.
-        P_post: bits that weights are served at.
-
-    Raises:
-        ValueError: numbers that are not positive, or parameters that are missing.
-
-    Source: Kumar et al. 2024, arXiv 2411.04330, section 3; see `ERRATA`.
-
-    >>> from jaxquant.laws.constants import KUMAR_2024, KUMAR_2024_PTQ
-    >>> f"{critical_tokens(KUMAR_2024.params, KUMAR_2024_PTQ.params, N=1e9, P_post=4):.1e}"
-    '9.6e+10'
-    """
-    for name, value in (("N", N), ("P_post", P_post)):
-        for one in np.asarray(value, object).ravel():
-            check_positive(name, one)
-    absent = {"B", "beta"} - set(loss) | {"gamma_N", "gamma_D", "gamma_post", "C_T"} - set(added)
-    if absent:
-        raise ValueError(
-            f"the loss has B and beta, and added is KUMAR_PTQ's; missing: {sorted(absent)}"
-        )
-    top = loss["beta"] * loss["B"] * N ** added["gamma_N"] * np.exp(P_post / added["gamma_post"])
-    below = added["gamma_D"] * added["C_T"]
-    return (top / below) ** (1 / (added["gamma_D"] + loss["beta"]))
-
-
-QAT_CONSTANT = 6.7297  # Apple 2025, arXiv 2509.22935
-
-
-def qat_share(*, N: Any, D: Any, bits: Any) -> Any:
-    """Returns the share of training that is best spent on quantization-aware training: f* = exp(−a / ln S).
-
-    S = D / (N bits/8) are tokens for each byte of weights; there is none for S ≤ 1.
-
-    Args:
-        N: parameters.
-        D: tokens of all training.
-        bits: that weights are served at.
-
-    Raises:
-        ValueError: numbers that are not positive.
-
-    Source: Apple 2025, arXiv 2509.22935, a = 6.7297.
-
-    >>> round(float(qat_share(N=1e9, D=1e11, bits=4)), 3)
-    0.281
-    """
-    for name, value in (("N", N), ("D", D), ("bits", bits)):
-        for one in np.asarray(value, object).ravel():
-            check_positive(name, one)
-    tokens_per_byte = np.maximum(D / (N * bits / 8), 1 + 1e-12)
-    return np.exp(-QAT_CONSTANT / np.log(tokens_per_byte))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxquant.checks import check_positive
+from jaxquant.laws.budgets import precision_at_budget
 from jaxquant.laws.constants import Published
 from jaxquant.laws.fitting import Fit
 from jaxquant.laws.forms import KUMAR_PTQ
@@ -17,21 +18,24 @@ from jaxquant.laws.optimum import (
     LEAST_EFFICIENCY,
     MAC_FLOPS,
     Optimum,
-    _sizes,
     bits_linear,
     check_cost,
-    critical_tokens,
     optimal_precision,
     parts,
-    qat_share,
     resolve_confidence,
+)
+from jaxquant.laws.sizes import (
+    best_sizes,
+    least_size,
+    qat_share,
+    run_columns,
+    training_bits,
+    turning_tokens,
 )
 from jaxquant.stats import percentile_interval
 
-_REACH = (
-    4.0  # decades of N around the least training loss, in which the least loss as served is sought
-)
 _MOST_BITS = 32
+_WIDER = 1e3  # than the sizes of a plan, those among which bootstraps seek their own
 PRECISIONS = (3, 4, 5, 6, 7, 8, 12, 16)
 
 
@@ -45,8 +49,9 @@ class Row:
         loss: nats per token, as it is served.
         low, high: the loss's interval over bootstraps; NaN without.
         added: the part of the loss that serving in fewer bits adds; 0 where it is served as trained.
-        critical: D_crit; NaN where nothing is quantized after training.
-        qat: the share of training for quantization-aware training at serving bits; NaN likewise.
+        critical: D_crit, the tokens beyond which more training raises that loss; NaN where it never does.
+        qat: the share of training for quantization-aware training at serving bits; NaN where it is served as
+            trained.
         nbytes: of the weights as served.
         fits: whether memory holds them.
         outside: columns in which it leaves what the law was fitted over.
@@ -75,7 +80,8 @@ class Plan:
     Attributes:
         rows: in the order of bits.
         best: of the least loss, among those that memory holds where any is.
-        optimum: P*, where the budget alone decides; else None.
+        optimum: P*, where flops are given and neither tokens nor serving narrow the choice; else None.  It is
+            of every budget where bits take away parameters and N is free, and of this budget otherwise.
         warnings: where the plan leaves what the law was fitted over, and what the fit does not identify.
     """
 
@@ -143,8 +149,11 @@ def plan(
     Where serving in fewer bits adds to the loss, N and D are those of the least sum: larger models bear it
     better, and longer training worse.
 
+    Where bits take away parameters, N and D of a precision have a closed form; of other laws, such as those
+    whose penalty grows with training, they are searched for.
+
     Args:
-        law: a fit or published constants with A, α, B, β, E and an efficiency.
+        law: a fit or published constants, of a law of N, D and bits of training with A, α, B, β and E.
         flops: C, in operations that cost as 16-bit ones.
         N: parameters without embeddings, where they are given.
         D: tokens, where they are given.
@@ -166,9 +175,11 @@ def plan(
     """
     precisions = _check(flops, N, D, serve_bits, memory, precisions)
     form, numbers, _ = parts(law, None)
-    if form.efficiency is None or not {"A", "alpha", "B", "beta", "E"} <= set(form.names):
+    is_of_bits = form.efficiency is not None or training_bits(form)
+    if not is_of_bits or not {"A", "alpha", "B", "beta", "E"} <= set(form.names):
         raise ValueError(
-            f"a plan needs a law with A, α, B, β, E and an efficiency; {form.name} is none"
+            "a plan needs a law of N, D and bits of training, with A, α, B, β and E; "
+            f"{form.name} is none: it reads {', '.join(form.columns)}"
         )
     check_cost(cost, precisions)
     known, dead = _known_points(form, numbers, precisions)
@@ -177,8 +188,7 @@ def plan(
     budget = _Budget(flops, N, D, serve_bits, memory, cost)
     rows = tuple(_row(law, ptq, budget, bits) for bits in known)
     best = min([row for row in rows if row.fits] or rows, key=lambda row: row.loss)
-    is_free = N is None and D is None and memory is None and serve_bits is None
-    optimum = optimal_precision(law, cost=cost) if is_free else None
+    optimum = _optimum(law, form, budget, rows)
     said = _warnings(law, ptq, rows, best, serve_bits)
     if dead:
         gone = ", ".join(f"{b:g}" for b in dead)
@@ -211,14 +221,29 @@ class _Budget:
         return math.inf if self.memory is None else 8 * self.memory / self.served(bits)
 
 
+def _optimum(law: Any, form: Law, budget: _Budget, rows: Sequence[Row]) -> Optimum | None:
+    """Returns P*, where the budget leaves the precision free, and nothing else narrows the choice."""
+    narrowed = (budget.D, budget.memory, budget.serve_bits)
+    if budget.flops is None or any(given is not None for given in narrowed):
+        return None
+    if form.efficiency is not None and budget.N is None:
+        return optimal_precision(law, cost=budget.cost)
+    if not training_bits(form):
+        return None
+    near = [row.N for row in rows]
+    sizes = min(near) / _WIDER, max(near) * _WIDER
+    return precision_at_budget(law, flops=budget.flops, N=budget.N, sizes=sizes, cost=budget.cost)
+
+
 def _known_points(form: Law, numbers: Values, precisions: Sequence[float]) -> tuple[list, list]:
     """Returns (precisions that the law covers, precisions at which its efficiency is nearly zero)."""
-    assert form.efficiency is not None
     own = [b for b in precisions if form.widths is None or b in form.widths or b == FULL_BITS]
     if not own:
         raise ValueError(
             f"{form.name} knows {form.widths} bits and {FULL_BITS}; got precisions {tuple(precisions)}"
         )
+    if form.efficiency is None:
+        return own, []
     with x64():
         alive = [b for b in own if float(form.efficiency(numbers, float(b))) > LEAST_EFFICIENCY]
     if not alive:
@@ -272,37 +297,22 @@ def _sized(
         return float(budget.N), both / budget.N, ()
     if budget.D is not None:
         return both / budget.D, float(budget.D), ()
-    n = float(_sizes(form, numbers, budget.flops, bits, budget.cost)[0])
+    n = float(best_sizes(form, numbers, budget.flops, bits, budget.cost)[0])
     if budget.served(bits) < bits:
-        n = _least(lambda x: _losses(law, ptq, bits, budget.serve_bits, x, both / x), n)
+        n = least_size(lambda x: _losses(law, ptq, bits, budget.serve_bits, x, both / x), n)
     if n > budget.most(bits):
         n = budget.most(bits)
         return n, both / n, ("N is what memory holds",)
     return n, both / n, ()
 
 
-def _least(loss: Callable[[np.ndarray], np.ndarray], near: float) -> float:
-    """Returns the size with the least loss, between 10^−_REACH and 10^_REACH times a given size."""
-    middle, reach = math.log10(near), _REACH
-    for _ in range(4):  # to a part in a hundred thousand
-        at = np.linspace(middle - reach, middle + reach, 401)
-        middle, reach = float(at[np.argmin(loss(10.0**at))]), reach / 40
-    return 10.0**middle
-
-
 def _losses(law: Any, ptq: Any, bits: float, serve_bits: Any, n: Any, d: Any) -> np.ndarray:
     """Returns the loss as served of some sizes."""
     form, numbers, _ = parts(law, None)
     post, added, _ = parts(ptq, None)
-    run = _run_columns(form, bits, n, d)
+    run = run_columns(form, bits, n, d)
     served = {"N": n, "D": d, "P_post": np.full_like(n, serve_bits)}
     return form.evaluate(numbers, run) + post.evaluate(added, served)
-
-
-def _run_columns(form: Law, bits: float, n: Any, d: Any) -> dict[str, np.ndarray]:
-    n, d = np.atleast_1d(np.asarray(n, float)), np.atleast_1d(np.asarray(d, float))
-    own = {"N": n, "D": d}
-    return {c: own[c] if c in own else np.full_like(n, bits) for c in form.columns}
 
 
 def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
@@ -314,7 +324,7 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
         run = {"N": [n], "D": [d], "P_post": [served]}
         added = float(post.predict(post_numbers, run)[0])
         drawn = _predict_samples(post, post_samples, run)
-    run = _run_columns(form, bits, n, d)
+    run = run_columns(form, bits, n, d)
     loss, losses = float(form.predict(numbers, run)[0]), _predict_samples(form, samples, run)
     if len(losses) and len(drawn):
         count = min(len(losses), len(drawn))
@@ -322,12 +332,13 @@ def _row(law: Any, ptq: Any, budget: _Budget, bits: float) -> Row:
     elif len(losses):
         losses = losses + added
     low, high = percentile_interval(losses, resolve_confidence(law, None))
-    critical = qat = math.nan
+    added_by = post_numbers if served < bits else None
+    critical = turning_tokens(form, numbers, added_by, N=n, bits=bits, P_post=served)
+    qat = math.nan
     if served < bits:
-        critical = float(critical_tokens(numbers, post_numbers, N=n, P_post=served))
         qat = float(qat_share(N=n, D=d, bits=served))
-        if d > critical:
-            notes = (*notes, "more tokens than D_crit: training on makes what is served worse")
+    if d > critical:
+        notes = (*notes, "more tokens than D_crit: training on makes what is served worse")
     fits = n <= budget.most(bits) * (1 + 1e-9)
     nbytes = n * served / 8
     if not fits:

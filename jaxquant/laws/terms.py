@@ -103,7 +103,7 @@ def gaussian_mse(bits: Any) -> Any:
     0.01154
     """
     if not isinstance(bits, jax.core.Tracer) and np.any(np.asarray(bits) < 1):
-        raise ValueError(f"a grid has one bit or more; got {bits}")
+        raise ValueError(f"a grid has one bit or more; got {np.min(np.asarray(bits)):g}")
     known = jnp.array([float(b) for b in _GAUSSIAN_MSE])
     logs = jnp.log(jnp.array(list(_GAUSSIAN_MSE.values())))
     bits = jnp.asarray(bits, float)

@@ -1,0 +1,173 @@
+"""Plans by the law that a study's runs do not reject, beside plans by Kumar et al.'s law."""
+
+# pandas' selections are unions too wide for a type checker to follow.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+
+import dataclasses
+import math
+from typing import Any
+
+import pandas as pd
+
+from experiments.harness.reporting.values import number
+from experiments.training_precision import analysis
+from jaxquant import laws
+
+# Bits that cost parameters, by each of two functions of them, and a penalty that grows, by the same two.
+LAWS = (laws.KUMAR_ONE, laws.PANFEROV, laws.GROWING_ONE, laws.GROWING_ERROR)
+STARTS, BOOTSTRAPS, MARGIN = 64, 60, 2.0
+RANKED = "Laws fitted to these runs, by AICc of the independent ones"
+BESIDE = "What it changes"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Laws fitted to the same runs.
+
+    Attributes:
+        ranked: all of them.
+        fits: those that the runs do not reject, the likeliest first.
+        kumar: N_eff, fitted to the same runs.
+        resampled: what the intervals are over.
+    """
+
+    ranked: laws.Comparison
+    fits: tuple[laws.Fit, ...]
+    kumar: laws.Fit
+    resampled: str
+
+
+def choose(table: pd.DataFrame) -> Chosen:
+    """Fits `LAWS` to runs of one width, whose units are a size and a seed, resampled within sizes.
+
+    Args:
+        table: of `analysis.tied`.
+
+    Raises:
+        ValueError: runs that no law can be fitted to, or too few to tell laws apart.
+    """
+    own, options, text = _units(table)
+    ranked = laws.compare(LAWS, own, held_out=(), starts=STARTS, bootstraps=BOOTSTRAPS, **options)
+    kumar = next(f for f in ranked.fits if f.law is laws.KUMAR_ONE)
+    return Chosen(ranked, ranked.not_rejected(MARGIN), kumar, text)
+
+
+def _units(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any], str]:
+    """Returns (runs with their units, how they are resampled, that in words)."""
+    own = table.assign(unit=table["size"] + "/" + table["seed"].astype(str))
+    units = f"{own['unit'].nunique()} units of a size and a seed"
+    if int(own.groupby("size")["seed"].nunique().min()) > 1:
+        return own, {"groups": "unit", "strata": "size"}, f"{units}, resampled within sizes"
+    return own, {"groups": "unit"}, f"{units}, resampled over all, since a size has one seed"
+
+
+def added(records: list[dict], method: str) -> laws.Fit | None:
+    """What serving adds to models trained at 16 bits; None where no law fits."""
+    table = analysis.served(records)
+    own = table[(table["method"] == method) & (table["P_w"] == 16) & (table["added"] > 0)]
+    own, options, _ = _units(own)
+    try:
+        return laws.fit(laws.KUMAR_PTQ, own, starts=STARTS, bootstraps=BOOTSTRAPS, **options)
+    except ValueError:
+        return None
+
+
+def union_text(chosen: Chosen) -> str:
+    """What the intervals are the union of."""
+    names = " and ".join(f.law.name for f in chosen.fits)
+    if len(chosen.fits) == 1:
+        return (
+            f"{names} is the one law that these runs do not reject: intervals are over bootstraps"
+        )
+    return (
+        f"intervals are the union, over bootstraps and over the laws within {MARGIN:g} of the least "
+        f"criterion, which these runs do not reject: {names}"
+    )
+
+
+def ranks(chosen: Chosen) -> pd.DataFrame:
+    """The laws by their criterion."""
+    kept = {f.law.name for f in chosen.fits}
+    rows = [
+        {
+            "law": row["law"],
+            "parameters": row["parameters"],
+            "R²": number(row["r2"]),
+            "ΔAICc": number(row["delta_aicc"], ".1f"),
+            "rejected": "no" if row["law"] in kept else "yes",
+        }
+        for row in chosen.ranked.rows
+    ]
+    return pd.DataFrame(rows)
+
+
+def plan(
+    chosen: Chosen, ptq: laws.Fit | None, asked: dict[str, Any]
+) -> tuple[laws.Plan, pd.DataFrame]:
+    """Returns the plan by the likeliest law, with intervals over all that are kept, and what it changes.
+
+    Args:
+        chosen: laws.
+        ptq: what serving adds.
+        asked: of `laws.plan`.
+
+    Raises:
+        ValueError: as `laws.plan`.
+    """
+    plans = [laws.plan(fit, ptq=ptq, **asked) for fit in chosen.fits]
+    first = plans[0]
+    rows = tuple(_united(row, chosen.fits[1:], ptq, asked) for row in first.rows)
+    optima = [found.optimum for found in plans if found.optimum is not None]
+    united = dataclasses.replace(
+        first,
+        rows=rows,
+        best=rows[first.rows.index(first.best)],
+        optimum=laws.union(optima) if optima else None,
+    )
+    return united, _beside(chosen, plans, ptq, asked)
+
+
+def _united(row: laws.Row, others: tuple[laws.Fit, ...], ptq: Any, asked: dict) -> laws.Row:
+    """Returns a row whose interval takes in those of other laws for the same run."""
+    ends = [(row.low, row.high)]
+    for fit in others:
+        try:
+            other = _same_run(fit, row, ptq, asked)
+            ends.append((other.low, other.high))
+        except ValueError:  # a law that says nothing of this precision
+            ends.append((math.nan, math.nan))
+    if any(math.isnan(end) for pair in ends for end in pair):
+        return dataclasses.replace(row, low=math.nan, high=math.nan)
+    return dataclasses.replace(row, low=min(a for a, _ in ends), high=max(b for _, b in ends))
+
+
+def _same_run(law: laws.Fit, row: laws.Row, ptq: Any, asked: dict) -> laws.Row:
+    """Returns what a law says of a run that another has planned."""
+    run = {"flops": None, "N": row.N, "D": row.D, "precisions": [row.bits]}
+    return laws.plan(law, ptq=ptq, **asked | run).best
+
+
+def _beside(chosen: Chosen, plans: list[laws.Plan], ptq: Any, asked: dict) -> pd.DataFrame:
+    """Returns each law's plan, and what its run costs by the likeliest law."""
+    sources = [(f.law.name, f, ptq) for f in chosen.fits]
+    if chosen.kumar not in chosen.fits:
+        sources.append((f"{chosen.kumar.law.name}, fitted to these runs", chosen.kumar, ptq))
+    sources.append(("Kumar et al. 2024, as published", laws.KUMAR_2024, laws.KUMAR_2024_PTQ))
+    rows = []
+    for i, (name, law, own) in enumerate(sources):
+        try:
+            found = plans[i] if i < len(plans) else laws.plan(law, ptq=own, **asked)
+            cost = _same_run(chosen.fits[0], found.best, ptq, asked).loss - plans[0].best.loss
+        except ValueError as error:
+            rows.append({"plan by": name, "P": f"none: {error}"} | dict.fromkeys(_COLUMNS, "—"))
+            continue
+        optimum = "—" if found.optimum is None else str(found.optimum)
+        numbers = found.best.N, found.best.D, found.best.D / found.best.N
+        cells = (*(f"{x:.3g}" for x in numbers), f"{cost:+.4f}", optimum)
+        rows.append(
+            {"plan by": name, "P": f"{found.best.bits:g}"} | dict(zip(_COLUMNS, cells, strict=True))
+        )
+    return pd.DataFrame(rows)
+
+
+_COLUMNS = ("N", "D", "D/N", "loss added by the likeliest law", "P*")
