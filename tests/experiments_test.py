@@ -133,7 +133,7 @@ def bad_inputs(folder) -> dict[str, list[str]]:
         return ["--config.data=text", f"--config.data_path={folder / name}"]
 
     return {
-        "--preset is one of smoke, laptop, full, tpu; got 'huge'": study_command(
+        "--preset is one of smoke, laptop, full, rates, repetition, gptq, tpu; got 'huge'": study_command(
             work, "--preset=huge"
         ),
         "Unknown command line flag 'epochs'": study_command(work, "--epochs=3"),

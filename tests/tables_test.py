@@ -63,7 +63,7 @@ def test_another_digit_in_a_sentence_is_told(page):
         assert markdown.missing_phrases(text, [phrase])
 
 
-@pytest.mark.parametrize("study", ["ptq_overtraining", "training_precision", "optimizer_states"])
+@pytest.mark.parametrize("study", ["ptq_overtraining", "optimizer_states"])
 def test_every_interval_that_a_page_quotes_is_of_a_table_or_a_phrase(study):
     own = [name for name in tables.TABLES if name.startswith(study)]
     made = tables.rebuilt(own)

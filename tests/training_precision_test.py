@@ -12,7 +12,7 @@ import pytest
 
 from experiments.harness.models import lm
 from experiments.harness.running import memory, trials
-from experiments.training_precision import PRESETS, analysis, report, running, study
+from experiments.training_precision import PRESETS, analysis, one_width, report, running, study
 from experiments.training_precision.numerics import METHODS, Numerics, Precision
 from jaxquant import laws
 
@@ -136,21 +136,22 @@ def records(seeds=2, single=()):
 @pytest.mark.long
 @pytest.mark.exhaustive
 def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "BOOTSTRAPS", 40)
-    monkeypatch.setattr(analysis, "STARTS", 6)
+    monkeypatch.setattr(one_width, "BOOTSTRAPS", 40)
     made = records(single=(2, 4))
     summary = report.write(tmp_path, made, expected=len(made))
     (method,) = summary["methods"]
     assert method["laws"][0]["r2"] > 0.98
     assert method["control"]["p_value"] <= 0.05
-    values = {p["name"]: p for p in method["fit"]["parameters"]}
+    values = {p["name"]: p for p in method["fits"][laws.KUMAR_ONE.name]["parameters"]}
     assert values["gamma"]["low"] < 2.5 < values["gamma"]["high"]
     assert "Are 7 to 8 bits compute-optimal" in report.to_text(summary)
     html = (tmp_path / "report.html").read_text()
     assert "printed and derived" in html
     assert "Weights, activations and cache apart" in html
     # Served in fewer bits, models of fewer bits lose less in these records.
-    assert all(row["mean"] < 0 for row in summary["robustness"])
+    added = [row for row in summary["robustness"] if row["kind"] == "added"]
+    assert added
+    assert all(row["mean"] < 0 for row in added)
 
 
 def test_a_grid_that_no_law_fits_says_why():
@@ -159,15 +160,31 @@ def test_a_grid_that_no_law_fits_says_why():
     assert "no law could be fitted: all runs have N = 13824" in report.to_text(summary)
 
 
-def test_seven_to_eight_bits_hold_where_both_laws_allow_them():
-    def optimum(low, high):
-        return {"bits": (low + high) / 2, "low": low, "high": high, "is_determined": True}
+def optimum(low, high, flops=1e12, is_determined=True):
+    bits = (low + high) / 2
+    own = {"bits": bits, "low": low, "high": high, "is_determined": is_determined}
+    return own | {"flops": flops, "text": f"{bits:.2f}"}
 
-    free = optimum(6, 8)
-    assert report.answer(optimum(6.9, 7.8), free) == "yes"
-    assert report.answer(optimum(4.9, 5.6), optimum(4, 6)) == "no"
-    assert report.answer(optimum(4.9, 5.6), free) == "unresolved"
-    assert report.answer(optimum(6.9, 7.8) | {"is_determined": False}, free) == "unresolved"
+
+@pytest.mark.parametrize(
+    ("found", "answer"),
+    [
+        (optimum(6.9, 7.8), "yes"),
+        (optimum(4.9, 5.6), "no"),
+        (optimum(5.9, 7.5), "unresolved"),
+        (optimum(6.9, 7.8, is_determined=False), "unresolved"),
+    ],
+)
+def test_seven_to_eight_bits_hold_where_the_whole_interval_allows_them(found, answer):
+    method = {"method": "ste", "optima": [found], "control": {"is_rejected": False}}
+    assert report._best(method).answer == answer
+
+
+def test_the_best_precision_grows_where_intervals_are_apart():
+    first, last = optimum(5.0, 5.5, 1e11), optimum(6.0, 6.5)
+    assert report._compute({"method": "ste", "optima": [first, last]}).answer == "yes"
+    near = optimum(5.4, 6.5)
+    assert report._compute({"method": "ste", "optima": [first, near]}).answer == "unresolved"
 
 
 @pytest.fixture
