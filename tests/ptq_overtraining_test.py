@@ -52,6 +52,7 @@ def test_the_evaluation_is_traced_once_over_all_widths(graphdef, params, monkeyp
 
     monkeypatch.setattr("jaxquant.operations.dot.fake_quant", counting)
     measuring.make_evaluate.cache_clear()
+    jax.clear_caches()  # traces of the same model by other tests
     evaluate = measuring.make_evaluate(graphdef, "channel")
     losses = [float(evaluate(params, jnp.float32(bits), WINDOWS).mean()) for bits in range(2, 10)]
     measuring.make_evaluate.cache_clear()
