@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +208,8 @@ def test_comparisons_pair_like_with_like_and_count_each_pair_once():
     by_scope = {row["scope"]: row for row in rows}
     changes = {"best": 0.02, "channel": 0.0, "g32": 0.12}
     for scope, change in changes.items():
-        expected = stats.ttest_1samp(np.array(GAINS) + change, 0)[1]
+        test: Any = stats.ttest_1samp(np.array(GAINS) + change, 0)
+        expected = test.pvalue
         np.testing.assert_allclose(by_scope[scope]["p"], expected)
     assert by_scope["best"]["rates"] == {"0.3": 2, "1": 1}
     assert by_scope["lsq"]["q"] == by_scope["best"]["q"]
