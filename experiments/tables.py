@@ -21,12 +21,14 @@ from experiments.optimizer_states import tables as optimizer_states
 from experiments.pretrained_quantization import tables as pretrained_quantization
 from experiments.ptq_overtraining import tables as ptq_overtraining
 from experiments.train import tables as train
+from experiments.training_precision import tables as training_precision
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent
 _RESULTS = "experiments/results"
 STUDIES = (
     ptq_overtraining,
+    training_precision,
     pretrained_quantization,
     optimizer_states,
     train,

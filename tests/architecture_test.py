@@ -98,7 +98,8 @@ EXPERIMENTS = [
         "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
         "training_precision": (
-            "runs robustness one_width analysis planning figures numerics report running study __main__"
+            "runs robustness one_width analysis planning figures numerics report running study "
+            "tables __main__"
         ),
     },
     {
