@@ -96,7 +96,7 @@ def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
     method = method or "ste"
     if method not in analysis.METHOD_NAMES:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
-    chosen = planning.choose(analysis.tied(analysis.runs(own), method))
+    chosen = planning.choose(planning.of_study(own, method))
     ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
     found, others = planning.plan(chosen, ptq, asked)
     tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from experiments.training_precision import analysis, planning
+from experiments.training_precision import planning
 from experiments.training_precision.study import PUBLISHED, STUDY
 from jaxquant import laws
 
@@ -71,7 +71,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def chosen(published):
-    return planning.choose(analysis.tied(analysis.runs(published), "ste"))
+    return planning.choose(planning.of_study(published, "ste"))
 
 
 def asked(**changed: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def test_our_runs_reject_bits_that_cost_parameters(chosen):
 @pytest.mark.long
 @pytest.mark.exhaustive
 def test_the_chosen_fit_is_that_of_more_starts(chosen, published):
-    table = analysis.tied(analysis.runs(published), "ste")
+    table = planning.of_study(published, "ste")
     for fitted in chosen.fits:
         more = laws.fit(fitted.law, table, starts=160, bootstraps=0)
         assert fitted.objective == pytest.approx(more.objective, rel=1e-6)
@@ -155,15 +155,13 @@ def test_a_plan_by_records_has_all_that_a_plan_has(chosen, published):
     assert beside["N"].iloc[-1] == "—"
 
 
-def test_units_are_of_a_size_and_a_seed():
+def test_units_are_resampled_within_sizes_where_these_have_seeds():
     table: Any = pd.DataFrame({"size": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1]})
-    own, options, text = planning._units(table)
-    assert own["unit"].tolist() == ["a/0", "a/1", "b/0", "b/1"]
-    assert options == {"groups": "unit", "strata": "size"}
-    alone, options, text = planning._units(table.iloc[:3])
+    table = table.assign(unit=["a/0", "a/1", "b/0", "b/1"])
+    assert planning._units(table)[0] == {"groups": "unit", "strata": "size"}
+    options, text = planning._units(table.iloc[:3])
     assert options == {"groups": "unit"}
-    assert "a size has one seed" in text
-    assert len(alone) == 3
+    assert text == "3 units of a size and a seed, resampled over all, since a size has one seed"
 
 
 def test_runs_that_no_law_can_be_fitted_to_are_refused_in_words():
@@ -173,7 +171,8 @@ def test_runs_that_no_law_can_be_fitted_to_are_refused_in_words():
     table = table.assign(
         D=np.geomspace(1e5, 1e6, 8), P_w=[2, 2, 4, 4] * 2, loss=np.linspace(3, 2, 8)
     )
-    with pytest.raises(ValueError, match="needs 10 runs or more; got 8"):
+    table = table.assign(unit=table["size"] + "/" + table["seed"].astype(str))
+    with pytest.raises(ValueError, match="needs 12 runs or more; got 8"):
         planning.choose(table)
 
 
