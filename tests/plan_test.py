@@ -4,7 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import children
 import numpy as np
@@ -33,11 +34,11 @@ def test_a_plan_is_printed_and_kept(tmp_path):
     assert summary["given"]["serve_bits"] == 4
     assert summary["best"].startswith("An extrapolation: ")  # N beyond what was fitted
     assert (tmp_path / "report.html").exists()
-    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1
-    assert "--fit=experiments/results/training_precision/full" in notes[0]
+    said = [line for line in done.stdout.splitlines() if "reject this form" in line]
+    assert len(said) == 1
+    assert "--fit=experiments/results/training_precision/full" in said[0]
     assert PUBLISHED == ROOT / "experiments/results/training_precision/full"
-    assert summary["notes"] == [notes[0].removeprefix("note: ")]
+    assert said[0].removeprefix("warning: ") in summary["warnings"]
 
 
 @pytest.mark.exhaustive
@@ -153,6 +154,16 @@ def test_a_plan_by_records_has_all_that_a_plan_has(chosen, published):
     _, beside = planning.plan(chosen, None, asked(precisions=(3,)))
     assert "next to nothing" in beside["P"].iloc[-1]  # Kumar's published constants
     assert beside["N"].iloc[-1] == "—"
+
+
+@pytest.mark.parametrize(("independent", "count"), [(17.9, 2), (18.0, 1)])
+def test_runs_that_are_few_for_the_largest_law_are_said_to_be(independent, count):
+    fits: Any = (SimpleNamespace(law=laws.PANFEROV),)
+    ranked: Any = SimpleNamespace(independent=independent)
+    said = planning.notes(planning.Chosen(ranked, fits, cast(Any, None), ""))
+    assert len(said) == count
+    assert "is the one law" in said[0]
+    assert count == 1 or "worth 18 independent ones" in said[1]
 
 
 def test_units_are_resampled_within_sizes_where_these_have_seeds():

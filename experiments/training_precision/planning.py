@@ -81,6 +81,19 @@ def added(records: list[dict], method: str) -> laws.Fit | None:
         return None
 
 
+def notes(chosen: Chosen) -> tuple[str, ...]:
+    """What to know of how the law was chosen, a sentence each."""
+    most = max(len(law.parameters) for law in LAWS)
+    independent = chosen.ranked.independent
+    if independent >= 2 * most:
+        return (union_text(chosen),)
+    return (
+        union_text(chosen),
+        f"these runs are worth {independent:.0f} independent ones, few for laws of {most} parameters: a law "
+        "that is rejected may have too many, and need not be wrong",
+    )
+
+
 def union_text(chosen: Chosen) -> str:
     """What the intervals are the union of."""
     names = " and ".join(f.law.name for f in chosen.fits)
@@ -170,13 +183,19 @@ def _beside(chosen: Chosen, plans: list[laws.Plan], ptq: Any, asked: dict) -> pd
         except ValueError as error:
             rows.append({"plan by": name, "P": f"none: {error}"} | dict.fromkeys(_COLUMNS, "—"))
             continue
-        optimum = "—" if found.optimum is None else str(found.optimum)
+        unseen = " ".join(found.best.outside) or "—"
         numbers = found.best.N, found.best.D, found.best.D / found.best.N
-        cells = (*(f"{x:.3g}" for x in numbers), f"{cost:+.4f}", optimum)
+        cells = (*(f"{x:.3g}" for x in numbers), unseen, f"{cost:+.4f}", _short(found.optimum))
         rows.append(
             {"plan by": name, "P": f"{found.best.bits:g}"} | dict(zip(_COLUMNS, cells, strict=True))
         )
     return pd.DataFrame(rows)
 
 
-_COLUMNS = ("N", "D", "D/N", "loss added by the likeliest law", "P*")
+_COLUMNS = ("N", "D", "D/N", "not seen", "loss added by the likeliest law", "P*")
+
+
+def _short(optimum: laws.Optimum | None) -> str:
+    if optimum is None:
+        return "—"
+    return str(optimum) if optimum.is_determined else "not determined"
