@@ -26,8 +26,8 @@ FLAGS = flags.FLAGS
 _ASKED = ("flops", "params", "tokens", "serve_bits", "memory")
 PUBLISHED = ("kumar2024", "quest2025")
 REJECTED = (
-    "runs of this project reject this form for the bits of training: what these cost grows with the tokens; "
-    "--fit=experiments/results/training_precision/full plans by a law that they do not reject"
+    "runs of this project, of small models, reject this form for the bits of training: what these cost grows "
+    "with the tokens; --fit=experiments/results/training_precision/full plans by one that they do not reject"
 )
 
 
@@ -88,7 +88,9 @@ def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
             raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
         law, ptq = published(name)
         found = laws.plan(law, ptq=ptq, **asked)
-        return Answer(found, law.law.equation, law.source, notes=(REJECTED,))
+        if name == "kumar2024":
+            found = dataclasses.replace(found, warnings=(REJECTED, *found.warnings))
+        return Answer(found, law.law.equation, law.source)
     try:
         own = STUDY.load(name)
     except ValueError as error:
@@ -96,12 +98,12 @@ def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
     method = method or "ste"
     if method not in analysis.METHOD_NAMES:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
-    chosen = planning.choose(analysis.tied(analysis.runs(own), method))
+    chosen = planning.choose(planning.of_study(own, method))
     ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
     found, others = planning.plan(chosen, ptq, asked)
     tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)
     of = f"{chosen.fits[0].runs} runs of {name} ({method}), {chosen.resampled}"
-    return Answer(found, chosen.fits[0].law.equation, of, tables, (planning.union_text(chosen),))
+    return Answer(found, chosen.fits[0].law.equation, of, tables, planning.notes(chosen))
 
 
 def figure(found: laws.Plan) -> Figure:

@@ -233,5 +233,5 @@ def test_laws_that_no_plan_can_be_made_by_are_refused(law, words):
 def test_bad_input_to_a_growing_law_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         laws.plan(GROWING, **options)
-    with pytest.raises(ValueError, match=r"one bit or more; got 0\.5"):
+    with pytest.raises(ValueError, match=r"one bit or more; P_w has 0\.5"):
         laws.plan(PUBLISHED[laws.GROWING_ERROR.name], flops=1e16, precisions=[0.5])

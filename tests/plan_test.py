@@ -4,7 +4,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import children
 import numpy as np
@@ -12,7 +13,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from experiments.training_precision import analysis, planning
+from experiments.training_precision import planning
 from experiments.training_precision.study import PUBLISHED, STUDY
 from jaxquant import laws
 
@@ -33,11 +34,11 @@ def test_a_plan_is_printed_and_kept(tmp_path):
     assert summary["given"]["serve_bits"] == 4
     assert summary["best"].startswith("An extrapolation: ")  # N beyond what was fitted
     assert (tmp_path / "report.html").exists()
-    notes = [line for line in done.stdout.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1
-    assert "--fit=experiments/results/training_precision/full" in notes[0]
+    said = [line for line in done.stdout.splitlines() if "reject this form" in line]
+    assert len(said) == 1
+    assert "--fit=experiments/results/training_precision/full" in said[0]
     assert PUBLISHED == ROOT / "experiments/results/training_precision/full"
-    assert summary["notes"] == [notes[0].removeprefix("note: ")]
+    assert said[0].removeprefix("warning: ") in summary["warnings"]
 
 
 @pytest.mark.exhaustive
@@ -71,7 +72,7 @@ def published():
 
 @pytest.fixture(scope="module")
 def chosen(published):
-    return planning.choose(analysis.tied(analysis.runs(published), "ste"))
+    return planning.choose(planning.of_study(published, "ste"))
 
 
 def asked(**changed: Any) -> dict[str, Any]:
@@ -102,7 +103,7 @@ def test_our_runs_reject_bits_that_cost_parameters(chosen):
 @pytest.mark.long
 @pytest.mark.exhaustive
 def test_the_chosen_fit_is_that_of_more_starts(chosen, published):
-    table = analysis.tied(analysis.runs(published), "ste")
+    table = planning.of_study(published, "ste")
     for fitted in chosen.fits:
         more = laws.fit(fitted.law, table, starts=160, bootstraps=0)
         assert fitted.objective == pytest.approx(more.objective, rel=1e-6)
@@ -155,15 +156,23 @@ def test_a_plan_by_records_has_all_that_a_plan_has(chosen, published):
     assert beside["N"].iloc[-1] == "—"
 
 
-def test_units_are_of_a_size_and_a_seed():
+@pytest.mark.parametrize(("independent", "count"), [(17.9, 2), (18.0, 1)])
+def test_runs_that_are_few_for_the_largest_law_are_said_to_be(independent, count):
+    fits: Any = (SimpleNamespace(law=laws.PANFEROV),)
+    ranked: Any = SimpleNamespace(independent=independent)
+    said = planning.notes(planning.Chosen(ranked, fits, cast(Any, None), ""))
+    assert len(said) == count
+    assert "is the one law" in said[0]
+    assert count == 1 or "worth 18 independent ones" in said[1]
+
+
+def test_units_are_resampled_within_sizes_where_these_have_seeds():
     table: Any = pd.DataFrame({"size": ["a", "a", "b", "b"], "seed": [0, 1, 0, 1]})
-    own, options, text = planning._units(table)
-    assert own["unit"].tolist() == ["a/0", "a/1", "b/0", "b/1"]
-    assert options == {"groups": "unit", "strata": "size"}
-    alone, options, text = planning._units(table.iloc[:3])
+    table = table.assign(unit=["a/0", "a/1", "b/0", "b/1"])
+    assert planning._units(table)[0] == {"groups": "unit", "strata": "size"}
+    options, text = planning._units(table.iloc[:3])
     assert options == {"groups": "unit"}
-    assert "a size has one seed" in text
-    assert len(alone) == 3
+    assert text == "3 units of a size and a seed, resampled over all, since a size has one seed"
 
 
 def test_runs_that_no_law_can_be_fitted_to_are_refused_in_words():
@@ -173,7 +182,8 @@ def test_runs_that_no_law_can_be_fitted_to_are_refused_in_words():
     table = table.assign(
         D=np.geomspace(1e5, 1e6, 8), P_w=[2, 2, 4, 4] * 2, loss=np.linspace(3, 2, 8)
     )
-    with pytest.raises(ValueError, match="needs 10 runs or more; got 8"):
+    table = table.assign(unit=table["size"] + "/" + table["seed"].astype(str))
+    with pytest.raises(ValueError, match="needs 12 runs or more; got 8"):
         planning.choose(table)
 
 

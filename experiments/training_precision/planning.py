@@ -10,12 +10,15 @@ from typing import Any
 import pandas as pd
 
 from experiments.harness.reporting.values import number
-from experiments.training_precision import analysis
+from experiments.training_precision.one_width import BOOTSTRAPS, GROWING, NOT_REJECTED, OF_N
+from experiments.training_precision.runs import FULL, at_best_rate, runs, served, tied
 from jaxquant import laws
 
-# Bits that cost parameters, by each of two functions of them, and a penalty that grows, by the same two.
-LAWS = (laws.KUMAR_ONE, laws.PANFEROV, laws.GROWING_ONE, laws.GROWING_ERROR)
-STARTS, BOOTSTRAPS, MARGIN = 64, 60, 2.0
+LAWS = (
+    *GROWING,
+    *OF_N,
+)  # a penalty that grows, and bits that cost parameters: each by two functions
+STARTS = 64  # with fewer, N_eff stays in a worse valley on our runs
 RANKED = "Laws fitted to these runs, by AICc of the independent ones"
 BESIDE = "What it changes"
 
@@ -37,39 +40,58 @@ class Chosen:
     resampled: str
 
 
+def of_study(records: list[dict], method: str) -> pd.DataFrame:
+    """A method's runs of one width, each at its best learning rate."""
+    return tied(at_best_rate(runs(records)), method)
+
+
 def choose(table: pd.DataFrame) -> Chosen:
     """Fits `LAWS` to runs of one width, whose units are a size and a seed, resampled within sizes.
 
     Args:
-        table: of `analysis.tied`.
+        table: of `of_study`.
 
     Raises:
         ValueError: runs that no law can be fitted to, or too few to tell laws apart.
     """
-    own, options, text = _units(table)
-    ranked = laws.compare(LAWS, own, held_out=(), starts=STARTS, bootstraps=BOOTSTRAPS, **options)
+    options, text = _units(table)
+    ranked = laws.compare(LAWS, table, held_out=(), starts=STARTS, bootstraps=BOOTSTRAPS, **options)
     kumar = next(f for f in ranked.fits if f.law is laws.KUMAR_ONE)
-    return Chosen(ranked, ranked.not_rejected(MARGIN), kumar, text)
+    return Chosen(ranked, ranked.not_rejected(NOT_REJECTED), kumar, text)
 
 
-def _units(table: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, Any], str]:
-    """Returns (runs with their units, how they are resampled, that in words)."""
-    own = table.assign(unit=table["size"] + "/" + table["seed"].astype(str))
-    units = f"{own['unit'].nunique()} units of a size and a seed"
-    if int(own.groupby("size")["seed"].nunique().min()) > 1:
-        return own, {"groups": "unit", "strata": "size"}, f"{units}, resampled within sizes"
-    return own, {"groups": "unit"}, f"{units}, resampled over all, since a size has one seed"
+def _units(table: pd.DataFrame) -> tuple[dict[str, Any], str]:
+    """Returns (how runs are resampled, that in words)."""
+    units = f"{table['unit'].nunique()} units of a size and a seed"
+    if int(table.groupby("size")["seed"].nunique().min()) > 1:
+        return {"groups": "unit", "strata": "size"}, f"{units}, resampled within sizes"
+    return {"groups": "unit"}, f"{units}, resampled over all, since a size has one seed"
 
 
 def added(records: list[dict], method: str) -> laws.Fit | None:
     """What serving adds to models trained at 16 bits; None where no law fits."""
-    table = analysis.served(records)
-    own = table[(table["method"] == method) & (table["P_w"] == 16) & (table["added"] > 0)]
-    own, options, _ = _units(own)
+    table = tied(at_best_rate(served(records), "trained"), method)
+    own = table[(table["P_w"] == FULL) & (table["added"] > 0)]
+    if own.empty:
+        return None
+    options, _ = _units(own)
     try:
         return laws.fit(laws.KUMAR_PTQ, own, starts=STARTS, bootstraps=BOOTSTRAPS, **options)
     except ValueError:
         return None
+
+
+def notes(chosen: Chosen) -> tuple[str, ...]:
+    """What to know of how the law was chosen, a sentence each."""
+    most = max(len(law.parameters) for law in LAWS)
+    independent = chosen.ranked.independent
+    if independent >= 2 * most:
+        return (union_text(chosen),)
+    return (
+        union_text(chosen),
+        f"these runs are worth {independent:.0f} independent ones, few for laws of {most} parameters: a law "
+        "that is rejected may have too many, and need not be wrong",
+    )
 
 
 def union_text(chosen: Chosen) -> str:
@@ -80,7 +102,7 @@ def union_text(chosen: Chosen) -> str:
             f"{names} is the one law that these runs do not reject: intervals are over bootstraps"
         )
     return (
-        f"intervals are the union, over bootstraps and over the laws within {MARGIN:g} of the least "
+        f"intervals are the union, over bootstraps and over the laws within {NOT_REJECTED:g} of the least "
         f"criterion, which these runs do not reject: {names}"
     )
 
@@ -161,13 +183,19 @@ def _beside(chosen: Chosen, plans: list[laws.Plan], ptq: Any, asked: dict) -> pd
         except ValueError as error:
             rows.append({"plan by": name, "P": f"none: {error}"} | dict.fromkeys(_COLUMNS, "—"))
             continue
-        optimum = "—" if found.optimum is None else str(found.optimum)
+        unseen = " ".join(found.best.outside) or "—"
         numbers = found.best.N, found.best.D, found.best.D / found.best.N
-        cells = (*(f"{x:.3g}" for x in numbers), f"{cost:+.4f}", optimum)
+        cells = (*(f"{x:.3g}" for x in numbers), unseen, f"{cost:+.4f}", _short(found.optimum))
         rows.append(
             {"plan by": name, "P": f"{found.best.bits:g}"} | dict(zip(_COLUMNS, cells, strict=True))
         )
     return pd.DataFrame(rows)
 
 
-_COLUMNS = ("N", "D", "D/N", "loss added by the likeliest law", "P*")
+_COLUMNS = ("N", "D", "D/N", "not seen", "loss added by the likeliest law", "P*")
+
+
+def _short(optimum: laws.Optimum | None) -> str:
+    if optimum is None:
+        return "—"
+    return str(optimum) if optimum.is_determined else "not determined"

@@ -209,7 +209,8 @@ class Space:
         """Returns the parameters of some points, each float64[points]."""
         filled = np.stack([filled_up(column) for column in np.asarray(logs).T])
         found = _naturals(self.law, self._middle, self._unit, filled)
-        return {name: np.asarray(x)[: len(logs)] for name, x in found.items()}
+        # A compiled function returns a dict in the order of its keys.
+        return {name: np.asarray(found[name])[: len(logs)] for name in self.law.names}
 
     def solve(
         self,

@@ -48,8 +48,10 @@ ERRATA = (
         "what training in few bits costs",
         "parameters: N_eff = N f(P), so that the gap to full precision shrinks as N grows and does not "
         "depend on D, and P* is one for every budget",
-        "not supported by this project's runs (experiments/results/training_precision/full): their gap grows "
-        "with D and hardly falls with N, as in GROWING_ERROR and GROWING_ONE, so that P* grows with compute",
+        "not supported by this project's runs of small models with integer grids "
+        "(experiments/results/training_precision/full): their gap grows with D and hardly falls with N, as "
+        "in GROWING_ERROR and GROWING_ONE, so that P* grows with compute; its runs in floating point are "
+        "too few to tell",
     ),
 )
 
