@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from experiments.harness.reporting.findings import UNRESOLVED, Published
+from experiments.harness.reporting.findings import UNRESOLVED, Finding, Published
 from experiments.harness.reporting.statistics import corrected, is_discovery, t_test
 from experiments.harness.reporting.values import number
 from experiments.ptq_overtraining.analysis import KUMAR_EXPONENT
@@ -64,6 +64,27 @@ def columns(row: dict) -> dict[str, str]:
         f"p (γ_D = {KUMAR_EXPONENT:.3f})": q_text(row["p_published"]),
         "q ": q_text(row["q_published"]),
     }
+
+
+def finding(question: str, quantity: str, row: dict, said: Sequence[str]) -> Finding:
+    """Whether an exponent is above zero, beside the published one.
+
+    Args:
+        question, quantity: of the finding.
+        row: of `tested`.
+        said: what to know beside the number.
+    """
+    notes = [note(row), *said, f"no interval: {row['reason']}" if row["reason"] else ""]
+    return Finding(
+        question,
+        quantity,
+        sign(row["gamma"], row["q_zero"], "yes", "no"),
+        *(row[k] for k in ("gamma", "low", "high")),
+        published=KUMAR,
+        q_published=row["q_published"],
+        least_effect=None if row["low"] is None else (row["high"] - row["low"]) / 2,
+        note="; ".join(filter(None, notes)),
+    )
 
 
 def q_text(value: float | None) -> str:

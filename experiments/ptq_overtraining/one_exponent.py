@@ -38,6 +38,21 @@ def summaries(added: pd.DataFrame) -> list[dict]:
 
 
 def _summary(table: pd.DataFrame) -> dict:
+    """All runs; and the interaction once more over those that saw no text twice.
+
+    The smallest model sees the text about once and larger ones several times, so that size and repetition
+    come together in all runs.
+    """
+    found = _estimates(table)
+    fresh = table[table["epochs"] <= 1]
+    if "interaction" in found and len(fresh) < len(table) and len(set(fresh["size"])) > 1:
+        once = _estimates(fresh)
+        if "interaction" in once:
+            found["once"] = {k: once[k] for k in ("interaction", "points", "freedom")}
+    return found
+
+
+def _estimates(table: pd.DataFrame) -> dict:
     place = table.groupby(["size", "seed"], sort=False).ngroup().to_numpy()
     units = int(place.max()) + 1
     sizes = len(set(table["size"]))
@@ -95,21 +110,34 @@ def _widths(widths: np.ndarray, drawn: np.ndarray, units: int, freedom: int) -> 
 
 def findings(found: list[dict]) -> list[Finding]:
     """Whether the exponent changes with size: the interaction's sign, corrected over the schedules."""
-    whole = [one for one in found if "interaction" in one]
-    q_values = corrected([one["interaction"]["p_value"] for one in whole])
-    return [_finding(one, q) for one, q in zip(whole, q_values, strict=True)]
+    return [_finding(*test) for test in _tests(found)]
 
 
-def _finding(one: dict, q: float | None) -> Finding:
+def _tests(found: list[dict]) -> list[tuple[str, dict, float | None, str]]:
+    """(where, interaction with its points and freedom, q-value, note) of all runs, and of fresh text."""
+    tests = []
+    for one in found:
+        schedule = SCHEDULE_NAMES[one["schedule"]]
+        if "interaction" in one:
+            widths = ", ".join(
+                f"{w['gamma']['value']:.2f} at {w['bits']} bits" for w in one["widths"]
+            )
+            tests.append((schedule, one, f"γ_D by width: {widths}"))
+        if "once" in one:
+            tests.append((f"{schedule}, text seen at most once", one["once"], ""))
+    q_values = corrected([one["interaction"]["p_value"] for _, one, _ in tests])
+    return [(where, one, q, note) for (where, one, note), q in zip(tests, q_values, strict=True)]
+
+
+def _finding(where: str, one: dict, q: float | None, said: str) -> Finding:
     value, low, high = (one["interaction"][k] for k in ("value", "low", "high"))
-    widths = ", ".join(f"{w['gamma']['value']:.2f} at {w['bits']} bits" for w in one["widths"])
     return Finding(
         _QUESTION,
-        f"log D × log N, {SCHEDULE_NAMES[one['schedule']]}",
+        f"log D × log N, {where}",
         corrections.sign(value, q, "no, it rises with N", "no, it falls with N"),
         *(value, low, high),
         least_effect=(high - low) / 2,
-        note=f"q {corrections.q_text(q)}; γ_D by width: {widths}",
+        note="; ".join(filter(None, [f"q {corrections.q_text(q)}", said])),
     )
 
 
@@ -120,18 +148,17 @@ def section(found: list[dict], paragraphs: list[str]) -> Section:
         if "reason" in one:
             said.append(f"{SCHEDULE_NAMES[one['schedule']]}: no interval: {one['reason']}.")
     whole = [one for one in found if "interaction" in one]
-    q_values = corrected([one["interaction"]["p_value"] for one in whole])
     interactions = pd.DataFrame(
         [
             {
-                "schedule": SCHEDULE_NAMES[one["schedule"]],
+                "schedule": where,
                 "log D × log N [90 %]": _bounds(one["interaction"]),
                 "p": corrections.q_text(one["interaction"]["p_value"]),
                 "q": corrections.q_text(q),
                 "points": one["points"],
                 "degrees of freedom": one["freedom"],
             }
-            for one, q in zip(whole, q_values, strict=True)
+            for where, one, q, _ in _tests(found)
         ]
     )
     by_width = pd.DataFrame([_width_row(one, row) for one in whole for row in one["widths"]])

@@ -67,7 +67,7 @@ def findings(rows: list[dict]) -> list[Finding]:
 
 
 def _finding(row: dict, rows: list[dict]) -> Finding:
-    said = [text for text in (corrections.note(row),) if text]
+    said = []
     if row["is_at_end"]:
         said.append("the best rate is at an end of those tried")
     others = [
@@ -79,19 +79,11 @@ def _finding(row: dict, rows: list[dict]) -> Finding:
     ]
     if others:
         said.append(f"at the other rates {min(others):.2f} to {max(others):.2f}")
-    if row["reason"]:
-        said.append(f"no interval: {row['reason']}")
-    return Finding(
-        _QUESTION,
+    quantity = (
         f"γ_D at the best of {row['rates']} rates, {row['peak_lr']:g}, N = {row['size']}, "
-        f"{SCHEDULE_NAMES[row['schedule']]}",
-        corrections.sign(row["gamma"], row["q_zero"], "yes", "no"),
-        *(row[k] for k in ("gamma", "low", "high")),
-        published=corrections.KUMAR,
-        q_published=row["q_published"],
-        least_effect=None if row["low"] is None else (row["high"] - row["low"]) / 2,
-        note="; ".join(said),
+        f"{SCHEDULE_NAMES[row['schedule']]}"
     )
+    return corrections.finding(_QUESTION, quantity, row, said)
 
 
 def section(rows: list[dict], paragraphs: list[str]) -> Section:

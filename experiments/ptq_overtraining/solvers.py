@@ -74,23 +74,14 @@ def findings(rows: list[dict]) -> list[Finding]:
 
 
 def _finding(row: dict) -> Finding:
-    said = [text for text in (corrections.note(row),) if text]
-    near = row["nearest"]
+    near, said = row["nearest"], []
     if near["gamma"] is not None:
         said.append(f"to nearest {bounds(near['gamma'], near['low'], near['high'], '.2f')}")
-    if row["reason"]:
-        said.append(f"no interval: {row['reason']}")
-    return Finding(
-        _QUESTION,
+    quantity = (
         f"γ_D, 4 bits per {row['granularity']} by GPTQ, N = {row['size']}, "
-        f"{SCHEDULE_NAMES[row['schedule']]}",
-        corrections.sign(row["gamma"], row["q_zero"], "yes", "no"),
-        *(row[k] for k in ("gamma", "low", "high")),
-        published=corrections.KUMAR,
-        q_published=row["q_published"],
-        least_effect=None if row["low"] is None else (row["high"] - row["low"]) / 2,
-        note="; ".join(said),
+        f"{SCHEDULE_NAMES[row['schedule']]}"
     )
+    return corrections.finding(_QUESTION, quantity, row, said)
 
 
 def section(rows: list[dict], paragraphs: list[str]) -> Section:

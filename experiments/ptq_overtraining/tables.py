@@ -69,12 +69,32 @@ def phrases(summary: dict) -> dict[str, list[str]]:
         for i, (size, row) in enumerate(_by_size(summary).items())
     ]
     trials = f"{summary['trials']['finished']} trials, 3 seeds"
+    once = f"on text seen at most once {_interaction(summary, 'once')}"
+    one = f"log D × log N is {_interaction(summary)}; {once}"
+    below = f"Below one pass over the text the slope is {_below_one_pass(summary)}"
     return {
         "README.md": [f"γ = {wsd}, {cosine} {published}", trials],
         "docs/studies/index.md": [f"γ = {wsd} and {cosine} {published}", trials],
-        "docs/studies/ptq_overtraining.md": [trials, _held_out(summary)],
-        "experiments/README.md": [*sizes, trials, _held_out(summary)],
+        "docs/studies/ptq_overtraining.md": [trials, _held_out(summary), one, below],
+        "experiments/README.md": [*sizes, trials, _held_out(summary), one, below],
     }
+
+
+def _interaction(summary: dict, of: str = "") -> str:
+    """How γ_D changes with N, of each schedule: over all runs, or those that saw no text twice."""
+    found = []
+    for one in summary["one_exponent"]:
+        row = (one[of] if of else one)["interaction"]
+        found.append(f"{interval(row, '.2f')} under {SCHEDULE_NAMES[one['schedule']]}")
+    return " and ".join(found)
+
+
+def _below_one_pass(summary: dict) -> str:
+    rows = [r for r in summary["passes"]["rows"] if (r["size"], r["part"]) == ("all", "below")]
+    return " and ".join(
+        f"{bounds(r['mean'], r['low'], r['high'], '.2f')} under {SCHEDULE_NAMES[r['schedule']]}"
+        for r in rows
+    )
 
 
 def _held_out(summary: dict) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from experiments.harness.reporting.exponents import resampled
 from experiments.harness.reporting.statistics import CONFIDENCE, t_half_width
 from jaxquant import laws
 from jaxquant.laws.intervals import expanded
@@ -114,7 +115,7 @@ def least_squares(
     table[:, 1:] -= table[:, 1:].mean(axis=0)
     target = np.log(own["added"].to_numpy())
     best = np.linalg.lstsq(table, target, rcond=None)[0]
-    counts = _counts(own, bootstraps, np.random.default_rng(seed))
+    counts = _counts(own, bootstraps, seed)
     drawn = np.array([_solved(table, target, weights) for weights in counts])
     drawn = drawn[np.isfinite(drawn).all(axis=1)]
     freedom, units = len(own) - table.shape[1], own["unit"].nunique()
@@ -132,19 +133,14 @@ def least_squares(
     )
 
 
-def _counts(pairs: pd.DataFrame, bootstraps: int, rng: np.random.Generator) -> np.ndarray:
+def _counts(pairs: pd.DataFrame, bootstraps: int, seed: int) -> np.ndarray:
     """Returns how often each pair counts in each bootstrap, [bootstraps, pairs]."""
     units, place = np.unique(pairs["unit"].astype(str), return_inverse=True)
     layer = np.zeros(len(units))
     layer[place] = pairs["N"]
     if min(np.unique(layer, return_counts=True)[1]) < 2:
         layer[:] = 0
-    counts = np.zeros((bootstraps, len(units)))
-    for one in np.unique(layer):
-        members = np.flatnonzero(layer == one)
-        even = np.full(len(members), 1 / len(members))
-        counts[:, members] = rng.multinomial(len(members), even, bootstraps)
-    return counts[:, place]
+    return resampled(place, layer[place], bootstraps, seed)
 
 
 def _solved(table: np.ndarray, target: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ from experiments.training_precision.runs import FULL, gaps, tied
 from jaxquant import laws
 
 BOOTSTRAPS = 60  # of the laws, by units of size and seed within sizes
-STARTS = 16  # of every fit here
+STARTS = 64  # of each fit; runs held out need them
+_RESAMPLED_STARTS = 16  # where runs are resampled, beside the fit itself
 # Laws of a term that grows, and of a part of N that counts: what is set against each other.
 GROWING = (laws.GROWING_ERROR, laws.GROWING_ONE)
 OF_N = (laws.PANFEROV, laws.KUMAR_ONE)
@@ -32,7 +33,7 @@ def fit(law: laws.Law, table: pd.DataFrame) -> laws.Fit:
     """A law with its intervals: over units of size and seed within sizes; of one seed, over trunks."""
     has_seeds = (table.groupby("size")["seed"].nunique() > 1).all()
     units = {"groups": "unit", "strata": "size"} if has_seeds else {"groups": "trunk"}
-    return laws.fit(law, table, bootstraps=BOOTSTRAPS, starts=STARTS, **units)
+    return laws.fit(law, table, bootstraps=BOOTSTRAPS, starts=_RESAMPLED_STARTS, **units)
 
 
 def summary(table: pd.DataFrame, method: str) -> dict:

@@ -71,7 +71,7 @@ def _grows(method: dict, summary: dict) -> Finding:
     else:
         notes.append("one learning rate for all widths and lengths of a size")
     if (epochs := summary["most_epochs"]) is not None:
-        notes.append(f"no token seen more than {max(1, math.ceil(epochs))} times")
+        notes.append(f"at most {epochs:.2g} passes over the text")
     quantity = f"γ_D, {METHOD_NAMES[method['method']]}"
     ends = (row["value"], row["low"], row["high"])
     return Finding(_GROWS, quantity, answer, *ends, note="; ".join(notes))

@@ -8,6 +8,7 @@ from experiments.training_precision.runs import METHOD_NAMES
 from jaxquant import laws
 
 _FULL = "training_precision/full/summary.json"
+_RATES = "training_precision/rates/summary.json"
 _GENERATED = "training_precision/generated/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/training_precision.md")
 
@@ -43,6 +44,20 @@ def gaps(summary: dict) -> str:
         if "fit" in m["gaps"]
     ]
     return to_markdown(["method", "pairs", "γ_D", "γ_N"], rows)
+
+
+def tuned_gaps(summary: dict) -> str:
+    """The gap at 4 bits, each width and length at the best of the learning rates that were tried."""
+    best: dict[tuple, float] = {}
+    for row in summary["rates"]:
+        key = row["size"], row["d_over_n"], row["method"], row["P"]
+        best[key] = min(row["loss"], best.get(key, row["loss"]))
+    methods = list(dict.fromkeys(method for *_, method, bits in best if bits == 4))
+    rows = [
+        [size, f"{d}"] + [f"{best[size, d, m, 4] - best[size, d, 'ste', 16]:.3f}" for m in methods]
+        for size, d in sorted({(key[0], key[1]) for key in best})
+    ]
+    return to_markdown(["N", "D/N", *(METHOD_NAMES[m] for m in methods)], rows)
 
 
 def growing(summary: dict) -> str:
@@ -190,6 +205,7 @@ def generated(summary: dict) -> dict[str, list[str]]:
 
 TABLES = {
     "training_precision/gaps": Table(_FULL, gaps),
+    "training_precision/tuned_gaps": Table(_RATES, tuned_gaps),
     "training_precision/growing": Table(_FULL, growing),
     "training_precision/budgets": Table(_FULL, budgets),
     "training_precision/tensors_apart": Table(_FULL, tensors_apart),
