@@ -5,7 +5,6 @@
 # pyright: reportCallIssue=false, reportIndexIssue=false
 
 import dataclasses
-import math
 from pathlib import Path
 
 import pandas as pd
