@@ -51,7 +51,7 @@ def tuned_gaps(summary: dict) -> str:
     best: dict[tuple, float] = {}
     for row in summary["rates"]:
         key = row["size"], row["d_over_n"], row["method"], row["P"]
-        best[key] = min(row["loss"], best.get(key, row["loss"]))
+        best[key] = min(float(row["loss"]), best.get(key, float("inf")))
     methods = list(dict.fromkeys(method for *_, method, bits in best if bits == 4))
     rows = [
         [size, f"{d}"] + [f"{best[size, d, m, 4] - best[size, d, 'ste', 16]:.3f}" for m in methods]
