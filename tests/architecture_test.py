@@ -88,7 +88,8 @@ EXPERIMENTS = [
     {
         "benchmark": "lm optimizers variants step serving report study __main__",
         "optimizer_states": (
-            "law tasks analysis figures transformations optimizers report running study tables __main__"
+            "law tasks contest analysis figures transformations optimizers report running study tables "
+            "__main__"
         ),
         "pretrained_quantization": "arms report models study tables __main__",
         "ptq_overtraining": (

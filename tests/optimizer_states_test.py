@@ -140,4 +140,4 @@ def test_a_field_that_no_run_could_use_is_named(change, message):
 def test_every_arm_of_the_presets_has_a_transformation():
     for config in study.PRESETS.values():
         for arm in config.arms:
-            assert callable(moments(arm, 10).update)
+            assert callable(moments(arm, 10, 100).update)

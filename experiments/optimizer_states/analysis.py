@@ -13,6 +13,7 @@ from experiments.harness.reporting.statistics import t_interval
 from experiments.harness.reporting.values import versions_of
 from experiments.harness.training.arms import EXACT, budget_of
 from experiments.optimizer_states import law
+from experiments.optimizer_states.contest import contests
 from experiments.optimizer_states.tasks import LANGUAGE_SIZES
 
 PRIMARY = {"language": "loss valid", "vision": "loss test"}
@@ -79,27 +80,6 @@ def _interval(values: np.ndarray) -> dict[str, float | None]:
     return {"gap": mean, "sd": _sd(values), "low": low, "high": high}
 
 
-def compare_arms(table: pd.DataFrame) -> list[dict]:
-    """Each adaptive arm against the even one of its budget, paired by seed: positive where it is better."""
-    found = []
-    if table.empty:
-        return found
-    for key, group in table.groupby(GROUP, sort=False):
-        losses = {arm: rows.set_index("seed")["loss"] for arm, rows in group.groupby("arm")}
-        for arm, own in losses.items():
-            kind, budget = budget_of(str(arm)) or ("even", 0.0)
-            other = losses.get(f"even-{budget}")
-            if kind == "even" or other is None:
-                continue
-            shared = [seed for seed in own.index if seed in other.index]
-            if not shared:
-                continue
-            gain = (other[shared] - own[shared]).to_numpy()
-            row = dict(zip(GROUP, key, strict=True)) | {"arm": arm, "even": f"even-{budget}"}
-            found.append(row | {"seeds": len(shared)} | _interval(gain))
-    return found
-
-
 def tuning(records: list[dict]) -> pd.DataFrame:
     """Full precision at the chosen learning rate and at its neighbours, seed 0."""
     rows = [
@@ -149,7 +129,7 @@ def summarize(records: list[dict], expected: int) -> dict[str, Any]:
             ],
         },
         "gaps": rows,
-        "contests": compare_arms(table),
+        "contests": contests(table),
         "law": law.summarize(table),
         "versions": versions_of(records),
     }

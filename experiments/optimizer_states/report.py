@@ -21,7 +21,7 @@ from experiments.harness.reporting.provenance import Source
 from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.reporting.values import bounds, number
 from experiments.harness.training.arms import EXACT
-from experiments.optimizer_states import figures, law
+from experiments.optimizer_states import contest, figures, law
 from experiments.optimizer_states.analysis import (
     GROUP,
     PRIMARY,
@@ -33,28 +33,17 @@ from experiments.optimizer_states.analysis import (
 )
 
 _FEWEST_SEEDS = 3
-_CONTEST = "Do adaptive widths beat an even allocation of the same budget?"
 _FEWEST_BITS = "How few bits stay within full precision's spread over seeds?"
 
 
 def findings(summary: dict) -> list[Finding]:
     """What was asked and answered: first whether adaptive widths beat even ones."""
-    found = [
-        said.from_mean(
-            _CONTEST,
-            f"{row['arm']} on {_place(row)}",
-            row,
-            "better",
-            "worse",
-            unit="nats",
-            form="+.4f",
-        )
-        for row in summary["contests"]
-    ]
-    found += _fewest(summary["gaps"])
+    found = [*contest.findings(summary["contests"]), *_fewest(summary["gaps"])]
     if not found:
         none = "no adaptive arm stands beside an even one of the same budget"
-        found.append(Finding(_CONTEST, "gain in loss", UNRESOLVED, note=none))
+        found.append(
+            Finding(contest.QUESTIONS[contest.EVEN], "gain in loss", UNRESOLVED, note=none)
+        )
     return [*found, law.finding(summary["law"])] if summary["law"] else found
 
 
@@ -132,6 +121,24 @@ def _gap_table(rows: list[dict]) -> pd.DataFrame:
     )
 
 
+def _contest_table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "budget": row["budget"],
+                "allocation": row["kind"],
+                "against": row["against"],
+                "gain": _interval(row),
+                "p": number(row["p_value"], ".3f"),
+                "q": number(row["q_value"], ".3f"),
+                "seeds": row["seeds"],
+                **{k: row[k] for k in GROUP},
+            }
+            for row in rows
+        ]
+    )
+
+
 def write(workdir: Path, records: list[dict], expected: int, source: Source | None = None) -> dict:
     """Writes summary, report and figures of the records, and returns the summary.
 
@@ -148,6 +155,11 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         drawn = [figures.against_bits(gaps(table))] if len(set(table["arm"])) > 1 else []
         folded = [(caption, _gap_table(summary["gaps"]))]
         sections.append(Section("What few bits cost", text["Bytes"], (), drawn, folded))
+    if summary["contests"]:
+        caption = "Gains in loss (nats), paired by seed; q corrects for all contests"
+        sections.append(
+            Section("Contests", text["Contests"], [(caption, _contest_table(summary["contests"]))])
+        )
     if summary["contests"] and (heat := figures.widths_over_time(widths(records))):
         sections.append(Section("Where moving widths go", figures=[heat]))
     if summary["law"]:

@@ -11,6 +11,7 @@ from flax import nnx
 import jaxquant as jq
 from experiments.harness.running import machine, trials
 from experiments.harness.training import arms, sharding, train
+from experiments.harness.training.arms import HINDSIGHT, budget_of, first_pass
 from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 
 
@@ -18,15 +19,15 @@ from experiments.optimizer_states.tasks import Task, Trial, make_task, step_cost
 def _compiled(trial: Trial) -> tuple[Task, Any, Any, Any]:
     """(task, transformation, mesh, step) of an arm: schedules and seeds are data of one compiled step."""
     task, mesh = make_task(dataclasses.replace(trial, arm="")), sharding.make_mesh()
-    tx = arms.optimizer(trial.arm, trial.interval)
+    tx = arms.optimizer(trial.arm, trial.interval, trial.steps)
     return task, tx, mesh, train.make_step(task.loss, tx, mesh)
 
 
 class _Run:
-    """A trial under way."""
+    """A trial under way; `name` is its checkpoints'."""
 
-    def __init__(self, trial: Trial, context: trials.Context):
-        self.trial, self.context = trial, context
+    def __init__(self, trial: Trial, context: trials.Context, name: str = "run"):
+        self.trial, self.context, self._name = trial, context, name
         self.task, tx, self._mesh, self._step = _compiled(
             dataclasses.replace(trial, schedule="", seed=0, peak_lr=0.0, is_tuning=False)
         )
@@ -37,7 +38,7 @@ class _Run:
 
     def to(self, steps: int) -> None:
         """Trains to a step, from the newest checkpoint where there is one."""
-        with self.context.checkpoints("run") as checkpoints:
+        with self.context.checkpoints(self._name) as checkpoints:
             self.state, self.curve = train.fit(
                 self._step,
                 self.state,
@@ -55,6 +56,12 @@ class _Run:
                 ),
             )
 
+    def start_with(self, scores: Any) -> None:
+        """Sets the scores that the first step decides the widths by."""
+        first, own, *rest = self.state.opt_state
+        opt_state = (first, arms.with_scores(own, scores), *rest)
+        self.state = dataclasses.replace(self.state, opt_state=opt_state)
+
     def widths(self, steps: int) -> dict:
         """Trains to a step and looks at the widths there."""
         self.to(steps)
@@ -64,6 +71,9 @@ class _Run:
 def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Trains, looking at the widths now and then, and returns the record's results."""
     run = _Run(trial, context)
+    if (budget_of(trial.arm) or ("",))[0] == HINDSIGHT:
+        scores = context.cached("scores", functools.partial(_scores, trial, context))
+        run.start_with(scores)
     elements = sum(x.size for x in jax.tree.leaves(run.state.params))
     head = {"versions": machine.versions(), "parameters": elements}
     try:
@@ -81,6 +91,14 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
         "state_bytes": jq.optim.state_bytes(arms.state_of(run.state.opt_state)),
         "snapshots": [x for x in found if x["leaves"]],
     }
+
+
+def _scores(trial: Trial, context: trials.Context) -> Any:
+    """The scores at the end of a run of the same seed, for the hindsight of its budget."""
+    first = _Run(dataclasses.replace(trial, arm=first_pass(trial.arm)), context, "first")
+    first.to(trial.steps)
+    found = arms.scores_of(arms.state_of(first.state.opt_state))
+    return jax.tree.map(lambda x: np.asarray(x).tolist(), found)
 
 
 def _widths(steps: int, opt_state: Any) -> dict:

@@ -34,6 +34,14 @@ _LAPTOP_ARMS = (
 )
 
 
+_BUDGETS = (2.3, 2.6, 3.0, 3.5, 4.0, 5.0)
+_LEAST = {"split3": 3.0}  # 4 + 1 bits and the scales
+_CONTESTANTS = (
+    *("even", "split1", "split2", "split3", "role"),
+    *("felt", "felt-once", "felt-lasting", "statistics", "ranked", arms.HINDSIGHT),
+)
+
+
 @dataclasses.dataclass
 class Config:
     """The grid, and what all its runs share."""
@@ -101,6 +109,31 @@ PRESETS = {
         vision_lr=2e-3,
         evaluation_images=10_000,
         snapshots=20,
+    ),
+    # Whether moving widths pays, where it could: budgets under 4 bits as well.
+    "contest": Config(
+        tasks=("language",),
+        arms=(
+            *(arms.EXACT, "torchao-4bit"),
+            *(
+                f"{kind}-{bits}"
+                for bits in _BUDGETS
+                for kind in _CONTESTANTS
+                if bits >= _LEAST.get(kind, 0)
+            ),
+        ),
+        schedules=("wsd",),
+        language_sizes=("41k",),
+        seeds=6,
+        interval=50,
+        tuning=(),
+    ),
+    "contest_vision": Config(
+        tasks=("vision",),
+        arms=(arms.EXACT, *(f"{kind}-{bits}" for bits in (3.0, 4.0) for kind in _CONTESTANTS)),
+        schedules=("wsd",),
+        seeds=6,
+        tuning=(),
     ),
     # Sizes, lengths and widths that a law of the state's bits can be fitted to.
     "law": Config(
@@ -215,7 +248,7 @@ def _check_budgets(config: Config, make: Callable[[], nnx.Module]) -> None:
     params = nnx.eval_shape(lambda: nnx.state(make(), nnx.Param))
     for arm in config.arms:
         try:
-            jax.eval_shape(arms.moments(arm, config.interval).init, params)
+            jax.eval_shape(arms.moments(arm, config.interval, 1).init, params)
         except ValueError as error:
             raise ValueError(f"config.arms: {arm!r} cannot be: {error}") from None
 
@@ -231,7 +264,7 @@ def _check(config: Config) -> None:
         )
     cli.check_positive(config, *_POSITIVE)
     for arm in config.arms:
-        arms.moments(arm, config.interval)
+        arms.moments(arm, config.interval, 1)
     for factor in config.tuning:
         if not factor > 0 or factor == 1:
             raise ValueError(f"config.tuning holds factors other than 1 above 0; got {factor!r}")
@@ -261,6 +294,8 @@ STUDY = Study(
         "smoke": "a minute or two on 2 cores; that it runs",
         "laptop": "25 minutes for the ViT and about 40 for the language model, on 2 cores",
         "full": "days on 2 cores, by estimate; not yet run by us",
+        "contest": "about an hour and a half on 2 cores, by estimate; not yet run by us",
+        "contest_vision": "about an hour and a half on 2 cores, by estimate; not yet run by us",
         "law": "half an hour on 2 cores; fixed widths at three sizes and lengths",
         "tpu": "an accelerator; not yet run by us",
     },

@@ -4,8 +4,8 @@
 
 The state is stored in pages of bit planes (`jaxquant.optim.pages`), and the width of each page is data.
 `Companded` and `Logarithmic` are the codecs; `Codec` is the base class for others.  The policies are
-`fixed`, `by_role`, `uniform` and `adaptive`.  `explain_full_decode` names the parameters whose state a step
-decodes at once, and gives the reason.
+`fixed`, `by_role`, `uniform`, `split` and `adaptive`.  `explain_full_decode` names the parameters whose
+state a step decodes at once, and gives the reason.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from jaxquant.optim.deprecated import warn_renamed
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.leaves import Leaf
-from jaxquant.optim.policies import Policy, by_role, fixed, uniform
+from jaxquant.optim.policies import Policy, by_role, fixed, split, uniform
 from jaxquant.optim.quantizing import bytes_moved, explain_full_decode, quantize_state
 from jaxquant.optim.report import Report, report, state_bytes
 from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
@@ -44,6 +44,7 @@ __all__ = [
     "quantize_state",
     "report",
     "save",
+    "split",
     "state_bytes",
     "to_optax",
     "uniform",

@@ -38,6 +38,7 @@ def adaptive(
     score: Any = None,
     hysteresis: float = 0.25,
     *,
+    until: int | None = None,
     keep: Keep = (),
 ) -> Policy:
     """Returns a policy that moves bits to the pages where they matter most, under a budget.
@@ -54,11 +55,12 @@ def adaptive(
         interval: steps between decisions.  The first decision comes with the first update.
         score: the score of a page.  `UpdateSensitivity()` by default, or `LayerStatistics()`.
         hysteresis: a page keeps its width unless the target differs by more than 0.5 + hysteresis bits.
+        until: the step from which widths stay as they are; by default they always move.
         keep: regular expressions of slots and leaves to keep in full precision (`Policy`).
 
     Raises:
-        ValueError: if the budget is not a positive number, the interval is below 1, or hysteresis is
-            negative; at `init`, if the budget is below the minimum, which the message names, or if `keep`
+        ValueError: if the budget is not a positive number, the interval or `until` is below 1, or hysteresis
+            is negative; at `init`, if the budget is below the minimum, which the message names, or if `keep`
             matches nothing.
 
     >>> adaptive(5.0, interval=200).name
@@ -66,6 +68,8 @@ def adaptive(
     """
     budget_bits = check_budget(budget_bits)
     check_whole("interval", interval, 1)
+    if until is not None:
+        check_whole("until", until, 1)
     if (
         isinstance(hysteresis, bool)
         or not isinstance(hysteresis, int | float)
@@ -79,7 +83,7 @@ def adaptive(
         )
     if not hasattr(score, "max_bit_change") and hasattr(score, "reach"):
         warn_renamed("a score's reach", "max_bit_change", stacklevel=4)
-    update = Adaptation(interval, score, float(hysteresis))
+    update = Adaptation(interval, score, float(hysteresis), until)
     name = f"adaptive, {budget_bits} bits"
     return Policy(name, lambda leaf: 0, budget_bits, update, check_keep(keep))
 
@@ -90,6 +94,8 @@ def reallocate_bits(traced: TracedUpdate, state: QuantizedState, seed: int) -> Q
     if adaptation is None:
         return state
     is_due = state.step - state.memory[0] >= adaptation.interval
+    if adaptation.until is not None:
+        is_due &= state.step < adaptation.until
     return jax.lax.cond(is_due, lambda s: _decide(traced.fork(), s, seed), lambda s: s, state)
 
 

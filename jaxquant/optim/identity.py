@@ -5,6 +5,7 @@ A codec or a score from outside this package is described by its repr.
 """
 
 import ast
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,16 +16,31 @@ from jaxquant.optim.codecs import Companded, Logarithmic
 from jaxquant.optim.plans import Plan
 from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 
-# For each class: its word in files, and the field for each word in files.
+# For each class: its word in files, and the field for each word in files.  A field that came later is
+# written only where it is not its default, so that files from before it stay equal.
 _WORDS: dict[type, tuple[str, dict[str, str]]] = {
     Companded: ("companded", {"linear": "linear", "stochastic": "stochastic"}),
     Logarithmic: ("logarithmic", {"range": "range", "stochastic": "stochastic"}),
     UpdateSensitivity: (
         "felt",
-        {"weight": "weight", "memory": "ema_decay", "reach": "max_bit_change"},
+        {
+            "weight": "weight",
+            "memory": "ema_decay",
+            "reach": "max_bit_change",
+            "persistence": "persistence",
+        },
     ),
-    LayerStatistics: ("statistics", {"memory": "ema_decay", "reach": "max_bit_change"}),
+    LayerStatistics: (
+        "statistics",
+        {
+            "memory": "ema_decay",
+            "reach": "max_bit_change",
+            "factors": "factors",
+            "within_slots": "within_slots",
+        },
+    ),
 }
+_LATER = frozenset(("persistence", "factors", "within_slots"))
 
 
 def identity(plan: Plan) -> dict[str, Any]:
@@ -56,6 +72,7 @@ def identity(plan: Plan) -> dict[str, Any]:
             "interval": adaptation.interval,
             "stay": adaptation.hysteresis,
             "score": _described(adaptation.score),
+            **({} if adaptation.until is None else {"until": adaptation.until}),
         },
     }
 
@@ -76,11 +93,19 @@ def _described(value: Any) -> dict[str, Any]:
     if type(value) not in _WORDS:
         return {"kind": "other", "repr": repr(value)}
     kind, fields = _WORDS[type(value)]
-    return {"kind": kind, **{word: _plain(getattr(value, f)) for word, f in fields.items()}}
+    defaults = {field.name: field.default for field in dataclasses.fields(value)}
+    said = {
+        word: _plain(getattr(value, f))
+        for word, f in fields.items()
+        if f not in _LATER or getattr(value, f) != defaults[f]
+    }
+    return {"kind": kind, **said}
 
 
 def _plain(value: Any) -> Any:
-    """Converts a NumPy number to the Python number that JSON can store."""
+    """Converts a NumPy number to the Python number that JSON can store, and a tuple to a list."""
+    if isinstance(value, tuple):
+        return list(value)
     return value.item() if isinstance(value, np.generic) else value
 
 

@@ -36,6 +36,7 @@ class Leaf:
         role: one of `ROLES`.
         is_signed: whether it may hold negative numbers.
         is_slow: whether a step changes it by a few percent at most, which rounding to nearest would lose.
+        decay: the largest factor with which a step carries its old value over; 0 if there is none.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Leaf:
     role: str
     is_signed: bool
     is_slow: bool = False
+    decay: float = dataclasses.field(default=0.0, repr=False)
 
     @property
     def size(self) -> int:
@@ -132,7 +134,7 @@ def find(
             exact.append(Exact(index, path, slot, leaf.shape, dtype, reason or "", owner))
             continue
         role = role_of(name, leaf.shape)
-        kind = role, trait.is_signed, trait.slow
+        kind = role, trait.is_signed, trait.slow, trait.held
         leaves.append(Leaf(index, owner, name, slot, leaf.shape, dtype, *kind))
     return leaves, exact
 

@@ -126,7 +126,8 @@ def make_plan(
     chosen = {leaf: bits for leaf, bits in widths.items() if bits is not None}
     if policy.budget_bits is None:
         for leaf, bits in chosen.items():
-            check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}")
+            least = getattr(codec(leaf), "least_bits", 1)
+            check_bits(bits, f"the policy's width of {leaf.slot}/{leaf.path}", least)
             _check_slow(leaf, bits)
     if not chosen:
         raise ValueError(f"no leaf of the optimizer's state can be quantized: {_reasons(exact)}")
@@ -276,10 +277,16 @@ def _fitted(plan: Plan, budget_bits: float) -> Plan:
 
 
 def _alike(plan: Plan, width: int) -> Plan:
-    """Returns the plan with one width for all, but no less than each codec needs."""
+    """Returns the plan whose narrowest leaves have one width, and the others the policy's bits more.
+
+    No width is less than its codec needs, or more than there are planes.
+    """
     bits = tuple(
-        tuple((max(width, codec.least_bits),) * len(group.parameters) for codec in codecs)
-        for group, codecs in zip(plan.groups, plan.codecs, strict=True)
+        tuple(
+            tuple(min(max(width + lead, codec.least_bits), PLANES) for lead in leads)
+            for codec, leads in zip(codecs, slots, strict=True)
+        )
+        for codecs, slots in zip(plan.codecs, plan.bits, strict=True)
     )
     return dataclasses.replace(plan, bits=bits)
 

@@ -22,8 +22,8 @@ class Policy:
 
     Attributes:
         name: a short name, as reports show it.
-        init: returns the initial bits of a leaf; None keeps it in full precision.  If there is a budget, the
-            budget decides the widths instead.
+        init: returns the initial bits of a leaf; None keeps it in full precision.  If there is a budget,
+            they are how many bits the leaf has more than the narrowest, and the budget decides the rest.
         budget_bits: bits for each element of the state, with everything counted.
         update: how widths change; None if they are constant.
         keep: regular expressions.  Slots (such as ``0/nu``) and leaves (such as ``0/nu/up/kernel``) that one
@@ -70,11 +70,13 @@ class Adaptation:
         interval: steps between decisions.
         score: the score of pages in bits, such as those of `jaxquant.optim.scoring`.
         hysteresis: a page keeps its width unless the target differs by more than 0.5 + hysteresis bits.
+        until: the step from which widths stay; None if they always move.
     """
 
     interval: int
     score: Any
     hysteresis: float
+    until: int | None = None
 
 
 Keep = str | Sequence[str]
@@ -131,13 +133,55 @@ def check_budget(budget_bits: Any) -> float:
     return check_positive("budget_bits", budget_bits)
 
 
-def check_bits(bits: Any, where: str) -> int:
+def split(
+    budget_bits: float,
+    signed: int = 1,
+    *,
+    roles: Mapping[str, int] | None = None,
+    keep: Keep = (),
+) -> Policy:
+    """Returns a policy with constant widths that differ by given bits, as large as a budget allows.
+
+    Momentum needs more bits than a second moment, whose codes are logarithmic and may have one bit.  Rows
+    that are left widen pages of signed states first, as under `uniform`, which is `split` with signed = 0.
+
+    Args:
+        budget_bits: bits for each element of the state, with everything counted, as in `uniform`.
+        signed: bits that signed states, such as momentum, have more than others; 0 to 7.
+        roles: bits that the states of a role (``"embedding"``, ``"head"``, ``"matrix"``, ``"vector"``) have
+            more than those of the other roles; 0 to 7.
+        keep: regular expressions of slots and leaves to keep in full precision (`Policy`).
+
+    Raises:
+        ValueError: if the budget is not a positive number, a role is unknown, or bits are out of range; at
+            `init`, if the budget is below the minimum, or if `keep` matches nothing.
+
+    >>> split(2.6, 2).name, split(4.0, 1, roles={"head": 1}).name
+    ('split, 2.6 bits, signed + 2', 'split, 4.0 bits, signed + 1, head + 1')
+    """
+    budget_bits = check_budget(budget_bits)
+    most = PLANES - 1
+    check_whole("signed", signed, 0, most)
+    roles = {} if roles is None else dict(roles)
+    if unknown := set(roles) - set(ROLES):
+        raise ValueError(f"roles must be among {', '.join(ROLES)}; got {sorted(unknown)}")
+    more = {role: check_whole(f"roles[{role!r}]", bits, 0, most) for role, bits in roles.items()}
+
+    def lead(leaf: Leaf) -> int:
+        return more.get(leaf.role, 0) + (signed if leaf.is_signed else 0)
+
+    said = [f"split, {budget_bits} bits", f"signed + {signed}"]
+    said += [f"{role} + {bits}" for role, bits in more.items()]
+    return Policy(", ".join(said), lead, budget_bits, keep=check_keep(keep))
+
+
+def check_bits(bits: Any, where: str, least: int = 2) -> int:
     """Returns the bits.
 
     Raises:
-        ValueError: if they are not an integer from 2 to 8.
+        ValueError: if they are not an integer from `least` to 8.
     """
-    return check_whole(where, bits, 2, PLANES)
+    return check_whole(where, bits, least, PLANES)
 
 
 def fixed(bits: int, second: int | None = None, *, keep: Keep = ()) -> Policy:
@@ -145,17 +189,19 @@ def fixed(bits: int, second: int | None = None, *, keep: Keep = ()) -> Policy:
 
     Args:
         bits: bits of signed states, such as momentum; and of all others if `second` is not given.
-        second: bits of non-negative states, such as second moments.
+        second: bits of non-negative states, such as second moments.  Their codes are logarithmic and may
+            have one bit.
         keep: regular expressions of slots and leaves to keep in full precision (`Policy`).
 
     Raises:
-        ValueError: if a width is not from 2 to 8; at `init`, if `keep` matches nothing.
+        ValueError: if `bits` is not from 2 to 8, or `second` from 1 to 8; at `init`, if a codec needs more,
+            or if `keep` matches nothing.
 
     >>> fixed(5, 4).name, fixed(5, keep=".*/nu").keep
     ('fixed 5 + 4 bits', ('.*/nu',))
     """
     first, second = check_bits(bits, "bits"), second
-    second = first if second is None else check_bits(second, "second")
+    second = first if second is None else check_bits(second, "second", 1)
     name = f"fixed {first} bits" if first == second else f"fixed {first} + {second} bits"
     return Policy(name, lambda leaf: first if leaf.is_signed else second, keep=check_keep(keep))
 
@@ -169,8 +215,8 @@ def by_role(widths: Mapping[str, int | tuple[int, int] | None], *, keep: Keep = 
         keep: regular expressions of slots and leaves to keep in full precision (`Policy`).
 
     Raises:
-        ValueError: if a role is unknown or missing, or a width is not from 2 to 8; at `init`, if `keep`
-            matches nothing.
+        ValueError: if a role is unknown or missing, or a width is not from 2 to 8 (of non-negative states
+            from 1); at `init`, if a codec needs more, or if `keep` matches nothing.
 
     >>> by_role({"embedding": 8, "head": 8, "matrix": (5, 3), "vector": None}).name
     'by role'
@@ -200,4 +246,6 @@ def _pair(role: str, bits: Any) -> tuple[int, int] | None:
             f"the width of {role} must be an integer or a pair of integers; got {bits!r}"
         )
     where = f"the width of {role}"
-    return check_bits(pair[0], where), check_bits(pair[1], where)
+    return check_bits(pair[0], where), check_bits(
+        pair[1], where, 1 if isinstance(bits, tuple) else 2
+    )

@@ -37,6 +37,7 @@ class Trait:
         is_signed: whether it may be negative; true unless this can be excluded.
         fades: whether a rounding error fades soon: the new value contains the old one times less than 0.999,
             or not at all, or is the old one unchanged.
+        held: that factor, as far as it is known.
         slow: whether that factor may be 0.97 or more.
         grows: whether that factor is known to exceed 1.
         divides: whether something is divided by it, or by its root, element by element.
@@ -47,6 +48,7 @@ class Trait:
 
     is_signed: bool = True
     fades: bool = True
+    held: float = 0.0
     slow: bool = False
     grows: bool = False
     divides: bool = False
@@ -94,6 +96,7 @@ def traits_of(tx: Any, params: Any, state: Any, extra: Mapping[str, Any]) -> lis
         return Trait(
             is_signed=min(bounds[new].whole[0], start[0]) < 0,
             fades=held < _FADES,
+            held=held,
             slow=held >= _SLOW,
             grows=1 < held < math.inf,
             divides=_divides(program, users, bounds, (old, new)),

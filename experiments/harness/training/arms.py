@@ -1,9 +1,12 @@
 """The arms: one AdamW each, which differ in how its two moments are held and in nothing else."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from experiments.harness.peers import optimizers
@@ -15,6 +18,7 @@ from jaxquant.optim import (
     adaptive,
     fixed,
     quantize_state,
+    split,
     uniform,
 )
 
@@ -26,12 +30,68 @@ _PEERS = {
     "bitsandbytes-8bit": optimizers.bitsandbytes(),
 }
 _BITS = r"(\d+(?:\.\d+)?)"
-_BUDGETS: dict[str, Callable[[float, int], Any]] = {
-    "even": lambda bits, interval: uniform(bits),
-    "felt": lambda bits, interval: adaptive(bits, interval, UpdateSensitivity()),
-    "felt-loss": lambda bits, interval: adaptive(bits, interval, UpdateSensitivity("loss")),
-    "statistics": lambda bits, interval: adaptive(bits, interval, LayerStatistics()),
+_ONCE = 0.1  # the share of a run in which the widths of `felt-once` move
+_LASTING = UpdateSensitivity(persistence=True)
+_RANKED = LayerStatistics(factors=("dispersion", "kurtosis"), within_slots=True)
+# Arms with a budget: (bits, interval, steps of the run) to a policy.
+_BUDGETS: dict[str, Callable[[float, int, int], Any]] = {
+    "even": lambda bits, interval, steps: uniform(bits),
+    # Momentum has so many bits more than the second moment.
+    "split1": lambda bits, interval, steps: split(bits, 1),
+    "split2": lambda bits, interval, steps: split(bits, 2),
+    "split3": lambda bits, interval, steps: split(bits, 3),
+    # Embedding and head have a bit more than the matrices.
+    "role": lambda bits, interval, steps: split(bits, 1, roles={"embedding": 1, "head": 1}),
+    "felt": lambda bits, interval, steps: adaptive(bits, interval, UpdateSensitivity()),
+    "felt-loss": lambda bits, interval, steps: adaptive(bits, interval, UpdateSensitivity("loss")),
+    "felt-once": lambda bits, interval, steps: adaptive(
+        bits, interval, UpdateSensitivity(), until=max(1, round(_ONCE * steps))
+    ),
+    "felt-lasting": lambda bits, interval, steps: adaptive(bits, interval, _LASTING),
+    "statistics": lambda bits, interval, steps: adaptive(bits, interval, LayerStatistics()),
+    "ranked": lambda bits, interval, steps: adaptive(bits, interval, _RANKED),
+    # Its widths are decided once, by scores that are set before the first step.
+    "hindsight": lambda bits, interval, steps: adaptive(bits, _NEVER, GivenScores(), 0.0),
 }
+STATIC = ("even", "split1", "split2", "split3", "role")
+HINDSIGHT = "hindsight"
+_NEVER = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenScores:
+    """A score that is whatever the policy's memory holds: the scores of all pages, set from outside."""
+
+    max_bit_change: int = 8
+
+    def init(self, plan: Any) -> Any:
+        return UpdateSensitivity().init(plan)[0]
+
+    def __call__(self, traced: Any, state: Any, memory: Any, seed: int) -> tuple[Any, Any, Any]:
+        del traced, state, seed
+        return memory, memory, jnp.bool_(True)
+
+
+def scores_of(state: QuantizedState) -> list[list[Any]]:
+    """The scores that a sensitivity has averaged, by group and slot."""
+    return state.memory[1][0]
+
+
+def with_scores(state: QuantizedState, scores: Any) -> QuantizedState:
+    """A first state of `GivenScores` with these scores."""
+    like = jax.tree.map(lambda x, y: jnp.asarray(y, x.dtype), state.memory[1], scores)
+    return state._replace(memory=(state.memory[0], like))
+
+
+def first_pass(arm: str) -> str:
+    """The arm whose scores the hindsight of a budget takes.
+
+    >>> first_pass("hindsight-2.6")
+    'felt-2.6'
+    """
+    return arm.replace(HINDSIGHT, "felt")
+
+
 KNOWN = (
     f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}"
 )
@@ -59,12 +119,13 @@ def fixed_bits(arm: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def moments(arm: str, interval: int, **layout: Any) -> Any:
+def moments(arm: str, interval: int, steps: int = 0, **layout: Any) -> Any:
     """Returns the transformation that has the arm's state: Adam's, without decay, rate or clipping.
 
     Args:
         arm: its name.
         interval: steps between decisions of adaptive arms.
+        steps: of the whole run; `felt-once` needs them.
         layout: of state in pages, `quantize_state`'s shards, mesh and axis.
 
     Raises:
@@ -80,13 +141,15 @@ def moments(arm: str, interval: int, **layout: Any) -> Any:
         return quantize_state(adam, fixed(int(match[1]), second), **layout)
     if found := budget_of(arm):
         kind, bits = found
-        return quantize_state(adam, _BUDGETS[kind](bits, interval), **layout)
+        if kind == "felt-once" and steps < 1:
+            raise ValueError(f"{arm!r} needs the steps of the run; got {steps!r}")
+        return quantize_state(adam, _BUDGETS[kind](bits, interval, steps), **layout)
     raise ValueError(f"a state is one of {KNOWN}, with B bits; got {arm!r}")
 
 
-def optimizer(arm: str, interval: int) -> optax.GradientTransformationExtraArgs:
+def optimizer(arm: str, interval: int, steps: int) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW with the arm's state."""
-    return train.adamw(B1, B2, moments=moments(arm, interval))
+    return train.adamw(B1, B2, moments=moments(arm, interval, steps))
 
 
 def state_of(opt_state: Any) -> Any:
