@@ -20,6 +20,7 @@ from experiments.harness.running import cli, files
 from experiments.optimizer_states import tables as optimizer_states
 from experiments.pretrained_quantization import tables as pretrained_quantization
 from experiments.ptq_overtraining import tables as ptq_overtraining
+from experiments.qat_efficiency import tables as qat_efficiency
 from experiments.train import tables as train
 from experiments.training_precision import tables as training_precision
 
@@ -31,6 +32,7 @@ STUDIES = (
     training_precision,
     pretrained_quantization,
     optimizer_states,
+    qat_efficiency,
     train,
 )
 TABLES: dict[str, Table] = {name: t for study in STUDIES for name, t in study.TABLES.items()}

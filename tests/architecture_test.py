@@ -96,7 +96,7 @@ EXPERIMENTS = [
             "measuring analysis corrections one_exponent added_laws figures rates passes solvers "
             "report repetition study tables __main__"
         ),
-        "qat_efficiency": "tasks measuring stages analysis latency figures report study __main__",
+        "qat_efficiency": "tasks measuring stages analysis latency figures report study tables __main__",
         "train": "program aot aot_table run_identity monitoring watching running scaling tables __main__",
         "training_precision": (
             "runs robustness one_width analysis planning figures numerics report running study "

@@ -16,6 +16,7 @@ from experiments.harness.reporting import prose, report
 from experiments.harness.reporting.findings import UNRESOLVED, Finding
 from experiments.harness.reporting.layout import Figure, Report, Section, method_section
 from experiments.harness.reporting.provenance import Source
+from experiments.harness.reporting.statistics import is_discovery
 from experiments.harness.reporting.values import bounds, is_missing
 from experiments.qat_efficiency import figures
 from experiments.qat_efficiency.analysis import (
@@ -91,8 +92,11 @@ def _silence(rows: list[dict]) -> Finding:
 
 def _hidden(rows: list[dict]) -> Finding:
     quantized = [row for row in rows if row["family"] != "float"]
-    names = [f"{row['model']} {row['arm']} under {row['where']}" for row in quantized]
-    answer = f"yes in {len(quantized)} places" if quantized else "no"
+    kept = [row for row in quantized if is_discovery(row["q"])]
+    names = [f"{row['model']} {row['arm']} under {row['where']}" for row in kept]
+    answer = f"yes in {len(kept)} of {len(quantized)} places" if kept else "no"
+    if quantized:
+        names += [f"before the correction for all arms and places {len(quantized)}"]
     return Finding(_ELSEWHERE, "arms and places", answer, note=_few(names))
 
 

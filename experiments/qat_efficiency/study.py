@@ -312,7 +312,7 @@ STUDY = Study(
     presets=PRESETS,
     costs={
         "smoke": "some three minutes on 2 cores; that it runs",
-        "laptop": "some 75 minutes of one core, half of that on 2",
+        "laptop": "45 minutes on 2 cores",
         "full": "hours on 2 cores; not yet run by us",
         "tpu": "an accelerator; not yet run by us",
     },
