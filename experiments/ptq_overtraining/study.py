@@ -278,7 +278,7 @@ STUDY = Study(
         "laptop": "six to eight minutes on 2 cores",
         "full": "about three hours on 2 cores",
         "rates": "about an hour on 2 cores; which learning rate is best",
-        "repetition": "about ten minutes for each text on 2 cores; use with --config.data_path=1/8",
+        "repetition": "seven minutes for each text on 2 cores; use with --config.data_path=1/8",
         "gptq": "about twenty minutes on 2 cores; GPTQ beside rounding to nearest",
         "tpu": "an accelerator; the published scale, not yet run by us",
     },

@@ -3,7 +3,7 @@
 from experiments.harness.reporting.law_tables import interval
 from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
 from experiments.harness.reporting.values import bounds
-from experiments.ptq_overtraining.analysis import KUMAR_EXPONENT, SCHEDULE_NAMES
+from experiments.ptq_overtraining.analysis import HEADLINE, KUMAR_EXPONENT, SCHEDULE_NAMES
 from jaxquant import laws
 
 _RECORDS = "ptq_overtraining/full/summary.json"
@@ -110,7 +110,35 @@ def _held_out(summary: dict) -> str:
     return f"R² held out by N, D and P of {min(found):.2f} to {max(found):.2f}"
 
 
+# ---------------------------------------------------------------------------------------------------
+# Repeated text
+
+_REPETITION = "ptq_overtraining/repetition/summary.json"
+
+
+def repetition(summary: dict) -> str:
+    """γ_D at 4 bits per tensor on each text, and less that on the first one, in pairs of one seed."""
+    changes = {r["text"]: r for r in summary["differences"] if _is_headline(r)}
+    rows = []
+    for row in filter(_is_headline, summary["exponents"]):
+        cells = [row["text"], f"{row['passes'][1]:.1f}"]
+        cells.append(bounds(row["gamma"], row["low"], row["high"], ".2f"))
+        change = changes.get(row["text"])
+        if change is None:
+            rows.append([*cells, "", ""])
+            continue
+        less = bounds(change["mean"], change["low"], change["high"], "+.2f")
+        rows.append([*cells, less, f"{change['p_value']:.2f}, {change['q_value']:.2f}"])
+    head = ["text", "passes at D/N 600", "γ_D", "less the whole text's", "p, q"]
+    return to_markdown(head, rows)
+
+
+def _is_headline(row: dict) -> bool:
+    return row["bits"] == HEADLINE["bits"] and row["granularity"] == "tensor"
+
+
 TABLES = {
+    "ptq_overtraining/repetition": Table(_REPETITION, repetition),
     "ptq_overtraining/exponents": Table(_RECORDS, exponents),
     "ptq_overtraining/one_law": Table(_RECORDS, one_law),
 }
