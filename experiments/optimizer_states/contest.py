@@ -45,15 +45,28 @@ def _budgets(table: pd.DataFrame) -> Iterator[tuple[dict, float, Losses]]:
     if table.empty:
         return
     for key, group in table.groupby(_GROUP, sort=False):
-        by_budget: dict[float, dict[str, pd.Series]] = {}
+        by_budget: dict[tuple[float, str], dict[str, pd.Series]] = {}
         for arm, rows in group.groupby("arm", sort=False):
             if found := budget_of(str(arm)):
-                by_budget.setdefault(found[1], {})[found[0]] = rows.set_index("seed")["loss"]
-        for budget, losses in by_budget.items():
-            yield dict(zip(_GROUP, key, strict=True)), budget, losses
+                scale, kind = scale_of(found[0])
+                losses = by_budget.setdefault((found[1], scale), {})
+                losses[kind] = rows.set_index("seed")["loss"]
+        for (budget, scale), losses in by_budget.items():
+            yield dict(zip(_GROUP, key, strict=True)) | {"scale": scale}, budget, losses
+
+
+def scale_of(kind: str) -> tuple[str, str]:
+    """What shares a scale in a simulated arm, "" for a real one, and how bits are allocated.
+
+    >>> scale_of("row:felt"), scale_of("felt")
+    (('row', 'felt'), ('', 'felt'))
+    """
+    scale, _, allocation = kind.rpartition(":")
+    return scale, allocation
 
 
 def _of_budget(place: dict, budget: float, losses: Losses) -> Iterator[dict]:
+    prefix = f"{place['scale']}:" if place["scale"] else ""
     for kind, own in losses.items():
         if kind == EVEN:
             continue
@@ -65,7 +78,7 @@ def _of_budget(place: dict, budget: float, losses: Losses) -> Iterator[dict]:
                 continue
             shared = [seed for seed in own.index if seed in other.index]
             if shared:
-                row = place | {"arm": f"{kind}-{budget}", "kind": kind, "budget": budget}
+                row = place | {"arm": f"{prefix}{kind}-{budget}", "kind": kind, "budget": budget}
                 yield row | {"against": name} | _gain((other[shared] - own[shared]).to_numpy())
 
 
@@ -118,7 +131,7 @@ def _ceilings(rows: list[dict]) -> list[Finding]:
     """Of each budget, the allocation with the largest gain over the even one."""
     best: dict[tuple, dict] = {}
     for row in rows:
-        key = (*(row[k] for k in _GROUP), row["budget"])
+        key = (*(row[k] for k in _GROUP), row["scale"], row["budget"])
         if row["against"] == EVEN and row["gap"] > best.get(key, {"gap": -np.inf})["gap"]:
             best[key] = row
     return [_finding(CEILING, row) for row in best.values()]

@@ -126,6 +126,7 @@ def _contest_table(rows: list[dict]) -> pd.DataFrame:
         [
             {
                 "budget": row["budget"],
+                "scale": row["scale"] or "block of 128, stored",
                 "allocation": row["kind"],
                 "against": row["against"],
                 "gain": _interval(row),

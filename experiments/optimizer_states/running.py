@@ -88,7 +88,7 @@ def run_trial(trial: Trial, context: trials.Context) -> dict:
         "status": "done",
         "measures": run.task.evaluate(run.state.params),
         "curve": [list(entry) for entry in run.curve],
-        "state_bytes": jq.optim.state_bytes(arms.state_of(run.state.opt_state)),
+        "state_bytes": arms.state_bytes(trial.arm, run.state.opt_state),
         "snapshots": [x for x in found if x["leaves"]],
     }
 

@@ -13,7 +13,7 @@ from experiments.harness.models import lm, vision
 from experiments.harness.running import cli
 from experiments.harness.running.cli import option
 from experiments.harness.study import Study
-from experiments.harness.training import arms
+from experiments.harness.training import arms, coarse
 from experiments.optimizer_states import report
 from experiments.optimizer_states.running import run_trial
 from experiments.optimizer_states.tasks import (
@@ -120,6 +120,24 @@ PRESETS = {
                 for bits in _BUDGETS
                 for kind in _CONTESTANTS
                 if bits >= _LEAST.get(kind, 0)
+            ),
+        ),
+        schedules=("wsd",),
+        language_sizes=("41k",),
+        seeds=6,
+        interval=50,
+        tuning=(),
+    ),
+    # Whether adaptive widths win back what coarse scales lose: simulated, with scales of other sizes.
+    "scales": Config(
+        tasks=("language",),
+        arms=(
+            arms.EXACT,
+            *(
+                f"{scale}:{kind}-{bits}"
+                for bits in (3.0, 4.0, 5.0)
+                for scale in (*coarse.SCALES, "linear")
+                for kind in ("even", "split1", "felt", "statistics")
             ),
         ),
         schedules=("wsd",),
@@ -295,6 +313,7 @@ STUDY = Study(
         "laptop": "25 minutes for the ViT and about 40 for the language model, on 2 cores",
         "full": "days on 2 cores, by estimate; not yet run by us",
         "contest": "about an hour and a half on 2 cores, by estimate; not yet run by us",
+        "scales": "about an hour on 2 cores, by estimate; not yet run by us",
         "contest_vision": "about an hour and a half on 2 cores, by estimate; not yet run by us",
         "law": "half an hour on 2 cores; fixed widths at three sizes and lengths",
         "tpu": "an accelerator; not yet run by us",

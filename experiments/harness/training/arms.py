@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.harness.peers import optimizers
-from experiments.harness.training import train
+from experiments.harness.training import coarse, train
 from jaxquant.optim import (
     LayerStatistics,
     QuantizedState,
@@ -21,6 +21,7 @@ from jaxquant.optim import (
     split,
     uniform,
 )
+from jaxquant.optim import state_bytes as jaxquant_state_bytes
 
 EXACT = "fp32"
 B1, B2, EPS = 0.9, 0.95, 1e-8
@@ -56,6 +57,7 @@ _BUDGETS: dict[str, Callable[[float, int, int], Any]] = {
 STATIC = ("even", "split1", "split2", "split3", "role")
 HINDSIGHT = "hindsight"
 _NEVER = 10**9
+_COARSE = rf"({'|'.join(coarse.SCALES)}|linear):({'|'.join(coarse.ALLOCATIONS)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,19 +95,21 @@ def first_pass(arm: str) -> str:
 
 
 KNOWN = (
-    f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}"
+    f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}, or "
+    f"simulated with other scales S:A-B, S of {', '.join(coarse.SCALES)}, linear and A of "
+    f"{', '.join(coarse.ALLOCATIONS)}"
 )
 
 
 def budget_of(arm: str) -> tuple[str, float] | None:
     """Returns an arm's allocation and its budget in bits; None for an arm without a budget.
 
-    >>> budget_of("felt-loss-4.5"), budget_of("fixed-8")
-    (('felt-loss', 4.5), None)
+    >>> budget_of("felt-loss-4.5"), budget_of("fixed-8"), budget_of("row:even-3.0")
+    (('felt-loss', 4.5), None, ('row:even', 3.0))
     """
-    for kind in _BUDGETS:
-        if match := re.fullmatch(f"{kind}-{_BITS}", arm):
-            return kind, float(match[1])
+    for kind in (*_BUDGETS, _COARSE):
+        if match := re.fullmatch(f"(?P<kind>{kind})-(?P<bits>{_BITS})", arm):
+            return match["kind"], float(match["bits"])
     return None
 
 
@@ -143,8 +147,26 @@ def moments(arm: str, interval: int, steps: int = 0, **layout: Any) -> Any:
         kind, bits = found
         if kind == "felt-once" and steps < 1:
             raise ValueError(f"{arm!r} needs the steps of the run; got {steps!r}")
+        if ":" in kind:
+            return coarse.scale_by_coarse_adam(_coarse(arm, interval), B1, B2, EPS)
         return quantize_state(adam, _BUDGETS[kind](bits, interval, steps), **layout)
     raise ValueError(f"a state is one of {KNOWN}, with B bits; got {arm!r}")
+
+
+def _coarse(arm: str, interval: int) -> coarse.Coarse:
+    """How a simulated arm holds its moments; `linear` is a tensor's scale and uniform levels of momentum."""
+    kind, bits = budget_of(arm) or ("", 0.0)
+    scale, allocation = kind.split(":")
+    is_linear = scale == "linear"
+    return coarse.Coarse("tensor" if is_linear else scale, allocation, bits, interval, is_linear)
+
+
+def state_bytes(arm: str, opt_state: Any) -> int:
+    """Bytes of the moments' state: of all its arrays; derived for arms that are simulated."""
+    own = state_of(opt_state)
+    if isinstance(own, coarse.CoarseState):
+        return round(coarse.derived_bytes(_coarse(arm, 1), own.mu, own.bits))
+    return jaxquant_state_bytes(own)
 
 
 def optimizer(arm: str, interval: int, steps: int) -> optax.GradientTransformationExtraArgs:
