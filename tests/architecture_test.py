@@ -78,7 +78,7 @@ EXPERIMENTS = [
         ),
     },
     {
-        "harness.training": "divergence sharding train arms chips hlo throughput metrics wsd",
+        "harness.training": "divergence sharding train arms chips hlo kernels targets throughput metrics wsd",
         "harness.pretrained": "gguf_header files minilm smollm2 references",
     },
     {
