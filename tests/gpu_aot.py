@@ -2,8 +2,7 @@
 
     python -m gpu_aot h100 out.txt linear '{"recipe": "w8a8"}'
 
-with the variables of `targets.environment` writes the compiled text to a file, and prints as JSON what is read
-from it.
+with the variables of `targets.environment` writes the compiled text to a file, and what it says as JSON.
 """
 
 import json

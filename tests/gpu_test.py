@@ -7,6 +7,7 @@ GPU, and its text says nothing of time.
 import dataclasses
 import functools
 import json
+import math
 import os
 import re
 import sys
@@ -189,3 +190,27 @@ def test_a_step_is_compiled_and_said_what_it_takes(tmp_path):
     int8 = {x["phase"]: x for x in record["products"] if x["operands"] == ["s8", "s8"]}
     assert set(int8) == {"forward", "recomputed", "dgrad", "wgrad"}
     assert any("s8" in x["types"] for x in record["collectives"])
+
+
+# ---- weights that are stored
+
+
+@pytest.mark.parametrize("rows", [1, 16, 4096])
+@pytest.mark.parametrize("recipe", ["w4a16", "w8a16"])
+def test_stored_weights_are_read_within_the_product(compiled, recipe, rows):
+    found = compiled("stored", recipe=recipe, rows=rows, packed=False)
+    assert found.kinds() == ({BF16: 1} if rows > 1 else {})  # one row is a reduction
+    assert found.temp_bytes <= 1.5 * MIB
+    weight = math.prod(gpu_aot.STORED) * int(recipe[1]) / 8
+    others = 2 * rows * sum(gpu_aot.STORED) + 4 * gpu_aot.STORED[1]
+    # Where the sum is split, its parts are written and read once more.
+    assert found.kernel_bytes <= weight + others + 2.1 * found.temp_bytes
+
+
+@pytest.mark.parametrize("rows", [1, 16, 4096])
+def test_packed_weights_are_written_as_integers_at_most(compiled, rows):
+    found = compiled("stored", recipe="w4a16", rows=rows, packed=True)
+    assert found.temp_bytes <= math.prod(gpu_aot.STORED) / 2 + 1.5 * MIB
+    whole = hlo.Array("bf16", gpu_aot.STORED)
+    launched = kernels.kernels(hlo.parse(found.text))
+    assert not any(whole in x.instruction.results for x in launched)
