@@ -22,7 +22,7 @@ LIBRARY = [
     },
     {
         "operations": (
-            "integers product operands dot native einsum ragged windows conv smoothed adapters "
+            "integers product operands dot native einsum ragged windows taps conv smoothed adapters "
             "attention recipes tapped monitoring"
         ),
     },
