@@ -22,7 +22,7 @@ LIBRARY = [
     },
     {
         "operations": (
-            "integers product operands dot native einsum ragged windows conv smoothed adapters "
+            "integers product operands dot native einsum ragged windows taps conv smoothed adapters "
             "attention recipes tapped monitoring"
         ),
     },
@@ -78,7 +78,7 @@ EXPERIMENTS = [
         ),
     },
     {
-        "harness.training": "divergence sharding train coarse arms chips hlo throughput metrics wsd",
+        "harness.training": "divergence sharding train coarse arms chips hlo kernels targets throughput metrics wsd",
         "harness.pretrained": "gguf_header files minilm smollm2 references",
     },
     {

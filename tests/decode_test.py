@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxquant as jq
 from jaxquant.numerics.packing import nibble_words, nibbles, pack_bits
+from jaxquant.operations.integers import values_in
 from jaxquant.operations.product import product
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -201,3 +202,14 @@ def _largest_written(text: str) -> int:
     entry = text[text.index("ENTRY") :]
     written = re.findall(r"= f32\[([\d,]+)\]\S* (?:fusion|convert|multiply)\(", entry)
     return max((int(np.prod([int(n) for n in shape.split(",")])) for shape in written), default=0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+@pytest.mark.parametrize(
+    "fmt", [jq.INT4, jq.INT8, jq.Int(8, "unsigned"), jq.Int(7, "midrise"), jq.Int(3, "full")]
+)
+def test_a_direct_cast_has_the_bits_of_one_by_way_of_float32(fmt, dtype):
+    stored = jq.quantize(normal(64, 32), jq.Quantizer(fmt, "channel"), axis=0)
+    direct, by_way = values_in(stored, dtype), fmt.load(stored.qvalue).astype(dtype)
+    np.testing.assert_array_equal(np.asarray(direct), np.asarray(by_way))
+    assert direct.dtype == by_way.dtype

@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.harness.training import hlo
+from experiments.harness.training import hlo, kernels
 
 TEXT = """
 HloModule step, is_scheduled=true
@@ -80,3 +80,47 @@ def test_text_that_cannot_be_read_is_refused(change, words):
 def test_a_loop_may_say_its_trips():
     known = TEXT.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"5"}}')
     assert {x.times for x in hlo.parse(known).products()} == {1, 5}
+
+
+CALLED = """
+%fused.1 (param_0: s8[8,16,16,32]) -> f32[8] {
+  %param_0 = s8[8,16,16,32]{3,2,1,0} parameter(0)
+  ROOT %convert.1 = f32[8]{0} convert(%param_0)
+}
+
+ENTRY %main (image: s8[8,16,16,32], kernel: s8[64,3,3,32]) -> f32[8] {
+  %image = s8[8,16,16,32]{3,2,1,0} parameter(0)
+  %kernel = s8[64,3,3,32]{3,2,1,0} parameter(1)
+  %gradient = bf16[8,16,16,64]{3,2,1,0} parameter(2)
+  %conv.1 = (f32[8,16,16,64]{3,2,1,0}, u8[0]{0}) custom-call(%image, %kernel), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %conv.2 = (bf16[64,3,3,32]{3,2,1,0}, u8[0]{0}) custom-call(%image, %gradient), \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %rows = f8e4m3fn[128,64]{1,0} parameter(3)
+  %columns = f8e4m3fn[32,64]{1,0} parameter(4)
+  %matmul.1 = (f32[128,32]{1,0}, s8[100]{0}) custom-call(%rows, %columns), \
+custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":\
+{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}
+  %topk.1 = f32[8]{0} custom-call(%rows), custom_call_target="TopK"
+  ROOT %fusion.1 = f32[8]{0} fusion(%image), kind=kLoop, calls=%fused.1
+}
+"""
+
+
+def test_products_of_libraries_are_found_with_their_operations():
+    forward, gradient, matrix = hlo.parse(CALLED).products()
+    assert (forward.kinds, forward.multiplications) == (("s8", "s8"), 8 * 16 * 16 * 64 * 9 * 32)
+    assert (gradient.kinds, gradient.multiplications) == (("bf16", "s8"), 8 * 16 * 16 * 64 * 9 * 32)
+    assert (matrix.kinds[0], matrix.multiplications) == ("f8e4m3fn", 128 * 32 * 64)
+
+
+def test_kernels_are_counted_with_the_bytes_of_what_they_read_and_write():
+    found = kernels.kernels(hlo.parse(CALLED))
+    assert [x.instruction.name for x in found] == [
+        "conv.1",
+        "conv.2",
+        "matmul.1",
+        "topk.1",
+        "fusion.1",
+    ]
+    assert found[-1].nbytes == 8 * 16 * 16 * 32 + 8 * 4

@@ -189,3 +189,14 @@ def test_adamw_moves_at_most_0_65_of_the_bytes_in_full_precision(compiled):
     )
     assert exact == pytest.approx(ADAMW, rel=1e-3)
     assert sum(moved("adamw", (1024, 2048)).values()) + around < 0.65 * exact
+
+
+def test_other_platforms_than_tpus_and_cpus_are_refused_by_name(monkeypatch):
+    tx, params = (
+        quantize_state(optax.adamw(1e-3), fixed(5, 4), kernel="pallas"),
+        {"w": jnp.ones((64, 128))},
+    )
+    state = tx.init(params)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(ValueError, match=r"kernels for TPUs.*got 'gpu', where kernel='xla'"):
+        tx.update(params, state, params)

@@ -6,7 +6,7 @@
 
 Writes ``metrics.json`` (the loss curve) and ``result.json`` (loss on each evaluation split) beside the
 checkpoints; stopped at any point, the same command goes on, on the same mesh or another.
-``--compile_only`` compiles that very step for TPUs that are not there, and says what it takes of them.
+``--compile_only`` compiles that very step for TPUs or GPUs that are not there, and says what it takes.
 """
 
 from experiments.train.program import PRESETS, Config

@@ -61,7 +61,9 @@ if __name__ == "__main__":
         "compile_only", False, "Compile the step for --topology and say what it takes."
     )
     flags.DEFINE_string(
-        "topology", None, "TPUs to compile for, as v5e:16x16, v5p:4x4x4 or v6e:4x4."
+        "topology",
+        None,
+        "What to compile for: TPUs, as v5e:16x16 or v5p:4x4x4, or GPUs, as h100:8.",
     )
     flags.DEFINE_string(
         "coordinator",

@@ -1,13 +1,12 @@
-"""A run's step, compiled for TPUs that are not there, and what the compiler says of it.
+"""A run's step, compiled for TPUs or GPUs that are not there, and what the compiler says of it.
 
-The TPU's compiler needs no TPU.  It proves that a step lowers, what it takes of a chip's memory, and what it
-multiplies and sends; it says nothing of time.  It runs in a process of its own, since some programs abort it.
+It proves that a step lowers, what it takes of a chip's memory, and what it multiplies and sends; it says
+nothing of time.  It runs in a process of its own, since some programs abort it.
 """
 
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import os
@@ -20,11 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments.harness.training import chips, hlo, sharding, train
+from experiments.harness.training import chips, hlo, kernels, sharding, targets, train
 from experiments.train.program import (
     Config,
     Program,
@@ -34,13 +32,8 @@ from experiments.train.program import (
     make_schedule,
 )
 
-_FLAT = ("v5e", "v6e", "v2", "v3")  # their chips lie on a plane
 _MATTERS = 0.02  # of what is too much
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",  # it would look for a TPU's host on the network
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
+_COMPILER = {"tpu": "libtpu", "cuda": "jax-cuda13-pjrt"}  # packages that compile
 
 
 def compiled(config: Config, topology: str) -> dict[str, Any]:
@@ -48,20 +41,18 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
 
     Args:
         config: of the run.
-        topology: of TPUs, as ``v5e:16x16``.
+        topology: of TPUs, as ``v5e:16x16``, or GPUs of one host, as ``h100:8``.
 
     Returns:
         A record for `aot_table.to_text`: bytes, products, collectives and operations on each device, and
         whether they fit.
 
     Raises:
-        ValueError: no TPU compiler, a topology that it does not know, or settings that no run could use.
+        ValueError: no compiler, a topology that it does not know, or settings that no run could use.
         RuntimeError: the compiler failed otherwise.
     """
-    if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
-            "--compile_only needs the TPU's compiler, libtpu (no TPU): pip install -e '.[tpu]'"
-        )
+    if missing := targets.missing_compiler(topology):
+        raise ValueError(f"--compile_only needs {missing}")
     check(config)
     request = json.dumps({"config": dataclasses.asdict(config), "topology": topology})
     done = subprocess.run(
@@ -69,7 +60,7 @@ def compiled(config: Config, topology: str) -> dict[str, Any]:
         input=request,
         capture_output=True,
         text=True,
-        env=os.environ | _ENVIRONMENT,
+        env=os.environ | targets.environment(topology),
         check=False,
     )
     answer = _answer(done.stdout)
@@ -108,7 +99,7 @@ def _main() -> None:
 
 
 def _measure(config: Config, topology: str) -> dict[str, Any]:
-    devices = _devices(topology)
+    devices, platform = targets.devices(topology), targets.platform_of(topology)
     mesh = sharding.make_mesh(
         config.mesh_data, config.mesh_fsdp, config.mesh_tensor, devices=devices
     )
@@ -122,41 +113,21 @@ def _measure(config: Config, topology: str) -> dict[str, Any]:
         "devices": len(devices),
         "mesh": dict(mesh.shape),
         "config": dataclasses.asdict(config),
-        "versions": {name: metadata.version(name) for name in ("jax", "libtpu")},
+        "versions": {name: metadata.version(name) for name in ("jax", _COMPILER[platform])},
         "parameters": sum(x.size for x in jax.tree.leaves(arguments[0].params)),
         "hbm": chip.hbm // chip.cores,
         "bytes": _argument_bytes(arguments[0]),
         "model_flops": program.model.step_flops(config.batch, config.sequence),
     }
     step: Any = train.make_step(program.loss, program.tx, mesh)
-    traced = step.trace(*arguments)
     try:
-        return found | {"fits": True} | _analyze(traced.lower().compile())
+        executable = targets.lower(step, arguments, topology).compile()
+        measured = _analyze(executable)
+        if platform == "cuda":  # whose compiler does not refuse what does not fit
+            return found | measured | _fit(measured, config, found["hbm"], found["bytes"]["state"])
+        return found | {"fits": True} | measured
     except jax.errors.JaxRuntimeError as error:
         return found | _out_of_memory(str(error), config, found["bytes"]["state"])
-
-
-def _devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology.
-
-    Raises:
-        ValueError: none that the compiler knows.
-    """
-    known = re.fullmatch(r"[a-z0-9]+:\d+(x\d+){1,2}", topology)
-    if known and topology.split(":")[0] in _FLAT and topology.count("x") > 1:
-        raise ValueError(
-            f"--topology of {topology.split(':')[0]} has two dimensions, as 4x4; got {topology!r}"
-        )
-    try:
-        if known:
-            return list(topologies.get_topology_desc(topology, "tpu").devices)
-        raise ValueError("it is none")
-    except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"--topology is one of TPUs that the compiler knows, as v5e:16x16, v6e:4x4 or v5p:4x4x4; got "
-            f"{topology!r} ({reason})"
-        ) from None
 
 
 def _arguments(config: Config, program: Program, mesh: Mesh) -> tuple[Any, ...]:
@@ -192,7 +163,7 @@ def _argument_bytes(state: Any) -> dict[str, float]:
 
 
 def _analyze(executable: Any) -> dict[str, Any]:
-    memory, costs = executable.memory_analysis(), executable.cost_analysis()
+    memory, costs = executable.memory_analysis(), executable.cost_analysis() or {}
     program = hlo.parse(executable.as_text())
     held = {
         "arguments": memory.argument_size_in_bytes,
@@ -200,12 +171,25 @@ def _analyze(executable: Any) -> dict[str, Any]:
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }
-    return {
+    found = {
         "memory": held,
         "products": list(_products(program)),
         "collectives": list(_collectives(program)),
-        "compiler": {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]},
     }
+    if costs:
+        compiler = {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
+        return found | {"compiler": compiler}
+    launched = kernels.kernels(program)
+    count = sum(x.times for x in launched)
+    return found | {"kernels": {"times": count, "bytes": sum(x.times * x.nbytes for x in launched)}}
+
+
+def _fit(measured: Any, config: Config, hbm: int, state: float) -> dict[str, Any]:
+    """Returns whether what a step holds is less than a chip's memory, with advice where it is not."""
+    used = sum(measured["memory"].values())
+    if used <= hbm:
+        return {"fits": True}
+    return _too_large(used, hbm, config, state)
 
 
 def _products(program: hlo.Program) -> Iterator[dict[str, Any]]:
@@ -246,12 +230,15 @@ def _out_of_memory(message: str, config: Config, state: float) -> dict[str, Any]
     if found is None:
         raise RuntimeError(" ".join(message.split())[:500])
     used, usable = (_bytes(found[i], found[i + 1]) for i in (1, 3))
-    beyond = used - usable
+    return _too_large(used, usable, config, state)
+
+
+def _too_large(used: float, usable: float, config: Config, state: float) -> dict[str, Any]:
     return {
         "fits": False,
         "used": used,
         "usable": usable,
-        "beyond": beyond,
+        "beyond": used - usable,
         "advice": _advice(used, usable, state, config),
     }
 

@@ -79,16 +79,21 @@ def _collectives(record: Mapping[str, Any]) -> str:
 def _operations(record: Mapping[str, Any]) -> str:
     products = sum(x["flops"] for x in record["products"])
     model = record["model_flops"] / record["devices"]
-    compiler = record["compiler"]
-    return table(
-        ("operations and bytes of a device", ""),
-        [
-            ("operations of the products, loops times their trips", f"{products:.4g}"),
-            ("that the model needs (nothing twice)", f"{model:.4g}"),
+    rows = [
+        ("operations of the products, loops times their trips", f"{products:.4g}"),
+        ("that the model needs (nothing twice)", f"{model:.4g}"),
+    ]
+    if compiler := record.get("compiler"):
+        rows += [
             ("the compiler's count of operations, loops once", f"{compiler['flops']:.4g}"),
             ("the compiler's bytes accessed, loops once", f"{compiler['bytes_accessed']:.4g}"),
-        ],
-    )
+        ]
+    if kernels := record.get("kernels"):
+        rows += [
+            ("kernels, loops times their trips", f"{kernels['times']:,}"),
+            ("bytes of their operands and results, at most", f"{kernels['bytes']:.4g}"),
+        ]
+    return table(("operations and bytes of a device", ""), rows)
 
 
 def _gib(nbytes: float) -> str:

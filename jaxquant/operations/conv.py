@@ -24,6 +24,7 @@ from jaxquant.operations.operands import (
     result_spec,
 )
 from jaxquant.operations.product import apply_scale, is_float8
+from jaxquant.operations.taps import integer_convolution
 from jaxquant.operations.windows import Window, all_but, towards_lhs, towards_rhs, window_of
 
 Padding = str | Sequence[tuple[int, int]]
@@ -165,7 +166,12 @@ def _product(window: Window, lhs: Any, rhs: Any, options: dict) -> jax.Array:
     features = rhs.shape[window.rhs_spec[0]]
     terms = math.prod(rhs.shape) // max(1, features)
     left, right, accumulator = parts(lhs, rhs, terms)
-    out = window.convolve(left.values, right.values, preferred_element_type=accumulator, **options)
+    if accumulator == jnp.int32:
+        out = integer_convolution(window, left.values, right.values)
+    else:
+        out = window.convolve(
+            left.values, right.values, preferred_element_type=accumulator, **options
+        )
     out = out.astype(wide(dtype))
     if left.scale is not None:
         out = apply_scale(out, window.lhs_scale(left.scale, features).astype(out.dtype))

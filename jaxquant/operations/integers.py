@@ -122,6 +122,24 @@ def as_int8(x: QArray) -> tuple[jax.Array, jax.Array | None]:
     return x.qvalue.astype(jnp.int8), zero
 
 
+def values_in(x: QArray, dtype: Any) -> jax.Array:
+    """Returns stored values without their scales in a floating-point type.
+
+    Integers of at most 8 bits are cast to it directly, which is exact in 16 bits too: a compiler reads them
+    within the product, where by way of float32 a GPU's writes the whole array out first.
+
+    >>> from jaxquant.formats import INT4
+    >>> values_in(QArray(jnp.array([7], jnp.int4), jnp.ones(1), format=INT4), jnp.bfloat16)
+    Array([7], dtype=bfloat16)
+    """
+    element = x.element
+    if not is_integer(element):
+        return element.load(x.qvalue).astype(dtype)
+    if element.levels == "midrise":
+        return as_int8(x)[0].astype(dtype)
+    return x.qvalue.astype(dtype)
+
+
 def check_accumulation(lhs: QArray, rhs: QArray, terms: int) -> None:
     """Raises a ValueError where a sum of so many products could leave int32."""
     if terms > _most_terms(lhs, rhs):

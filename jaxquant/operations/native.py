@@ -14,7 +14,7 @@ import numpy as np
 from jaxquant.formats import Float, Int
 from jaxquant.numerics.qarray import QArray, dequantize
 from jaxquant.numerics.quantizer import Quantizer
-from jaxquant.operations.integers import as_int8, check_accumulation, is_integer
+from jaxquant.operations.integers import as_int8, check_accumulation, is_integer, values_in
 from jaxquant.operations.operands import Operands
 from jaxquant.operations.product import is_float8
 
@@ -91,7 +91,7 @@ def _in_type_of(x: QArray | jax.Array, other: QArray | jax.Array) -> Part:
     if not isinstance(x, QArray):
         return Part(x, None)
     if x.zero_point is None and isinstance(x.format, Int | Float):
-        return Part(x.element.load(x.qvalue).astype(other.dtype), x.float_scale())
+        return Part(values_in(x, other.dtype), x.float_scale())
     # What a 16-bit float may not hold exactly is scaled first, in float32.
     return Part(dequantize(x).astype(other.dtype), None)
 

@@ -28,6 +28,7 @@ from jaxquant.operations.integers import (
     integers,
     is_integer,
     split,
+    values_in,
 )
 
 _FEW_ROWS = 4  # up to here a product with stored weights takes as long as reading them
@@ -129,8 +130,7 @@ def _one_sided(
 
     def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
         stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
-        values = stored.element.load(stored.qvalue).astype(other.dtype)
-        return multiply(values, other, **options)
+        return multiply(values_in(stored, other.dtype), other, **options)
 
     def few(other: jax.Array, qvalue: jax.Array) -> jax.Array:
         stored = dataclasses.replace(quantized, qvalue=qvalue)
@@ -276,14 +276,19 @@ def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Arr
 
 
 def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
-    """Returns result · scale, subnormal numbers flushed to zero.
+    """Returns result · scale, subnormal numbers flushed to zero (not on GPUs).
 
     A bare product that a bias is added to may be compiled to one multiply-add, which rounds once, or to two
     instructions that round twice, as the rest of the program has it.  With a choice between them it is two
     in every program, so that a frozen model's numbers are the quantized one's.
     """
-    product = result * scale
-    return jnp.where(jnp.abs(product) < jnp.finfo(product.dtype).tiny, 0, product)
+
+    def rounded_by_itself(result: jax.Array, scale: jax.Array) -> jax.Array:
+        product = result * scale
+        return jnp.where(jnp.abs(product) < jnp.finfo(product.dtype).tiny, 0, product)
+
+    # A GPU's compiler makes no multiply-add of the two, and applies a bare product within the matrix product.
+    return jax.lax.platform_dependent(result, scale, cuda=jnp.multiply, default=rounded_by_itself)
 
 
 def materialized(x: jax.Array) -> jax.Array:

@@ -225,7 +225,13 @@ def _span(
 
 
 def _check(traced: TracedUpdate, state: QuantizedState) -> None:
-    """Raises a ValueError for the first parameter that no kernel can update."""
+    """Raises a ValueError on a platform without kernels, or for the first parameter that none can update."""
+    platform = jax.default_backend()
+    if platform not in ("tpu", "cpu"):
+        raise ValueError(
+            f"kernel='pallas' has kernels for TPUs, which CPUs interpret; got {platform!r}, "
+            "where kernel='xla' runs"
+        )
     elementwise, reasons = elementwise_by_group(traced, state.plan)
     where = "kernel='pallas' cannot update"
     for path, reason in reasons.items():

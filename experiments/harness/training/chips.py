@@ -26,9 +26,10 @@ class Chip:
 
 _A100 = {"bf16": 312e12, "s8": 624e12}
 _H100 = {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}
+_B200 = {"bf16": 2250e12, "s8": 4500e12, "f8": 4500e12}
 
-# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets of A100 (SXM), H100 (SXM) and
-# H200, whose peaks are those of dense operands; by JAX's device_kind.
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets of A100 (SXM), H100 (SXM),
+# H200 and DGX B200, whose peaks are those of dense operands; by JAX's device_kind.
 CHIPS = {
     "TPU v5 lite": Chip("v5e", 16 * 2**30, 819e9, 400e9, {"bf16": 197e12, "s8": 393e12}),
     "TPU v5": Chip("v5p", 95 * 2**30, 2765e9, 1200e9, {"bf16": 459e12, "s8": 918e12}),
@@ -38,6 +39,7 @@ CHIPS = {
     "NVIDIA A100-SXM4-80GB": Chip("A100", 80 * 10**9, 2039e9, 600e9, _A100),
     "NVIDIA H100 80GB HBM3": Chip("H100", 80 * 10**9, 3350e9, 900e9, _H100),
     "NVIDIA H200": Chip("H200", 141 * 10**9, 4800e9, 900e9, _H100),
+    "NVIDIA B200": Chip("B200", 180 * 10**9, 7700e9, 1800e9, _B200),
 }
 
 

@@ -192,9 +192,9 @@ class Program:
         """Returns the matrix products."""
         found = []
         for x, own, times in self.instructions():
-            if x.opcode in ("convolution", "dot"):
+            if x.opcode in ("convolution", "dot") or _calls_product(x):
                 left, right = (own[name].results[0] for name in x.operands[:2])
-                count = _multiplications(x, left)
+                count = _multiplications(x, left, right)
                 found.append(Product((left, right), x.results[0], count, x.origin, times))
         return found
 
@@ -327,8 +327,35 @@ def _added(body: Mapping[str, Instruction], name: str, place: str) -> int:
     return _added(body, one, place) + int(body[other].arguments)
 
 
-def _multiplications(x: Instruction, left: Array) -> int:
+def _calls_product(x: Instruction) -> bool:
+    """Returns whether an instruction calls a product of cuBLAS or cuDNN, as GPUs have them."""
+    target = re.search(r'custom_call_target="([^"]*)"', x.attributes)
+    known = ("__cublas$gemm", "__cublas$lt$matmul", "__cudnn$conv")
+    return x.opcode == "custom-call" and target is not None and target[1].startswith(known)
+
+
+def _called_multiplications(x: Instruction, left: Array, right: Array) -> int:
+    """Returns multiplications of a product that a library computes, those with padding included."""
+    result = x.results[0]
+    axes = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', x.attributes)
+    if axes:
+        places = map(int, re.findall(r"\d+", axes[1]))
+        return math.prod(result.shape) * math.prod(left.shape[a] for a in places)
+    labels = re.search(r"dim_labels=\w+_\w+->(\w+)", x.attributes)
+    assert labels is not None
+    # Each number of the output, or of its gradient, meets each tap of one feature's kernel.
+    filter_gradient = "convBackwardFilter" in x.attributes
+    output, kernel = (right, result) if filter_gradient else (result, right)
+    if "convBackwardInput" in x.attributes:
+        output = left
+    features = output.shape[labels[1].index("f")]
+    return math.prod(output.shape) * math.prod(kernel.shape) // features
+
+
+def _multiplications(x: Instruction, left: Array, right: Array) -> int:
     """Returns multiplications of numbers, those with padding left out, when a product is executed once."""
+    if x.opcode == "custom-call":
+        return _called_multiplications(x, left, right)
     size = math.prod(x.results[0].shape)
     if x.opcode == "dot":
         axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
@@ -338,6 +365,7 @@ def _multiplications(x: Instruction, left: Array) -> int:
     labels = re.search(r"dim_labels=(\w+)_\w+->(\w+)", x.attributes)
     assert labels is not None
     size *= left.shape[labels[1].index("f")]
+    size //= int(x.attribute("feature_group_count") or 1)
     places = [i for i in labels[2] if i.isdigit()]
     for place in sorted(places):
         before = left.shape[labels[1].index(place)]
