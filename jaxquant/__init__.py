@@ -21,6 +21,7 @@ from jaxquant import (
     quality,
 )
 from jaxquant.artifacts import serving, specification, storage
+from jaxquant.engine.rules import last_layers
 from jaxquant.formats import (
     BF16,
     BINARY,
@@ -56,6 +57,7 @@ from jaxquant.numerics.qarray import QArray, calibrate, dequantize, fake_quant, 
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations import monitoring
 from jaxquant.operations.attention import Attention, KVCache
+from jaxquant.operations.backward import BackwardOperands
 from jaxquant.operations.conv import ConvGeneralDilated
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.einsum import einsum
@@ -98,6 +100,7 @@ __all__ = [
     "NVFP4",
     "TERNARY",
     "Attention",
+    "BackwardOperands",
     "Block",
     "Codebook",
     "ConvGeneralDilated",
@@ -120,6 +123,7 @@ __all__ = [
     "formats",
     "functions",
     "hadamard",
+    "last_layers",
     "laws",
     "linen",
     "monitoring",

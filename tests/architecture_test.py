@@ -17,13 +17,13 @@ LIBRARY = [
     {
         "numerics": (
             "sharding reductions opaque groups rounding packing hadamard calibration estimators "
-            "quantizer scales qarray measuring stored stacking"
+            "quantizer scales eden qarray measuring stored stacking"
         ),
     },
     {
         "operations": (
-            "integers product operands dot native einsum ragged windows taps conv smoothed adapters "
-            "attention recipes tapped monitoring"
+            "integers product operands backward dot native einsum ragged windows taps conv smoothed adapters "
+            "attention training recipes tapped monitoring"
         ),
     },
     {

@@ -34,6 +34,10 @@ SHARES = {
     "mxfp6": 0.12,
     "mxfp4": 0.3,
     "mxfp8_train": 0.12,
+    "mxfp8_ocp_train": 0.12,
+    "nvfp4_train": 0.3,
+    "mxfp4_train": 0.4,
+    "nvfp4_eden_train": 0.3,
     "nvfp4": 0.3,
     "nf4": 0.2,
     "nf4dq": 0.2,
@@ -46,7 +50,9 @@ SHARES = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_recipes_stay_near_the_float_product_forward_and_backward(name, dtype):
     rng = np.random.default_rng(0)
-    x, w, g = (jnp.array(rng.normal(size=s), dtype) for s in ((2, 64, 64), (64, 32), (2, 64, 32)))
+    x, w, g = (
+        jnp.array(rng.normal(size=s), dtype) for s in ((2, 128, 64), (64, 128), (2, 128, 128))
+    )
 
     @jax.jit
     def both_ways(x, w, g):

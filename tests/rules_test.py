@@ -56,3 +56,18 @@ def test_an_unused_rule_names_the_nearest_of_many_paths():
     kinds = {f"blocks/{i}/mlp/{name}": "linear" for i in range(12) for name in ("up", "down")}
     with pytest.raises(ValueError, match=r"nearest of 24 paths are blocks/\d+/mlp/up"):
         assign(kinds, {r"blocks/\d+/mpl/up": "w8a8"})
+
+
+def test_last_layers_stay_in_float():
+    paths = [f"blocks/{i}/mlp/up" for i in range(12)] + [f"blocks/{i}" for i in range(12)]
+    rules = [(jq.last_layers(12, 2), None), ("blocks/.*", "nvfp4_train")]
+    found = assign(dict.fromkeys(paths, "linear"), rules)
+    assert {p for p in paths if found[p].value is None} == {
+        "blocks/10",
+        "blocks/11",
+        "blocks/10/mlp/up",
+        "blocks/11/mlp/up",
+    }
+    for count in (0, 13):
+        with pytest.raises(ValueError, match="1 to 12"):
+            jq.last_layers(12, count)

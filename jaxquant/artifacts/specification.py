@@ -22,6 +22,7 @@ from jaxquant.formats.names import is_named
 from jaxquant.numerics import calibration, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.attention import Attention
+from jaxquant.operations.backward import BackwardOperands
 from jaxquant.operations.conv import ConvGeneralDilated
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.operands import Operands
@@ -37,6 +38,7 @@ __getattr__ = renamed_names(
 
 _TYPES: dict[str, type] = {
     "Attention": Attention,
+    "BackwardOperands": BackwardOperands,
     "ConvGeneralDilated": ConvGeneralDilated,
     "DotGeneral": DotGeneral,
     "Operands": Operands,
@@ -47,6 +49,9 @@ _TYPES: dict[str, type] = {
     "calibration.Step": calibration.Step,
     "calibration.mse": calibration.mse,
     "calibration.percentile": calibration.percentile,
+    "calibration.scaled_absmax": calibration.scaled_absmax,
+    "calibration.scaled_rms": calibration.scaled_rms,
+    "rounding.Eden": rounding.Eden,
 }
 _FUNCTIONS: dict[str, Any] = {
     "calibration.absmax": calibration.absmax,

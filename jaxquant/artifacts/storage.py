@@ -229,7 +229,7 @@ def _rebuild(path: str, parts: dict[str, jax.Array], description: dict[str, Any]
 def _check_parts(path: str, parts: dict, format: Any, shape: tuple[int, ...]) -> None:
     """Raises a ValueError where the parts do not make an array of that format and shape."""
     is_block = isinstance(format, Block)
-    two_levels = is_block and format.levels == 2
+    two_levels = is_block and format.has_tensor_scale
     wanted = {"qvalue", "scale"} | ({"tensor_scale"} if two_levels else set())
     if set(parts) - ({"zero_point"} if isinstance(format, Int) else set()) != wanted:
         raise ValueError(f"{path}: {format} has parts {sorted(wanted)}; got {sorted(parts)}")
@@ -244,7 +244,7 @@ def _check_parts(path: str, parts: dict, format: Any, shape: tuple[int, ...]) ->
         raise ValueError(
             f"{path}: scales of shape {scale.shape} do not divide an array of shape {shape}"
         )
-    if is_block and scale.size * format.size != int(np.prod(shape)):
+    if is_block and scale.size * int(np.prod(format.size)) != int(np.prod(shape)):
         raise ValueError(
             f"{path}: {scale.size} scales of blocks of {format.size} do not cover an array of shape {shape}"
         )

@@ -172,6 +172,26 @@ def _reason(rule: Rule, subjects: Sequence[Subject]) -> str:
     )
 
 
+def last_layers(layers: int, count: int, prefix: str = "blocks") -> str:
+    """Returns the expression of a rule for the last layers of a model, and all within them.
+
+    Args:
+        layers: how many the model has.
+        count: of how many, at least 1 and at most all.
+        prefix: the path of the list that holds them.
+
+    Raises:
+        ValueError: a count that is not from 1 to `layers`.
+
+    >>> print(last_layers(12, 2))
+    blocks/(10|11)(/.*)?
+    """
+    if not 1 <= count <= layers:
+        raise ValueError(f"the last layers are 1 to {layers} of {layers}; got {count}")
+    numbers = "|".join(map(str, range(layers - count, layers)))
+    return f"{re.escape(prefix)}/({numbers})(/.*)?"
+
+
 _NUMBER = re.compile(r"(?:(?<=[/_])|^)\d+(?=/|$)")
 
 

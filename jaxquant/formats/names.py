@@ -62,25 +62,29 @@ KNOWN.update({value: name for name, value in _NAMED.items()})
 _INT = re.compile(r"(u?)int([1-9][0-9]*)(full|midrise)?")
 _FLOAT = re.compile(r"e([1-9])m(0|[1-9][0-9]*)(fn|fnuz|finite|fnu)?")
 _CODEBOOK = re.compile(r"codebook\((.*)\)")
-_BLOCK = re.compile(r"block\((.*),([1-9][0-9]*),([^,()]*),([12])\)")
+_BLOCK = re.compile(
+    r"block\((.*),([1-9][0-9]*)(?:x([1-9][0-9]*))?,([^,()]*),([12])(?:,(nearest|up|down|ocp|quartet))?\)"
+)
 
 
 def parse(name: str) -> Any:
     """Returns the format of a name; `str` is its inverse, and no format has two names.
 
-    ============================ ============================================================
-    name                         format
-    ============================ ============================================================
-    int4, int4full, int4midrise  `Int(4)` and its other levels
-    uint4                        `Int(4, "unsigned")`
-    e5m6, e4m3fn, e4m3fnuz, …    `Float(e, m, convention)`; e2m1finite; e8m0fnu
-    fp16, bf16                   `Float(5, 10)`, `Float(8, 7)`
-    nf4, dynamic8, udynamic8     `NF4`, `dynamic_map(8)`, and its unsigned sister
-    codebook(-1.0,0.0,1.0)       `Codebook((-1.0, 0.0, 1.0))`
-    mxfp8, mxfp6, mxfp4, mxint8  blocks of 32 with E8M0 scales (mxfp6 has E3M2 elements)
-    nvfp4                        blocks of 16 with E4M3 scales under a float32 scale
-    block(int4,64,fp16,1)        `Block(Int(4), 64, FP16)`
-    ============================ ============================================================
+    ============================== ============================================================
+    name                           format
+    ============================== ============================================================
+    int4, int4full, int4midrise    `Int(4)` and its other levels
+    uint4                          `Int(4, "unsigned")`
+    e5m6, e4m3fn, e4m3fnuz, …      `Float(e, m, convention)`; e2m1finite; e8m0fnu
+    fp16, bf16                     `Float(5, 10)`, `Float(8, 7)`
+    nf4, dynamic8, udynamic8       `NF4`, `dynamic_map(8)`, and its unsigned sister
+    codebook(-1.0,0.0,1.0)         `Codebook((-1.0, 0.0, 1.0))`
+    mxfp8, mxfp6, mxfp4, mxint8    blocks of 32 with E8M0 scales (mxfp6 has E3M2 elements)
+    nvfp4                          blocks of 16 with E4M3 scales under a float32 scale
+    block(int4,64,fp16,1)          `Block(Int(4), 64, FP16)`
+    block(int4,16x16,e4m3fn,2)     `Block(Int(4), (16, 16), E4M3, 2)`, a scale for each tile
+    block(e4m3fn,32,e8m0fnu,1,ocp) `Block(E4M3, 32, E8M0, conversion="ocp")`
+    ============================== ============================================================
 
     Raises:
         ValueError: another name, or one whose parameters make no format.
@@ -106,7 +110,9 @@ def parse(name: str) -> Any:
             raise ValueError(f"{name!r}: a codebook's values are numbers between commas") from None
         return _canonical(name, Codebook(values))
     elif match := _BLOCK.fullmatch(name):
-        block = Block(parse(match[1]), int(match[2]), parse(match[3]), int(match[4]))
+        size = (int(match[2]), int(match[3])) if match[3] else int(match[2])
+        conversion: Any = match[6]
+        block = Block(parse(match[1]), size, parse(match[4]), int(match[5]), conversion)
         return _canonical(name, block)
     raise ValueError(
         f"no format is named {name!r}; names are like int4, uint8, int4full, int1midrise, e5m2, e4m3fn "

@@ -185,6 +185,57 @@ def _gaussian_error(grid: np.ndarray) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
+class scaled_absmax:
+    """A share of the largest magnitude: r = share · max |x|; what lies beyond is clipped.
+
+    Args:
+        share: over 0.
+
+    >>> scaled_absmax(0.5)(jnp.array([[1.0, -3.0, 2.0]]), (1,), None)
+    Array([[1.5]], dtype=float32)
+    """
+
+    share: float
+
+    def __post_init__(self):
+        _check_share("scaled_absmax", self.share)
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format | None) -> jax.Array:
+        del format
+        return self.share * absmax(x, axes)
+
+
+@dataclasses.dataclass(frozen=True)
+class scaled_rms:
+    """A scale that is a share of the root mean square: s = share · √(mean x²); what lies beyond is clipped.
+
+    Args:
+        share: over 0.
+
+    Source: Castro et al. 2025, arXiv 2505.14669: 3/4 for E2M1 in Hadamard coordinates, rounded down to a
+    power of two.
+
+    >>> scaled_rms(0.75)(jnp.array([[1.0, -1.0, 1.0]]), (1,), None).value
+    Array([[0.75]], dtype=float32)
+    """
+
+    share: float
+
+    def __post_init__(self):
+        _check_share("scaled_rms", self.share)
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format | None) -> "Scale":
+        del format
+        return Scale(jnp.minimum(self.share * rms(x, axes), jnp.finfo(jnp.float32).max))
+
+
+def _check_share(name: str, share: Any) -> None:
+    is_number = isinstance(share, int | float) and not isinstance(share, bool)
+    if not is_number or not 0 < share < math.inf:
+        raise ValueError(f"{name} takes a share over 0; got {share!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class percentile:
     """A percentile of the magnitudes over `axes`; what lies beyond is clipped.
 

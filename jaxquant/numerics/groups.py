@@ -21,10 +21,10 @@ def scale_shape(
 
     Raises:
         ValueError: an axis that the array lacks; a block or tile size that does not divide its axis; a
-            block without a contracting axis; a tile with several, or without another axis.
+            block or tile without a contracting axis; a tile without another axis.
 
-    With several contracting axes a block lies along the last of them, and each place on the others has
-    its own.
+    With several contracting axes a block or tile lies along the last of them, and each place on the
+    others has its own.
 
     >>> scale_shape((8, 64), "channel", 1), scale_shape((8, 64), 16, 1), scale_shape((8, 64), (16, 4), 1)
     ((8, 1), (8, 4), (2, 4))
@@ -42,15 +42,13 @@ def scale_shape(
         )
     if isinstance(granularity, int):
         return _divide(shape, {axes[-1]: granularity}, granularity)
-    if len(axes) != 1:
-        raise ValueError(f"a tile {granularity} needs one contracting axis; got {len(axes)}")
-    (along,) = axes
-    others = [a for a in range(len(shape)) if a != along]
+    others = [a for a in range(len(shape)) if a not in axes]
     if not others:
         raise ValueError(
-            f"a tile {granularity} needs an array of at least two axes; got shape {shape}"
+            f"a tile {granularity} needs an axis that is not summed over; got shape {shape} with "
+            f"contracting axes {axes}"
         )
-    return _divide(shape, {along: granularity[0], others[-1]: granularity[1]}, granularity)
+    return _divide(shape, {axes[-1]: granularity[0], others[-1]: granularity[1]}, granularity)
 
 
 def normalize_axes(shape: tuple[int, ...], axis: int | Sequence[int]) -> tuple[int, ...]:

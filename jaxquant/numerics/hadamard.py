@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jaxtyping as jt
 import numpy as np
 
+from jaxquant.numerics import rounding
 from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
 
 # What its products are named in a program, so that they can be told from a model's own.
@@ -27,8 +28,22 @@ def check_block(block: object) -> int:
     return size
 
 
+def random_signs(key: jax.Array, length: int) -> jt.Float[jax.Array, " length"]:
+    """Returns ±1 for each place along an axis: a hash of the key and the place, as stochastic rounding's.
+
+    Args:
+        key: a PRNG key.
+        length: of the axis.
+
+    >>> bool(jnp.all(jnp.abs(random_signs(jax.random.key(0), 64)) == 1))
+    True
+    """
+    top = rounding.random_bits(key, (length,), "a random Hadamard rotation") >> 31
+    return 1 - 2 * top.astype(jnp.float32)
+
+
 def hadamard(
-    x: jt.Float[jax.Array, "*shape"], block: int, axis: int = -1
+    x: jt.Float[jax.Array, "*shape"], block: int, axis: int = -1, key: jax.Array | None = None
 ) -> jt.Float[jax.Array, "*shape"]:
     """Multiplies blocks of neighbours along an axis by the orthonormal Hadamard matrix H_n / √n.
 
@@ -40,6 +55,8 @@ def hadamard(
         x: values.
         block: n, a power of two that divides the axis.
         axis: along which neighbours are mixed.
+        key: where given, x is multiplied by `random_signs` of it along the axis first.  Two operands that
+            are rotated by one key along what their product sums over have the same product as before.
 
     Raises:
         ValueError: a block that is no power of two, or does not divide the axis; no such axis.
@@ -58,10 +75,13 @@ def hadamard(
             f"a Hadamard block of {size} does not divide axis {axis} of shape {x.shape}"
         )
     rotate = functools.partial(_transform, size=size, axis=axis)
-    return call_with_auto_axes(rotate, (x,), lambda: spec_of(x))
+    return call_with_auto_axes(rotate, (x, key), lambda: spec_of(x))
 
 
-def _transform(x: jax.Array, size: int, axis: int) -> jax.Array:
+def _transform(x: jax.Array, key: jax.Array | None, size: int, axis: int) -> jax.Array:
+    if key is not None:
+        along = tuple(-1 if a == axis else 1 for a in range(x.ndim))
+        x = x * random_signs(key, x.shape[axis]).reshape(along).astype(x.dtype)
     before, length, after = x.shape[:axis], x.shape[axis], x.shape[axis + 1 :]
     inner = 1
     while inner < size:

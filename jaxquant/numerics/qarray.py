@@ -28,6 +28,7 @@ from jaxquant.formats import Block, Codebook, Format, in_float32
 from jaxquant.numerics import calibration as calibrations
 from jaxquant.numerics import estimators
 from jaxquant.numerics import rounding as roundings
+from jaxquant.numerics.eden import correct_scales
 from jaxquant.numerics.groups import (
     axes_within_groups,
     broadcast_scale,
@@ -249,12 +250,11 @@ def to_grid(
     scales = compute_scales(found, quantizer)
     if not calibrations.propagates_nonfinite(quantizer.calibration):
         # Zeros are zeros, whatever range was given.
-        empty = calibrations.absmax(jax.lax.stop_gradient(view), axes) < TINY
-        scales = dataclasses.replace(scales, scale=jnp.where(empty, 0, scales.scale))
-        finite = jnp.isfinite(calibrations.absmax(jax.lax.stop_gradient(view), axes))
-        scales = dataclasses.replace(scales, scale=jnp.where(finite, scales.scale, jnp.nan))
+        size = calibrations.absmax(jax.lax.stop_gradient(view), axes)
+        scale = jnp.where(size < TINY, 0, scales.scale)
+        scales = dataclasses.replace(scales, scale=jnp.where(jnp.isfinite(size), scale, jnp.nan))
     ratio = divide_by_scale(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
-    if callable(key) and quantizer.rounding in roundings.NEEDS_KEY:
+    if callable(key) and roundings.needs_key(quantizer.rounding):
         key = key(scales.scale)
 
     def rounding(values: jax.Array) -> jax.Array:
@@ -262,7 +262,10 @@ def to_grid(
         # Added after rounding: fused with the product above, the sum would be rounded another way.
         return rounded if scales.zero is None else rounded + scales.zero
 
-    return quantizer.element.round(ratio, rounding), scales, view
+    grid = quantizer.element.round(ratio, rounding)
+    if isinstance(quantizer.rounding, roundings.Eden):
+        scales = correct_scales(ratio, grid, scales, groups, x.shape, quantizer, axis, key)
+    return grid, scales, view
 
 
 def _finite(x: jax.Array, dtype: Any) -> jax.Array:

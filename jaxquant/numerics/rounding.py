@@ -4,6 +4,9 @@ A format scales its own grid to the integers and calls one of these, so each rou
 once and serves every format.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import jaxtyping as jt
@@ -50,8 +53,7 @@ def stochastic(
     >>> bool(abs(draws.mean() - 0.25) < 0.02)
     True
     """
-    first, second = _words("stochastic", key)
-    return _up_where(x, mix_bits(mix_bits(_indices(x.shape) ^ first) + second))
+    return _up_where(x, random_bits(key, x.shape, "stochastic rounding"))
 
 
 def dithered(
@@ -77,22 +79,97 @@ def dithered(
     >>> bool(abs(draws.mean() - 0.25) < 0.001)
     True
     """
-    first, _ = _words("dithered", key)
+    first, _ = _words("dithered rounding", key)
     golden = jnp.uint32(0x9E3779B9)  # 2^32 / φ
     return _up_where(x, first + _indices(x.shape) * golden)
 
 
-NEEDS_KEY = (stochastic, dithered)
+@dataclasses.dataclass(frozen=True)
+class Eden:
+    """EDEN: elements are rounded to nearest, and their scales are corrected to be unbiased.
+
+    For each block of `block` neighbours x of a tensor in randomly rotated coordinates, with values
+    x̂ = s · q rounded to nearest, the scales are multiplied by
+
+        c = ⟨x, x⟩ / ⟨x, x̂⟩,
+
+    so that ⟨x, c · x̂⟩ = ⟨x, x⟩ in every draw of the rotation, and E[c · x̂] = x under one that is
+    uniformly random.  The random Hadamard rotation is nearly so for a block with many values that are
+    alike in size; a block of two values has a bias that no sign removes.  The corrected scales are
+    rounded to their format stochastically (MS-EDEN).  The squared error is that of rounding to nearest
+    and a little more, less than half that of stochastic rounding.
+
+    A `Quantizer` with this rounding needs a key, a `Block`'s format or blocks, and one contracting axis
+    that `block` divides; `BackwardOperands` with the same `hadamard` rotates what it quantizes.
+
+    Args:
+        block: how many neighbours one correction is for: the block of the rotation.
+        top: the largest scale of a two-level Block before the correction, which may raise it; None for
+            the format's own largest.
+
+    Raises:
+        ValueError: a block below 1 or a top that is no positive number.
+
+    Source: Vargaftik et al. 2022, arXiv 2108.08842, for EDEN; Panferov et al. 2026, arXiv 2601.22813,
+    for MS-EDEN and the top of 255.99, with which E4M3's scales have room for the correction.
+
+    >>> Eden(128)(jnp.array([0.5, 1.5, -0.6]))
+    Array([ 0.,  2., -1.], dtype=float32)
+    """
+
+    block: int
+    top: float | None = 255.99
+
+    def __post_init__(self):
+        if not isinstance(self.block, int) or isinstance(self.block, bool) or self.block < 1:
+            raise ValueError(f"Eden takes a block of at least 1 neighbour; got {self.block!r}")
+        is_number = isinstance(self.top, int | float) and not isinstance(self.top, bool)
+        if self.top is not None and not (is_number and 0 < self.top < float("inf")):
+            raise ValueError(
+                f"Eden takes a top that is a positive number or None; got {self.top!r}"
+            )
+
+    def __call__(
+        self, x: jt.Float[jax.Array, "*shape"], key: jax.Array | None = None
+    ) -> jt.Float[jax.Array, "*shape"]:
+        """Rounds elements to nearest; `key` is for the scales."""
+        return nearest(x, key)
 
 
-def _words(name: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def needs_key(rounding: Callable[..., jax.Array]) -> bool:
+    """Returns whether a rounding draws at random.
+
+    >>> needs_key(stochastic), needs_key(nearest)
+    (True, False)
+    """
+    return rounding in (stochastic, dithered) or isinstance(rounding, Eden)
+
+
+def random_bits(
+    key: jax.Array | None, shape: tuple[int, ...], use: str = "a random draw"
+) -> jt.UInt[jax.Array, "*shape"]:
+    """Returns 32 random bits for each element: a hash of the key and of its place, row by row.
+
+    Args:
+        key: a PRNG key.
+        shape: of the result.
+        use: what it is for, which errors name.
+
+    Raises:
+        ValueError: no key, or something else.
+    """
+    first, second = _words(use, key)
+    return mix_bits(mix_bits(_indices(shape) ^ first) + second)
+
+
+def _words(use: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Returns two random 32-bit words from a key, the seeds of all elements' draws."""
     if key is None:
-        raise ValueError(f"{name} rounding needs a PRNG key, as jax.random.key(0); got key=None")
+        raise ValueError(f"{use} needs a PRNG key, as jax.random.key(0); got key=None")
     dtype = getattr(key, "dtype", None)
     is_typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
     if not (is_typed and key.ndim == 0) and not (dtype == jnp.uint32 and key.ndim == 1):
-        raise ValueError(f"{name} rounding takes one PRNG key, as jax.random.key(0); got {key!r}")
+        raise ValueError(f"{use} takes one PRNG key, as jax.random.key(0); got {key!r}")
     words = (jax.random.key_data(key) if is_typed else key).ravel()
     low, high = (
         mix_bits(words[0] ^ jnp.uint32(0x85EBCA6B)),

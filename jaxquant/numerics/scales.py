@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxquant.formats import Block, Float, Int, divide, is_static
 from jaxquant.numerics import calibration as calibrations
 from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.numerics.rounding import Eden
 
 TINY = jnp.finfo(jnp.float32).tiny
 TOP = float(jnp.finfo(jnp.float32).max)
@@ -55,7 +56,8 @@ def compute_scales(found: Any, quantizer: Quantizer) -> Scales:
         scale = jnp.where(jnp.isinf(scale) | (scale < 0), jnp.nan, scale)
     empty = (range_ < TINY) & ~jnp.isnan(scale)
     if isinstance(quantizer.format, Block):
-        return Scales(*quantizer.format.scales(scale, empty))
+        top = quantizer.rounding.top if isinstance(quantizer.rounding, Eden) else None
+        return Scales(*quantizer.format.scales(scale, empty, top))
     return Scales(_raise_subnormal(scale, empty, quantizer))
 
 

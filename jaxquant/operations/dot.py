@@ -12,6 +12,13 @@ from jaxquant.numerics.hadamard import hadamard
 from jaxquant.numerics.qarray import QArray, dequantize, fake_quant, quantize
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.numerics.sharding import call_with_auto_axes
+from jaxquant.operations.backward import (
+    BackwardOperands,
+    keeps_rotated,
+    kept_operand,
+    multiplied,
+    rotated_forward,
+)
 from jaxquant.operations.operands import (
     DimensionNumbers,
     Operands,
@@ -71,6 +78,12 @@ class DotGeneral:
                 continue
             if not isinstance(operands, Operands):
                 raise ValueError(f"{name} is an Operands; got {operands!r}")
+            if isinstance(operands, BackwardOperands):
+                if name == "forward":
+                    raise ValueError(
+                        f"forward is an Operands of the forward product; got {operands!r}"
+                    )
+                continue
             for side in ("lhs", "rhs"):
                 check_rounding(name, side, getattr(operands, side))
             if name != "forward" and operands.arithmetic == "native":
@@ -100,6 +113,8 @@ class DotGeneral:
     def _computed(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
         forward, originals = self.forward, jax.lax.stop_gradient((lhs, rhs))
         if forward.arithmetic == "simulated":
+            if keeps_rotated((self.dlhs, self.drhs), forward):
+                return self._computed_rotated(lhs, rhs, dims, options)
             lhs = simulate(lhs, forward.lhs, dims[0][0])
             rhs = simulate(rhs, forward.rhs, dims[0][1])
             if self.dlhs is None and self.drhs is None:
@@ -107,6 +122,19 @@ class DotGeneral:
             forward, originals = Operands(), as_values(originals)
         operands = (forward, self.dlhs, self.drhs, originals)
         return _dot(dims, tuple(options.items()), operands, *differentiable(lhs, rhs))
+
+    def _computed_rotated(self, lhs: Any, rhs: Any, dims: Any, options: dict) -> jax.Array:
+        """Multiplies in the coordinates in which both operands are quantized, backward too."""
+        values = []
+        for x, quantizer, axes in zip(
+            (lhs, rhs), (self.forward.lhs, self.forward.rhs), dims[0], strict=True
+        ):
+            if isinstance(x, QArray):
+                raise ValueError("a product that keeps rotated operands takes no stored ones")
+            turned, quantizer = rotated_forward(x, quantizer, axes)  # pyright: ignore
+            values.append(simulate(turned, quantizer, axes).astype(x.dtype))
+        operands = (Operands(), self.dlhs, self.drhs, values)
+        return _dot(dims, tuple(options.items()), operands, *differentiable(*values))
 
 
 def simulate(
@@ -168,6 +196,8 @@ def residual(x: jax.Array, quantized: Any, operands: Operands | None, axes: tupl
         operands: the gradient's.
         axes: what the gradient's product sums over.
     """
+    if isinstance(operands, BackwardOperands):
+        return kept_operand(operands, x, quantized)
     if operands is None or operands.rhs is None:
         return quantized
     if isinstance(x, QArray):
@@ -271,6 +301,9 @@ def _gradient_product(
         pair = (gradient, kept) if gradient_first else (kept, gradient)
         return dot(*pair, numbers, **options)
 
+    if isinstance(operands, BackwardOperands):
+        pair = multiplied(operands, gradient, kept, numbers, side)
+        return multiply(*pair, jax.lax.dot_general)
     if operands is None or operands.arithmetic == "simulated":
         quantizer = None if operands is None else operands.lhs
         values = _unrotate(kept)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxquant.formats import Float, Int
 from jaxquant.numerics.qarray import QArray, dequantize
 from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations.backward import BackwardOperands
 from jaxquant.operations.integers import as_int8, check_accumulation, is_integer, values_in
 from jaxquant.operations.operands import Operands
 from jaxquant.operations.product import is_float8
@@ -98,6 +99,10 @@ def _in_type_of(x: QArray | jax.Array, other: QArray | jax.Array) -> Part:
 
 def check_operands(owner: str, name: str, operands: Operands | None) -> None:
     """Raises a ValueError where a product of scales that do not vary along its sum cannot take them."""
+    if isinstance(operands, BackwardOperands):
+        raise ValueError(
+            f"{owner} takes no BackwardOperands, which matrix products do; got them as {name}"
+        )
     if not isinstance(operands, Operands):
         return
     for side in ("lhs", "rhs"):

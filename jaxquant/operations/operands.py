@@ -199,7 +199,7 @@ def check_rounding(product_name: str, side: str, quantizer: Any) -> None:
     is_gradient = product_name != "forward" and side == "lhs"
     if (
         isinstance(quantizer, Quantizer)
-        and quantizer.rounding in rounding.NEEDS_KEY
+        and rounding.needs_key(quantizer.rounding)
         and not is_gradient
     ):
         raise ValueError(

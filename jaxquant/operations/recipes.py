@@ -9,25 +9,20 @@ import jax
 from jaxquant.formats import E4M3, E5M2, INT8, MXFP4, MXFP6, MXFP8, NF4, NVFP4, Block, Int
 from jaxquant.numerics import calibration, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations import training
 from jaxquant.operations.attention import Attention
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.operands import Operands
 
 _NAME = re.compile(r"w([1-9][0-9]*)a([1-9][0-9]*)(?:g([1-9][0-9]*))?(?:-(lsq|quest|token))?")
 _ATTENTION = re.compile(r"(?=.)(?:a([1-9][0-9]*))?(?:kv([1-9][0-9]*))?")
+_EDEN = re.compile(r"nvfp4_eden_train-h(16|32|64)")
 _FLOAT_BITS = 16
 
 
 def _both(quantizer: Quantizer) -> DotGeneral:
     """Returns a recipe that simulates one quantizer for both operands of the forward product."""
     return DotGeneral(Operands(quantizer, quantizer))
-
-
-def _blocks_everywhere(forward: Block, gradient: Block) -> DotGeneral:
-    """Quantizes all three products in blocks along their contracting axes, each its operands anew."""
-    one, other = Quantizer(forward), Quantizer(gradient)
-    backward = Operands(other, one)
-    return DotGeneral(Operands(one, one), backward, backward)
 
 
 _INT8 = Quantizer(INT8, "channel")
@@ -71,8 +66,14 @@ RECIPES = MappingProxyType(
         "mxfp8": _both(Quantizer(MXFP8)),
         "mxfp6": _both(Quantizer(MXFP6)),
         "mxfp4": _both(Quantizer(MXFP4)),
-        # All three products in MXFP8 blocks (Rouhani et al. 2023, arXiv 2310.10537).
-        "mxfp8_train": _blocks_everywhere(MXFP8, MXFP8),
+        # All three products in MXFP8 blocks, with scales rounded up (Mishra et al. 2025, arXiv 2506.08027),
+        # and with OCP's scales, rounded down (Rouhani et al. 2023, arXiv 2310.10537).
+        "mxfp8_train": training.mxfp8(),
+        "mxfp8_ocp_train": training.mxfp8(training.MXFP8_OCP),
+        # FP4 in all three products: NVIDIA's (2509.25149), Quartet (2505.14669), Quartet II (2601.22813).
+        "nvfp4_train": training.nvfp4(),
+        "mxfp4_train": training.mxfp4_quartet(),
+        "nvfp4_eden_train": training.nvfp4_eden(),
         # Blocks of 16 with E4M3 scales below one for the tensor (NVIDIA 2025, arXiv 2509.25149).
         "nvfp4": _both(Quantizer(NVFP4)),
         # Weights alone, in blocks of 64 on the NF4 codebook (Dettmers et al. 2023, arXiv 2305.14314).
@@ -101,6 +102,7 @@ def recipe(name: str) -> Any:
     - the same with ``-quest``: both operands in Hadamard coordinates of 32 with QuEST's grid and trust mask;
       simulated.
     - the same with ``-token``: activations with a scale for each token instead of one for the tensor.
+    - ``nvfp4_eden_train-h{16, 32 or 64}``: with blocks of the rotation that divide smaller layers.
     - ``a{bits}``, ``kv{bits}``, ``a{bits}kv{bits}``: for attention.  ``a``: both of its products, a scale for
       each token's and head's vector and for each row of probabilities, on integers.  ``kv``: keys and values
       as a cache of so many bits holds them.
@@ -119,6 +121,8 @@ def recipe(name: str) -> Any:
     """
     if isinstance(name, str) and name in RECIPES:
         return RECIPES[name]
+    if isinstance(name, str) and (match := _EDEN.fullmatch(name)):
+        return training.nvfp4_eden(int(match[1]))
     if match := _ATTENTION.fullmatch(name) if isinstance(name, str) else None:
         return _attention(name, *(None if b is None else int(b) for b in match.groups()))
     match = _NAME.fullmatch(name) if isinstance(name, str) else None

@@ -16,6 +16,7 @@ from jaxquant.numerics import rounding
 from jaxquant.numerics.measuring import Quantized, Sums, measure, zero_sums
 from jaxquant.numerics.qarray import QArray, quantize
 from jaxquant.numerics.quantizer import Quantizer
+from jaxquant.operations.backward import BackwardOperands, rotated_gradient
 from jaxquant.operations.conv import DRHS_KEY
 from jaxquant.operations.dot import DotGeneral, carry_scale, gradient_numbers
 from jaxquant.operations.native import wide
@@ -146,6 +147,11 @@ def _of_dot(
     for side, (operands, other) in enumerate(zip(*rest, strict=True)):
         if is_stored[side]:
             yield None
+            continue
+        if isinstance(operands, BackwardOperands):
+            axes = numbers[side][0][side]
+            own, key = rotated_gradient(operands, gradient, axes, side)
+            yield _as_quantized(own, operands, axes, key)
             continue
         own = gradient if other is None else carry_scale(gradient, other, numbers[side], side)[0]
         key = functools.partial(rounding.key_of, seed=side)  # as the product itself draws
