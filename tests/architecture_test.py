@@ -78,7 +78,9 @@ EXPERIMENTS = [
         ),
     },
     {
-        "harness.training": "divergence sharding train coarse arms chips hlo kernels targets throughput metrics wsd",
+        "harness.training": (
+            "divergence sharding train coarse arms chips hlo kernels targets throughput metrics wsd"
+        ),
         "harness.pretrained": "gguf_header files minilm smollm2 references",
     },
     {
