@@ -17,7 +17,7 @@ LIBRARY = [
     {
         "numerics": (
             "sharding reductions opaque groups rounding packing hadamard calibration estimators "
-            "quantizer scales eden qarray measuring stored stacking"
+            "quantizer scales eden delayed qarray measuring stored stacking"
         ),
     },
     {
