@@ -23,7 +23,7 @@ LIBRARY = [
     {
         "operations": (
             "integers product operands dot native einsum ragged windows taps conv smoothed adapters "
-            "attention recipes tapped monitoring"
+            "attention recipes platforms tapped monitoring"
         ),
     },
     {
