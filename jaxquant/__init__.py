@@ -62,6 +62,7 @@ from jaxquant.operations.conv import ConvGeneralDilated
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.einsum import einsum
 from jaxquant.operations.operands import Operands
+from jaxquant.operations.platforms import PlatformTable, platforms
 from jaxquant.operations.ragged import RaggedDot
 from jaxquant.operations.recipes import recipe
 from jaxquant.quality import versions
@@ -110,6 +111,7 @@ __all__ = [
     "Int",
     "KVCache",
     "Operands",
+    "PlatformTable",
     "QArray",
     "Quantizer",
     "RaggedDot",
@@ -130,6 +132,7 @@ __all__ = [
     "nnx",
     "optim",
     "parse",
+    "platforms",
     "ptq",
     "quality",
     "quantize",

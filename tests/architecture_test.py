@@ -23,7 +23,7 @@ LIBRARY = [
     {
         "operations": (
             "integers product operands backward dot native einsum ragged windows taps conv smoothed adapters "
-            "attention training recipes tapped monitoring"
+            "attention training recipes platforms tapped monitoring"
         ),
     },
     {

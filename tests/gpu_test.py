@@ -20,6 +20,7 @@ import gpu_aot
 import pytest
 from conftest import ROOT
 
+import jaxquant as jq
 from experiments.harness.training import hlo, kernels, targets
 
 MISSING = targets.missing_compiler("h100")
@@ -247,3 +248,30 @@ def test_int8_gradients_and_groups_are_products_of_int8(compiled, groups, stride
 def test_float8_convolutions_multiply_float8(compiled):
     found = compiled("convolution", kind="fp8", groups=1, strides=1, quantized=False)
     assert found.kinds()[E4M3] == 1
+
+
+# ---- the table of platforms
+
+TABLE = jq.platforms().cells
+NATIVE = {"int8": [S8], "float8": [E4M3, E5M2]}
+
+
+@pytest.mark.parametrize("recipe", TABLE)
+def test_the_table_of_platforms_says_what_is_compiled(compiled, recipe):
+    cell = TABLE[recipe]["gpu"]
+    program = "attention" if len(cell) == 2 else "learned" if "lsq" in recipe else "linear"
+    found = compiled(program, recipe=recipe).kinds()
+    rotations = found.pop(F32, 0)
+    assert (rotations > 0) == ("quest" in recipe)
+    for word, kinds in NATIVE.items():
+        assert sum(found[x] for x in kinds) == cell.count(word)
+    assert found[BF16] == sum(word not in NATIVE for word in cell)
+    assert found.total() == len(cell)
+
+
+def test_float8_gradients_add_up_in_float32(compiled):
+    text = compiled("linear", recipe="fp8_train").text
+    dots = [x for x, _, _ in hlo.parse(text).instructions() if x.opcode == "dot"]
+    assert len(dots) == 3
+    highest = [x.origin for x in dots if "operand_precision={highest" in x.attributes]
+    assert sorted(re.findall(r"\b(dlhs|drhs)\b", " ".join(highest))) == ["dlhs", "drhs"]

@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import jaxquant as jq
+from experiments.harness.training import hlo
 from jaxquant.operations.recipes import RECIPES
 
 
@@ -81,3 +83,29 @@ def test_recipes_are_values(name):
 def test_other_names_are_refused(name):
     with pytest.raises(ValueError, match=r"recipe|granularity"):
         jq.recipe(name)
+
+
+# ---- platforms
+
+CELLS = {"int8": {("s8", "s8")}, "simulated": {("f32", "f32"), ("bf16", "bf16")}}
+CELLS |= {word: CELLS["simulated"] for word in ("stored", "float")}
+
+
+@pytest.mark.parametrize("name", ["w8a8", "int8_train", "fp8_train", "w4a16", "nvfp4"])
+def test_a_cpu_multiplies_what_the_table_of_platforms_says(name):
+    dot, cell = jq.recipe(name), jq.platforms([name]).cells[name]["cpu"]
+
+    def loss(x, w):
+        return jnp.sum(dot(x, w, (((1,), (0,)), ((), ()))).astype(jnp.float32) ** 2)
+
+    shapes = (jnp.ones(s, jnp.bfloat16) for s in ((64, 32), (32, 48)))
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*shapes).compile().as_text()
+    assert text is not None
+    found = {x.kinds for x in hlo.parse(text).products()}
+    assert found <= set().union(*(CELLS[word] for word in cell))
+    assert (("s8", "s8") in found) == ("int8" in cell)
+
+
+def test_the_page_of_recipes_has_the_table_of_platforms():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    assert str(jq.platforms()) in page, "print(jq.platforms()) is what docs/recipes.md should say"

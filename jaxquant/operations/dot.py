@@ -316,7 +316,7 @@ def _gradient_product(
         if isinstance(kept, QArray):  # rotations of the forward's sum are no part of this one
             kept = dataclasses.replace(kept, hadamard=gradient.hadamard)
     if isinstance(gradient, QArray) or isinstance(kept, QArray):
-        return multiply(gradient, kept)
+        return multiply(gradient, kept, functools.partial(product, is_gradient=True))
     return multiply(gradient, kept, jax.lax.dot_general)
 
 

@@ -135,6 +135,7 @@ def values_in(x: QArray, dtype: Any) -> jax.Array:
     element = x.element
     if not is_integer(element):
         return element.load(x.qvalue).astype(dtype)
+    assert isinstance(element, Int)
     if element.levels == "midrise":
         return as_int8(x)[0].astype(dtype)
     return x.qvalue.astype(dtype)

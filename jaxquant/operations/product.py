@@ -54,23 +54,25 @@ def product(
         lhs: left operand.
         rhs: right operand.
         dims: dimension numbers, as of `jax.lax.dot_general`.
-        options: preferred_element_type and precision, as of `jax.lax.dot_general`.
+        options: preferred_element_type and precision, as of `jax.lax.dot_general`; is_gradient, of a product
+            of the backward pass.
 
     Raises:
         ValueError: formats that no product takes together; a sum that could leave int32; blocks of two
             sizes that have no common division of the contracting axis.
     """
     preferred = options.pop("preferred_element_type", None)
+    is_gradient = options.pop("is_gradient", False)
     dtype = preferred or result_type(lhs.dtype, rhs.dtype)
     if not (isinstance(lhs, QArray) and isinstance(rhs, QArray)):
         return _one_sided(lhs, rhs, dims, {**options, "preferred_element_type": preferred})
     lhs, rhs = lhs.unpack(), rhs.unpack()
     if lhs.hadamard or rhs.hadamard:
         _check_rotations(lhs, rhs, dims)
-    # No precision, which chooses among floating-point algorithms: these products are exact.
+    precision = options.pop("precision", None), is_gradient
     if _blocks(lhs, dims[0][0]) > 1 or _blocks(rhs, dims[0][1]) > 1:
-        return _blockwise(lhs, rhs, dims, dtype).astype(dtype)
-    return _scaled_product(lhs, rhs, dims, dtype).astype(dtype)
+        return _blockwise(lhs, rhs, dims, dtype, precision).astype(dtype)
+    return _scaled_product(lhs, rhs, dims, dtype, precision).astype(dtype)
 
 
 def result_type(lhs: Any, rhs: Any) -> np.dtype:
@@ -244,14 +246,14 @@ def _blocks(operand: QArray, axes: tuple[int, ...]) -> int:
     return math.prod(operand.scale.shape[a] for a in axes)
 
 
-def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+def _scaled_product(
+    lhs: QArray, rhs: QArray, dims: Dims, dtype: Any, precision: tuple[Any, bool]
+) -> jax.Array:
     """Multiplies operands whose scales are constant along the contracting axes; in float32 or wider."""
     if is_integer(lhs.element) and is_integer(rhs.element):
-        result = integers(lhs, rhs, dims)
+        result = integers(lhs, rhs, dims)  # exact at any precision
     elif is_float8(lhs.element) and is_float8(rhs.element):
-        result = jax.lax.dot_general(
-            lhs.qvalue, rhs.qvalue, dims, preferred_element_type=jnp.float32
-        )
+        result = _float8_product(lhs.qvalue, rhs.qvalue, dims, *precision)
     else:
         raise ValueError(
             f"no product multiplies {lhs.element} by {rhs.element}: native arithmetic takes two Ints of at "
@@ -273,6 +275,25 @@ def _scaled_product(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Arr
         cpu=lambda x, scale: _materialized_on_cpu(x * scale),
         default=apply_scale,
     )
+
+
+def _float8_product(
+    lhs: jax.Array, rhs: jax.Array, dims: Dims, precision: Any, is_gradient: bool
+) -> jax.Array:
+    """Returns the float32 product of two float8 arrays.
+
+    By default Hopper's tensor cores add up in about 14 bits (openxla/xla issue 6599).  Gradients, whose sums
+    run over all tokens of a batch, get float32's unless a precision was asked for.
+    """
+
+    def multiply(lhs, rhs, precision=precision):
+        options = {"precision": precision, "preferred_element_type": jnp.float32}
+        return jax.lax.dot_general(lhs, rhs, dims, **options)
+
+    if not is_gradient or precision is not None:
+        return multiply(lhs, rhs)
+    highest = functools.partial(multiply, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.platform_dependent(lhs, rhs, cuda=highest, default=multiply)
 
 
 def apply_scale(result: jax.Array, scale: jax.Array) -> jax.Array:
@@ -312,7 +333,9 @@ def _materialized_on_cpu(x: jax.Array) -> jax.Array:
     return jax.lax.cond(_zero_after(x.reshape(1, -1)) > 0, jnp.negative, lambda x: x, x)
 
 
-def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
+def _blockwise(
+    lhs: QArray, rhs: QArray, dims: Dims, dtype: Any, precision: tuple[Any, bool]
+) -> jax.Array:
     """Returns Σ over blocks of the block's product times its scales, in `_scaled_product`'s type."""
     lhs, rhs, dims = _one_axis(lhs, rhs, dims)
     lhs_axes, rhs_axes = dims[0]
@@ -326,10 +349,10 @@ def _blockwise(lhs: QArray, rhs: QArray, dims: Dims, dtype: Any) -> jax.Array:
     parts = (split(lhs, lhs_axes[0], blocks), split(rhs, rhs_axes[0], blocks))
 
     def step(total, pair):
-        return total + _scaled_product(pair[0], pair[1], dims, dtype), None
+        return total + _scaled_product(pair[0], pair[1], dims, dtype, precision), None
 
     first = jax.tree.map(lambda x: x[0], parts)
-    shape = jax.eval_shape(lambda a, b: _scaled_product(a, b, dims, dtype), *first)
+    shape = jax.eval_shape(lambda a, b: _scaled_product(a, b, dims, dtype, precision), *first)
     return jax.lax.scan(step, jnp.zeros(shape.shape, shape.dtype), parts)[0]
 
 
