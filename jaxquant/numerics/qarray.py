@@ -254,8 +254,8 @@ def to_grid(
         scale = jnp.where(size < TINY, 0, scales.scale)
         scales = dataclasses.replace(scales, scale=jnp.where(jnp.isfinite(size), scale, jnp.nan))
     ratio = divide_by_scale(*jax.lax.stop_gradient((view, scales.whole)), quantizer)
-    if callable(key) and roundings.needs_key(quantizer.rounding):
-        key = key(scales.scale)
+    if callable(key):
+        key = key(scales.scale) if roundings.needs_key(quantizer.rounding) else None
 
     def rounding(values: jax.Array) -> jax.Array:
         rounded = quantizer.rounding(values, key)

@@ -133,7 +133,7 @@ def values_in(x: QArray, dtype: Any) -> jax.Array:
     Array([7], dtype=bfloat16)
     """
     element = x.element
-    if not is_integer(element):
+    if not isinstance(element, Int) or not is_integer(element):
         return element.load(x.qvalue).astype(dtype)
     assert isinstance(element, Int)
     if element.levels == "midrise":

@@ -31,7 +31,7 @@ _KEEP = 0.5  # of the last scores, as of `UpdateSensitivity`
 class CoarseState(NamedTuple):
     """Step, both moments, the width of each leaf of each, and the scores that they were decided by."""
 
-    count: jax.Array
+    step: jax.Array
     mu: Any
     nu: Any
     bits: jax.Array  # int32[2, leaves]
@@ -74,17 +74,18 @@ def scale_by_coarse_adam(
     adam = optax.scale_by_adam(b1, b2, eps)
 
     def init(params: Any) -> CoarseState:
-        plain = adam.init(params)
+        plain: Any = adam.init(params)
         sizes = _sizes(params)
         scores = _first_scores(held, len(sizes))
         return CoarseState(plain.count, plain.mu, plain.nu, _allocated(held, scores, sizes), scores)
 
-    def update(updates: Any, state: CoarseState, params: Any = None) -> tuple[Any, CoarseState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, CoarseState]:
         del params
-        plain = optax.ScaleByAdamState(state.count, state.mu, state.nu)
+        after: Any
+        plain = optax.ScaleByAdamState(state.step, state.mu, state.nu)
         steps, after = adam.update(updates, plain)
         moments = [jax.tree.leaves(after.mu), jax.tree.leaves(after.nu)]
-        rounded = functools.partial(_rounded, held, state.count, seed)
+        rounded = functools.partial(_rounded, held, state.step, seed)
         sizes = _sizes(updates)
 
         def decide(old: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -93,13 +94,13 @@ def scale_by_coarse_adam(
                 found = _felt(moments, rounded, bits, after.count, (b1, b2, eps))
             else:
                 found = _statistics(jax.tree.leaves(updates), moments, sizes)
-            keep = jnp.where(state.count == 0, 0.0, _KEEP)
+            keep = jnp.where(state.step == 0, 0.0, _KEEP)
             scores = keep * scores + (1 - keep) * found
             return _allocated(held, scores, sizes), scores
 
         bits, scores = state.bits, state.scores
         if held.allocation in ("felt", "statistics"):
-            is_due = state.count % held.interval == 0
+            is_due = state.step % held.interval == 0
             bits, scores = jax.lax.cond(is_due, decide, lambda old: old, (bits, scores))
         structure = jax.tree.structure(updates)
         mu, nu = (
