@@ -138,8 +138,8 @@ def _is_headline(row: dict) -> bool:
 
 
 TABLES = {
-    "ptq_overtraining/repetition": Table(_REPETITION, repetition),
     "ptq_overtraining/exponents": Table(_RECORDS, exponents),
     "ptq_overtraining/one_law": Table(_RECORDS, one_law),
+    "ptq_overtraining/repetition": Table(_REPETITION, repetition),
 }
 PHRASES = (Phrases(_RECORDS, phrases),)

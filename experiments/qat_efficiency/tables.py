@@ -23,9 +23,9 @@ def _best(summary: dict) -> dict[tuple[str, str], dict]:
 
 
 def gains(summary: dict) -> str:
-    """By how much training is ahead at each width, with the q-value over all comparisons."""
+    """What training gains at each width, with the q-value over all comparisons."""
     best = _best(summary)
-    head = ["training ahead of quantizing after training by", *_WIDTHS.values()]
+    head = ["gain of training over quantizing after training", *_WIDTHS.values()]
     rows = [[said, *(_gain(best[model, w]) for w in _WIDTHS)] for model, said in _MODELS.items()]
     return to_markdown(head, rows)
 
