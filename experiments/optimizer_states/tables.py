@@ -7,10 +7,12 @@ from experiments.harness.reporting.law_tables import interval
 from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
 from experiments.harness.reporting.values import bounds
 from experiments.harness.training.arms import EXACT, budget_of, fixed_bits
+from experiments.optimizer_states.contest import BEST, EVEN
 from experiments.optimizer_states.transformations import PARTS
 from jaxquant import laws
 
 _LAPTOP, _LAW = "optimizer_states/laptop/summary.json", "optimizer_states/law/summary.json"
+_CONTEST = "optimizer_states/contest/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/optimizer_states.md")
 _TASKS = {"language": "LM", "vision": "ViT"}
 _SCHEDULES = {"wsd": "WSD", "cosine": "cosine"}
@@ -59,6 +61,57 @@ def spreads(summary: dict) -> dict[str, list[str]]:
     lm, vit = ([f"{rows[task, s]['exact_sd']:.4f}" for s in _SCHEDULES] for task in _TASKS)
     said = f"LM {lm[0]} under WSD and {lm[1]} under cosine, ViT {vit[0]} and {vit[1]}"
     return {page: [said] for page in _PAGES}
+
+
+# ---------------------------------------------------------------------------------------------------
+# The contest
+
+_ALLOCATIONS = {
+    "even": "even",
+    "split1": "momentum + 1 bit",
+    "split2": "momentum + 2 bits",
+    "split3": "momentum + 3 bits",
+    "role": "momentum, embedding and head + 1 bit",
+    "felt": "`felt`",
+    "felt-once": "`felt` for a tenth of the steps",
+    "felt-lasting": "`felt`, with how long errors last",
+    "statistics": "`statistics`",
+    "ranked": "`statistics` within slots",
+    "hindsight": "`felt`, known beforehand",
+}
+
+
+def contest(summary: dict) -> str:
+    """The gap to full precision of each allocation at each budget."""
+    rows: dict[str, dict[float, str]] = {}
+    for row in summary["gaps"]:
+        if found := budget_of(row["arm"]):
+            gap = bounds(row["gap"], row["low"], row["high"], "+.3f")
+            rows.setdefault(found[0], {})[found[1]] = gap
+    budgets = sorted({budget for own in rows.values() for budget in own})
+    head = ["allocation", *(f"{budget} bits" for budget in budgets)]
+    kinds = [kind for kind in _ALLOCATIONS if kind in rows]
+    cells = [[_ALLOCATIONS[kind], *(rows[kind].get(b, "") for b in budgets)] for kind in kinds]
+    return to_markdown(head, cells)
+
+
+def contest_phrases(summary: dict) -> dict[str, list[str]]:
+    """Who beats whom, with q-values over all contests."""
+    rows = {(row["arm"], row["against"]): row for row in summary["contests"]}
+
+    def gain(arm: str, against: str = EVEN) -> str:
+        row = rows[arm, against]
+        return f"{bounds(row['gap'], row['low'], row['high'], '+.3f')} (q = {row['q_value']:.1g})"
+
+    split = f"{gain('split1-2.6')} at 2.6 bits and {gain('split1-3.0')} at 3.0"
+    adaptive = f"`felt` beats it by {gain('felt-2.6')} at 2.6 bits"
+    behind = [gain(f"felt-{b}", BEST) for b in ("2.6", "3.0", "4.0")]
+    against = f"against the best static split it is {behind[0]}, {behind[1]} and {behind[2]}"
+    half = {a: (r["high"] - r["low"]) / 2 for (a, b), r in rows.items() if b == EVEN}
+    power = f"six seeds could show {half['felt-4.0']:.3f}"
+    own = dict.fromkeys(_PAGES, (split, adaptive, against, power))
+    seeds = f"{summary['gaps'][0]['seeds']} seeds"
+    return {page: list(said) for page, said in own.items()} | {"README.md": [split, seeds]}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -167,7 +220,12 @@ def _parts(rows: dict[str, dict[str, Any]]) -> str:
 
 
 TABLES = {
+    "optimizer_states/allocations": Table(_CONTEST, contest),
     "optimizer_states/laptop": Table(_LAPTOP, gaps),
     "optimizer_states/transformations": Table("optimizer_states/optimizers.json", transformations),
 }
-PHRASES = (Phrases(_LAPTOP, spreads), Phrases(_LAW, law_phrases))
+PHRASES = (
+    Phrases(_LAPTOP, spreads),
+    Phrases(_LAW, law_phrases),
+    Phrases(_CONTEST, contest_phrases),
+)
