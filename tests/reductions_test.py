@@ -263,6 +263,11 @@ def network(recipe: str | None) -> nnx.Module:
     return model
 
 
+def of_this_size(recipe: str) -> str:
+    """The recipe, with the Hadamard blocks of EDEN as long as an axis here: its own 128 do not fit."""
+    return f"{recipe}-h{N}" if recipe == "nvfp4_eden_train" else recipe
+
+
 def step(recipe: str | None):
     """From (w0, w1, x, cotangent) to the loss and its gradients by the first three; compiled."""
     graphdef, kernels, rest = nnx.split(network(recipe), lambda path, _: path[-1] == "kernel", ...)
@@ -293,7 +298,7 @@ def in_float() -> dict:
 @pytest.mark.first(4)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_nan_in_a_step_shows_wherever_it_does_in_float(recipe):
-    for case, (is_finite, gradients) in spoiled_steps(step(recipe)).items():
+    for case, (is_finite, gradients) in spoiled_steps(step(of_this_size(recipe))).items():
         wanted, of_float = in_float()[case]
         assert not wanted, case
         assert not is_finite, case
