@@ -13,6 +13,7 @@ from jaxquant import laws
 
 _LAPTOP, _LAW = "optimizer_states/laptop/summary.json", "optimizer_states/law/summary.json"
 _CONTEST = "optimizer_states/contest/summary.json"
+_VISION = "optimizer_states/contest_vision/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/optimizer_states.md")
 _TASKS = {"language": "LM", "vision": "ViT"}
 _SCHEDULES = {"wsd": "WSD", "cosine": "cosine"}
@@ -97,11 +98,10 @@ def contest(summary: dict) -> str:
 
 def contest_phrases(summary: dict) -> dict[str, list[str]]:
     """Who beats whom, with q-values over all contests."""
-    rows = {(row["arm"], row["against"]): row for row in summary["contests"]}
+    rows = _by_contest(summary)
 
     def gain(arm: str, against: str = EVEN) -> str:
-        row = rows[arm, against]
-        return f"{bounds(row['gap'], row['low'], row['high'], '+.3f')} (q = {row['q_value']:.1g})"
+        return _gain(rows[arm, against])
 
     split = f"{gain('split1-2.6')} at 2.6 bits and {gain('split1-3.0')} at 3.0"
     adaptive = f"`felt` beats it by {gain('felt-2.6')} at 2.6 bits"
@@ -112,6 +112,25 @@ def contest_phrases(summary: dict) -> dict[str, list[str]]:
     own = dict.fromkeys(_PAGES, (split, adaptive, against, power))
     seeds = f"{summary['gaps'][0]['seeds']} seeds"
     return {page: list(said) for page, said in own.items()} | {"README.md": [split, seeds]}
+
+
+def vision_phrases(summary: dict) -> dict[str, list[str]]:
+    """What beats the even allocation on the ViT, and what adaptive widths do there."""
+    rows = _by_contest(summary)
+    said = [
+        f"One bit more for momentum, embedding and head gains {_gain(rows['role-4.0', EVEN])}",
+        f"`felt` is {_gain(rows['felt-4.0', EVEN])} beside even widths",
+        f"and `felt` for a tenth of the steps {_gain(rows['felt-once-4.0', BEST])} beside that split",
+    ]
+    return dict.fromkeys(_PAGES, said)
+
+
+def _by_contest(summary: dict) -> dict[tuple[str, str], dict]:
+    return {(row["arm"], row["against"]): row for row in summary["contests"]}
+
+
+def _gain(row: dict) -> str:
+    return f"{bounds(row['gap'], row['low'], row['high'], '+.3f')} (q = {row['q_value']:.1g})"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -221,6 +240,7 @@ def _parts(rows: dict[str, dict[str, Any]]) -> str:
 
 TABLES = {
     "optimizer_states/allocations": Table(_CONTEST, contest),
+    "optimizer_states/allocations_vision": Table(_VISION, contest),
     "optimizer_states/laptop": Table(_LAPTOP, gaps),
     "optimizer_states/transformations": Table("optimizer_states/optimizers.json", transformations),
 }
@@ -228,4 +248,5 @@ PHRASES = (
     Phrases(_LAPTOP, spreads),
     Phrases(_LAW, law_phrases),
     Phrases(_CONTEST, contest_phrases),
+    Phrases(_VISION, vision_phrases),
 )
