@@ -20,6 +20,7 @@ from experiments.harness.running import cli, files
 from experiments.optimizer_states import tables as optimizer_states
 from experiments.pretrained_quantization import tables as pretrained_quantization
 from experiments.ptq_overtraining import tables as ptq_overtraining
+from experiments.public_runs import tables as public_runs
 from experiments.qat_efficiency import tables as qat_efficiency
 from experiments.train import tables as train
 from experiments.training_precision import tables as training_precision
@@ -34,6 +35,7 @@ STUDIES = (
     optimizer_states,
     qat_efficiency,
     train,
+    public_runs,
 )
 TABLES: dict[str, Table] = {name: t for study in STUDIES for name, t in study.TABLES.items()}
 PHRASES: tuple[Phrases, ...] = tuple(p for study in STUDIES for p in study.PHRASES)

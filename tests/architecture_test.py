@@ -106,8 +106,8 @@ EXPERIMENTS = [
         ),
     },
     {
+        "public_runs": "readers gaps efficiencies analysis report tables __main__",
         "": "fetch pack plan tables tokenize",
-        "public_runs": "readers gaps efficiencies analysis report __main__",
     },
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.

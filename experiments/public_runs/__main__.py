@@ -4,7 +4,7 @@
 
 `--quest` is for_plots/runs_for_scaling.json of https://github.com/IST-DASLab/QuEST (arXiv 2502.05003), and
 `--quartet` is notebooks/plots.ipynb of https://github.com/IST-DASLab/Quartet (arXiv 2505.14669).  Writes
-``summary.json``, ``report.html`` and its figure.
+``summary.json``, ``fits.json`` (the same without others' runs), ``report.html`` and its figure.
 """
 
 import dataclasses

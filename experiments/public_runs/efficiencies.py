@@ -17,6 +17,7 @@ QUARTET_DELTA = 1e-4  # of Huber's loss on log L, as its authors have it
 QUEST_DELTA = 1.0  # its notebook scales residuals so that all of them are squared
 _JOINT = laws.quartet((4,), (4,))
 FORWARD, BACKWARD = "QuEST/BF16", "BF16/AlbertTsengQuantizer"  # what the efficiencies are of
+HELD, FREE = "base held", "all at once"  # which parameters were fitted
 
 QUARTET_2025 = laws.Published(
     _JOINT,
@@ -125,8 +126,8 @@ def quartet(
         law = held(_JOINT, {**ones, **base.params}, (name,), bits)
         alone = laws.fit(law, table[table["scheme"] == scheme], **options)
         of = f"Quartet, {name.removesuffix('_4')} of {scheme}"
-        found.append(_of_fit(alone, name, of, "base held", published, source))
-        found.append(_of_fit(joint, name, of, "all at once", published, source))
+        found.append(_of_fit(alone, name, of, HELD, published, source))
+        found.append(_of_fit(joint, name, of, FREE, published, source))
     return joint, found
 
 
@@ -153,7 +154,7 @@ def quest(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> tuple[laws.Fit, 
     fit = _by_width(own, bootstraps, groups="unit")
     source, printed = "Panferov et al. 2025", laws.QUEST_2025_EFFICIENCY
     found = [
-        _of_fit(fit, f"eff_{b}", f"QuEST, {b} bits", "all at once", printed.get(b), source)
+        _of_fit(fit, f"eff_{b}", f"QuEST, {b} bits", FREE, printed.get(b), source)
         for b in fit.law.widths or ()
     ]
     fp4 = table[table["scheme"] == "W4A4, FP4"]
@@ -161,7 +162,7 @@ def quest(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> tuple[laws.Fit, 
         one = laws.free_efficiency(4)
         law = held(one, {n: fit.params[n] for n in one.names[:5]}, ("eff_4",), {"P_w": 4.0})
         alone = laws.fit(law, fp4, starts=STARTS, bootstraps=bootstraps, delta=QUEST_DELTA)
-        found.append(_of_fit(alone, "eff_4", "QuEST, FP4", "base held", QUEST_2025_FP4, source))
+        found.append(_of_fit(alone, "eff_4", "QuEST, FP4", HELD, QUEST_2025_FP4, source))
     return fit, found
 
 
@@ -174,7 +175,7 @@ def ours(table: pd.DataFrame, bootstraps: int = BOOTSTRAPS) -> tuple[laws.Fit, l
     """
     fit = _by_width(table, bootstraps, groups="unit", strata="N")
     widths = fit.law.widths or ()
-    return fit, [_of_fit(fit, f"eff_{b}", f"ours, {b} bits", "all at once") for b in widths]
+    return fit, [_of_fit(fit, f"eff_{b}", f"ours, {b} bits", FREE) for b in widths]
 
 
 def _by_width(table: pd.DataFrame, bootstraps: int, **options: str) -> laws.Fit:

@@ -15,6 +15,7 @@ from experiments.harness.reporting.findings import UNRESOLVED, Finding, Publishe
 from experiments.harness.reporting.law_tables import fit_summary, fit_table
 from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.reporting.values import bounds, number, rows_of
+from experiments.harness.running import files
 from experiments.public_runs import efficiencies, gaps
 from experiments.public_runs.analysis import NEAREST, SHARED, TRANSFERRED, Found, Tables
 from experiments.public_runs.gaps import SUM, Growth
@@ -199,7 +200,9 @@ def _full_table(full: pd.DataFrame) -> pd.DataFrame:
 
 
 def write(workdir: str | Path, tables: Tables, found: Found) -> str:
-    """Writes ``summary.json``, ``report.html`` and the figure; returns the findings in words.
+    """Writes ``summary.json``, ``fits.json``, ``report.html`` and the figure; returns the findings in words.
+
+    The fits are the summary without rows of the published tables, so that they may be kept by others.
 
     Args:
         workdir: a folder.
@@ -217,7 +220,10 @@ def write(workdir: str | Path, tables: Tables, found: Found) -> str:
         "ratios": found.ratios.to_dict("records"),
         "full_precision": rows_of(found.full),
     }
+    theirs = ("left_out", "full_precision")  # rows of the published tables themselves
+    fits = {name: value for name, value in plain(summary).items() if name not in theirs}
     said = findings_of(found)
+    files.write_json(Path(workdir) / "fits.json", fits)
     title = "Published runs beside ours"
     report.write(Path(workdir), Report(title, said, _sections(tables, found), plain(summary)))
     return findings.to_text(said)
