@@ -14,6 +14,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.benchmark import tables as benchmark
 from experiments.harness.reporting import markdown
 from experiments.harness.reporting.markdown import Phrases, Table
 from experiments.harness.running import cli, files
@@ -36,6 +37,7 @@ STUDIES = (
     qat_efficiency,
     train,
     public_runs,
+    benchmark,
 )
 TABLES: dict[str, Table] = {name: t for study in STUDIES for name, t in study.TABLES.items()}
 PHRASES: tuple[Phrases, ...] = tuple(p for study in STUDIES for p in study.PHRASES)

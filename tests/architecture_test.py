@@ -88,7 +88,7 @@ EXPERIMENTS = [
         "harness": "lengths study",
     },
     {
-        "benchmark": "lm optimizers variants step serving report study __main__",
+        "benchmark": "lm optimizers variants step serving report study tables __main__",
         "optimizer_states": (
             "law tasks contest analysis figures transformations optimizers report running study tables "
             "__main__"
