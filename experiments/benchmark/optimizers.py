@@ -100,7 +100,7 @@ def make_runners(
         made = {k: v for k, v in jax_optimizers().items() if k == EXACT or k.startswith("jaxquant")}
         return [_train_step(name, tx, shape) for name, tx in made.items()]
     params = _params(comparison, shape, matrix)
-    found = [_alone(name, tx, params) for name, tx in jax_optimizers().items()]
+    found = [alone(name, tx, params) for name, tx in jax_optimizers().items()]
     shapes = [x.shape for x in jax.tree.leaves(params)]
     return found + ([_of_torch(name, shapes) for name in _TORCH] if torch else [])
 
@@ -123,8 +123,8 @@ def _runner(name: str, step: Callable[..., Any], state: Any, params: Any, *rest:
     return Runner(name, nbytes, size, advance)
 
 
-def _alone(name: str, tx: Any, params: Any) -> Runner:
-    """The update of the parameters by the same gradients again and again."""
+def alone(name: str, tx: Any, params: Any) -> Runner:
+    """Returns the update of the parameters by the same gradients again and again."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     pairs = zip(keys, leaves, strict=True)
