@@ -89,6 +89,10 @@ EXPERIMENTS = [
     },
     {
         "benchmark": "lm optimizers variants step serving report study tables __main__",
+        "gradient_precision": (
+            "arms measuring running runs comparisons noise analysis answers sections report study "
+            "__main__"
+        ),
         "optimizer_states": (
             "law tasks contest analysis figures transformations optimizers report running study tables "
             "__main__"

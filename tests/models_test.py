@@ -74,7 +74,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_parameters_in_float32():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: lm.sized("9b"), "one of 3k, 14k"),
+        (lambda: lm.sized("9b"), "one of 3k, 10k"),
         (lambda: lm.LMConfig(1, 30, 4, 4, 64), "width 30"),
         (lambda: lm.LMConfig(1, 12, 4, 4, 64), "even size"),
         (lambda: lm.LMConfig(1, 32, 4, 3, 64), "3 kv_heads"),

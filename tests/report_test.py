@@ -167,7 +167,8 @@ def test_labels_at_the_ends_of_lines_are_not_written_over_each_other():
 @pytest.mark.parametrize(
     "name",
     [
-        *("benchmark", "optimizer_states", "pretrained_quantization", "ptq_overtraining"),
+        *("benchmark", "gradient_precision", "optimizer_states"),
+        *("pretrained_quantization", "ptq_overtraining"),
         *("qat_efficiency", "training_precision"),
     ],
 )

@@ -16,6 +16,7 @@ from experiments.harness.running.trials import Launch
 from experiments.harness.study import Finished, Study
 
 STUDIES = (
+    "gradient_precision",
     "optimizer_states",
     "pretrained_quantization",
     "ptq_overtraining",

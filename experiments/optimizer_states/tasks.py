@@ -19,10 +19,10 @@ COOLDOWN = 0.2  # the share of a WSD run in which the learning rate falls
 WARMUP = 0.05
 # From 41k on every matrix has at least 4096 elements, below which torchao's codecs leave a leaf exact.
 LANGUAGE_SIZES = {
-    "10k": lm.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=64),
+    "10k": lm.sized("10k"),
     "20k": lm.LMConfig(layers=2, width=32, heads=2, kv_heads=2, hidden=64),
     "41k": lm.LMConfig(layers=1, width=64, heads=2, kv_heads=2, hidden=128),
-    "94k": lm.LMConfig(layers=2, width=64, heads=2, kv_heads=2, hidden=160),
+    "94k": lm.sized("94k"),
     "803k": lm.LMConfig(layers=4, width=128, heads=4, kv_heads=4, hidden=352),
     "30m": lm.sized("30m"),
 }

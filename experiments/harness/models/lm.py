@@ -87,13 +87,15 @@ def _shape(layers: int, width: int, heads: int) -> LMConfig:
     return LMConfig(layers, width, heads, heads, width * 8 // 3 // 8 * 8)
 
 
-# Named by their non-embedding parameters N.
+# Named by their non-embedding parameters N.  Blocks of 32 divide 10k, 94k, 332k, 1.3m and the larger ones.
 SIZES = {
     "3k": _shape(2, 12, 2),
+    "10k": LMConfig(1, 32, 2, 2, 64),
     "14k": _shape(2, 24, 2),
     "21k": _shape(3, 24, 3),
     "38k": _shape(2, 40, 2),
     "83k": _shape(3, 48, 3),
+    "94k": LMConfig(2, 64, 2, 2, 160),
     "332k": _shape(3, 96, 3),
     "1.3m": _shape(3, 192, 3),
     "30m": _shape(17, 384, 6),
