@@ -90,8 +90,8 @@ EXPERIMENTS = [
     {
         "benchmark": "lm optimizers variants step serving report study tables __main__",
         "gradient_precision": (
-            "arms measuring running runs comparisons noise analysis answers sections report study "
-            "__main__"
+            "arms measuring running runs comparisons noise forms split law analysis law_answers answers "
+            "law_sections sections report study __main__"
         ),
         "optimizer_states": (
             "law tasks contest analysis figures transformations optimizers report running study tables "

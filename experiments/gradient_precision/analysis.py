@@ -5,7 +5,7 @@
 
 import pandas as pd
 
-from experiments.gradient_precision import comparisons, noise
+from experiments.gradient_precision import comparisons, law, noise
 from experiments.gradient_precision.arms import FULL
 from experiments.gradient_precision.runs import at_best_rate, diverged, gaps, kept, runs
 from experiments.harness.models import lm
@@ -67,6 +67,7 @@ def summarize(records: list[dict], expected: int) -> dict:
             "additivity": comparisons.additivity(apart),
             "noise": noise.relations(apart),
             "noise_weights": noise.weights(apart),
+            "laws": law.summaries(best, apart),
             "rates": rates(kept(every)),
             "most_epochs": float(every["epochs"].max()) if len(every) else None,
             "programs": programs(records, every),

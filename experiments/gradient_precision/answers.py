@@ -1,5 +1,7 @@
 """The findings of a summary: what was asked and answered."""
 
+from experiments.gradient_precision import law_answers
+from experiments.gradient_precision.law_answers import longest
 from experiments.harness.reporting import findings as said
 from experiments.harness.reporting.findings import UNRESOLVED, Finding
 from experiments.harness.reporting.statistics import is_discovery
@@ -15,12 +17,12 @@ _ONCE = "Does one compilation serve all pairs of forward and backward bits?"
 
 def findings(summary: dict) -> list[Finding]:
     """All of them, the recipes first."""
-    longest = _longest(summary["gaps"])
-    found = [_recipe(row) for row in longest if _is_recipe(row)]
+    own = longest(summary["gaps"])
+    found = [_recipe(row) for row in own if _is_recipe(row)]
     found += _order(summary["order"])
     found += [
         _signed(_PARTS, row, f"{row['part']}, {_place(row)}", "earns", "costs")
-        for row in _longest(summary["parts"])
+        for row in longest(summary["parts"])
     ]
     found += [
         _signed(
@@ -42,20 +44,13 @@ def findings(summary: dict) -> list[Finding]:
         )
         for row in summary["additivity"]
     ]
-    found += [_noise(row) for row in _longest(summary["noise"])]
+    found += law_answers.findings(summary["laws"])
+    found += [_noise(row) for row in longest(summary["noise"])]
     return [*found, *_once(summary["programs"])]
 
 
 def _place(row: dict) -> str:
     return f"{row['size']} at D/N {row['d_over_n']}"
-
-
-def _longest(rows: list[dict]) -> list[dict]:
-    """The rows of the longest training of each size."""
-    most: dict[str, float] = {}
-    for row in rows:
-        most[row["size"]] = max(most.get(row["size"], 0), row["d_over_n"])
-    return [row for row in rows if row["d_over_n"] == most[row["size"]]]
 
 
 def _is_recipe(row: dict) -> bool:
@@ -81,7 +76,7 @@ def _recipe(row: dict) -> Finding:
 def _order(rows: list[dict]) -> list[Finding]:
     """Neighbours in the order, with the difference between them."""
     found = []
-    for place in dict.fromkeys((r["size"], r["d_over_n"]) for r in _longest(rows)):
+    for place in dict.fromkeys((r["size"], r["d_over_n"]) for r in longest(rows)):
         own = [r for r in rows if (r["size"], r["d_over_n"]) == place]
         # Pairs come ranked: a recipe's first pair as the better one is with its neighbour.
         first = {}

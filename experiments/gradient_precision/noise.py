@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 
+from experiments.gradient_precision.arms import FULL_BITS
 from experiments.gradient_precision.comparisons import over_seeds, with_q_values
 
 MEASURES = ("bias", "variance", "forward")
@@ -24,7 +25,7 @@ def relations(table: pd.DataFrame) -> list[dict]:
         table: of `runs.gaps`.
     """
     found = []
-    widest = table["P_forward"] == table["P_forward"].max() if len(table) else []
+    widest = table["P_forward"] == FULL_BITS
     for of, own in (("all arms", table), ("full forward precision", table[widest])):
         for place, group in own.groupby(["size", "d_over_n"], sort=False):
             row = dict(zip(("size", "d_over_n"), place, strict=True)) | {"of": of}
@@ -56,9 +57,7 @@ def weights(table: pd.DataFrame) -> list[dict]:
         table: of `runs.gaps`.
     """
     found = []
-    if table.empty:
-        return found
-    own = table[table["P_forward"] == table["P_forward"].max()].dropna(subset=["gap", *MEASURES])
+    own = table[table["P_forward"] == FULL_BITS].dropna(subset=["gap", *MEASURES])
     for size, group in own.groupby("size", sort=False):
         rows = [_solved(of_seed) for _, of_seed in group.groupby("seed")]
         rows = [row for row in rows if row is not None]

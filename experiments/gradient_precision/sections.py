@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from experiments.gradient_precision import law_sections
 from experiments.harness.reporting.layout import Section
 from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.reporting.values import bounds, number
@@ -21,6 +22,7 @@ def made(summary: dict, text: dict[str, list[str]]) -> list[Section]:
         _gaps(summary, text),
         _recipes(summary, text),
         _rounding(summary, text),
+        *law_sections.made(summary["laws"], text),
         _gradients(summary, text),
         _rates(summary["rates"]),
     ]
