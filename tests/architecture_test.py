@@ -51,7 +51,7 @@ LIBRARY = [
         "optim": (
             "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
             "named traced_update state checks blocks updating budget scoring adapting report kernels "
-            "kernel_layout quantizing identity exchange diagnosing"
+            "kernel_layout quantizing identity exchange diagnosing applying"
         ),
         "laws": (
             "law terms forms growing constants intervals criteria solving runs fitting comparison "

@@ -213,5 +213,14 @@ def optimizer():
         print("compared", name, flush=True)
 
 
+def applying():
+    """Draws are of an element's place in the whole parameter."""
+    p, u = jnp.asarray(normal(64, 48), jnp.bfloat16), jnp.asarray(1e-3 * normal(64, 48))
+    apply = lambda p, u: jq.optim.stochastic_apply({"w": p}, {"w": u}, 7)  # noqa: E731
+    for spec in (P("data"), P(None, "model"), P("data", "model"), P(("data", "model")), P()):
+        compare(f"applied {spec}", apply, (p, u), (spec, spec), gradients=False)
+
+
 if __name__ == "__main__":
-    {f.__name__: f for f in (smallest, recipes, verbs, operations, optimizer)}[sys.argv[2]]()
+    parts = smallest, recipes, verbs, operations, optimizer, applying
+    {f.__name__: f for f in parts}[sys.argv[2]]()

@@ -31,6 +31,12 @@ def test_gradients_and_packed_codes_under_explicit_axes():
     assert compared("Explicit", "smallest") == 3
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_updates_are_rounded_alike_on_every_mesh(kind):
+    assert compared(kind, "applying") == 5
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("part", COUNTS)
 @pytest.mark.parametrize("kind", ["Explicit", "Auto"])

@@ -5,12 +5,14 @@
 The state is stored in pages of bit planes (`jaxquant.optim.pages`), and the width of each page is data.
 `Companded` and `Logarithmic` are the codecs; `Codec` is the base class for others.  The policies are
 `fixed`, `by_role`, `uniform`, `split` and `adaptive`.  `explain_full_decode` names the parameters whose
-state a step decodes at once, and gives the reason.
+state a step decodes at once, and gives the reason.  `stochastic_apply` trains parameters in bfloat16
+without a copy in float32.
 """
 
 from typing import Any
 
 from jaxquant.optim.adapting import adaptive
+from jaxquant.optim.applying import in_float32, stochastic_apply
 from jaxquant.optim.codecs import Codec, Companded, Logarithmic
 from jaxquant.optim.deprecated import warn_renamed
 from jaxquant.optim.diagnosing import Diagnosis, diagnose
@@ -40,12 +42,14 @@ __all__ = [
     "explain_full_decode",
     "fixed",
     "from_optax",
+    "in_float32",
     "load",
     "quantize_state",
     "report",
     "save",
     "split",
     "state_bytes",
+    "stochastic_apply",
     "to_optax",
     "uniform",
 ]
