@@ -40,6 +40,20 @@ def test_a_run_goes_on_where_it_has_saved(tmp_path):
     assert there["state_shards"] == [4, 2]
 
 
+def test_a_run_from_before_a_setting_had_its_default(tmp_path):
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
+    saved(tmp_path)
+    older = json.loads((tmp_path / "config.json").read_text())
+    del older["params_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    run_identity.check_or_write(tmp_path, CONFIG, "data")
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    with pytest.raises(ValueError, match=r"params_dtype 'float32' there, 'bfloat16' here"):
+        run_identity.check_or_write(
+            tmp_path, dataclasses.replace(CONFIG, params_dtype="bfloat16"), "data"
+        )
+
+
 def test_a_run_that_saved_nothing_leaves_its_folder_to_another(tmp_path):
     run_identity.check_or_write(tmp_path, CONFIG, "data")
     run_identity.check_or_write(tmp_path, dataclasses.replace(CONFIG, size="14k"), "others")

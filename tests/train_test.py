@@ -385,6 +385,27 @@ def test_a_quantized_run_with_its_state_in_pages_is_the_same_on_every_layout(tmp
         np.testing.assert_allclose(other, one, rtol=2e-3)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.long
+def test_parameters_in_bfloat16_go_on_bit_for_bit_and_learn(tmp_path):
+    pages = {"state": "fixed-5"}
+    half = pages | {"params_dtype": "bfloat16"}
+    for name, own in {"float32": pages, "whole": half, "parts": half}.items():
+        assert train_binary(tmp_path / name, 1, **own).returncode == 0
+    (tmp_path / "parts" / "result.json").unlink()
+    last = max((tmp_path / "parts" / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    os.rename(last, tmp_path / "lost")
+    done = train_binary(tmp_path / "parts", 1, **half)
+    assert done.returncode == 0, done.stderr[-2000:]
+    np.testing.assert_array_equal(losses(tmp_path / "parts"), losses(tmp_path / "whole"))
+    found, wanted = (losses(tmp_path / name)[-5:].mean() for name in ("whole", "float32"))
+    assert abs(found - wanted) < 0.05
+    assert not np.array_equal(losses(tmp_path / "whole"), losses(tmp_path / "float32"))
+    done = train_binary(tmp_path / "whole", 1, **pages)
+    assert done.returncode == 2
+    assert "params_dtype 'bfloat16' there, 'float32' here" in done.stderr
+
+
 # A vision transformer, quantized, its moments in pages: sys.argv has the mesh's sizes.
 VISION = """
 import json, sys
@@ -439,6 +460,7 @@ def test_a_vision_transformer_is_the_same_on_every_layout():
         ({"recipe": "w9a9"}, "widths are 2 to 8, or 16"),
         ({"state": "fixed-9"}, "bits must be an integer from 2 to 8"),
         ({"state_shards": "(4,)"}, "for each of fsdp and tensor"),
+        ({"params_dtype": "float16"}, "params_dtype is 'float32' or 'bfloat16'; got 'float16'"),
         ({"mesh_tensor": 2}, "does not cover 1 device(s) exactly"),
         ({"mesh_tensor": 0}, "config.mesh_tensor must be a number above 0"),
         ({"vocab_size": 2**40}, "config.vocab_size is a number from 0 to 1048576"),

@@ -119,7 +119,7 @@ def _measure(config: Config, topology: str) -> dict[str, Any]:
         "bytes": _argument_bytes(arguments[0]),
         "model_flops": program.model.step_flops(config.batch, config.sequence),
     }
-    step: Any = train.make_step(program.loss, program.tx, mesh)
+    step: Any = train.make_step(program.loss, program.tx, mesh, apply=program.apply)
     try:
         executable = targets.lower(step, arguments, topology).compile()
         measured = _analyze(executable)

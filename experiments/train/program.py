@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -50,6 +51,10 @@ class Config:
     weight_decay: float = option(0.1, "of AdamW")
     clip: float = option(1.0, "the largest norm of the gradient")
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
+    params_dtype: str = option(
+        "float32",
+        "of the parameters: float32, or bfloat16 whose updates are rounded stochastically",
+    )
     evaluation_windows: int = option(128, "windows of text that are evaluated")
     on_spike: str = option(
         "stop", "stop, skip or roll_back, where a loss or gradient is not finite, or spikes"
@@ -119,6 +124,7 @@ class Program:
         loss: (params, tokens) -> scalar, activations spread over the mesh.
         evaluate: the same, wherever they lie.
         tx: the optimizer.
+        apply: (params, updates, step) -> params.
         monitor: (params, tokens) -> what `jaxquant.nnx.monitor` gives, compiled; None where nothing is
             quantized.
     """
@@ -128,6 +134,7 @@ class Program:
     loss: train.Loss
     evaluate: train.Loss
     tx: Any
+    apply: train.Apply = train.to_nearest
     monitor: Callable[..., Any] | None = None
 
 
@@ -162,12 +169,18 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make(0)))
     layout = sharding.of_pages(mesh, config.state_shards)
     moments = arms.moments(config.state, config.interval, **layout)
+    tx = train.adamw(0.9, 0.95, config.weight_decay, config.clip, moments)
+    dtype, apply = jnp.dtype(config.params_dtype), train.to_nearest
+    if dtype == jnp.bfloat16:
+        tx = jq.optim.in_float32(tx)
+        apply = functools.partial(jq.optim.stochastic_apply, seed=config.seed)
     return Program(
         shape,
-        lambda seed: nnx.state(make(seed), nnx.Param),
+        lambda seed: jax.tree.map(lambda x: x.astype(dtype), nnx.state(make(seed), nnx.Param)),
         train.next_token_loss(graphdef, mesh),
         train.next_token_loss(graphdef),
-        train.adamw(0.9, 0.95, config.weight_decay, config.clip, moments),
+        tx,
+        apply,
         _monitor(graphdef, mesh) if config.recipe else None,
     )
 
@@ -223,6 +236,10 @@ def check(config: Config) -> None:
             "config.state_shards are of a state in pages, as config.state=fixed-5; full precision has none"
         )
     cli.check_positive(config, "roll_back_steps")
+    if config.params_dtype not in ("float32", "bfloat16"):
+        raise ValueError(
+            f"config.params_dtype is 'float32' or 'bfloat16'; got {config.params_dtype!r}"
+        )
     if config.spike and not config.spike > 1:
         raise ValueError(f"config.spike is a factor above 1, or 0 for none; got {config.spike}")
     if not 0 <= config.vocab_size <= data.LARGEST_VOCABULARY:

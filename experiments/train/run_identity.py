@@ -15,8 +15,10 @@ _LAYOUT = ("mesh_data", "mesh_fsdp", "mesh_tensor", "checkpoint_every", "monitor
 _POLICY = ("on_spike", "spike", "roll_back_steps")
 _DATA = "data_fingerprint"
 _AXES = ("fsdp", "tensor")
+# Settings that the config.json of an older run does not name, with what that run had.
+_LATER = {"params_dtype": "float32"}
 # What both have alike, and every run's config.json names.
-_SETTINGS = {field.name for field in dataclasses.fields(Config)} - {*_LAYOUT, *_POLICY}
+_SETTINGS = {field.name for field in dataclasses.fields(Config)} - {*_LAYOUT, *_POLICY, *_LATER}
 
 
 def read(workdir: Path) -> dict[str, Any] | None:
@@ -40,7 +42,7 @@ def read(workdir: Path) -> dict[str, Any] | None:
         raise ValueError(f"workdir '{workdir}' holds a study's records; choose another --workdir")
     if found is not None and not (isinstance(found, dict) and found.keys() >= _SETTINGS):
         raise ValueError(f"'{path}' is not a training run's; choose another --workdir")
-    return found if has_saved else None
+    return {**_LATER, **found} if has_saved and found is not None else None
 
 
 def page_shards(

@@ -122,7 +122,8 @@ def _trained(
             bar.update(steps)
             watch.on_log(steps, loss, checkpoints.seconds)
 
-        step = train.make_step(program.loss, program.tx, mesh, skips=guard.action == "skip")
+        skips = guard.action == "skip"
+        step = train.make_step(program.loss, program.tx, mesh, skips, program.apply)
         return train.fit(
             watch.step(step),
             state,

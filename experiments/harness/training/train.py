@@ -23,6 +23,7 @@ from experiments.harness.training import sharding
 from experiments.harness.training.divergence import Diverged, DivergencePolicy
 
 Loss = Callable[..., jax.Array]  # (params, tokens, *data) -> scalar
+Apply = Callable[[Any, Any, jax.Array], Any]  # (params, updates, step) -> params
 History = list[tuple[int, float]]  # (step, mean loss since the entry before)
 
 STOP = DivergencePolicy()
@@ -210,8 +211,18 @@ def next_token_loss_of(model: Any, tokens_BxT1: jax.Array, by_rows: Callable) ->
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT1[:, 1:]).mean()
 
 
+def to_nearest(params: Any, updates: Any, step: jax.Array) -> Any:
+    """Adds updates as optax does, rounded to nearest where parameters have fewer bits than the sum."""
+    del step
+    return optax.apply_updates(params, updates)
+
+
 def make_step(
-    loss: Loss, tx: optax.GradientTransformation, mesh: Mesh, skips: bool = False
+    loss: Loss,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    skips: bool = False,
+    apply: Apply = to_nearest,
 ) -> Callable:
     """Returns a compiled (state, tokens, schedule, data, limit) -> (state, loss), which donates the state.
 
@@ -221,6 +232,7 @@ def make_step(
         mesh: of `sharding.make_mesh`.
         skips: whether a step whose loss or gradient is not finite, or whose loss is above `limit`, changes
             nothing but its number; its loss is then NaN.
+        apply: adds the updates, given the number of the step.
     """
     tx = optax.with_extra_args_support(tx)
 
@@ -232,7 +244,8 @@ def make_step(
         updates, opt_state = tx.update(
             gradients, state.opt_state, state.params, learning_rate=schedule(state.step)
         )
-        new = TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+        params = apply(state.params, updates, state.step)
+        new = TrainState(state.step + 1, params, opt_state)
         if skips:
             good = (value <= limit) & jnp.isfinite(optax.tree.norm(gradients))
             old = dataclasses.replace(state, step=new.step)
