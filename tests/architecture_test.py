@@ -94,8 +94,8 @@ EXPERIMENTS = [
             "law_sections sections report study __main__"
         ),
         "optimizer_states": (
-            "law tasks contest analysis figures transformations optimizers report running study tables "
-            "__main__"
+            "law tasks contest weights analysis figures transformations optimizers report running study "
+            "tables __main__"
         ),
         "pretrained_quantization": "arms report models study tables __main__",
         "ptq_overtraining": (

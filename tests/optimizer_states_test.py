@@ -4,11 +4,12 @@ import dataclasses
 import json
 import subprocess
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT, study_command
 
-from experiments.harness.training.arms import budget_of, moments
+from experiments.harness.training.arms import apply_of, budget_of, optimizer, weights_dtype
 from experiments.optimizer_states import analysis, law, report, study
 
 pytestmark = pytest.mark.exhaustive  # looks at our arithmetic, not at versions of others
@@ -19,18 +20,20 @@ def test_it_runs_to_its_report_and_goes_on_where_it_stopped(tmp_path):
     command = study_command(
         tmp_path,
         "--config.seeds=1",
-        '--config.arms=("fp32","felt-5.0","even-5.0")',
+        '--config.arms=("fp32","felt-5.0","even-5.0","bf16:even-5.0")',
         study="optimizer_states",
     )
     for _ in range(2):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 of 3" not in done.stderr
+    assert "0 of 4" not in done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["trials"] == {"finished": 3, "expected": 3, "diverged": []}
+    assert summary["trials"] == {"finished": 4, "expected": 4, "diverged": []}
     bits = {row["arm"]: row["bits"] for row in summary["gaps"]}
     assert bits["fp32"] == pytest.approx(32, abs=0.1)
     assert bits["felt-5.0"] < 5.2
+    assert bits["bf16:even-5.0"] == bits["even-5.0"]
+    assert [row["state"] for row in summary["weights"]] == ["even-5.0"]
     assert (tmp_path / "report.html").stat().st_size > 100_000
 
 
@@ -58,6 +61,46 @@ def records(gain):
         found.append(record("even-5.0", seed, base + 0.02, 500))
         found.append(record("felt-5.0", seed, base + 0.02 - gain + 1e-4 * rng.normal(), 500))
     return [*found, record("fp32", 0, 1.9, is_tuning=True, peak_lr=2.0)]
+
+
+def weights_records(gap, scatter):
+    """Arms whose weights are in bfloat16, worse by a gap that scatters."""
+    scatter = np.array([-1.0, 0.2, 0.8]) * scatter
+    found = []
+    for seed in range(3):
+        base = 1.5 + 0.01 * seed
+        found += [record("fp32", seed, base, 80), record("even-5.0", seed, base + 0.02, 13)]
+        found += [record("bf16:even-5.0", seed, base + 0.02 + gap + scatter[seed], 13)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("gap", "scatter", "answer"),
+    [
+        (0.0, 2e-3, "within the spread over seeds"),
+        (0.009, 2e-2, "unresolved"),
+        (0.05, 2e-3, "worse"),
+    ],
+)
+def test_weights_are_compared_with_float32_weights_of_the_same_state(gap, scatter, answer):
+    summary = analysis.summarize(weights_records(gap, scatter), expected=9)
+    (row,) = summary["weights"]
+    assert row["gap"] == pytest.approx(gap)
+    assert row["exact_sd"] == pytest.approx(0.01)
+    assert (row["bytes"], row["bytes_float32"]) == pytest.approx((3.3, 5.3))
+    first = report.findings(summary)[0]
+    assert first.question.startswith("Do weights in bfloat16")
+    assert first.answer == answer
+    assert "bf16" not in {f.answer for f in report.findings(summary)}
+
+
+def test_arms_of_weights_have_their_types():
+    assert weights_dtype("bf16-nearest:fp32") == weights_dtype("bf16:even-5.0") == jnp.bfloat16
+    assert weights_dtype("even-5.0") == np.float32
+    for arm, moved in {"bf16:fp32": True, "bf16-nearest:fp32": False}.items():
+        ones = {"w": jnp.ones(4096, jnp.bfloat16)}
+        found = apply_of(arm)(ones, {"w": jnp.full(4096, 1e-3)}, jnp.int32(0))
+        assert bool((found["w"] != 1).any()) == moved
 
 
 def test_gaps_are_paired_by_seed_and_bits_are_bytes():
@@ -140,4 +183,4 @@ def test_a_field_that_no_run_could_use_is_named(change, message):
 def test_every_arm_of_the_presets_has_a_transformation():
     for config in study.PRESETS.values():
         for arm in config.arms:
-            assert callable(moments(arm, 10, 100).update)
+            assert callable(optimizer(arm, 10, 100).update)

@@ -12,7 +12,7 @@ import pandas as pd
 from experiments.harness.reporting.statistics import t_interval
 from experiments.harness.reporting.values import versions_of
 from experiments.harness.training.arms import EXACT, budget_of
-from experiments.optimizer_states import law
+from experiments.optimizer_states import law, weights
 from experiments.optimizer_states.contest import contests
 from experiments.optimizer_states.tasks import LANGUAGE_SIZES
 
@@ -130,6 +130,7 @@ def summarize(records: list[dict], expected: int) -> dict[str, Any]:
         },
         "gaps": rows,
         "contests": contests(table),
+        "weights": weights.comparisons(table),
         "law": law.summarize(table),
         "versions": versions_of(records),
     }

@@ -20,8 +20,8 @@ from experiments.harness.reporting.layout import Report, Section, method_section
 from experiments.harness.reporting.provenance import Source
 from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.reporting.values import bounds, number
-from experiments.harness.training.arms import EXACT
-from experiments.optimizer_states import contest, figures, law
+from experiments.harness.training.arms import EXACT, weights_of
+from experiments.optimizer_states import contest, figures, law, weights
 from experiments.optimizer_states.analysis import (
     GROUP,
     PRIMARY,
@@ -38,7 +38,8 @@ _FEWEST_BITS = "How few bits stay within full precision's spread over seeds?"
 
 def findings(summary: dict) -> list[Finding]:
     """What was asked and answered: first whether adaptive widths beat even ones."""
-    found = [*contest.findings(summary["contests"]), *_fewest(summary["gaps"])]
+    of_weights = weights.findings(summary.get("weights", []))
+    found = [*of_weights, *contest.findings(summary["contests"]), *_fewest(summary["gaps"])]
     if not found:
         none = "no adaptive arm stands beside an even one of the same budget"
         found.append(
@@ -53,6 +54,7 @@ def _fewest(rows: list[dict]) -> list[Finding]:
     rows = sorted(rows, key=lambda row: (row["task"], row["size"], row["schedule"], row["steps"]))
     for place in dict.fromkeys(map(_place, rows)):
         own = [row for row in rows if _place(row) == place and row["arm"] != EXACT]
+        own = [row for row in own if not weights_of(row["arm"])[0]]
         within = [
             row for row in own if row["exact_sd"] is not None and row["gap"] <= row["exact_sd"]
         ]
@@ -140,6 +142,25 @@ def _contest_table(rows: list[dict]) -> pd.DataFrame:
     )
 
 
+def _weights_table(rows: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "weights": row["weights"],
+                "state": row["state"],
+                "gap": _interval(row),
+                "fp32's SD": number(row["exact_sd"], ".4f"),
+                "q": number(row["q_value"], ".3f"),
+                "bytes": f"{row['bytes']:.2f}",
+                "bytes, float32 weights": f"{row['bytes_float32']:.2f}",
+                "seeds": row["seeds"],
+                **{k: row[k] for k in GROUP},
+            }
+            for row in rows
+        ]
+    )
+
+
 def write(workdir: Path, records: list[dict], expected: int, source: Source | None = None) -> dict:
     """Writes summary, report and figures of the records, and returns the summary.
 
@@ -161,6 +182,10 @@ def write(workdir: Path, records: list[dict], expected: int, source: Source | No
         sections.append(
             Section("Contests", text["Contests"], [(caption, _contest_table(summary["contests"]))])
         )
+    if summary["weights"]:
+        caption = "Gaps in loss (nats) to float32 weights with the same state, paired by seed"
+        folded = [(caption, _weights_table(summary["weights"]))]
+        sections.append(Section("Weights in bfloat16", text["Weights"], folded))
     if summary["contests"] and (heat := figures.widths_over_time(widths(records))):
         sections.append(Section("Where moving widths go", figures=[heat]))
     if summary["law"]:

@@ -20,7 +20,8 @@ def _compiled(trial: Trial) -> tuple[Task, Any, Any, Any]:
     """(task, transformation, mesh, step) of an arm: schedules and seeds are data of one compiled step."""
     task, mesh = make_task(dataclasses.replace(trial, arm="")), sharding.make_mesh()
     tx = arms.optimizer(trial.arm, trial.interval, trial.steps)
-    return task, tx, mesh, train.make_step(task.loss, tx, mesh)
+    step = train.make_step(task.loss, tx, mesh, apply=arms.apply_of(trial.arm))
+    return task, tx, mesh, step
 
 
 class _Run:
@@ -31,10 +32,15 @@ class _Run:
         self.task, tx, self._mesh, self._step = _compiled(
             dataclasses.replace(trial, schedule="", seed=0, peak_lr=0.0, is_tuning=False)
         )
-        self.state = train.init_state(
-            lambda: nnx.state(self.task.make(trial.seed), nnx.Param), tx, self._mesh
-        )
+        self.state = train.init_state(self._weights, tx, self._mesh)
         self._batches, self.curve = self.task.batches(trial.seed), []
+
+    def _weights(self) -> Any:
+        """The first weights, in the type of the arm."""
+        dtype = arms.weights_dtype(self.trial.arm)
+        return jax.tree.map(
+            lambda x: x.astype(dtype), nnx.state(self.task.make(self.trial.seed), nnx.Param)
+        )
 
     def to(self, steps: int) -> None:
         """Trains to a step, from the newest checkpoint where there is one."""

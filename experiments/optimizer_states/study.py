@@ -154,6 +154,22 @@ PRESETS = {
         seeds=6,
         tuning=(),
     ),
+    # Weights in bfloat16 without a copy in float32: updates rounded stochastically, and to nearest.
+    "bf16_weights": Config(
+        tasks=("language",),
+        arms=(
+            *(arms.EXACT, "even-5.0"),
+            *(
+                f"{weights}:{state}"
+                for weights in (arms.STOCHASTIC, arms.NEAREST)
+                for state in (arms.EXACT, "even-5.0")
+            ),
+        ),
+        schedules=("wsd",),
+        language_sizes=("94k",),
+        seeds=6,
+        tuning=(),
+    ),
     # Sizes, lengths and widths that a law of the state's bits can be fitted to.
     "law": Config(
         tasks=("language",),
@@ -267,7 +283,7 @@ def _check_budgets(config: Config, make: Callable[[], nnx.Module]) -> None:
     params = nnx.eval_shape(lambda: nnx.state(make(), nnx.Param))
     for arm in config.arms:
         try:
-            jax.eval_shape(arms.moments(arm, config.interval, 1).init, params)
+            jax.eval_shape(arms.optimizer(arm, config.interval, 1).init, params)
         except ValueError as error:
             raise ValueError(f"config.arms: {arm!r} cannot be: {error}") from None
 
@@ -283,7 +299,7 @@ def _check(config: Config) -> None:
         )
     cli.check_positive(config, *_POSITIVE)
     for arm in config.arms:
-        arms.moments(arm, config.interval, 1)
+        arms.optimizer(arm, config.interval, 1)
     for factor in config.tuning:
         if not factor > 0 or factor == 1:
             raise ValueError(f"config.tuning holds factors other than 1 above 0; got {factor!r}")
@@ -316,6 +332,7 @@ STUDY = Study(
         "contest": "an hour on 2 cores; all allocations at three budgets, 6 seeds",
         "scales": "about an hour on 2 cores, by estimate; not yet run by us",
         "contest_vision": "15 minutes on 2 cores; allocations at 4.0 bits on the ViT, 6 seeds",
+        "bf16_weights": "about half an hour on 2 cores, by estimate; weights in bfloat16, 6 seeds",
         "law": "half an hour on 2 cores; fixed widths at three sizes and lengths",
         "tpu": "an accelerator; not yet run by us",
     },

@@ -17,8 +17,10 @@ from jaxquant.optim import (
     UpdateSensitivity,
     adaptive,
     fixed,
+    in_float32,
     quantize_state,
     split,
+    stochastic_apply,
     uniform,
 )
 from jaxquant.optim import state_bytes as jaxquant_state_bytes
@@ -94,6 +96,31 @@ def first_pass(arm: str) -> str:
     return arm.replace(HINDSIGHT, "felt")
 
 
+# What the weights are held in, as in "bf16:even-5.0": bfloat16 without a copy in float32, whose updates are
+# rounded stochastically or to nearest.
+STOCHASTIC, NEAREST = "bf16", "bf16-nearest"
+
+
+def weights_of(arm: str) -> tuple[str, str]:
+    """Returns what holds an arm's weights, "" for float32, and the arm of its state.
+
+    >>> weights_of("bf16:even-5.0"), weights_of("row:even-3.0")
+    (('bf16', 'even-5.0'), ('', 'row:even-3.0'))
+    """
+    kind, _, state = arm.partition(":")
+    return (kind, state) if kind in (STOCHASTIC, NEAREST) else ("", arm)
+
+
+def weights_dtype(arm: str) -> Any:
+    """Returns the type of an arm's weights."""
+    return jnp.bfloat16 if weights_of(arm)[0] else jnp.float32
+
+
+def apply_of(arm: str) -> train.Apply:
+    """Returns what adds an arm's updates to its weights."""
+    return stochastic_apply if weights_of(arm)[0] == STOCHASTIC else train.to_nearest
+
+
 KNOWN = (
     f"{EXACT}, fixed-B or fixed-B-B, {', '.join(_PEERS)}, {', '.join(f'{k}-B' for k in _BUDGETS)}, or "
     f"simulated with other scales S:A-B, S of {', '.join(coarse.SCALES)}, linear and A of "
@@ -165,13 +192,15 @@ def state_bytes(arm: str, opt_state: Any) -> int:
     """Bytes of the moments' state: of all its arrays; derived for arms that are simulated."""
     own = state_of(opt_state)
     if isinstance(own, coarse.CoarseState):
-        return round(coarse.derived_bytes(_coarse(arm, 1), own.mu, own.bits))
+        return round(coarse.derived_bytes(_coarse(weights_of(arm)[1], 1), own.mu, own.bits))
     return jaxquant_state_bytes(own)
 
 
 def optimizer(arm: str, interval: int, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Returns AdamW with the arm's state."""
-    return train.adamw(B1, B2, moments=moments(arm, interval, steps))
+    """Returns AdamW with the arm's state, in float32 whatever holds the weights."""
+    weights, state = weights_of(arm)
+    tx = train.adamw(B1, B2, moments=moments(state, interval, steps))
+    return in_float32(tx) if weights else tx
 
 
 def state_of(opt_state: Any) -> Any:
