@@ -1,13 +1,28 @@
 """The study of gradient precision: its arms, its grid, and what its report says of records."""
 
 import dataclasses
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
+from conftest import ROOT
 
-from experiments.gradient_precision import PRESETS, forms, law, measuring, report, study
-from experiments.gradient_precision.arms import FULL, Arm, Precision
+from experiments.gradient_precision import (
+    PRESETS,
+    STUDY,
+    comparisons,
+    forms,
+    law,
+    measuring,
+    noise,
+    report,
+    running,
+    runs,
+    study,
+)
+from experiments.gradient_precision.arms import FULL, RECIPES, Arm, Precision
 from experiments.harness.models import lm
 
 TINY = lm.LMConfig(layers=1, width=32, heads=2, kv_heads=2, hidden=32, vocab_size=32)
@@ -142,3 +157,173 @@ def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
     assert row["forward"] == pytest.approx(21 - 2 * row["backward"])
     html = (tmp_path / "report.html").read_text()
     assert "The best split of bits" in html
+
+
+def recipe_loss(trial, d, rng):
+    """MXFP4 loses most, FP8 least; without stochastic rounding NVFP4 loses more; one run diverges."""
+    lost = {"nvfp4_train": 0.03, "mxfp4_train": 0.08, "fp8_train": 0.01}.get(trial.method, 0.0)
+    lost += {"stochastic": 0.02, "last": -0.02}.get(trial.part, 0.0)
+    if trial.method == "mxfp4_train" and trial.peak_lr == 8e-3 and trial.seed == 1:
+        return None
+    return 2.0 + 0.02 * trial.seed + 5 * (trial.peak_lr - 4e-3) + lost + 1e-4 * rng.normal()
+
+
+RECIPE = dataclasses.replace(
+    PRESETS["recipes"],
+    recipes=("nvfp4_train", "mxfp4_train", "fp8_train"),
+    parts=("stochastic", "last"),
+    peak_lrs=(4e-3, 8e-3),
+)
+
+
+def test_recipes_are_ranked_by_pairs_and_parts_earn_what_they_are_worth(tmp_path):
+    made = records(RECIPE, recipe_loss)
+    summary = report.write(tmp_path, made, len(made))
+    gaps = {row["name"]: row["mean"] for row in summary["gaps"]}
+    assert gaps["mxfp4_train"] == pytest.approx(0.08, abs=1e-3)
+    first = [(row["first"], row["second"]) for row in summary["order"]]
+    assert first == [
+        ("fp8_train", "nvfp4_train"),
+        ("fp8_train", "mxfp4_train"),
+        ("nvfp4_train", "mxfp4_train"),
+    ]
+    parts = {row["part"]: row["mean"] for row in summary["parts"]}
+    assert parts == {
+        "stochastic": pytest.approx(0.02, abs=1e-3),
+        "last": pytest.approx(0.02, abs=1e-3),
+    }
+    said = report.to_text(summary)
+    assert "mxfp4_train less nvfp4_train, 94k at D/N 20: nvfp4_train is better" in said
+    # The run that diverged is named with its rate and seed, and is in no mean.
+    assert "94k mxfp4_train 4/4 at rate 0.008, seed 1" in said
+    assert [row["why"] for row in summary["trials"]["diverged"]] == ["not finite"]
+    assert all(row["seeds"] == 3 for row in summary["gaps"])
+
+
+def test_a_loss_above_that_of_single_tokens_has_diverged():
+    made = records(RECIPE, lambda trial, d, rng: 9.5 if trial.method == "fp8_train" else 2.0)
+    table = runs.at_best_rate(runs.kept(runs.runs(made)))
+    assert "fp8_train" not in set(table["method"])
+    assert {row["why"] for row in runs.diverged(made)} == {
+        "loss 9.50, above the entropy of single tokens"
+    }
+
+
+def test_a_rate_at_which_a_seed_diverged_is_not_the_best_one():
+    def losses(trial, d, rng):
+        better = trial.peak_lr == 8e-3
+        return None if better and trial.seed == 2 else 2.0 - 0.1 * better
+
+    table = runs.at_best_rate(runs.kept(runs.runs(records(RECIPE, losses))))
+    assert set(table["peak_lr"]) == {4e-3}
+
+
+def rounding_loss(trial, d, rng):
+    """Nearest loses 0.05, EDEN 0.01; a rotation gains nothing."""
+    lost = {"nearest": 0.05, "eden": 0.01}.get(trial.rounding, 0.0) * (trial.backward == 4)
+    return 2.0 + 0.02 * trial.seed + lost + 1e-4 * rng.normal()
+
+
+def test_roundings_that_differ_in_one_thing_are_paired():
+    config = dataclasses.replace(PRESETS["rounding"], backward=(4, 6))
+    table = runs.gaps(runs.at_best_rate(runs.kept(runs.runs(records(config, rounding_loss)))))
+    found = {
+        (row["first"], row["second"]): row["mean"]
+        for row in comparisons.roundings(table)
+        if row["pair"] == "16/4"
+    }
+    assert found.keys() == {
+        ("eden, h8", "nearest, h8"),
+        ("eden, h8", "stochastic, h8"),
+        ("nearest, h8", "stochastic, h8"),
+        ("nearest, plain", "nearest, h8"),
+        ("nearest, plain", "stochastic, plain"),
+        ("stochastic, plain", "stochastic, h8"),
+    }
+    assert found["nearest, plain", "stochastic, plain"] == pytest.approx(-0.05, abs=1e-3)
+    assert found["stochastic, plain", "stochastic, h8"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_gaps_that_follow_the_variance_are_said_to():
+    def losses(trial, d, rng):
+        return 2.0 + (trial.method != FULL) * 0.5 * 2.0 ** (4 - 2 * trial.backward)
+
+    config = dataclasses.replace(LAW, backward=(3, 4, 5, 6, 8), forward=(16,), peak_lrs=())
+    table = runs.gaps(runs.runs(records(config, losses)))
+    rows = [r for r in noise.relations(table) if r["of"] == "full forward precision"]
+    assert {r["measure"] for r in rows if r["mean"] == pytest.approx(1.0)} == {"bias", "variance"}
+
+
+def test_the_grids_have_what_the_presets_promise():
+    full = study.make_trials(PRESETS["full"])
+    rates = len(PRESETS["full"].peak_lrs)
+    assert len(full) == 2 * rates * 3 * (1 + 4 * 5)
+    assert sum(len(t.tokens_per_parameter) for t in full) / rates >= 150
+    assert len({running.compile_key(t) for t in full}) == 2 * 2  # full precision, and the grid
+    recipes = study.make_trials(PRESETS["recipes"])
+    assert {t.method for t in recipes} - {FULL} <= set(RECIPES)
+    assert {t.part for t in recipes} == {"", "stochastic", "hadamard", "tiles", "last"}
+    rounding = {running.compile_key(t) for t in study.make_trials(PRESETS["rounding"])}
+    assert len(rounding) == 1 + 2 * 2 + 1  # EDEN rotates
+
+
+@pytest.mark.parametrize(
+    ("preset", "field", "value", "words"),
+    [
+        ("laptop", "families", ("fixed",), "config.families are of"),
+        ("laptop", "roundings", ("up",), "config.roundings are of"),
+        ("laptop", "recipes", ("fp2_train",), "config.recipes are of"),
+        ("laptop", "parts", ("tiles",), "config.recipes must have"),
+        ("laptop", "families", (), "both empty"),
+        ("laptop", "forward", (1,), "from 2 to 16; got 1"),
+        ("laptop", "backward", (17,), "from 2 to 16; got 17"),
+        ("laptop", "hadamard", (12,), "powers of two from 2, or 0; got 12"),
+        ("laptop", "block", 16, "has blocks of 16, which do not divide the width 24 of size 14k"),
+        ("laptop", "hadamard", (16,), "has rotations of 16, which do not divide"),
+        ("rounding", "hadamard", (4,), "multiples of config.block 8 for eden; got 4"),
+        (
+            "recipes",
+            "sizes",
+            ("83k",),
+            "mxfp4_train has blocks of 32, which do not divide the width 48",
+        ),
+        ("laptop", "draws", 1, "whole number from 2; got 1"),
+        ("laptop", "sizes", ("9k",), "model size is one of"),
+        ("laptop", "tokens_per_parameter", (20, 10), "rising order"),
+        ("laptop", "batch", 4096, "would come out as"),
+    ],
+)
+def test_bad_grids_are_refused(preset, field, value, words):
+    config = dataclasses.replace(PRESETS[preset], **{field: value})
+    with pytest.raises(ValueError, match=words):
+        study.make_trials(config)
+
+
+def test_a_wrong_flag_is_one_line_and_status_2(tmp_path):
+    command = [sys.executable, "-m", "experiments.gradient_precision", "--preset=laptop"]
+    command += ["--config.block=16", f"--workdir={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "which do not divide the width 24 of size 14k" in done.stderr
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
+def test_the_smoke_preset_runs_whole_compiles_once_and_goes_on(tmp_path):
+    config = PRESETS["smoke"]
+    summary = STUDY.run(config, tmp_path)
+    assert summary["trials"]["finished"] == summary["trials"]["expected"] == 12
+    programs = {row["arm"]: row for row in summary["programs"]}
+    assert programs["int, stochastic, h8"]["pairs"] == 4
+    assert {row["compilations"] for row in programs.values()} == {1}
+    gaps = {(row["name"], row["pair"]): row for row in summary["gaps"]}
+    assert abs(gaps["int, stochastic, h8", "16/16"]["mean"]) < 1e-3
+    assert gaps["int, stochastic, h8", "16/4"]["bias"] < 0.05
+    assert gaps["int, stochastic, h8", "16/4"]["variance"] > 1e-3
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "trials").glob("*.json")}
+    first = sorted(kept)[0]
+    (tmp_path / "trials" / first).unlink()
+    again = STUDY.run(config, tmp_path)
+    assert again["gaps"] == summary["gaps"]
+    assert (tmp_path / "trials" / first).read_bytes() == kept[first]
