@@ -157,6 +157,7 @@ def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
     assert row["forward"] == pytest.approx(21 - 2 * row["backward"])
     html = (tmp_path / "report.html").read_text()
     assert "The best split of bits" in html
+    assert {path.stem for path in (tmp_path / "figures").glob("*.svg")} == {"bits", "noise"}
 
 
 def recipe_loss(trial, d, rng):
@@ -198,6 +199,7 @@ def test_recipes_are_ranked_by_pairs_and_parts_earn_what_they_are_worth(tmp_path
     assert "94k mxfp4_train 4/4 at rate 0.008, seed 1" in said
     assert [row["why"] for row in summary["trials"]["diverged"]] == ["not finite"]
     assert all(row["seeds"] == 3 for row in summary["gaps"])
+    assert (tmp_path / "figures" / "recipes.svg").exists()
 
 
 def test_a_loss_above_that_of_single_tokens_has_diverged():

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from experiments.gradient_precision import law_sections
-from experiments.harness.reporting.layout import Section
+from experiments.gradient_precision import figures, law_sections
+from experiments.harness.reporting.layout import Figure, Section
 from experiments.harness.reporting.statistics import CONFIDENCE
 from experiments.harness.reporting.values import bounds, number
 
@@ -58,7 +58,8 @@ def _gaps(summary: dict, text: dict[str, list[str]]) -> Section | None:
         keys = {"name": "arm", "P_forward": "forward", "P_backward": "backward"}
         shown = _shown(summary["additivity"], keys, "gap of both less the sum of each alone")
         folded.append(("Whether gaps add up, in nats", shown))
-    return Section("Gaps to full precision", text["Gaps"], folded=[*tables, *folded])
+    drawn = _known(figures.of_bits(rows))
+    return Section("Gaps to full precision", text["Gaps"], (), drawn, [*tables, *folded])
 
 
 def _recipes(summary: dict, text: dict[str, list[str]]) -> Section | None:
@@ -70,7 +71,12 @@ def _recipes(summary: dict, text: dict[str, list[str]]) -> Section | None:
         columns = {**_PLACE, "part": "part"}
         caption = f"What each part of nvfp4_train earns, in nats, {_ENDS}"
         tables.insert(0, (caption, _shown(summary["parts"], columns, "earns")))
-    return Section("Recipes", text["Recipes"], tables) if tables else None
+    drawn = _known(figures.of_recipes(summary["gaps"]))
+    return Section("Recipes", text["Recipes"], tables, drawn) if tables or drawn else None
+
+
+def _known(figure: Figure | None) -> list[Figure]:
+    return [figure] if figure is not None else []
 
 
 def _rounding(summary: dict, text: dict[str, list[str]]) -> Section | None:
@@ -106,7 +112,8 @@ def _gradients(summary: dict, text: dict[str, list[str]]) -> Section | None:
         caption = "gap = a · bias² + b · variance, arms of full forward precision, in nats"
         shown = _shown(summary["noise_weights"], {"size": "N", "of": "of"}, "weight", ".3g")
         tables.append((caption, shown))
-    return Section("Bias and variance of gradients", text["Gradients"], tables, folded=folded)
+    drawn = _known(figures.of_noise(rows))
+    return Section("Bias and variance of gradients", text["Gradients"], tables, drawn, folded)
 
 
 def _rates(rows: list[dict]) -> Section | None:
