@@ -64,6 +64,20 @@ def test_recipes_draw_anew_for_each_scale_of_the_loss(name):
 
 @pytest.mark.long
 @pytest.mark.exhaustive
+def test_stacked_layers_have_the_same_arms():
+    config = dataclasses.replace(TINY, layers=2, scan=True)
+    own = measuring.programs(config, grid("stochastic"), 4)
+    params = own.init(jax.random.key(0)).params
+    for bits in ((16, 4), (4, 4)):
+        sums = jax.device_get(own.gradient(params, Precision.of(*bits), TOKENS))
+        found = measuring.gradient_error(sums, 4)
+        assert found["variance"] > 1e-3
+        assert (found["forward"] > 0.05) == (bits[0] == 4)
+    assert own.traces["gradient"] == 1
+
+
+@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["int", "float"])
 def test_16_bits_are_full_precision_and_fewer_cost_more(family):
     found = [
@@ -289,6 +303,7 @@ def test_the_grids_have_what_the_presets_promise():
             ("83k",),
             "mxfp4_train has blocks of 32, which do not divide the width 48",
         ),
+        ("recipes", "scan", True, "config.parts 'last' needs layers with rules of their own"),
         ("laptop", "draws", 1, "whole number from 2; got 1"),
         ("laptop", "sizes", ("9k",), "model size is one of"),
         ("laptop", "tokens_per_parameter", (20, 10), "rising order"),

@@ -133,7 +133,14 @@ class Arm:
         return [*last, ("blocks/.*", dot)]
 
     def check(self, config: lm.LMConfig, name: str, sequence: int) -> None:
-        """Raises a ValueError, which names the size, where blocks do not divide what products sum over."""
+        """Raises a ValueError, which names the size, where blocks do not divide what products sum over.
+
+        And where the last of layers that are stacked, and so share their rules, were to have its own.
+        """
+        if self.part == LAST and config.scan:
+            raise ValueError(
+                f"config.parts {LAST!r} needs layers with rules of their own; got config.scan {config.scan}"
+            )
         for block, what in self._blocks():
             for length, of in (
                 (config.width, "width"),

@@ -72,17 +72,14 @@ class Model:
 
 
 @functools.lru_cache(maxsize=1)
-def programs(size: str, arm: Arm, dtype: str, vocab_size: int, draws: int) -> Programs:
+def programs(config: lm.LMConfig, arm: Arm, draws: int) -> Programs:
     """The programs of a size and an arm.
 
     Args:
-        size: of `lm.SIZES`.
+        config: the model's shape.
         arm: how products are computed.
-        dtype: of the model.
-        vocab_size: of the data.
         draws: of the gradient.
     """
-    config = lm.sized(size, dtype=dtype, vocab_size=vocab_size)
     model, plain, mesh = Model(config, arm), Model(config, Arm(FULL)), sharding.make_mesh()
     traces: dict[str, int] = {"step": 0, "evaluate": 0, "gradient": 0}
 

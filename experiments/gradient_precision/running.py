@@ -11,6 +11,7 @@ import numpy as np
 from experiments.gradient_precision.arms import Arm, Precision
 from experiments.gradient_precision.measuring import Programs, gradient_error, programs
 from experiments.harness import data, lengths
+from experiments.harness.models import lm
 from experiments.harness.reporting.statistics import mean_and_error
 from experiments.harness.running import trials
 from experiments.harness.training import train
@@ -26,6 +27,7 @@ class Trial(lengths.Trial):
         forward, backward: bits; of a recipe, those of its operands.
         tokens_per_parameter: D/N of the branches, in rising order.
         draws: of the gradient's rounding at each length.
+        scan: whether one program is for all blocks.
     """
 
     size: str
@@ -47,8 +49,14 @@ class Trial(lengths.Trial):
     batch: int
     peak_lr: float
     dtype: str
+    scan: bool
     log_every: int
     checkpoint_every: int
+
+    @property
+    def shape(self) -> lm.LMConfig:
+        """The model's, but for its vocabulary."""
+        return lm.sized(self.size, dtype=self.dtype, scan=self.scan)
 
     @property
     def arm(self) -> Arm:
@@ -67,7 +75,8 @@ def compile_key(trial: Trial) -> tuple:
 def run_trial(trial: Trial, context: trials.Context) -> dict:
     """Trains, measures each length, and returns the record's results."""
     corpus = lengths.load(trial.data, trial.data_path, trial.data_fingerprint)
-    own = programs(trial.size, trial.arm, trial.dtype, corpus.vocab_size, trial.draws)
+    shape = dataclasses.replace(trial.shape, vocab_size=corpus.vocab_size)
+    own = programs(shape, trial.arm, trial.draws)
     trunk = lengths.make_trunk(
         trial,
         context,

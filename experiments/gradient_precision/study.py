@@ -14,6 +14,7 @@ from experiments.gradient_precision.arms import (
     PARTS,
     RECIPES,
     ROUNDINGS,
+    WITHOUT,
     Arm,
 )
 from experiments.gradient_precision.running import Trial, compile_key, run_trial
@@ -74,6 +75,10 @@ class Config:
         (), "the highest learning rate of each of `sizes`; () is `peak_lr` for all"
     )
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
+    scan: bool = option(
+        False,
+        "one program for all blocks, whose parameters are stacked: deep models compile sooner",
+    )
     log_every: int = option(50, "steps between records of the loss")
     checkpoint_every: int = option(2000, "steps between saves, at most")
     workers: int = option(0, "processes; 0 is one per core on CPU, one on an accelerator")
@@ -91,7 +96,7 @@ PRESETS = {
         evaluation_windows=32,
         workers=1,
     ),
-    "laptop": Config(sizes=("14k",), forward=(4, 16), backward=(4, 6, 16), seeds=2),
+    "laptop": Config(sizes=("14k",), roundings=("nearest", "stochastic")),
     # The law of forward and backward bits.
     "full": Config(
         tokens_per_parameter=(10, 25, 60),
@@ -108,6 +113,7 @@ PRESETS = {
         backward=(3, 4, 5, 6),
         roundings=ROUNDINGS,
         hadamard=(8, 0),
+        peak_lrs=(4e-3, 8e-3),
         evaluation_windows=512,
     ),
     "recipes": Config(
@@ -120,18 +126,18 @@ PRESETS = {
         evaluation_windows=512,
     ),
     "gpu": Config(
-        sizes=("30m",),
+        sizes=("14m",),
         tokens_per_parameter=(1,),
         families=(),
-        recipes=("nvfp4_train", "nvfp4_eden_train"),
+        recipes=("nvfp4_train", "nvfp4_eden_train", "mxfp8_train"),
         draws=8,
-        seeds=2,
         evaluation_windows=128,
         data="tokens",
         sequence=1024,
         batch=32,
         peak_lr=1e-3,
         dtype="bfloat16",
+        scan=True,
         workers=1,
     ),
     "tpu": Config(
@@ -142,13 +148,14 @@ PRESETS = {
         hadamard=(32,),
         block=32,
         recipes=("nvfp4_eden_train", *_ALL),
-        parts=PARTS,
+        parts=tuple(WITHOUT),
         evaluation_windows=512,
         data="tokens",
         sequence=1024,
         batch=256,
         peak_lrs=(5e-4, 1e-3),
         dtype="bfloat16",
+        scan=True,
         workers=1,
     ),
 }
@@ -167,7 +174,8 @@ def make_trials(config: Config) -> list[Trial]:
     rates, by_size = lengths.rates_by_size(config), lengths.lengths_by_size(config)
     made = []
     for size, (arm, forward, backward) in itertools.product(config.sizes, _arms(config)):
-        arm.check(lm.sized(size, dtype=config.dtype), size, config.sequence)
+        shape = lm.sized(size, dtype=config.dtype, scan=config.scan)
+        arm.check(shape, size, config.sequence)
         for rate, seed in itertools.product(rates[size], range(config.seeds)):
             own: dict = dataclasses.asdict(arm) | {"forward": forward, "backward": backward}
             own |= {"size": size, "seed": seed, "peak_lr": rate}
