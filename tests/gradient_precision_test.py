@@ -209,6 +209,7 @@ def test_recipes_are_ranked_by_pairs_and_parts_earn_what_they_are_worth(tmp_path
     }
     said = report.to_text(summary)
     assert "mxfp4_train less nvfp4_train, 94k at D/N 20: nvfp4_train is better" in said
+    assert "mxfp4_train less nvfp4_train, 94k at D/N 20, as NVIDIA 2025" in said
     # The run that diverged is named with its rate and seed, and is in no mean.
     assert "94k mxfp4_train 4/4 at rate 0.008, seed 1" in said
     assert [row["why"] for row in summary["trials"]["diverged"]] == ["not finite"]

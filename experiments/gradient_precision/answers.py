@@ -1,31 +1,39 @@
 """The findings of a summary: what was asked and answered."""
 
+import dataclasses
+
 from experiments.gradient_precision import law_answers
-from experiments.gradient_precision.law_answers import longest
-from experiments.harness.reporting import findings as said
-from experiments.harness.reporting.findings import UNRESOLVED, Finding
-from experiments.harness.reporting.statistics import is_discovery
+from experiments.gradient_precision.law_answers import longest, signed
+from experiments.harness.reporting.findings import Finding
 
 _RECIPES = "Does a recipe of few bits lose nothing that the seeds can tell?"
 _ORDER = "In which order do the recipes stand?"
+_CLAIMED = "Do the recipes stand in the order that their papers give?"
 _PARTS = "What does each part of NVIDIA's recipe earn?"
 _ROUNDING = "Does another rounding of the gradients lower the loss?"
 _ADD = "Do the costs of few forward and of few backward bits add up?"
 _NOISE = "Does the gap go with the gradient's bias, with its variance, or with the forward pass?"
 _ONCE = "Does one compilation serve all pairs of forward and backward bits?"
 
+# (the better one, the other one, who says so)
+_CLAIMS = (
+    ("nvfp4_eden_train", "nvfp4_train", "Panferov et al. 2026"),
+    ("nvfp4_train", "mxfp4_train", "NVIDIA 2025, of another MXFP4 recipe than Quartet's"),
+    ("mxfp8_train", "mxfp8_ocp_train", "Mishra et al. 2025"),
+)
+
 
 def findings(summary: dict) -> list[Finding]:
     """All of them, the recipes first."""
     own = longest(summary["gaps"])
     found = [_recipe(row) for row in own if _is_recipe(row)]
-    found += _order(summary["order"])
+    found += _order(summary["order"]) + _claimed(summary["order"])
     found += [
-        _signed(_PARTS, row, f"{row['part']}, {_place(row)}", "earns", "costs")
+        signed(_PARTS, row, f"{row['part']}, {_place(row)}", "earns", "costs")
         for row in longest(summary["parts"])
     ]
     found += [
-        _signed(
+        signed(
             _ROUNDING,
             row,
             f"{row['second']} less {row['first']}, {row['size']}, {row['method']} {row['pair']}",
@@ -35,7 +43,7 @@ def findings(summary: dict) -> list[Finding]:
         for row in summary["roundings"]
     ]
     found += [
-        _signed(
+        signed(
             _ADD,
             row,
             f"{row['name']} {row['P_forward']}/{row['P_backward']}",
@@ -57,20 +65,9 @@ def _is_recipe(row: dict) -> bool:
     return not row["block"] and not row["part"]
 
 
-def _signed(question: str, row: dict, quantity: str, above: str, below: str, **options) -> Finding:
-    """An answer that stands only where it survives the correction for all rows of its table."""
-    options = {"unit": "nats", "form": "+.4f"} | options
-    note = "" if row["q_value"] is None else f"q = {row['q_value']:.2g}"
-    made = said.from_mean(question, quantity, row, above, below, note=note, **options)
-    if made.answer != UNRESOLVED and not is_discovery(row["q_value"]):
-        note = f"{note}, which does not survive the correction for all of these"
-        return Finding(**{**made.__dict__, "answer": UNRESOLVED, "note": note.lstrip(", ")})
-    return made
-
-
 def _recipe(row: dict) -> Finding:
     quantity = f"gap of {row['name']}, {_place(row)}"
-    return _signed(_RECIPES, row, quantity, "no, it loses", "it gains")
+    return signed(_RECIPES, row, quantity, "no, it loses", "it gains")
 
 
 def _order(rows: list[dict]) -> list[Finding]:
@@ -83,7 +80,7 @@ def _order(rows: list[dict]) -> list[Finding]:
         for row in own:
             first.setdefault(row["first"], row)
         found += [
-            _signed(
+            signed(
                 _ORDER,
                 row,
                 f"{row['second']} less {row['first']}, {_place(row)}",
@@ -95,11 +92,29 @@ def _order(rows: list[dict]) -> list[Finding]:
     return found
 
 
+def _claimed(rows: list[dict]) -> list[Finding]:
+    """The pairs of recipes of which papers say that one is better: the other's loss less its."""
+    found = []
+    for better, worse, source in _CLAIMS:
+        for row in longest(rows):
+            # EDEN's recipe is named by its rotation too.
+            pair = [row[k].partition("-h")[0] for k in ("first", "second")]
+            if sorted(pair) != sorted((better, worse)):
+                continue
+            mean, low, high = (row[k] for k in ("mean", "low", "high"))
+            if pair[0] == worse:
+                mean, low, high = -mean, *(None if x is None else -x for x in (high, low))
+            quantity = f"{worse} less {better}, {_place(row)}, as {source}"
+            own = row | {"mean": mean, "low": low, "high": high}
+            found.append(signed(_CLAIMED, own, quantity, "yes", "no, the reverse"))
+    return found
+
+
 def _noise(row: dict) -> Finding:
     quantity = f"rank correlation with {row['measure']}, {row['of']}, {_place(row)}"
-    made = _signed(_NOISE, row, quantity, "yes", "the other way", unit="", form="+.2f")
+    made = signed(_NOISE, row, quantity, "yes", "the other way", unit="", form="+.2f")
     note = f"{row['arms']} arms; {made.note}".rstrip("; ")
-    return Finding(**{**made.__dict__, "note": note})
+    return dataclasses.replace(made, note=note)
 
 
 def _once(rows: list[dict]) -> list[Finding]:

@@ -1,5 +1,6 @@
 """The findings of the law: growth of gaps, what backward bits cost, the best split."""
 
+import dataclasses
 import math
 
 from experiments.gradient_precision import forms
@@ -38,6 +39,17 @@ def longest(rows: list[dict]) -> list[dict]:
     for row in rows:
         most[row["size"]] = max(most.get(row["size"], 0), row["d_over_n"])
     return [row for row in rows if row["d_over_n"] == most[row["size"]]]
+
+
+def signed(question: str, row: dict, quantity: str, above: str, below: str, **options) -> Finding:
+    """An answer by the sign of a mean, which stands only where it survives the correction for its table."""
+    options = {"unit": "nats", "form": "+.4f"} | options
+    note = "" if row["q_value"] is None else f"q = {row['q_value']:.2g}"
+    made = said.from_mean(question, quantity, row, above, below, note=note, **options)
+    if made.answer != UNRESOLVED and not is_discovery(row["q_value"]):
+        note = f"{note}, which does not survive the correction for all of these".lstrip(", ")
+        return dataclasses.replace(made, answer=UNRESOLVED, note=note)
+    return made
 
 
 def _exponent(question: str, row: dict, x: str, column: str, above: str, below: str) -> Finding:
@@ -86,11 +98,4 @@ def _measured(name: str, row: dict) -> Finding:
         f"{row['best']} over {row['even']}, at most {row['budget']:g} mean bits, {row['size']} at D/N "
         f"{row['d_over_n']}, {name}"
     )
-    note = "" if row["q_value"] is None else f"q = {row['q_value']:.2g}"
-    made = said.from_mean(
-        _MEASURED, quantity, row, "better", "worse", unit="nats", form="+.4f", note=note
-    )
-    if made.answer != UNRESOLVED and not is_discovery(row["q_value"]):
-        note = f"{note}, which does not survive the correction for all of these"
-        return Finding(**{**made.__dict__, "answer": UNRESOLVED, "note": note.lstrip(", ")})
-    return made
+    return signed(_MEASURED, row, quantity, "better", "worse")
