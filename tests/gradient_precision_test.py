@@ -328,6 +328,7 @@ def test_a_wrong_flag_is_one_line_and_status_2(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.exhaustive
+@pytest.mark.usefixtures("as_users_compute")
 def test_the_smoke_preset_runs_whole_compiles_once_and_goes_on(tmp_path):
     config = PRESETS["smoke"]
     summary = STUDY.run(config, tmp_path)
