@@ -27,6 +27,8 @@ CHANNELS = 64
 QUANTIZERS = {"int8": jq.Quantizer(jq.INT8, "channel"), "fp8": jq.Quantizer(jq.E4M3)}
 # Above these the shapes of a decoder's linear: [rows, 2048] × [2048, 4096].
 STORED = (2048, 4096)
+# And of one in a train step: 16 windows of 1024 tokens.
+WINDOWS, TOKENS, WIDTH, HIDDEN = 16, 1024, 768, 2048
 
 Program = tuple[Any, tuple[Any, ...]]  # a function, and its abstract arguments
 
@@ -47,6 +49,20 @@ def linear(recipe: str) -> Program:
     dot = jq.recipe(recipe)
     function = gradients(lambda x, w: dot(x, w, MATRIX), (0, 1))
     return function, (array(ROWS, TERMS), array(TERMS, COLUMNS))
+
+
+def layer(recipe: str) -> Program:
+    """A decoder's linear in a train step: its weight in float32, and the gradient that comes to it."""
+    dot = jq.recipe(recipe)
+
+    def function(x, w, gradient):
+        dims = (((2,), (0,)), ((), ()))
+        out, back = jax.vjp(lambda x, w: dot(x, w.astype(x.dtype), dims), x, w)
+        return out, back(gradient)
+
+    weight = array(WIDTH, HIDDEN, dtype=jnp.float32)
+    x, gradient = (array(WINDOWS, TOKENS, n) for n in (WIDTH, HIDDEN))
+    return function, (x, weight, gradient)
 
 
 def learned(recipe: str) -> Program:
@@ -121,7 +137,7 @@ def division() -> Program:
 
 PROGRAMS = {
     f.__name__: f
-    for f in (linear, learned, convolution, attention, ragged, stored, optimizer, division)
+    for f in (linear, layer, learned, convolution, attention, ragged, stored, optimizer, division)
 }
 
 

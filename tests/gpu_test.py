@@ -21,6 +21,7 @@ import pytest
 from conftest import ROOT
 
 import jaxquant as jq
+from experiments.harness.models import lm
 from experiments.harness.training import hlo, kernels, targets
 
 MISSING = targets.missing_compiler("h100")
@@ -158,6 +159,30 @@ def test_kernels_are_what_stands_outside_of_fusions(compiled):
     assert sum(x.nbytes for x in launched) > 3 * least
 
 
+# ---- passes over memory
+
+# Kernels of a linear and its gradients, and MiB of their operands and results; bfloat16 alone has 5 and 309.
+PASSES = {"w8a8": (14, 410), "int8_train": (22, 563), "fp8_train": (19, 482)}
+
+
+@pytest.mark.parametrize("recipe", PASSES)
+def test_a_train_step_s_linear_makes_few_passes(compiled, recipe):
+    found = compiled("layer", recipe=recipe)
+    launched, nbytes = PASSES[recipe]
+    assert found.kernels <= launched
+    assert found.kernel_bytes <= nbytes * MIB
+
+
+@pytest.mark.parametrize("recipe", PASSES)
+def test_scales_are_applied_within_the_product(compiled, recipe):
+    launched = kernels.kernels(hlo.parse(compiled("layer", recipe=recipe).text))
+    written = {a for x in launched for a in x.instruction.results}
+    rows = gpu_aot.WINDOWS * gpu_aot.TOKENS
+    outputs = [(rows, gpu_aot.HIDDEN), (rows, gpu_aot.WIDTH)]
+    assert not {hlo.Array(kind, shape) for kind in ("f32", "s32") for shape in outputs} & written
+    assert {hlo.Array("bf16", shape) for shape in outputs} <= written
+
+
 # ---- topologies
 
 
@@ -191,6 +216,26 @@ def test_a_step_is_compiled_and_said_what_it_takes(tmp_path):
     int8 = {x["phase"]: x for x in record["products"] if x["operands"] == ["s8", "s8"]}
     assert set(int8) == {"forward", "recomputed", "dgrad", "wgrad"}
     assert any("s8" in x["types"] for x in record["collectives"])
+
+
+def test_a_large_step_multiplies_int8_and_fits(tmp_path):
+    """113 million parameters, 16 windows of 1024 tokens."""
+    flags = ["--preset=tpu", "--compile_only", "--topology=h100", f"--workdir={tmp_path}"]
+    flags += ["--config.recipe=int8_train", "--config.batch=16", "--config.scan=True"]
+    done = children.run([sys.executable, "-m", "experiments.train", *flags], cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "compiled_h100.json").read_text())
+    assert record["fits"]
+    assert record["memory"]["temporaries"] < 26 * 2**30
+    assert record["kernels"]["times"] < 3600
+    flops = {(x["phase"], *x["operands"]): x["flops"] for x in record["products"]}
+    each = 2 * lm.SIZES["113m"].non_embedding_parameters * 16 * 1024
+    assert {k[0]: v for k, v in flops.items() if k[1:] == S8} == {
+        phase: each for phase in ("forward", "dgrad", "wgrad")
+    }
+    # Of attention's gradient alone, which is JAX's own; all else is bfloat16.
+    assert flops[("backward", *F32)] < 0.05 * sum(flops.values())
+    assert {k[1:] for k in flops} == {S8, BF16, F32}
 
 
 # ---- weights that are stored

@@ -151,8 +151,17 @@ def divide(x: jax.Array, divisor: Any) -> jax.Array:
     the program around (vmap and sharding included): the same tensor would get other scales.  So the
     divisor takes x's own shape, behind a barrier that keeps the compiler from seeing that it is constant.
     """
-    full = jnp.where(jnp.isnan(x), x, jnp.asarray(divisor, x.dtype))
-    return x / jax.lax.optimization_barrier(full)
+    return x / barrier_off_gpu(jnp.where(jnp.isnan(x), x, jnp.asarray(divisor, x.dtype)))
+
+
+def barrier_off_gpu(x: jax.Array) -> jax.Array:
+    """Returns x behind a barrier; on GPUs, where it would be a kernel and change nothing, as it is."""
+    return jax.lax.platform_dependent(x, cuda=unchanged, default=jax.lax.optimization_barrier)
+
+
+def unchanged(x: jax.Array) -> jax.Array:
+    """Returns x."""
+    return x
 
 
 def in_float32(x: jax.Array) -> jax.Array:

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import jaxtyping as jt
 
+from jaxquant.formats.base import barrier_off_gpu
+
 
 def largest(
     x: jt.Float[jax.Array, "*shape"], axes: tuple[int, ...] | None = None
@@ -28,6 +30,6 @@ def largest(
     if len(axes) > 1 and x.ndim - 1 in axes:
         # The contiguous axis first, by itself: a CPU's compiler is slow at all axes at once.
         known = jnp.max(known, axis=-1, keepdims=True, initial=0)
-        known = jax.lax.optimization_barrier(known)
+        known = barrier_off_gpu(known)
     found = jnp.max(known, axis=axes, keepdims=True, initial=0)
     return jnp.where(found < jnp.inf, found, jnp.nan)

@@ -175,7 +175,19 @@ def _words(use: str, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         mix_bits(words[0] ^ jnp.uint32(0x85EBCA6B)),
         mix_bits(words[-1] ^ jnp.uint32(0xC2B2AE35)),
     )
-    return mix_bits(low + high), mix_bits(low ^ high)
+    return jax.lax.platform_dependent(
+        low + high, low ^ high, cuda=_mixed_together, default=_mixed_alone
+    )
+
+
+def _mixed_alone(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return mix_bits(first), mix_bits(second)
+
+
+def _mixed_together(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same numbers by one kernel on a GPU."""
+    first, second = mix_bits(jnp.stack([first, second]))
+    return first, second
 
 
 def _indices(shape: tuple[int, ...]) -> jax.Array:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxquant.formats import Float, Format, Int, is_static
+from jaxquant.formats.base import unchanged
 from jaxquant.numerics.packing import NIBBLE_BITS, nibble_words, nibbles
 from jaxquant.numerics.qarray import QArray, dequantize
 from jaxquant.numerics.sharding import call_with_auto_axes, spec_of
@@ -128,7 +129,7 @@ def _one_sided(
         return multiply(dequantize(dataclasses.replace(quantized, dtype=common)), other, **options)
     dtype = options["preferred_element_type"] or common
     options = {**options, "preferred_element_type": _at_least_float32(dtype)}
-    scale = broadcast_to_product(quantized.float_scale(), dims, isinstance(lhs, QArray), other.ndim)
+    scale = broadcast_to_product(_known_scale(quantized), dims, isinstance(lhs, QArray), other.ndim)
 
     def plain(other: jax.Array, qvalue: jax.Array) -> jax.Array:
         stored = dataclasses.replace(quantized, qvalue=qvalue).unpack()
@@ -260,21 +261,52 @@ def _scaled_product(
             "most 8 bits (midrise 7), or two 8-bit Floats; use arithmetic='simulated'"
         )
     result = result.astype(_at_least_float32(dtype))
-    left = broadcast_to_product(full(lhs.float_scale(), lhs.shape), dims, True, rhs.ndim).astype(
-        result.dtype
-    )
-    right = broadcast_to_product(full(rhs.float_scale(), rhs.shape), dims, False, lhs.ndim).astype(
-        result.dtype
-    )
+    left, right = (full(_known_scale(x), x.shape) for x in (lhs, rhs))
+    left = broadcast_to_product(left, dims, True, rhs.ndim).astype(result.dtype)
+    right = broadcast_to_product(right, dims, False, lhs.ndim).astype(result.dtype)
+    rows = lhs.ndim - len(dims[0][0])
+    scaled = _scaled if dims[1][0] else functools.partial(_scaled_as_matrix, rows=rows)
     if not isinstance(result.size, int) or result.size < _LARGE:
-        return apply_scale(result * left, right)
-    return jax.lax.platform_dependent(
-        result * left,
-        right,
+        branches = {}
+    else:
         # A pass of its own: what follows is often a transposition, which would multiply number by number.
-        cpu=lambda x, scale: _materialized_on_cpu(x * scale),
-        default=apply_scale,
-    )
+        branches = {"cpu": lambda x, left, right: _materialized_on_cpu(x * left * right)}
+    return jax.lax.platform_dependent(result, left, right, cuda=scaled, default=_scaled, **branches)
+
+
+def _scaled(result: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    return apply_scale(result * left, right)
+
+
+def _scaled_as_matrix(result: jax.Array, left: jax.Array, right: jax.Array, rows: int) -> jax.Array:
+    """Returns the same, scaled as a matrix, which is how a GPU multiplies: else it would be another pass.
+
+    Args:
+        result: the product.
+        left: scales that vary along the rows alone.
+        right: scales that vary along the columns alone.
+        rows: how many of the first axes are rows.
+    """
+    shape = result.shape
+    sizes = math.prod(shape[:rows]), math.prod(shape[rows:])
+    if not all(isinstance(n, int) for n in sizes) or rows >= result.ndim:
+        return _scaled(result, left, right)
+    flat = result.reshape(sizes)
+    if left.size > 1:
+        left = jnp.broadcast_to(left, (*shape[:rows], *[1] * (len(shape) - rows)))
+    if right.size > 1:
+        right = jnp.broadcast_to(right, (*[1] * rows, *shape[rows:]))
+    return _scaled(flat, left.reshape(-1, 1), right.reshape(1, -1)).reshape(shape)
+
+
+def _known_scale(x: QArray) -> jax.Array:
+    """Returns the scales; on GPUs behind a barrier.
+
+    A GPU's compiler applies scales within the product only where they are known before it.  What computes
+    them it would draw in, in part, and write the product in float32 for another pass to scale.
+    """
+    barrier = jax.lax.optimization_barrier
+    return jax.lax.platform_dependent(x.float_scale(), cuda=barrier, default=unchanged)
 
 
 def _float8_product(
