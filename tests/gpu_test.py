@@ -227,7 +227,7 @@ def test_a_large_step_multiplies_int8_and_fits(tmp_path):
     record = json.loads((tmp_path / "compiled_h100.json").read_text())
     assert record["fits"]
     assert record["memory"]["temporaries"] < 26 * 2**30
-    assert record["kernels"]["times"] < 3600
+    assert record["kernels"]["times"] < 3700
     flops = {(x["phase"], *x["operands"]): x["flops"] for x in record["products"]}
     each = 2 * lm.SIZES["113m"].non_embedding_parameters * 16 * 1024
     assert {k[0]: v for k, v in flops.items() if k[1:] == S8} == {
