@@ -19,7 +19,7 @@ from jaxquant.optim.diagnosing import Diagnosis, diagnose
 from jaxquant.optim.exchange import from_optax, load, save, to_optax
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.policies import Policy, by_role, fixed, split, uniform
-from jaxquant.optim.quantizing import bytes_moved, explain_full_decode, quantize_state
+from jaxquant.optim.quantizing import apply, bytes_moved, explain_full_decode, quantize_state
 from jaxquant.optim.report import Report, report, state_bytes
 from jaxquant.optim.scoring import LayerStatistics, UpdateSensitivity
 from jaxquant.optim.state import QuantizedState
@@ -36,6 +36,7 @@ __all__ = [
     "Report",
     "UpdateSensitivity",
     "adaptive",
+    "apply",
     "by_role",
     "bytes_moved",
     "diagnose",

@@ -14,7 +14,7 @@ from jaxquant.optim.traced_update import TracedUpdate
 
 
 def trace_update(
-    tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any]
+    tx: Any, state: Any, updates: Any, params: Any, extra: dict[str, Any], onto: str = "update"
 ) -> TracedUpdate:
     """Traces the wrapped transformation's update of a state.
 
@@ -27,7 +27,7 @@ def trace_update(
     if params is not None:
         check_parameters(state.plan, params, "params")
     tx = optax.with_extra_args_support(transformation(tx))
-    return TracedUpdate(tx, state.plan, updates, params, unquantized(state), extra)
+    return TracedUpdate(tx, state.plan, updates, params, unquantized(state), extra, onto)
 
 
 def transformation(tx: Any) -> Any:

@@ -93,6 +93,7 @@ class TracedUpdate:
         leaves: the numbers of the new leaves of the state, in its order.
         known: the arrays of values that were given or evaluated.
         structure: the structure of the updates.
+        onto: the kind of operand that the new updates may overwrite.
     """
 
     def __init__(
@@ -103,7 +104,9 @@ class TracedUpdate:
         params: Any,
         exact: Sequence[Any],
         extra: dict[str, Any],
+        onto: str = "update",
     ):
+        self.onto = onto
         given, self.structure = jax.tree.flatten(updates)
         count = len(given)
         like = jax.eval_shape(lambda x: x, updates if params is None else params)

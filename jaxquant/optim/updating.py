@@ -63,14 +63,17 @@ def by_page_groups(
 
 
 def _in_place(traced: TracedUpdate, update_fn: ElementwiseUpdate) -> tuple[Hashable | None, ...]:
-    """Returns, for each result, its kind if it can overwrite the operand of that kind, or None."""
+    """Returns, for each result, the kind of the operand that it can overwrite, or None."""
     specs = traced.program.specs
 
-    def takes(kind: Hashable) -> bool:
-        own = update_fn.wide.get(kind)
-        return own is not None and specs[own].dtype == specs[update_fn.produced[kind]].dtype
+    def overwritten(kind: Hashable) -> Hashable | None:
+        target = traced.onto if kind == "update" else kind
+        own = update_fn.wide.get(target)
+        if own is None or specs[own].dtype != specs[update_fn.produced[kind]].dtype:
+            return None
+        return target
 
-    return tuple(kind if takes(kind) else None for kind in update_fn.results)
+    return tuple(map(overwritten, update_fn.results))
 
 
 def _scanned(
@@ -81,7 +84,7 @@ def _scanned(
 ) -> tuple[jax.Array, Any, Any]:
     """Returns (pool, results, scales) of some shards after the update, one group of pages after another.
 
-    Updates overwrite gradients, so no additional memory is needed.
+    Updates overwrite gradients, or new parameters the old ones, so no additional memory is needed.
     """
     pool, tables, scales, given = own
     known, words = shared
