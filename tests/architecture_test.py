@@ -50,7 +50,7 @@ LIBRARY = [
         ),
         "optim": (
             "deprecated pages codecs sharding_axes tracing bounds traits leaves layout policies plans "
-            "named traced_update state checks blocks updating budget scoring adapting report kernels "
+            "named traced_update state checks blocks spans updating budget scoring adapting report kernels "
             "kernel_layout quantizing identity exchange diagnosing applying"
         ),
         "laws": (

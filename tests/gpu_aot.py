@@ -25,6 +25,7 @@ ROWS, TERMS, COLUMNS = 512, 256, 384
 IMAGES = ("NHWC", "HWIO", "NHWC")
 CHANNELS = 64
 QUANTIZERS = {"int8": jq.Quantizer(jq.INT8, "channel"), "fp8": jq.Quantizer(jq.E4M3)}
+MATRIX_OF_STATE = (1024, 2048)
 # Above these the shapes of a decoder's linear: [rows, 2048] × [2048, 4096].
 STORED = (2048, 4096)
 # And of one in a train step: 16 windows of 1024 tokens.
@@ -124,7 +125,7 @@ def optimizer(state: str) -> Program:
     tx: Any = optax.adamw(1e-3)
     if state == "pages":
         tx = jq.optim.quantize_state(tx, jq.optim.fixed(5, 4))
-    params = {"w": array(1024, 2048, dtype=jnp.float32)}
+    params = {"w": array(*MATRIX_OF_STATE, dtype=jnp.float32)}
     return tx.update, (params, jax.eval_shape(tx.init, params), params)
 
 

@@ -116,10 +116,7 @@ class BlockStep:
             start: the element of the group at which the blocks begin.
         """
         slots = range(len(self.codecs))
-        found = [
-            separately(functools.partial(self._scale, compute, i), operands, bits[i], scales[i])
-            for i in slots
-        ]
+        found = separately(functools.partial(self._scales, compute), operands, bits, scales)
         results = separately(lambda own: compute(*own).results, operands)
         new = [
             separately(
@@ -130,16 +127,22 @@ class BlockStep:
         ]
         return new, [scale for scale, _ in found], results
 
-    def _scale(
-        self, compute: Callable[..., Step], i: int, operands: Any, bits: jax.Array, scale: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns (scales of a slot, whether each block is unchanged), in one pass over the values."""
-        step, codec = compute(*operands), self.codecs[i]
-        before, after = (x.astype(jnp.float32) for x in (step.before[i], step.after[i]))
-        changed = (before != after).astype(jnp.int32)
-        *largest, changed = self.largest((*codec.measures(after), changed))
-        new = codec.scaled(largest, bits).astype(scale.dtype)
-        return jnp.where(changed == 0, scale, new), changed == 0
+    def _scales(
+        self, compute: Callable[..., Step], operands: Any, bits: Arrays, scales: Arrays
+    ) -> list[tuple[jax.Array, jax.Array]]:
+        """Returns (scales, whether each block is unchanged) of each slot, in one pass over the values."""
+        step = compute(*operands)
+        measures = []
+        for codec, before, after in zip(self.codecs, step.before, step.after, strict=True):
+            before, after = before.astype(jnp.float32), after.astype(jnp.float32)
+            measures.append((*codec.measures(after), (before != after).astype(jnp.int32)))
+        largest = iter(self.largest([x for own in measures for x in own]))
+        found = []
+        for codec, own, width, scale in zip(self.codecs, measures, bits, scales, strict=True):
+            *most, changed = (next(largest) for _ in own)
+            new = codec.scaled(most, width).astype(scale.dtype)
+            found.append((jnp.where(changed == 0, scale, new), changed == 0))
+        return found
 
     def _codes(
         self,
@@ -178,24 +181,29 @@ def wide_of(
     traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
 ) -> dict[Hashable, jax.Array]:
     """Returns the uncoded operands of the updates, in groups of pages; zeros where an update takes none."""
+    found = wide_leaves(traced, group, update_fns)
+    return {kind: merged(group.flatten(arrays)) for kind, arrays in found.items()}
+
+
+def wide_leaves(
+    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
+) -> dict[Hashable, list[jax.Array]]:
+    """Returns the same operands in the shapes of the leaves."""
     found = {}
     for kind in dict.fromkeys(kind for update_fn in update_fns for kind in update_fn.wide):
         dtype = next(traced.program.specs[p.wide[kind]].dtype for p in update_fns if kind in p.wide)
-        arrays = [
-            traced.known[update_fn.wide[kind]]
+        found[kind] = [
+            jnp.reshape(traced.known[update_fn.wide[kind]], leaf.shape)
             if kind in update_fn.wide
             else jnp.zeros(leaf.shape, dtype)
             for update_fn, leaf in zip(update_fns, group.leaves[0], strict=True)
         ]
-        found[kind] = merged(group.flatten(arrays))
     return found
 
 
-def by_page_group(
-    traced: TracedUpdate, group: PagedGroup, update_fns: Sequence[ElementwiseUpdate]
-) -> Any:
+def by_page_group(group: PagedGroup, programs: jax.Array, wide: dict[Hashable, Any]) -> Any:
     """Returns (first element, update index, operands) of each group of pages, [shards, groups, ...]."""
-    found = programs_of(group, update_fns), wide_of(traced, group, update_fns)
+    found = programs, {kind: merged(group.flatten(arrays)) for kind, arrays in wide.items()}
     found = jax.tree.map(lambda x: x.reshape(*group.grid[:2], *x.shape[1:]), found)
     return group.firsts(), *found
 

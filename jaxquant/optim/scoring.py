@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from jaxquant.checks import check_whole
 from jaxquant.numerics.reductions import largest
 from jaxquant.optim import pages
-from jaxquant.optim.blocks import BlockStep, block_step, by_page_group, draw_words
+from jaxquant.optim.blocks import (
+    BlockStep,
+    block_step,
+    by_page_group,
+    draw_words,
+    programs_of,
+    wide_leaves,
+)
 from jaxquant.optim.codecs import straight_log2
 from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.leaves import Leaf
@@ -175,7 +182,12 @@ def _errors_by_page_groups(
         n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
     )
     gradients = group.flatten([traced.gradient(p) for p in group.parameters])
-    given = *by_page_group(traced, group, update_fns), gradients
+    given = (
+        *by_page_group(
+            group, programs_of(group, update_fns), wide_leaves(traced, group, update_fns)
+        ),
+        gradients,
+    )
     stored = state.pool, state.tables[number], state.scales[number]
     known = {n: traced.known[n] for update_fn in update_fns for n in update_fn.scalars}
     scored = functools.partial(_errors_in_shards, own, kinds.index("update"), by_loss)

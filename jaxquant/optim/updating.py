@@ -8,9 +8,18 @@ import jax
 import jax.numpy as jnp
 
 from jaxquant.optim import pages
-from jaxquant.optim.blocks import BlockStep, Step, block_step, by_page_group, draw_words
+from jaxquant.optim.blocks import (
+    BlockStep,
+    Step,
+    block_step,
+    by_page_group,
+    draw_words,
+    programs_of,
+    wide_leaves,
+)
 from jaxquant.optim.leaves import Leaf
 from jaxquant.optim.plans import Plan
+from jaxquant.optim.spans import update_spans
 from jaxquant.optim.state import (
     QuantizedState,
     bits_of,
@@ -40,29 +49,51 @@ def by_page_groups(
     update_fns: Sequence[ElementwiseUpdate],
     seed: int,
 ) -> QuantizedState:
-    """Updates a paged group, one group of pages after another, and adds its results to the known values.
+    """Updates a paged group, and adds its results to the known values.
 
-    Each device updates its own shards.
+    It goes through one group of pages after another, on GPUs through whole leaves.  Each device of a mesh
+    updates its own shards.
     """
     group = state.plan.groups[number]
     traced.evaluate(
         n for update_fn in update_fns for n in (*update_fn.scalars, *update_fn.wide.values())
     )
-    own = by_page_group(traced, group, update_fns)
-    shared = {n: traced.known[n] for update_fn in update_fns for n in update_fn.scalars}
-    shared = shared, draw_words(state, number, seed)
-    blocks = block_step(state.plan, number, update_fns)
-    scan = functools.partial(_scanned, blocks, _in_place(traced, update_fns[0]))
-    stored = state.pool, state.tables[number], state.scales[number]
-    pool, results, scales = by_shards(state.plan, scan, (*stored, own), shared)
-    for kind, flat in zip(update_fns[0].results, results, strict=True):
-        for update_fn, value in zip(update_fns, group.unflatten(flat), strict=True):
+    blocks, in_place = block_step(state.plan, number, update_fns), _in_place(traced, update_fns[0])
+    known = {n: traced.known[n] for update_fn in update_fns for n in update_fn.scalars}
+    programs, wide = programs_of(group, update_fns), wide_leaves(traced, group, update_fns)
+    operands = (state.pool, state.tables[number], state.scales[number], programs, wide)
+    shared = known, draw_words(state, number, seed)
+
+    def by_groups(pool: Any, tables: Any, scales: Any, programs: Any, wide: Any) -> Any:
+        scan = functools.partial(_scanned, blocks, tuple(in_place.values()))
+        own = pool, tables, scales, by_page_group(group, programs, wide)
+        pool, results, scales = by_shards(state.plan, scan, own, shared)
+        return pool, [group.unflatten(flat) for flat in results], list(scales)
+
+    def by_spans(pool: Any, tables: Any, scales: Any, programs: Any, wide: Any) -> Any:
+        stored = jax.tree.map(lambda x: merged(merged(x)), (list(tables), list(scales)))
+        programs = merged(programs)
+        pool, results, new = update_spans(
+            blocks, group, in_place, (joined(pool), *stored), programs, wide, *shared
+        )
+        after = [x.reshape(scale.shape) for x, scale in zip(new, scales, strict=True)]
+        return pool.reshape(state.pool.shape), results, after
+
+    if state.plan.mesh is None and group.shards == 1:
+        forms: Any = {"default": by_groups, "cuda": by_spans, "rocm": by_spans}
+        pool, results, scales = jax.lax.platform_dependent(*operands, **forms)
+    else:
+        pool, results, scales = by_groups(*operands)
+    for kind, leaves in zip(in_place, results, strict=True):
+        for update_fn, value in zip(update_fns, leaves, strict=True):
             traced.known[update_fn.produced[kind]] = value
     scales = (*state.scales[:number], tuple(scales), *state.scales[number + 1 :])
     return state._replace(pool=pool, scales=scales)
 
 
-def _in_place(traced: TracedUpdate, update_fn: ElementwiseUpdate) -> tuple[Hashable | None, ...]:
+def _in_place(
+    traced: TracedUpdate, update_fn: ElementwiseUpdate
+) -> dict[Hashable, Hashable | None]:
     """Returns, for each result, the kind of the operand that it can overwrite, or None."""
     specs = traced.program.specs
 
@@ -73,7 +104,7 @@ def _in_place(traced: TracedUpdate, update_fn: ElementwiseUpdate) -> tuple[Hasha
             return None
         return target
 
-    return tuple(map(overwritten, update_fn.results))
+    return {kind: overwritten(kind) for kind in update_fn.results}
 
 
 def _scanned(
