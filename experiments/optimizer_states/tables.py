@@ -6,7 +6,7 @@ from typing import Any
 from experiments.harness.reporting.law_tables import interval
 from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
 from experiments.harness.reporting.values import bounds
-from experiments.harness.training.arms import EXACT, budget_of, fixed_bits
+from experiments.harness.training.arms import EXACT, NEAREST, STOCHASTIC, budget_of, fixed_bits
 from experiments.optimizer_states.contest import BEST, EVEN
 from experiments.optimizer_states.transformations import PARTS
 from jaxquant import laws
@@ -14,6 +14,7 @@ from jaxquant import laws
 _LAPTOP, _LAW = "optimizer_states/laptop/summary.json", "optimizer_states/law/summary.json"
 _CONTEST = "optimizer_states/contest/summary.json"
 _VISION = "optimizer_states/contest_vision/summary.json"
+_WEIGHTS = "optimizer_states/bf16_weights/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/optimizer_states.md")
 _TASKS = {"language": "LM", "vision": "ViT"}
 _SCHEDULES = {"wsd": "WSD", "cosine": "cosine"}
@@ -134,6 +135,39 @@ def _gain(row: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Weights in bfloat16
+
+_ROUNDED = {STOCHASTIC: "stochastically", NEAREST: "to nearest"}
+_STATES = {EXACT: "float32", "even-5.0": "`even` 5.0"}
+
+
+def weights(summary: dict) -> str:
+    """Gaps to float32 weights with the same state, and bytes of weights and state for each parameter."""
+    head = ["weights rounded", "state", "bytes", "float32's", "gap, nats", "q"]
+    rows = sorted(summary["weights"], key=lambda r: list(_ROUNDED).index(r["weights"]))
+    return to_markdown(head, [_of_weights(row) for row in rows])
+
+
+def _of_weights(row: dict) -> list[str]:
+    nbytes = [f"{row[name]:.2f}" for name in ("bytes", "bytes_float32")]
+    gap = bounds(row["gap"], row["low"], row["high"], "+.4f")
+    return [
+        _ROUNDED[row["weights"]],
+        _STATES[row["state"]],
+        *nbytes,
+        gap,
+        f"{row['q_value']:.1g}",
+    ]
+
+
+def weights_phrases(summary: dict) -> dict[str, list[str]]:
+    """Full precision's spread, within which the gap is to lie."""
+    row = summary["weights"][0]
+    said = [f"{row['seeds']} paired seeds", f"SD over seeds, {row['exact_sd']:.4f}"]
+    return dict.fromkeys(_PAGES, said)
+
+
+# ---------------------------------------------------------------------------------------------------
 # The laws of the state's bits
 
 
@@ -241,6 +275,7 @@ def _parts(rows: dict[str, dict[str, Any]]) -> str:
 TABLES = {
     "optimizer_states/allocations": Table(_CONTEST, contest),
     "optimizer_states/allocations_vision": Table(_VISION, contest),
+    "optimizer_states/bf16_weights": Table(_WEIGHTS, weights),
     "optimizer_states/laptop": Table(_LAPTOP, gaps),
     "optimizer_states/transformations": Table("optimizer_states/optimizers.json", transformations),
 }
@@ -249,4 +284,5 @@ PHRASES = (
     Phrases(_LAW, law_phrases),
     Phrases(_CONTEST, contest_phrases),
     Phrases(_VISION, vision_phrases),
+    Phrases(_WEIGHTS, weights_phrases),
 )
