@@ -2,7 +2,8 @@
 
 Each lies between markers in README.md, experiments/README.md or docs/, and is made from a file below
 experiments/results: a study's summary.json, which the study's own command makes of its records.
-Figures in sentences stay as they are written; those that differ from their records are printed.
+Figures in sentences stay as they are written; those that differ from their records are printed.  It
+imports all studies, and so takes the extras `experiments` and `pretrained`.
 """
 
 import dataclasses
@@ -19,12 +20,19 @@ from experiments.harness.reporting import markdown
 from experiments.harness.reporting.markdown import Phrases, Table
 from experiments.harness.running import cli, files
 from experiments.optimizer_states import tables as optimizer_states
-from experiments.pretrained_quantization import tables as pretrained_quantization
 from experiments.ptq_overtraining import tables as ptq_overtraining
 from experiments.public_runs import tables as public_runs
 from experiments.qat_efficiency import tables as qat_efficiency
 from experiments.train import tables as train
 from experiments.training_precision import tables as training_precision
+
+try:
+    from experiments.pretrained_quantization import tables as pretrained_quantization
+except ModuleNotFoundError as missing:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {missing}: pip install -e '.[experiments,pretrained]'", file=sys.stderr)
+    sys.exit(2)
 
 FLAGS = flags.FLAGS
 ROOT = Path(__file__).parent.parent
@@ -141,6 +149,8 @@ def run(_: Config) -> None:
     if said:
         print("\n".join(said))
         sys.exit(1)
+    marked = {name for page, text in texts.items() for name in _blocks(page, text)}
+    print(f"{len(marked if names is None else names)} tables are as their records give them")
 
 
 if __name__ == "__main__":

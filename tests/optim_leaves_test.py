@@ -10,7 +10,7 @@ import optax
 import pytest
 from optax import contrib
 
-from jaxquant.optim import adaptive, by_role, fixed, quantize_state, report, uniform
+from jaxquant.optim import adaptive, by_role, fixed, quantize_state, report, split, uniform
 from jaxquant.optim.bounds import NON_NEGATIVE, bounds_of
 from jaxquant.optim.leaves import find
 from jaxquant.optim.tracing import Program
@@ -325,6 +325,27 @@ def test_slow_states_of_too_few_bits_are_refused_by_name(tx):
         ):
             quantize_state(tx, policy).init(PARAMS)
     assert report(quantize_state(tx, fixed(6, 4)).init(PARAMS))
+
+
+LARGE = {"w": jnp.zeros((256, 256))}
+
+
+@pytest.mark.parametrize("make", [uniform, adaptive, lambda bits: split(bits, 1)])
+@pytest.mark.parametrize(
+    "tx", [optax.lion(1e-3), optax.sgd(1e-3, momentum=0.99)], ids=["lion", "sgd"]
+)
+def test_a_budget_gives_slow_states_no_fewer_bits_either(tx, make):
+    with pytest.raises(ValueError, match=r"budget_bits must be at least 6\.\d+ for this state"):
+        quantize_state(tx, make(5.0)).init(LARGE)
+    state = quantize_state(tx, make(7.0)).init(LARGE)
+    assert min(w[w > 0].min() for slots in state.plan.widths() for w in slots) >= 6
+
+
+@pytest.mark.parametrize("make", [uniform, adaptive])
+def test_a_budget_takes_bits_from_what_is_not_slow(make):
+    state = quantize_state(optax.adamw(1e-3, b1=0.99), make(5.0)).init(LARGE)
+    slow, other = (w[w > 0].min() for slots in state.plan.widths() for w in slots)
+    assert slow >= 6 > other
 
 
 def test_a_slow_average_in_few_bits_follows_gradients_that_turn():

@@ -7,6 +7,7 @@ from experiments.ptq_overtraining.analysis import HEADLINE, KUMAR_EXPONENT, SCHE
 from jaxquant import laws
 
 _RECORDS = "ptq_overtraining/full/summary.json"
+_RATES = "ptq_overtraining/rates/summary.json"
 _EXPONENTS = {"gamma_D": "γ_D", "gamma_N": "γ_N", "gamma_post": "γ_post"}
 
 
@@ -137,9 +138,26 @@ def _is_headline(row: dict) -> bool:
     return row["bits"] == HEADLINE["bits"] and row["granularity"] == "tensor"
 
 
+def rates(summary: dict) -> str:
+    """γ_D at the learning rate of least loss, and the range over the others that were tried."""
+    rows = []
+    for row in (r for r in summary["rates"] if r["is_best"]):
+        place = row["size"], row["schedule"]
+        others = [
+            r["gamma"]
+            for r in summary["rates"]
+            if (r["size"], r["schedule"]) == place and not r["is_best"]
+        ]
+        cells = [row["size"], SCHEDULE_NAMES[row["schedule"]], f"{row['peak_lr']:g}"]
+        cells.append(bounds(row["gamma"], row["low"], row["high"], ".2f"))
+        rows.append([*cells, f"{min(others):.2f} to {max(others):.2f}"])
+    return to_markdown(["N", "schedule", "best rate", "γ_D", "at the other rates"], rows)
+
+
 TABLES = {
     "ptq_overtraining/exponents": Table(_RECORDS, exponents),
     "ptq_overtraining/one_law": Table(_RECORDS, one_law),
+    "ptq_overtraining/rates": Table(_RATES, rates),
     "ptq_overtraining/repetition": Table(_REPETITION, repetition),
 }
 PHRASES = (Phrases(_RECORDS, phrases),)

@@ -11,7 +11,14 @@ import pandas as pd
 
 from experiments.harness.reporting.values import number
 from experiments.training_precision.one_width import BOOTSTRAPS, GROWING, NOT_REJECTED, OF_N
-from experiments.training_precision.runs import FULL, at_best_rate, runs, served, tied
+from experiments.training_precision.runs import (
+    FULL,
+    METHOD_NAMES,
+    at_best_rate,
+    runs,
+    served,
+    tied,
+)
 from jaxquant import laws
 
 LAWS = (
@@ -41,8 +48,20 @@ class Chosen:
 
 
 def of_study(records: list[dict], method: str) -> pd.DataFrame:
-    """A method's runs of one width, each at its best learning rate."""
-    return tied(at_best_rate(runs(records)), method)
+    """A method's runs of one width, each at its best learning rate.
+
+    Raises:
+        ValueError: no such runs.
+    """
+    table = at_best_rate(runs(records))
+    found = tied(table, method)
+    if found.empty:
+        known = [name for name in METHOD_NAMES if not tied(table, name).empty]
+        raise ValueError(
+            f"the study has no runs of {method} with one width for all tensors; it has them of "
+            f"{', '.join(known) or 'no method'}"
+        )
+    return found
 
 
 def choose(table: pd.DataFrame) -> Chosen:

@@ -70,7 +70,8 @@ def _grows(method: dict, summary: dict) -> Finding:
     else:
         notes.append("one learning rate for all widths and lengths of a size")
     if (epochs := summary["most_epochs"]) is not None:
-        notes.append(f"at most {epochs:.2g} passes over the text")
+        passes = f"at most {epochs:.2g} passes over the text" if epochs else "every token is fresh"
+        notes.append(passes)
     quantity = f"γ_D, {METHOD_NAMES[method['method']]}"
     ends = (row["value"], row["low"], row["high"])
     return Finding(_GROWS, quantity, answer, *ends, note="; ".join(notes))

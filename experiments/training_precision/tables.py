@@ -85,6 +85,22 @@ def _growing(method: dict) -> list[str]:
     return [*cells, lead, r2, *_exponents(method["fits"][laws.GROWING_ERROR.name])]
 
 
+def held_out(summary: dict) -> str:
+    """R² of runs that neither law was fitted to: those of each N, range of D, and width in turn."""
+    head = ["method", *(f"R² held out by {name}, Panferov's" for name in _HELD_OUT.values())]
+    return to_markdown(head, map(_of_held_out, _fitted(summary)))
+
+
+_HELD_OUT = {"r2_by_N": "N", "r2_by_D": "D", "r2_by_P_w": "P"}
+
+
+def _of_held_out(method: dict) -> list[str]:
+    rows = {row["law"]: row for row in method["laws"]}
+    pair = rows[laws.GROWING_ERROR.name], rows[laws.PANFEROV.name]
+    cells = [", ".join(f"{row[key]:.2f}" for row in pair) for key in _HELD_OUT]
+    return [METHOD_NAMES[method["method"]], *cells]
+
+
 def budgets(summary: dict) -> str:
     """The best precision at each budget that a method's runs surround."""
     found = {m["method"]: {o["flops"]: o for o in m["optima"]} for m in _fitted(summary)}
@@ -207,6 +223,7 @@ TABLES = {
     "training_precision/gaps": Table(_FULL, gaps),
     "training_precision/tuned_gaps": Table(_RATES, tuned_gaps),
     "training_precision/growing": Table(_FULL, growing),
+    "training_precision/held_out": Table(_FULL, held_out),
     "training_precision/budgets": Table(_FULL, budgets),
     "training_precision/tensors_apart": Table(_FULL, tensors_apart),
     "training_precision/served": Table(_FULL, served),

@@ -268,6 +268,8 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
     for name, value in numbers.items():
         if value is not None:
             check_positive(name, value)
+    if serve_bits is not None and serve_bits > _MOST_BITS:
+        raise ValueError(f"serve_bits is up to {_MOST_BITS}; got {serve_bits!r}")
     if flops is None and (N is None or D is None):
         raise ValueError("a plan needs flops, or N and D; got neither")
     if flops is not None and N is not None and D is not None:

@@ -117,12 +117,12 @@ def _decide(traced: TracedUpdate, state: QuantizedState, seed: int) -> Quantized
 def _limits(plan: Plan, bits: jax.Array, score: Any) -> tuple[jax.Array, jax.Array]:
     """Returns (minimum, maximum) bits of each page; both are 0 for pages without elements."""
     full = _in_line([[jnp.asarray(w > 0) for w in slots] for slots in plan.widths()])
-    codecs = [
-        [jnp.full(group.grid, c.least_bits) for c in own]
-        for group, own in zip(plan.groups, plan.codecs, strict=True)
+    floors = [
+        [jnp.full(group.grid, bits) for bits in own]
+        for group, own in zip(plan.groups, plan.least_bits, strict=True)
     ]
     change = score.max_bit_change if hasattr(score, "max_bit_change") else score.reach
-    least = jnp.maximum(_in_line(codecs), bits - change)
+    least = jnp.maximum(_in_line(floors), bits - change)
     most = jnp.minimum(pages.PLANES, bits + change)
     return jnp.where(full, least, 0), jnp.where(full, most, 0)
 

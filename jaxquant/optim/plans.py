@@ -63,6 +63,17 @@ class Plan:
         """The coded leaves, group by group."""
         return tuple(leaf for group in self.groups for slot in group.leaves for leaf in slot)
 
+    @property
+    def least_bits(self) -> list[list[int]]:
+        """The minimum width by group and slot: its codec's, and `SLOW_BITS` for slow signed states."""
+        return [
+            [
+                max(codec.least_bits, SLOW_BITS if any(map(_is_slow, leaves)) else 1)
+                for codec, leaves in zip(codecs, group.leaves, strict=True)
+            ]
+            for codecs, group in zip(self.codecs, self.groups, strict=True)
+        ]
+
     def widths(self) -> list[list[np.ndarray]]:
         """Returns the initial width of each page by group and slot: the maximum over its leaves."""
         found = self._asked()
@@ -91,6 +102,10 @@ class Plan:
 
 # Momenta of 0.98 and more (Lion, Adan) end far from full precision with 5 bits, and near it with 6.
 SLOW_BITS = 6
+
+
+def _is_slow(leaf: Leaf) -> bool:
+    return leaf.is_signed and leaf.is_slow
 
 
 def default_codec(leaf: Leaf) -> Codec:
@@ -152,7 +167,7 @@ def make_plan(
 
 def _check_slow(leaf: Leaf, bits: int) -> None:
     """Raises a ValueError if a slow signed state has fewer bits than it needs to train."""
-    if leaf.is_signed and leaf.is_slow and bits < SLOW_BITS:
+    if _is_slow(leaf) and bits < SLOW_BITS:
         raise ValueError(
             f"{leaf.slot}/{leaf.path} changes by a few hundredths a step, which {bits} bits do not follow: "
             f"give it {SLOW_BITS} or more, as in fixed({SLOW_BITS}, 4), or leave it unquantized, as in "
@@ -168,7 +183,7 @@ def _rows(plan: Plan) -> int:
     )
 
 
-# One bit less fails for every model: momentum of 2 bits stalls or diverges.
+# Momentum of 2 bits stalls or diverges.  Second moments of one bit train, at a higher loss.
 _LEAST_SIGNED, _LEAST_OTHERS = 3, 2
 # A state with at most so many elements (a few pages) may be left unquantized despite the budget.
 _FEW = 2**15
@@ -251,8 +266,9 @@ def _warn_of_few_bits(plan: Plan) -> None:
         leaf, bits = narrow[0]
         more = f" and {len(narrow) - 1} others" if len(narrow) > 1 else ""
         warnings.warn(
-            f"codes of {leaf.slot}/{leaf.path}{more} start with as few as {bits} bits, and training "
-            f"stalls or diverges; momentum needs {_LEAST_SIGNED} or more, others {_LEAST_OTHERS}",
+            f"codes of {leaf.slot}/{leaf.path}{more} start with as few as {bits} bits: the loss will be "
+            f"higher, and training may stall or diverge; momentum wants {_LEAST_SIGNED} or more, others "
+            f"{_LEAST_OTHERS}",
             stacklevel=2,
         )
 
@@ -279,14 +295,14 @@ def _fitted(plan: Plan, budget_bits: float) -> Plan:
 def _alike(plan: Plan, width: int) -> Plan:
     """Returns the plan whose narrowest leaves have one width, and the others the policy's bits more.
 
-    No width is less than its codec needs, or more than there are planes.
+    No width is less than `Plan.least_bits`, or more than there are planes.
     """
     bits = tuple(
         tuple(
-            tuple(min(max(width + lead, codec.least_bits), PLANES) for lead in leads)
-            for codec, leads in zip(codecs, slots, strict=True)
+            tuple(min(max(width + lead, least), PLANES) for lead in leads)
+            for least, leads in zip(own, slots, strict=True)
         )
-        for codecs, slots in zip(plan.codecs, plan.bits, strict=True)
+        for own, slots in zip(plan.least_bits, plan.bits, strict=True)
     )
     return dataclasses.replace(plan, bits=bits)
 
