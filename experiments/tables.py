@@ -16,6 +16,7 @@ from typing import Any
 from absl import flags
 
 from experiments.benchmark import tables as benchmark
+from experiments.gradient_precision import tables as gradient_precision
 from experiments.harness.reporting import markdown
 from experiments.harness.reporting.markdown import Phrases, Table
 from experiments.harness.running import cli, files
@@ -46,6 +47,7 @@ STUDIES = (
     train,
     public_runs,
     benchmark,
+    gradient_precision,
 )
 TABLES: dict[str, Table] = {name: t for study in STUDIES for name, t in study.TABLES.items()}
 PHRASES: tuple[Phrases, ...] = tuple(p for study in STUDIES for p in study.PHRASES)
