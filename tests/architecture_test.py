@@ -91,7 +91,7 @@ EXPERIMENTS = [
         "benchmark": "lm optimizers variants step serving report study tables __main__",
         "gradient_precision": (
             "arms measuring running runs comparisons noise forms split law analysis law_answers answers "
-            "figures law_sections sections report study __main__"
+            "figures law_sections sections report study tables __main__"
         ),
         "optimizer_states": (
             "law tasks contest weights analysis figures transformations optimizers report running study "
