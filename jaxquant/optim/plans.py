@@ -267,7 +267,7 @@ def _warn_of_few_bits(plan: Plan) -> None:
         more = f" and {len(narrow) - 1} others" if len(narrow) > 1 else ""
         warnings.warn(
             f"codes of {leaf.slot}/{leaf.path}{more} start with as few as {bits} bits: the loss will be "
-            f"higher, and training may stall or diverge; momentum wants {_LEAST_SIGNED} or more, others "
+            f"higher, and training may stall or diverge; momentum needs {_LEAST_SIGNED} or more, others "
             f"{_LEAST_OTHERS}",
             stacklevel=2,
         )
