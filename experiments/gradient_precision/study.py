@@ -255,7 +255,7 @@ STUDY = Study(
     presets=PRESETS,
     costs={
         "smoke": "two minutes on one core; that it runs",
-        "laptop": "six minutes on 2 cores; one size, few pairs",
+        "laptop": "ten minutes on 2 busy cores; one size, few pairs",
         "full": "1.7 hours on 2 cores, by estimate; the law of forward and backward bits",
         "rounding": "half an hour on 2 cores, by estimate; nearest, stochastic, EDEN, rotated or not",
         "recipes": "1.5 hours on 2 cores, by estimate; all recipes, and NVIDIA's less a part",

@@ -332,7 +332,7 @@ STUDY = Study(
         "contest": "an hour on 2 cores; all allocations at three budgets, 6 seeds",
         "scales": "about an hour on 2 cores, by estimate; not yet run by us",
         "contest_vision": "15 minutes on 2 cores; allocations at 4.0 bits on the ViT, 6 seeds",
-        "bf16_weights": "a quarter of an hour on 2 cores; weights in bfloat16, 6 seeds",
+        "bf16_weights": "24 minutes on 2 busy cores; weights in bfloat16, 6 seeds",
         "law": "half an hour on 2 cores; fixed widths at three sizes and lengths",
         "tpu": "an accelerator; not yet run by us",
     },
