@@ -17,24 +17,24 @@ from experiments.harness.running import cli
 from experiments.public_runs import analysis, efficiencies, report
 
 FLAGS = flags.FLAGS
-_OURS = "experiments/results/training_precision/full"
+_OURS = Path(__file__).parents[1] / "results" / "training_precision" / "full"
 
 
 def define_flags() -> None:
     text = flags.DEFINE_string
     text("quest", None, "QuEST's runs: for_plots/runs_for_scaling.json of its repository.")
     text("quartet", None, "Quartet's runs: notebooks/plots.ipynb of its repository.")
-    text("ours", _OURS, "The workdir of a training_precision study.")
+    text("ours", None, "The workdir of a training_precision study; the committed one if not given.")
     flags.DEFINE_integer("bootstraps", efficiencies.BOOTSTRAPS, "Refits of each law.", 2)
     text("workdir", None, "Where summary.json and report.html go.")
 
 
 def run(_: Any) -> None:
     """Reads, fits and reports."""
-    for name in ("quest", "quartet", "ours", "workdir"):
+    for name in ("quest", "quartet", "workdir"):
         if not FLAGS[name].value:
             raise ValueError(f"--{name} must be given: {FLAGS[name].help}")
-    tables = analysis.read(FLAGS.quest, FLAGS.quartet, FLAGS.ours)
+    tables = analysis.read(FLAGS.quest, FLAGS.quartet, FLAGS.ours or _OURS)
     workdir = Path(FLAGS.workdir)
     try:
         print(report.write(workdir, tables, analysis.analyse(tables, FLAGS.bootstraps)))
