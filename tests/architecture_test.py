@@ -54,8 +54,8 @@ LIBRARY = [
             "kernel_layout quantizing identity exchange diagnosing applying"
         ),
         "laws": (
-            "law terms forms growing constants intervals criteria solving runs fitting comparison "
-            "optimum sizes budgets planning"
+            "law terms forms growing constants intervals criteria solving runs fitting profiles "
+            "comparison optimum sizes budgets planning"
         ),
     },
 ]

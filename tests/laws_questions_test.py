@@ -61,6 +61,18 @@ def test_each_row_says_where_it_leaves_what_was_fitted():
     assert "models trained in 16 bits" in " ".join(served.warnings)
 
 
+def test_a_best_row_beside_the_interval_of_the_optimum_is_said(runs):
+    fitted = laws.fit(laws.KUMAR_ONE, runs, bootstraps=60, starts=2)
+    free = laws.plan(fitted, flops=1e20).optimum
+    assert free is not None
+    assert free.is_determined
+    wide = laws.plan(fitted, flops=1e20, precisions=(int(free.high) + 3, int(free.high) + 6))
+    assert "is outside the interval of P*" in " ".join(wide.warnings)
+    assert "none of those looked at lies in it" in " ".join(wide.warnings)
+    inside = laws.plan(fitted, flops=1e20, precisions=(free.bits, 16))
+    assert "outside the interval of P*" not in " ".join(inside.warnings)
+
+
 def test_precisions_of_which_a_law_says_nothing_are_named():
     found = laws.plan(laws.QUEST_2025, flops=1e20, precisions=[4, 5, 8, 4])
     assert [row.bits for row in found.rows] == [4, 8]
@@ -169,6 +181,41 @@ def test_records_and_single_values_are_taken(runs):
     assert laws.fit(laws.KUMAR_ONE, table, **fit).params == one.params
 
 
+QUICK: dict[str, Any] = {"starts": 4, "bootstraps": 0}
+
+
+def test_what_misleads_a_fit_is_a_warning(runs):
+    runs = {name: runs[name] for name in ("N", "D", "P_w", "loss")}
+    one = laws.fit(laws.KUMAR_ONE, runs, **QUICK)
+    assert not any("is a factor of" in text or "does not read" in text for text in one.warnings)
+    tokens = np.array(runs["D"], float)
+    tokens[3] = 1e300
+    far = laws.fit(laws.KUMAR_ONE, runs | {"D": tokens}, **QUICK)
+    assert "D = 1e+300 is a factor of" in " ".join(far.warnings)
+    bits = np.arange(len(tokens)) % 3 + 2.0
+    ignored = laws.fit(laws.KUMAR_ONE, runs | {"P_kv": bits, "P_a": runs["P_w"]}, **QUICK)
+    unread = [text for text in ignored.warnings if "does not read" in text]
+    assert unread == [f"P_kv differs between the runs, and {laws.KUMAR_ONE.name} does not read it"]
+
+
+def test_gaps_below_zero_are_no_gap_to_fit(runs):
+    above = runs | {"loss_full": np.array(runs["loss"]) - 0.1}
+    assert not any("no gap" in text for text in laws.fit(laws.GAP, above, **QUICK).warnings)
+    below = runs | {"loss_full": np.array(runs["loss"]) + 0.1}
+    count = len(below["loss_full"])
+    assert (
+        f"{count} of {count} runs are no worse than full precision: there is no gap to fit"
+        in laws.fit(laws.GAP, below, **QUICK).warnings
+    )
+
+
+@pytest.mark.long
+def test_few_bootstraps_are_a_warning(runs):
+    few = laws.fit(laws.KUMAR_ONE, runs, starts=4, bootstraps=9)
+    assert "9 bootstraps leave" in " ".join(few.warnings)
+    assert "take 1000" in " ".join(few.warnings)
+
+
 @pytest.mark.long
 def test_runs_that_repeat_others_are_counted(runs):
     twice = {name: np.concatenate([column, column]) for name, column in runs.items()}
@@ -177,6 +224,12 @@ def test_runs_that_repeat_others_are_counted(runs):
 
 
 @pytest.mark.long
+def test_profiles_are_of_fits(runs):
+    refused(
+        lambda: laws.profile(cast(Any, laws.KUMAR_ONE), runs, "gamma"), "what laws.fit returned"
+    )
+
+
 def test_profiles_are_of_the_runs_that_were_fitted(runs):
     found = laws.fit(laws.CHINCHILLA, runs, bootstraps=0, starts=8)
     fewer = {name: column[:30] for name, column in runs.items()}

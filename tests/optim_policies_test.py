@@ -13,6 +13,7 @@ from jaxquant.optim import (
     by_role,
     quantize_state,
     report,
+    split,
     state_bytes,
     uniform,
 )
@@ -71,3 +72,17 @@ def test_it_learns_within_a_twentieth_of_the_first_loss(name, policy):
     if policy != "by role":
         exact_bytes = sum(x.nbytes for x in jax.tree.leaves(state.exact))
         assert 8 * (state_bytes(state) - exact_bytes) <= BUDGET * elements + 64
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: uniform(100), "at most 32, those of full precision; got 100"),
+        (lambda: adaptive(33, interval=20), "at most 32"),
+        (lambda: split(4.0, roles=["head"]), r"mapping from role to bits; got \['head'\]"),
+        (lambda: state_bytes(3), "got the leaf 3"),
+    ],
+)
+def test_bad_input_is_named(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

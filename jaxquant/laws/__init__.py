@@ -24,7 +24,7 @@ from jaxquant.laws.constants import (
     SUN_2025,
     Published,
 )
-from jaxquant.laws.fitting import Fit, fit, profile
+from jaxquant.laws.fitting import Fit, fit
 from jaxquant.laws.forms import (
     ADDITIVE,
     CHEN_QAT,
@@ -64,6 +64,7 @@ from jaxquant.laws.optimum import (
     throughput,
 )
 from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
+from jaxquant.laws.profiles import profile
 from jaxquant.laws.sizes import critical_tokens, optimal_sizes, qat_share
 from jaxquant.laws.terms import gaussian_mse
 

@@ -189,7 +189,7 @@ def plan(
     rows = tuple(_row(law, ptq, budget, bits) for bits in known)
     best = min([row for row in rows if row.fits] or rows, key=lambda row: row.loss)
     optimum = _optimum(law, form, budget, rows)
-    said = _warnings(law, ptq, rows, best, serve_bits)
+    said = (*_warnings(law, ptq, rows, best, serve_bits), *_beside_optimum(best, optimum, rows))
     if dead:
         gone = ", ".join(f"{b:g}" for b in dead)
         said = (*said, f"at {gone} bits the law's efficiency is next to nothing: left out")
@@ -200,6 +200,20 @@ def plan(
             f"of {', '.join(f'{b:g}' for b in unknown)} bits the law says nothing: left out",
         )
     return Plan(rows, best, optimum, said)
+
+
+def _beside_optimum(best: Row, optimum: Optimum | None, rows: Sequence[Row]) -> tuple[str, ...]:
+    """Returns a warning where the best of the rows is no precision that P* may have."""
+    if optimum is None or not optimum.is_determined or math.isnan(optimum.low):
+        return ()
+    if optimum.low <= best.bits <= optimum.high:
+        return ()
+    inside = [row.bits for row in rows if optimum.low <= row.bits <= optimum.high]
+    looked = "none of those looked at lies in it" if not inside else "others lie in it"
+    return (
+        f"the best precision looked at, {best.bits:g} bits, is outside the interval of P*, "
+        f"{optimum.low:.2f} to {optimum.high:.2f} bits: {looked}",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,10 @@ from jaxquant.laws.law import Columns, Law, check_law, read_columns
 
 _SAME = ("tokenizer", "vocab_size")  # columns in which runs to compare agree
 _MOST_BITS = 64
+_TRAINED = ("P_w", "P_a", "P_kv")  # bits of training, which a loss is not independent of
+_FAR = (
+    1e4  # a factor between a run's N or D and the next, beyond which it alone decides an exponent
+)
 
 
 def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
@@ -46,10 +50,57 @@ def check_runs(law: Law, runs: Any) -> tuple[Columns, np.ndarray]:
     return columns, target
 
 
-def repeated(columns: Columns, target: np.ndarray) -> int:
-    """Returns how many runs equal an earlier one in every column."""
-    table = np.stack([*columns.values(), target], axis=1)
-    return len(table) - len(np.unique(table, axis=0))
+def doubts(law: Law, runs: Any) -> tuple[str, ...]:
+    """Returns warnings about checked runs: what a fit takes but would be misled by."""
+    columns = read_columns(runs, (*law.columns, law.target))
+    said = [*_far_away(columns), *_unread_bits(law, runs, columns), *_below_full(columns)]
+    table = np.stack([*columns.values()], axis=1)
+    if again := len(table) - len(np.unique(table, axis=0)):
+        said.append(f"{again} of {len(table)} runs repeat another, number for number")
+    return tuple(said)
+
+
+def _far_away(columns: Columns) -> list[str]:
+    """Returns a warning for each of N and D with an end far from all other runs, such as a typing error."""
+    said = []
+    for name in {"N", "D"} & set(columns):
+        values = np.unique(columns[name])
+        for end, near in ((values[0], values[1]), (values[-1], values[-2])):
+            factor = float(max(end, near) / min(end, near))
+            if factor > _FAR:
+                said.append(
+                    f"{name} = {end:.3g} is a factor of {factor:.2g} from that of every other run"
+                )
+    return sorted(set(said))
+
+
+def _unread_bits(law: Law, runs: Any, columns: Columns) -> list[str]:
+    """Returns warnings about bits of training that differ between runs, and that the law ignores."""
+    read = [columns[name] for name in law.columns if name.startswith("P_")]
+    said = []
+    for name in _TRAINED:
+        column = None if name in law.columns else _optional(runs, name)
+        if column is None:
+            continue
+        try:
+            values = np.asarray(column, np.float64)
+        except (TypeError, ValueError):
+            continue
+        alike = any(np.array_equal(values, own, equal_nan=True) for own in read)
+        if not alike and np.unique(values).size > 1:
+            said.append(f"{name} differs between the runs, and {law.name} does not read it")
+    return said
+
+
+def _below_full(columns: Columns) -> list[str]:
+    """Returns a warning where most gaps to full precision are not above 0, and the law can only add one."""
+    if "loss_full" not in columns:
+        return []
+    below = int((columns["loss"] <= columns["loss_full"]).sum())
+    count = len(columns["loss"])
+    if 2 * below <= count:
+        return []
+    return [f"{below} of {count} runs are no worse than full precision: there is no gap to fit"]
 
 
 def number_column(runs: Any, name: str, count: int) -> np.ndarray:

@@ -15,6 +15,8 @@ from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.leaves import ROLES, Exact, Leaf
 from jaxquant.optim.pages import PLANES
 
+_FULL_BITS = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -128,9 +130,14 @@ def check_budget(budget_bits: Any) -> float:
     """Returns the budget as a float.
 
     Raises:
-        ValueError: if it is not a positive number.
+        ValueError: if it is not a positive number, or above full precision's 32.
     """
-    return check_positive("budget_bits", budget_bits)
+    budget_bits = check_positive("budget_bits", budget_bits)
+    if budget_bits > _FULL_BITS:
+        raise ValueError(
+            f"budget_bits must be at most {_FULL_BITS}, those of full precision; got {budget_bits:g}"
+        )
+    return budget_bits
 
 
 def split(
@@ -162,6 +169,8 @@ def split(
     budget_bits = check_budget(budget_bits)
     most = PLANES - 1
     check_whole("signed", signed, 0, most)
+    if not isinstance(roles, Mapping | None):
+        raise ValueError(f"roles must be a mapping from role to bits; got {roles!r}")
     roles = {} if roles is None else dict(roles)
     if unknown := set(roles) - set(ROLES):
         raise ValueError(f"roles must be among {', '.join(ROLES)}; got {sorted(unknown)}")

@@ -91,11 +91,18 @@ def state_bytes(state: Any) -> int:
 
     Shapes are sufficient, such as `jax.eval_shape(tx.init, params)`.
 
+    Raises:
+        ValueError: if a leaf is no array and no shape.
+
     >>> import jax.numpy as jnp, optax
     >>> state_bytes(optax.adam(1e-3).init(jnp.zeros(1000)))
     8004
     """
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    leaves = jax.tree.leaves(state)
+    for leaf in leaves:
+        if not (hasattr(leaf, "size") and hasattr(leaf, "dtype")):
+            raise ValueError(f"state must hold arrays or their shapes; got the leaf {leaf!r}")
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def find_states(state: Any) -> list[QuantizedState]:
