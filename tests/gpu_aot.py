@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 import jaxquant as jq
 from experiments.harness.training import hlo, kernels, targets
 
-MATRIX = (((1,), (0,)), ((), ()))
+MATRIX, LAST = ((((axis,), (0,)), ((), ())) for axis in (1, 2))
 ROWS, TERMS, COLUMNS = 512, 256, 384
 IMAGES = ("NHWC", "HWIO", "NHWC")
 CHANNELS = 64
@@ -57,13 +57,32 @@ def layer(recipe: str) -> Program:
     dot = jq.recipe(recipe)
 
     def function(x, w, gradient):
-        dims = (((2,), (0,)), ((), ()))
-        out, back = jax.vjp(lambda x, w: dot(x, w.astype(x.dtype), dims), x, w)
+        out, back = jax.vjp(lambda x, w: dot(x, w.astype(x.dtype), LAST), x, w)
         return out, back(gradient)
 
-    weight = array(WIDTH, HIDDEN, dtype=jnp.float32)
+    return function, _layer_shapes()
+
+
+def _layer_shapes() -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Returns activations, the weight, and the gradient of their product."""
     x, gradient = (array(WINDOWS, TOKENS, n) for n in (WIDTH, HIDDEN))
-    return function, (x, weight, gradient)
+    return x, array(WIDTH, HIDDEN, dtype=jnp.float32), gradient
+
+
+def delayed() -> Program:
+    """The same in float8 with ranges that are known before the step, as delayed scaling has them."""
+
+    def function(x, w, gradient, ranges):
+        forward, weight, back = (
+            jq.Quantizer(format, calibration=jq.calibration.Range(range_))
+            for format, range_ in zip((jq.E4M3, jq.E4M3, jq.E5M2), ranges, strict=True)
+        )
+        backward = jq.Operands(back, None, "native")
+        dot = jq.DotGeneral(jq.Operands(forward, weight, "native"), backward, backward)
+        out, pullback = jax.vjp(lambda x, w: dot(x, w.astype(x.dtype), LAST), x, w)
+        return out, pullback(gradient)
+
+    return function, (*_layer_shapes(), 3 * (array(dtype=jnp.float32),))
 
 
 def learned(recipe: str) -> Program:
@@ -138,7 +157,18 @@ def division() -> Program:
 
 PROGRAMS = {
     f.__name__: f
-    for f in (linear, layer, learned, convolution, attention, ragged, stored, optimizer, division)
+    for f in (
+        linear,
+        layer,
+        delayed,
+        learned,
+        convolution,
+        attention,
+        ragged,
+        stored,
+        optimizer,
+        division,
+    )
 }
 
 

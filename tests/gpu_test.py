@@ -55,16 +55,18 @@ def compiled(tmp_path_factory):
     variables = {"PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "2"}
 
     @functools.cache
-    def build(topology: str, program: str, options: str) -> Compiled:
-        output = folder / re.sub(r"\W+", "-", f"{topology} {program} {options}")
+    def build(topology: str, program: str, options: str, flags: str) -> Compiled:
+        output = folder / re.sub(r"\W+", "-", f"{topology} {program} {options} {flags}")
         command = [sys.executable, "-m", "gpu_aot", topology, str(output), program, options]
-        env = dict(os.environ) | targets.environment(topology) | variables
+        env = dict(os.environ) | targets.environment(topology) | variables | {"XLA_FLAGS": flags}
         done = children.run(command, cwd=ROOT / "tests", env=env, timeout=300)
         assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-3000:]}"
         return Compiled(output.read_text(), **json.loads(done.stdout.splitlines()[-1]))
 
-    def compile_for(program: str, topology: str = "h100", **options: Any) -> Compiled:
-        return build(topology, program, json.dumps(options))
+    def compile_for(
+        program: str, topology: str = "h100", flags: str = "", **options: Any
+    ) -> Compiled:
+        return build(topology, program, json.dumps(options), flags)
 
     return compile_for
 
@@ -184,6 +186,32 @@ def test_scales_are_applied_within_the_product(compiled, recipe):
     outputs = [(rows, gpu_aot.HIDDEN), (rows, gpu_aot.WIDTH)]
     assert not {hlo.Array(kind, shape) for kind in ("f32", "s32") for shape in outputs} & written
     assert {hlo.Array("bf16", shape) for shape in outputs} <= written
+
+
+# Products as a library's, which the autotuner may choose on the device; else they are XLA's own kernels.
+LIBRARIES = "--xla_gpu_enable_triton_gemm=false"
+
+
+@pytest.mark.parametrize(
+    ("program", "options"), [("layer", {"recipe": "fp8_train"}), ("delayed", {})]
+)
+def test_float8_products_are_cublas_s_with_their_scales(compiled, program, options):
+    found = compiled(program, flags=LIBRARIES, **options)
+    program = hlo.parse(found.text)
+    calls = [x for x in program.instructions() if "__cublas$lt$matmul$f8" in x[0].attributes]
+    kinds = [tuple(sorted(own[n].results[0].kind for n in x.operands[:2])) for x, own, _ in calls]
+    assert Counter(kinds) == Counter(RECIPES["fp8_train"])
+    for x, own, _ in calls:
+        scale = own[x.operands[2]]
+        assert scale.opcode != "constant"
+        assert scale.results == (hlo.Array("f32", ()),)
+    # Nothing scales the results afterwards: a cast to bfloat16 reads them alone.
+    rows = gpu_aot.WINDOWS * gpu_aot.TOKENS
+    casts = {hlo.Array("bf16", (rows, gpu_aot.HIDDEN)), hlo.Array("bf16", (rows, gpu_aot.WIDTH))}
+    weight = hlo.Array("f32", (gpu_aot.WIDTH, gpu_aot.HIDDEN))
+    launched = [x.instruction for x in kernels.kernels(program)]
+    assert [len(x.operands) for x in launched if casts & {*x.results}] == [1, 1]
+    assert [x.opcode for x in launched if weight in x.results] == ["custom-call"]
 
 
 # ---- topologies

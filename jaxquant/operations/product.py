@@ -251,8 +251,9 @@ def _scaled_product(
     lhs: QArray, rhs: QArray, dims: Dims, dtype: Any, precision: tuple[Any, bool]
 ) -> jax.Array:
     """Multiplies operands whose scales are constant along the contracting axes; in float32 or wider."""
-    if is_integer(lhs.element) and is_integer(rhs.element):
-        result = integers(lhs, rhs, dims)  # exact at any precision
+    is_exact = is_integer(lhs.element) and is_integer(rhs.element)
+    if is_exact:
+        result = integers(lhs, rhs, dims)  # at any precision
     elif is_float8(lhs.element) and is_float8(rhs.element):
         result = _float8_product(lhs.qvalue, rhs.qvalue, dims, *precision)
     else:
@@ -266,6 +267,8 @@ def _scaled_product(
     right = broadcast_to_product(right, dims, False, lhs.ndim).astype(result.dtype)
     rows = lhs.ndim - len(dims[0][0])
     scaled = _scaled if dims[1][0] else functools.partial(_scaled_as_matrix, rows=rows)
+    if not is_exact and left.size == right.size == 1:
+        scaled = _scaled_once
     if not isinstance(result.size, int) or result.size < _LARGE:
         branches = {}
     else:
@@ -276,6 +279,15 @@ def _scaled_product(
 
 def _scaled(result: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
     return apply_scale(result * left, right)
+
+
+def _scaled_once(result: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns the same by one number, which cuBLASLt's product of float8 takes as its operand's scale.
+
+    A second factor would be a pass of its own.  Two scales' product beyond float32 would make NaN of zeros.
+    """
+    scale = jnp.minimum(left * right, jnp.finfo(result.dtype).max)
+    return result * scale.reshape(())
 
 
 def _scaled_as_matrix(result: jax.Array, left: jax.Array, right: jax.Array, rows: int) -> jax.Array:
