@@ -23,7 +23,7 @@ LIBRARY = [
     {
         "operations": (
             "integers product operands backward dot native einsum ragged windows taps conv smoothed adapters "
-            "attention training recipes platforms tapped monitoring"
+            "attention training recipes platforms tapped delaying monitoring"
         ),
     },
     {
@@ -36,10 +36,12 @@ LIBRARY = [
         "artifacts": "plain files checksums settings storage rule_files specification cards folders serving",
     },
     {
-        "functions": "states operations quantizing freezing calibrating coverage monitoring saving",
+        "functions": (
+            "states operations quantizing freezing calibrating coverage monitoring delaying saving"
+        ),
         "nnx": (
-            "modules calls doors layers planning storing monitoring observing calibrating adapting "
-            "quantizing saving"
+            "modules calls doors layers planning storing monitoring observing calibrating delaying "
+            "adapting quantizing saving"
         ),
         "linen": "calls quantizing freezing calibrating saving",
     },
@@ -79,7 +81,7 @@ EXPERIMENTS = [
     },
     {
         "harness.training": (
-            "divergence sharding train coarse arms chips hlo kernels targets throughput metrics wsd"
+            "divergence sharding train delaying coarse arms chips hlo kernels targets throughput metrics wsd"
         ),
         "harness.pretrained": "gguf_header files minilm smollm2 references",
     },

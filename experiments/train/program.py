@@ -16,8 +16,9 @@ from experiments.harness import data
 from experiments.harness.models import lm
 from experiments.harness.running import cli
 from experiments.harness.running.cli import option
-from experiments.harness.training import arms, sharding, train
+from experiments.harness.training import arms, delaying, sharding, train
 from experiments.harness.training.divergence import DivergencePolicy
+from jaxquant.operations.delaying import Scales, is_delayed
 
 _MOST_TOKENS = 2**31 - 1  # of a step
 
@@ -174,9 +175,20 @@ def make_program(config: Config, mesh: Mesh, vocab_size: int) -> Program:
     if dtype == jnp.bfloat16:
         tx = jq.optim.in_float32(tx)
         apply = functools.partial(jq.optim.stochastic_apply, seed=config.seed)
+    if config.recipe and is_delayed(jq.recipe(config.recipe)):
+        tx, apply = delaying.weights_alone(tx), delaying.carrying_scales(apply)
+
+    def init(seed: int) -> Any:
+        state = nnx.state(make(seed), (nnx.Param, jq.nnx.DelayedScales))
+        return jax.tree.map(
+            lambda x: x if isinstance(x, Scales) else x.astype(dtype),
+            state,
+            is_leaf=lambda x: isinstance(x, Scales),
+        )
+
     return Program(
         shape,
-        lambda seed: jax.tree.map(lambda x: x.astype(dtype), nnx.state(make(seed), nnx.Param)),
+        init,
         train.next_token_loss(graphdef, mesh),
         train.next_token_loss(graphdef),
         tx,

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxquant.formats import Block, is_format, parse
 from jaxquant.formats.names import is_named
-from jaxquant.numerics import calibration, estimators, rounding
+from jaxquant.numerics import calibration, delayed, estimators, rounding
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.attention import Attention
 from jaxquant.operations.backward import BackwardOperands
@@ -47,6 +47,7 @@ _TYPES: dict[str, type] = {
     "Smoothed": Smoothed,
     "calibration.Range": calibration.Range,
     "calibration.Step": calibration.Step,
+    "calibration.delayed_absmax": delayed.delayed_absmax,
     "calibration.mse": calibration.mse,
     "calibration.percentile": calibration.percentile,
     "calibration.scaled_absmax": calibration.scaled_absmax,

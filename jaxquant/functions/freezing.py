@@ -16,7 +16,7 @@ from jaxquant.engine.rules import Rules
 from jaxquant.engine.walking import called
 from jaxquant.functions.operations import Operation
 from jaxquant.functions.quantizing import Decision, check, decide, is_read, together
-from jaxquant.functions.states import State
+from jaxquant.numerics.calibration import Range, Step
 from jaxquant.numerics.opaque import Owner
 from jaxquant.numerics.qarray import QArray, quantize
 from jaxquant.numerics.stacking import Stacking
@@ -129,12 +129,34 @@ def stored_operand(decision: Decision, values: Mapping[str, Any]) -> QArray:
     assert operation is not None
     assert operation.stored is not None
     needed = {path: values[path] for path in operation.stored.paths}
-    step = None if decision.state is None else decision.state.step
+    given = _given(decision)
     if operation.stored.key in needed:  # a parameter as it is: one program for all that are alike
         weight = needed[operation.stored.key]
-        return _quantized(operation.axes, operation.stacking, weight, operation.recipe, step)
+        return _quantized(operation.axes, operation.stacking, weight, operation.recipe, given)
     how = operation.stored, operation.axes, operation.stacking
-    return _derived(*how, needed, operation.recipe, step)
+    return _derived(*how, needed, operation.recipe, given)
+
+
+def _given(decision: Decision) -> Any:
+    """Returns the calibration that a state has for a weight, with all turns in front; None where it has none.
+
+    Its values lie along the weight's own axes, as the scales will.
+    """
+    state, operation = decision.state, decision.operation
+    assert operation is not None
+    if state is None:
+        return None
+    if state.step is not None:
+        return Step(jnp.abs(state.step))
+    ranges = None if state.delayed is None else state.delayed.ranges.rhs
+    if ranges is None:
+        return None
+    shape = [1] * decision.product.operands[operation.right].ndim
+    if operation.stacking is not None:
+        for axis, size in zip(operation.stacking.axes, operation.stacking.sizes, strict=True):
+            shape[axis] = size
+    turns = ranges.value.shape[: ranges.value.ndim - len(operation.each)]
+    return Range(ranges.value.reshape(*turns, *shape))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -143,16 +165,16 @@ def _quantized(
     stacking: Stacking | None,
     weight: jax.Array,
     recipe: DotGeneral,
-    step: Any,
+    given: Any,
 ) -> QArray:
     if stacking is not None:
         own = tuple(a - sum(b < a for b in stacking.axes) for a in axes)
-        one = stacking.each(lambda weight, step: _quantized(own, None, weight, recipe, step))
-        return stacking.with_layer_axes(one(weight, step))
-    forward = dataclasses.replace(recipe.forward, lhs=None)  # which takes no part
-    recipe = dataclasses.replace(recipe, forward=forward)
-    quantizer = State(step=step).of(recipe).forward.rhs
+        one = stacking.each(lambda weight, given: _quantized(own, None, weight, recipe, given))
+        return stacking.with_layer_axes(one(weight, given))
+    quantizer = recipe.forward.rhs
     assert quantizer is not None
+    if given is not None:
+        quantizer = dataclasses.replace(quantizer, calibration=given)
     return packed(quantize(weight, quantizer, axes))
 
 
@@ -163,9 +185,9 @@ def _derived(
     stacking: Stacking | None,
     values: Mapping[str, Any],
     recipe: DotGeneral,
-    step: Any,
+    given: Any,
 ) -> QArray:
-    return derivation.of(values, lambda w, s: _quantized(axes, stacking, w, recipe, s), step)
+    return derivation.of(values, lambda w, g: _quantized(axes, stacking, w, recipe, g), given)
 
 
 def packed(x: QArray) -> QArray:

@@ -29,6 +29,7 @@ from jaxquant.functions.states import State, is_learned
 from jaxquant.numerics.calibration import absmax
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
+from jaxquant.operations.delaying import first_scales, is_delayed, with_ranges
 from jaxquant.operations.dot import DotGeneral
 
 __all__ = ["Decision", "decide", "quantize"]
@@ -158,7 +159,15 @@ def _ready(
     stored: Collection[str],
     is_start: bool,
 ) -> DotGeneral:
-    """Removes learned steps of stored weights, of lookups, and those that are not initialized yet."""
+    """Removes learned steps of stored weights, of lookups, and those that are not initialized yet.
+
+    Raises:
+        ValueError: a product that takes no delayed ranges, where the recipe has these.
+    """
+    if is_delayed(recipe):
+        _check_delayed(product)
+        if is_start and (state is None or state.delayed is None):
+            recipe = with_ranges(recipe, first_scales(recipe))
     lhs, rhs = recipe.forward.lhs, recipe.forward.rhs
     is_stored = any(path in stored for path in product.parameters)
     if is_stored and rhs is not None and is_learned(rhs):
@@ -168,6 +177,22 @@ def _ready(
         lhs = None
     forward = dataclasses.replace(recipe.forward, lhs=lhs, rhs=rhs)
     return dataclasses.replace(recipe, forward=forward)
+
+
+def _check_delayed(product: Product) -> None:
+    """Raises a ValueError for a product whose ranges cannot go from step to step."""
+    if product.kind != "dot":
+        raise ValueError(f"delayed scaling is of matrix products, and this is a {product.kind}")
+    made = product.derivation
+    if made is None or len(product.parameters) != 1:
+        raise ValueError(
+            "delayed scaling is of products with a weight that is made of one parameter"
+        )
+    if product.enclosed or len(product.turns) > len(made.stored.turns):
+        around = product.enclosed or "a scan that has the same weight in each turn"
+        raise ValueError(
+            f"it is within {around}, and delayed scaling takes a product that is computed once in a step"
+        )
 
 
 def stored_among(origins: Sequence[Origin], arrays: Sequence[Any]) -> dict[str, Stored]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxquant.numerics.calibration import Range, Step, learned
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.adapters import Adapted
+from jaxquant.operations.delaying import Delaying, with_ranges
 from jaxquant.operations.dot import DotGeneral
 from jaxquant.operations.smoothed import Smoothed
 from jaxquant.operations.tapped import Tapped
@@ -28,6 +29,7 @@ class State:
         scale: of the channels that are summed over, by which activations are divided and the weight is
             multiplied (`jaxquant.operations.smoothed.Smoothed`); a stored weight is multiplied already.
         lora_a, lora_b, lora_gain: of a low-rank product beside it (`jaxquant.operations.adapters.Adapted`).
+        delayed: ranges of the steps before (`jaxquant.operations.delaying.Scales`).
         tap: of what its quantizers do (`jaxquant.operations.tapped.Tapped`).
     """
 
@@ -38,12 +40,15 @@ class State:
     lora_a: Any = None
     lora_b: Any = None
     lora_gain: Any = None
+    delayed: Any = None
     tap: Any = None
 
     def bind(self, recipe: DotGeneral) -> Any:
         """Returns the product by a recipe with all of these."""
         dot: Any = self.of(recipe)
-        if self.tap is not None:
+        if self.delayed is not None:
+            dot = Delaying(dot.forward, dot.dlhs, dot.drhs, self.delayed)
+        if self.tap is not None:  # what is monitored changes nothing
             dot = Tapped(dot.forward, dot.dlhs, dot.drhs, self.tap)
         if self.scale is not None:
             dot = Smoothed(dot, self.scale)
@@ -57,6 +62,8 @@ class State:
         Raises:
             ValueError: activations with learned steps, of which none is there.
         """
+        if self.delayed is not None:
+            recipe = with_ranges(recipe, self.delayed)
         forward, lhs, rhs = recipe.forward, recipe.forward.lhs, recipe.forward.rhs
         if is_learned(lhs) and self.input_step is None:
             raise ValueError(

@@ -7,8 +7,10 @@ frozen = jq.nnx.freeze(quantized)                    # stored integers, the same
 
 from jaxquant.nnx.adapting import add_lora, merge_lora, unfreeze
 from jaxquant.nnx.calibrating import calibrate
+from jaxquant.nnx.delaying import value_and_grad
 from jaxquant.nnx.modules import (
     ChannelScale,
+    DelayedScales,
     InputRange,
     StepSize,
     Stored,
@@ -23,6 +25,7 @@ from jaxquant.nnx.storing import freeze
 
 __all__ = [
     "ChannelScale",
+    "DelayedScales",
     "InputRange",
     "Statistic",
     "StepSize",
@@ -39,5 +42,6 @@ __all__ = [
     "read",
     "save",
     "unfreeze",
+    "value_and_grad",
     "write",
 ]

@@ -17,7 +17,15 @@ from jaxquant.engine.origins import INPUT, Origin
 from jaxquant.engine.walking import ARRAYS, Constant, Trace, check_paths, constant
 from jaxquant.functions.freezing import wrap_stored
 from jaxquant.functions.states import State
-from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize, read
+from jaxquant.nnx.modules import (
+    Adapter,
+    AdapterGain,
+    ChannelScale,
+    DelayedScales,
+    InputRange,
+    StepSize,
+    read,
+)
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.numerics.qarray import QArray
 from jaxquant.numerics.stored import Stored
@@ -25,7 +33,7 @@ from jaxquant.numerics.stored import Stored
 # What belongs to a call or a run, and is no weight.
 OF_A_RUN = (nnx.RngState, nnx.Cache, nnx.BatchStat, nnx.Intermediate, nnx.Perturbation)
 # What belongs to the quantization of a parameter, by whose name it goes.
-OF_A_STATE = (InputRange, StepSize, ChannelScale, Adapter, AdapterGain)
+OF_A_STATE = (InputRange, StepSize, ChannelScale, Adapter, AdapterGain, DelayedScales)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,10 @@ class InputRange(nnx.Variable):
     """The range of the activations that a weight multiplies, which calibration found."""
 
 
+class DelayedScales(nnx.Variable):
+    """Ranges of a weight's product by the steps before (`jaxquant.operations.delaying.Scales`)."""
+
+
 class ChannelScale(nnx.Variable):
     """Per-channel factors: the weight is multiplied by them, its activations are divided by them."""
 

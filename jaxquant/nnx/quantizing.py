@@ -5,12 +5,14 @@ from typing import Any, Literal, TypeVar
 
 from flax import nnx
 
-from jaxquant.engine.rules import Rules
+from jaxquant.engine.rules import Rules, parse_rules
 from jaxquant.functions.coverage import Coverage, table
 from jaxquant.functions.states import is_learned
 from jaxquant.nnx.calibrating import add_learned
+from jaxquant.nnx.delaying import add_delayed
 from jaxquant.nnx.doors import check_model, copied, door_of, install, quantized_copy, rules_of
 from jaxquant.nnx.planning import planned
+from jaxquant.operations.delaying import is_delayed
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -41,7 +43,7 @@ def quantize(
         rules: as in `jaxquant.engine.rules`: from regular expressions on paths to recipes; the first that
             matches counts, and None leaves a product as it is.
         inputs, options: what the model is called with, arrays or `jax.ShapeDtypeStruct`s.  They are needed
-            for learned steps of weights that other code than Flax's own layers multiplies.
+            for learned steps and delayed ranges of weights that other code than Flax's own layers multiplies.
         on_unsupported: what becomes of a product that cannot take its recipe, when it is called: ``"error"``
             names all of them, ``"float"`` leaves them.
         call: from (model, *inputs, **options); the model's own call where not given.
@@ -63,6 +65,8 @@ def quantize(
     forwards = [getattr(rule.value, "forward", None) for rule in rules_of(model)]
     if any(forward is not None and is_learned(forward.rhs) for forward in forwards):
         add_learned(model, inputs, options, call)
+    if any(is_delayed(rule.value) for rule in parse_rules(rules)):
+        add_delayed(model, inputs, options, call)
     return model
 
 

@@ -32,7 +32,14 @@ from jaxquant.functions.saving import (
 )
 from jaxquant.nnx.calls import DOOR, OF_A_STATE, at, state_part, value
 from jaxquant.nnx.doors import door_of, install, modules, on_unsupported_of, rules_within
-from jaxquant.nnx.modules import Adapter, AdapterGain, ChannelScale, InputRange, StepSize
+from jaxquant.nnx.modules import (
+    Adapter,
+    AdapterGain,
+    ChannelScale,
+    DelayedScales,
+    InputRange,
+    StepSize,
+)
 from jaxquant.nnx.modules import Stored as StoredWeight
 from jaxquant.nnx.quantizing import coverage
 from jaxquant.nnx.storing import holder_of, replace_parameters
@@ -81,7 +88,8 @@ def save(
 
     Raises:
         ValueError: nothing is quantized; a recipe with a function that a file has no name for; a rule's
-            expression that is not matched in a rule of a file; a folder that exists.
+            expression that is not matched in a rule of a file; ranges by delayed scaling; a folder that
+            exists.
     """
     rules = rules_within(model) if isinstance(model, nnx.Module) else []
     if not rules:
@@ -91,6 +99,11 @@ def save(
     variables = dict[str, Any]()
     for name, leaf in _variables(model):
         held = value(leaf)
+        if isinstance(leaf, DelayedScales):
+            raise ValueError(
+                f"{name} are ranges that a training run carries from step to step, which no folder holds; "
+                "checkpoint nnx.state(model), or quantize with fp8_train before saving"
+            )
         is_pair = isinstance(leaf, OF_A_STATE) and isinstance(held, tuple)
         own = {f"{name}/{i}": part for i, part in enumerate(held)} if is_pair else {name: held}
         variables |= {n: x for n, x in own.items() if x is not None}

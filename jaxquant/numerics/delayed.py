@@ -49,8 +49,10 @@ def delayed(
 ) -> Delayed:
     """Delayed scaling: r_{t+1} = 2^margin · max(a_t, …, a_{t−n+1}), with a_t the largest magnitude of step t.
 
-    A range that is not positive and finite leaves the one before.  What exceeds the range in a step is
-    clipped in that step.  State has one shape for all steps, so that nothing is traced again.
+    A range that is not positive and finite leaves the one before.  So after a step whose largest magnitude is
+    NaN or Inf the range is kept for as long as that is among the last n, as TransformerEngine's is.  What
+    exceeds the range in a step is clipped in that step.  State has one shape for all steps, so that nothing
+    is traced again.
 
     Args:
         history: n, of how many steps.
@@ -86,7 +88,46 @@ def _init(format: Format, steps: int) -> DelayedRange:
 
 def _update(state: DelayedRange, largest: jax.Array, margin: int, by: str) -> DelayedRange:
     newest = jnp.asarray(largest, jnp.float32).reshape(())
+    # A maximum of 4096 numbers and more may lose a NaN (`jaxquant.numerics.reductions`), and no Inf.
+    newest = jnp.where(newest < jnp.inf, newest, jnp.inf)
     history = jnp.concatenate([state.history[1:], newest[None]])
     wanted = (jnp.max(history) if by == "max" else newest) * 2.0**margin
     is_usable = (wanted > 0) & jnp.isfinite(wanted)
     return DelayedRange(history, jnp.where(is_usable, wanted, state.value))
+
+
+@dataclasses.dataclass(frozen=True)
+class delayed_absmax:
+    """Marks a range by `delayed`, whose state rides with a model's.
+
+    `jaxquant.nnx.quantize` puts that state beside the weight, and `jaxquant.functions.delayed` returns it.
+
+    Args:
+        history, margin, by: as of `delayed`.
+
+    Raises:
+        ValueError: as `delayed`; wherever it is called, for then no state has taken its place.
+
+    >>> from jaxquant.formats import E4M3
+    >>> delayed_absmax(history=16).pair.init(E4M3).history.shape
+    (16,)
+    """
+
+    history: int = 1024
+    margin: int = 0
+    by: Literal["max", "most_recent"] = "max"
+
+    def __post_init__(self):
+        self.pair  # noqa: B018  # checks
+
+    @property
+    def pair(self) -> Delayed:
+        """The functions of its state."""
+        return delayed(self.history, self.margin, self.by)
+
+    def __call__(self, x: jax.Array, axes: tuple[int, ...], format: Format) -> Range:
+        raise ValueError(
+            "ranges by delayed scaling are state that goes from step to step, and this product has none: "
+            "jaxquant.nnx.quantize(model, rules, *inputs) puts it beside each weight, and "
+            "jaxquant.functions.delayed(function, rules) returns it"
+        )

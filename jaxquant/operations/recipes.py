@@ -61,6 +61,8 @@ RECIPES = MappingProxyType(
             Operands(Quantizer(E5M2), None, "native"),
             Operands(Quantizer(E5M2), None, "native"),
         ),
+        # The same with ranges by the largest magnitudes of the last 1,024 steps (TransformerEngine).
+        "fp8_delayed_train": training.fp8_delayed(),
         # OCP MX blocks of 32 with power-of-two scales, along what each product sums over; the forward
         # product alone.  Simulated: their values are exact in bfloat16.
         "mxfp8": _both(Quantizer(MXFP8)),

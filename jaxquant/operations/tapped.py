@@ -127,18 +127,33 @@ def _as_quantized(gradient: jax.Array, operands: Operands | None, axes: Any, key
 
 def _dot(dot: Tapped, out: jax.Array, lhs: Any, rhs: Any, dims: Any) -> jax.Array:
     """Returns a product's result with its tap."""
+    incoming, (left, right), rest = quantized_by(dot, lhs, rhs, dims)
+    operands = left, right if dot.cached is None else dot.cached
+    return _tap(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
+
+
+def quantized_by(dot: DotGeneral, lhs: Any, rhs: Any, dims: Any) -> tuple[Any, Any, Any]:
+    """Returns what a matrix product quantizes.
+
+    Args:
+        dot: how it is computed.
+        lhs, rhs: its operands.
+        dims: its dimension numbers, as `as_tuples` gives them.
+
+    Returns:
+        A static function from (rest, gradient) to the gradient as each of both gradients' products quantizes
+        it, None where there is none; the operands as the forward product quantizes them; and `rest`.
+    """
     forward = dot.forward
-    left, right = Quantized(lhs, forward.lhs, dims[0][0]), Quantized(rhs, forward.rhs, dims[0][1])
+    operands = Quantized(lhs, forward.lhs, dims[0][0]), Quantized(rhs, forward.rhs, dims[0][1])
     numbers = [gradient_numbers(dims, (lhs.ndim, rhs.ndim), side) for side in (0, 1)]
     others = (
         _carried(dot.dlhs, rhs, forward.rhs, forward.arithmetic, dims[0][1]),
         _carried(dot.drhs, lhs, forward.lhs, forward.arithmetic, dims[0][0]),
     )
-    rest = (dot.dlhs, dot.drhs), others
     is_stored = isinstance(lhs, QArray), isinstance(rhs, QArray)
     incoming = functools.partial(_of_dot, numbers, is_stored)
-    operands = left, right if dot.cached is None else dot.cached
-    return _tap(incoming, dot.tap, out, *jax.lax.stop_gradient((operands, rest)))
+    return incoming, operands, ((dot.dlhs, dot.drhs), others)
 
 
 def _of_dot(

@@ -1,13 +1,14 @@
 """Published recipes that train in 4 and 8 bits, forward and backward, made of this library's parts.
 
-Each is simulated: its operands have the values that the hardware multiplies, and the products are computed
-in the operands' own type.
+Those in blocks are simulated: their operands have the values that the hardware multiplies, and the products
+are computed in the operands' own type.
 """
 
 from typing import Any
 
-from jaxquant.formats import E2M1, E4M3, E8M0, MXFP8, NVFP4, Block
+from jaxquant.formats import E2M1, E4M3, E5M2, E8M0, MXFP8, NVFP4, Block
 from jaxquant.numerics import calibration, estimators, rounding
+from jaxquant.numerics.delayed import delayed_absmax
 from jaxquant.numerics.quantizer import Quantizer
 from jaxquant.operations.backward import BackwardOperands
 from jaxquant.operations.dot import DotGeneral
@@ -112,3 +113,19 @@ def mxfp8(block: Block = MXFP8) -> DotGeneral:
     each = Quantizer(block)
     backward = Operands(each, each)
     return DotGeneral(Operands(each, each), backward, backward)
+
+
+def fp8_delayed(history: int = 1024, margin: int = 0, by: Any = "max") -> DotGeneral:
+    """Returns E4M3 forward and E5M2 gradients with a range for each tensor by the steps before.
+
+    Ranges are state: `jaxquant.nnx.quantize` and `jaxquant.functions.delayed` take this recipe.
+
+    Args:
+        history, margin, by: as of `jaxquant.numerics.delayed.delayed`; the defaults are TransformerEngine's.
+
+    Source: Micikevicius et al. 2022, arXiv 2209.05433, and TransformerEngine's DelayedScaling.
+    """
+    calibration = delayed_absmax(history, margin, by)
+    each, gradient = (Quantizer(x, calibration=calibration) for x in (E4M3, E5M2))
+    backward = Operands(gradient, None, "native")
+    return DotGeneral(Operands(each, each, "native"), backward, backward)
