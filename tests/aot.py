@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from experiments.harness.models import lm
+from jaxquant.operations.delaying import first_scales, is_delayed, with_ranges
 
 # Sizes that tell the blocks' weights, the head's and the activations' shapes apart.
 VOCABULARY, BATCH, TOKENS = 640, 64, 48
@@ -78,9 +79,12 @@ def train_step(recipe: str | None, layers: int, width: int, mesh: Mesh) -> Progr
 
 def linear_gradients(recipe: str, width: int, mesh: Mesh | None = None) -> Program:
     """One product [BATCH · TOKENS, width] × [width, 2 · width] and both its gradients."""
+    dot = jq.recipe(recipe)
+    if is_delayed(dot):  # by the ranges of the first step
+        dot = with_ranges(dot, first_scales(dot))
 
     def loss(x_BxD, w_DxF):
-        return jnp.sum(jq.recipe(recipe)(x_BxD, w_DxF, MATRIX).astype(jnp.float32) ** 2)
+        return jnp.sum(dot(x_BxD, w_DxF, MATRIX).astype(jnp.float32) ** 2)
 
     arguments = tuple(
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=mesh and NamedSharding(mesh, P("fsdp")))

@@ -20,6 +20,7 @@ import aot
 import pytest
 from conftest import ROOT
 
+import jaxquant as jq
 from experiments.harness.training import hlo
 
 WIDTH = 256
@@ -146,6 +147,7 @@ def test_sharded_weights_travel_as_the_numbers_that_are_multiplied(
     ("topology", "recipe", "forward", "backward"),
     [
         ("tpu7x:2x2x1", "fp8_train", ("f8e4m3fn", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")),
+        ("tpu7x:2x2x1", "fp8_delayed_train", ("f8e4m3fn", "f8e4m3fn"), ("f8e4m3fn", "f8e5m2")),
         ("tpu7x:2x2x1", "int8_train", BOTH_INT8, BOTH_INT8),
     ],
 )
@@ -188,23 +190,49 @@ def types_multiplied(text: str) -> list[tuple[str, ...]]:
     return sorted(tuple(re.search(r"(\w+)>$", t.replace("x", " "))[1] for t in f) for f in found)
 
 
+FLOAT8 = [
+    ("f8E4M3FN", "f8E4M3FN", "f32"),
+    ("f8E4M3FN", "f8E5M2", "f32"),
+    ("f8E5M2", "f8E4M3FN", "f32"),
+]
+
+
 @pytest.mark.parametrize(
     ("recipe", "types"),
     [
         ("int8_train", 3 * [("i8", "i8", "i32")]),
-        (
-            "fp8_train",
-            [
-                ("f8E4M3FN", "f8E4M3FN", "f32"),
-                ("f8E4M3FN", "f8E5M2", "f32"),
-                ("f8E5M2", "f8E4M3FN", "f32"),
-            ],
-        ),
+        ("fp8_train", FLOAT8),
+        ("fp8_delayed_train", FLOAT8),
+        ("mxfp8_train", 3 * [("bf16", "bf16", "bf16")]),
         ("w16a16", 3 * [("bf16", "bf16", "bf16")]),
     ],
 )
 def test_one_linear_and_its_gradients_on_cuda(recipe, types):
     assert types_multiplied(lowered_for_cuda(aot.linear_gradients(recipe, WIDTH))) == types
+
+
+FP4 = ("nvfp4_train", "mxfp4_train", "nvfp4_eden_train")
+
+
+@pytest.mark.parametrize("recipe", FP4)
+def test_products_in_four_bits_are_simulated_on_cuda(recipe):
+    """As the table of platforms says; what else is multiplied are rotations, in float32."""
+    assert set(jq.platforms([recipe]).cells[recipe]["gpu"]) == {"simulated"}
+    found = Counter(types_multiplied(lowered_for_cuda(aot.linear_gradients(recipe, WIDTH))))
+    assert found.pop(("bf16", "bf16", "bf16")) == 3
+    assert set(found) == {("f32", "f32", "f32")}
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize("recipe", FP4)
+def test_products_in_four_bits_are_simulated_on_tpu7x(compiled, recipe):
+    assert set(jq.platforms([recipe]).cells[recipe]["tpu"]) == {"simulated"}
+    text = compiled("tpu7x:2x2x1", "linear", recipe=recipe, width=WIDTH).text
+    found = Counter(p.kinds for p in hlo.parse(text).products())
+    assert found.pop(BOTH_BF16) >= 3
+    assert not any(
+        kind.startswith("f8") or kind.startswith("s") for kinds in found for kind in kinds
+    )
 
 
 def test_stored_int4_is_an_argument_on_cuda():
