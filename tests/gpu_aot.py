@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxquant as jq
 from experiments.harness.training import hlo, kernels, targets
+from jaxquant.operations.delaying import first_scales, is_delayed, with_ranges
 
 MATRIX, LAST = ((((axis,), (0,)), ((), ())) for axis in (1, 2))
 ROWS, TERMS, COLUMNS = 512, 256, 384
@@ -48,6 +49,8 @@ def gradients(function: Any, argnums: tuple[int, ...]) -> Any:
 def linear(recipe: str) -> Program:
     """A product and both its gradients."""
     dot = jq.recipe(recipe)
+    if is_delayed(dot):  # by the ranges of the first step
+        dot = with_ranges(dot, first_scales(dot))
     function = gradients(lambda x, w: dot(x, w, MATRIX), (0, 1))
     return function, (array(ROWS, TERMS), array(TERMS, COLUMNS))
 
