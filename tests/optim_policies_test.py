@@ -77,8 +77,6 @@ def test_it_learns_within_a_twentieth_of_the_first_loss(name, policy):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: uniform(100), "at most 32, those of full precision; got 100"),
-        (lambda: adaptive(33, interval=20), "at most 32"),
         (lambda: split(4.0, roles=["head"]), r"mapping from role to bits; got \['head'\]"),
         (lambda: state_bytes(3), "got the leaf 3"),
     ],

@@ -15,8 +15,6 @@ from jaxquant.optim.deprecated import accept_old_fields
 from jaxquant.optim.leaves import ROLES, Exact, Leaf
 from jaxquant.optim.pages import PLANES
 
-_FULL_BITS = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
@@ -130,14 +128,9 @@ def check_budget(budget_bits: Any) -> float:
     """Returns the budget as a float.
 
     Raises:
-        ValueError: if it is not a positive number, or above full precision's 32.
+        ValueError: if it is not a positive number.
     """
-    budget_bits = check_positive("budget_bits", budget_bits)
-    if budget_bits > _FULL_BITS:
-        raise ValueError(
-            f"budget_bits must be at most {_FULL_BITS}, those of full precision; got {budget_bits:g}"
-        )
-    return budget_bits
+    return check_positive("budget_bits", budget_bits)
 
 
 def split(
