@@ -150,7 +150,7 @@ class Case:
                 if self.shape[self.axis] % block:
                     return "does not divide"
             elif ndim < 2:
-                return "two axes"
+                return "not summed over"
             elif self.shape[self.axis] % block[0] or self.shape[other(self)] % block[1]:
                 return "does not divide"
         grid = self.format
