@@ -113,7 +113,7 @@ EXPERIMENTS = [
     },
     {
         "device_check": "settings recording environment exactness products steps part running __main__",
-        "public_runs": "readers gaps efficiencies analysis report tables __main__",
+        "public_runs": "readers gaps efficiencies joint analysis report tables __main__",
         "": "fetch pack plan tables tokenize",
     },
 ]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
-from experiments.public_runs import analysis, efficiencies, gaps, readers
+from experiments.public_runs import analysis, efficiencies, gaps, joint, readers
 from jaxquant import laws
 
 SIZES = {"30M": 30482560, "50M": 49556736, "100M": 102777856, "200M": 203188480}
@@ -273,6 +273,48 @@ def test_efficiencies_are_found_again_in_tables_made_by_them(tmp_path):
     for name, value in true.params.items():
         low, high = moved.interval(name)
         assert low <= value <= high, name
+
+
+PLANTED = {
+    joint.GROWING: {
+        **{"C_forward": 0.18, "gamma_D_forward": 0.15, "gamma_N_forward": -0.2},
+        **{"C_backward": 0.05, "gamma_D_backward": -0.2, "gamma_N_backward": 0.15},
+    },
+    joint.CANDIDATES[1]: {"eff_forward": 0.6, "eff_backward": 0.85},
+    joint.CANDIDATES[3]: {"eff_forward": 0.6, "eff_backward": 0.85},
+}
+
+
+def planted(law):
+    """Runs of a law, at Quartet's sizes, lengths and schemes; noise of 0.0003 in log L."""
+    schemes = [readers.FULL, efficiencies.FORWARD, efficiencies.BACKWARD, joint.BOTH]
+    bits = dict(zip(schemes, [(16, 16), (4, 16), (16, 4), (4, 4)], strict=True))
+    rows = [
+        {"N": n, "D": n * ratio, "scheme": scheme, "unit": f"{n}/{ratio}"}
+        | dict(zip(("P_forward", "P_backward"), bits[scheme], strict=True))
+        for n in (30e6, 50e6, 100e6, 200e6)
+        for ratio in (25, 50, 100, 200, 400, 800)
+        for scheme in schemes
+    ]
+    table = pd.DataFrame(rows)
+    params = {k: v for k, v in efficiencies.QUARTET_2025.params.items() if not k.startswith("eff")}
+    noise = np.exp(np.random.default_rng(0).normal(0, 3e-4, len(table)))
+    return table.assign(loss=law.predict({**params, **PLANTED[law]}, table) * noise)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("law", PLANTED, ids=lambda law: law.name)
+def test_the_law_that_made_the_runs_is_found_among_the_candidates(law):
+    found = joint.compare(planted(law), bootstraps=20, starts=16)
+    assert found.runs == 96
+    assert found.rows[0]["law"] == law.name
+    assert found.rows[1]["delta_aicc"] > 10
+    if law is joint.GROWING:
+        for name in (
+            "gamma_D_forward",
+            "gamma_N_forward",
+        ):  # the backward term is small beside noise
+            assert abs(found.growing.params[name] - PLANTED[law][name]) < 0.05, name
 
 
 @pytest.mark.long

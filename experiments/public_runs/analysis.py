@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.public_runs import efficiencies, gaps, readers
+from experiments.public_runs import efficiencies, gaps, joint, readers
 from experiments.public_runs.efficiencies import Efficiency
 from experiments.public_runs.gaps import Growth
+from experiments.public_runs.joint import Joint
 from experiments.public_runs.readers import FULL
 from experiments.training_precision import STUDY
 from experiments.training_precision import runs as own_runs
@@ -55,6 +56,7 @@ class Found:
         forward: its pairs.
         ratios: of `gaps.ratios`.
         full: both tables' losses in full precision where they have the same run.
+        joint: laws of forward and backward bits on Quartet's runs.
     """
 
     efficiencies: list[Efficiency]
@@ -66,6 +68,7 @@ class Found:
     forward: pd.DataFrame
     ratios: pd.DataFrame
     full: pd.DataFrame
+    joint: Joint
 
 
 def read(quest: str | Path, quartet: str | Path, ours: str | Path) -> Tables:
@@ -192,7 +195,7 @@ def analyse(tables: Tables, bootstraps: int = efficiencies.BOOTSTRAPS) -> Found:
         ValueError: tables without the runs that the questions are of.
     """
     base = efficiencies.quartet_base(tables.quartet, bootstraps)
-    joint, found = efficiencies.quartet(tables.quartet, base, bootstraps)
+    at_once, found = efficiencies.quartet(tables.quartet, base, bootstraps)
     by_width, of_quest = efficiencies.quest(tables.quest, bootstraps)
     mine, of_ours = efficiencies.ours(tables.ours["quest"], bootstraps)
     pairs = quartet_pairs(tables.quartet)
@@ -207,7 +210,7 @@ def analyse(tables: Tables, bootstraps: int = efficiencies.BOOTSTRAPS) -> Found:
     short = gaps.least_squares(_of_shared_lengths(forward), f"{theirs.of}{SHARED}")
     if short is not None:
         growths.insert(1, short)
-    if (law := implied(joint, forward)) is not None:
+    if (law := implied(at_once, forward)) is not None:
         growths.append(law)
     growths += quest_growths(tables, bootstraps)
     ours = own_growths(tables.ours, bootstraps)
@@ -215,7 +218,7 @@ def analyse(tables: Tables, bootstraps: int = efficiencies.BOOTSTRAPS) -> Found:
     predictors = [g for g in ours if "gamma_D" in g.params]
     return Found(
         [*found, *of_quest, *of_ours],
-        {"Quartet's base": base, "Quartet": joint, "QuEST": by_width, "ours": mine},
+        {"Quartet's base": base, "Quartet": at_once, "QuEST": by_width, "ours": mine},
         growths,
         ours,
         theirs,
@@ -223,4 +226,5 @@ def analyse(tables: Tables, bootstraps: int = efficiencies.BOOTSTRAPS) -> Found:
         forward,
         gaps.ratios(forward, theirs, predictors),
         shared_full(tables),
+        joint.compare(tables.quartet, bootstraps),
     )

@@ -12,15 +12,17 @@ import pandas as pd
 
 from experiments.harness.reporting import findings, report
 from experiments.harness.reporting.findings import UNRESOLVED, Finding, Published
-from experiments.harness.reporting.law_tables import fit_summary, fit_table
+from experiments.harness.reporting.law_tables import fit_summary, fit_table, laws_table
 from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.reporting.values import bounds, number, rows_of
 from experiments.harness.running import files
 from experiments.public_runs import efficiencies, gaps
 from experiments.public_runs.analysis import NEAREST, SHARED, TRANSFERRED, Found, Tables
 from experiments.public_runs.gaps import SUM, Growth
+from experiments.public_runs.joint import Joint
 from jaxquant.artifacts.plain import plain
 
+_JOINT_CAPTION = "Laws ranked by AICc of the independent runs; R² of log L, held out by N and by D"
 _AGAIN = "Are the published efficiencies found again?"
 _GROWS = "Does the gap to full precision grow with D in the published runs?"
 _SHRINKS = "Does it shrink with N in the published runs?"
@@ -179,6 +181,7 @@ def _sections(tables: Tables, found: Found) -> list[Section]:
             [("gap = C D^γ_D N^γ_N", _growth_table(found.growths))],
             folded=[("Full precision in both tables", _full_table(found.full))],
         ),
+        _joint(found.joint),
         Section(
             "What our runs predict",
             [measured],
@@ -189,6 +192,25 @@ def _sections(tables: Tables, found: Found) -> list[Section]:
             [figure(found)],
         ),
     ]
+
+
+def _joint(joint: Joint) -> Section:
+    growing = plain(fit_summary(joint.growing))
+    said = (
+        f"{joint.runs} runs of Quartet's: full precision, FP4 forward, FP4 backward with stochastic "
+        f"rounding, and both; worth {joint.independent:.0f} independent ones, since runs of one size and length share "
+        "what the law of full precision is off by. All laws have that one's form. The runs have four bits "
+        "alone, so nothing here says how the loss varies with bits. AICc asks whether parameters pay for "
+        "themselves on so few runs; R² held out asks which law predicts."
+    )
+    return Section(
+        "Which law of forward and backward bits they obey",
+        [said, *(f"Warning: {text}." for text in joint.warnings)],
+        [
+            (_JOINT_CAPTION, laws_table(plain(joint.rows))),
+            (growing["equation"], fit_table(growing)),
+        ],
+    )
 
 
 def _full_table(full: pd.DataFrame) -> pd.DataFrame:
@@ -219,6 +241,9 @@ def write(workdir: str | Path, tables: Tables, found: Found) -> str:
         "ours": [g.row() for g in found.ours],
         "ratios": found.ratios.to_dict("records"),
         "full_precision": rows_of(found.full),
+        "laws": found.joint.rows,
+        "independent": found.joint.independent,
+        "growing": fit_summary(found.joint.growing),
     }
     theirs = ("left_out", "full_precision")  # rows of the published tables themselves
     fits = {name: value for name, value in plain(summary).items() if name not in theirs}

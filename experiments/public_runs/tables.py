@@ -7,6 +7,7 @@ from experiments.harness.reporting.markdown import Phrases, Table, to_markdown
 from experiments.harness.reporting.values import bounds
 from experiments.public_runs import efficiencies
 from experiments.public_runs.analysis import NEAREST, SHARED, TRANSFERRED
+from experiments.public_runs.joint import PASSES
 
 _RECORDS = "public_runs/fits.json"
 _PAGE = "docs/studies/public_runs.md"
@@ -69,6 +70,20 @@ def _ends(row: dict, form: str) -> str:
     return f"{row['low']:{form}} to {row['high']:{form}}"
 
 
+def law_table(fits: dict) -> str:
+    """Laws of forward and backward bits beside each other on Quartet's runs."""
+    rows = [
+        [
+            row["law"],
+            str(row["parameters"]),
+            f"{row['delta_aicc']:.1f}",
+            *(f"{row[name]:.5f}" for name in ("r2", "r2_by_N", "r2_by_D")),
+        ]
+        for row in fits["laws"]
+    ]
+    return to_markdown(["law", "parameters", "ΔAICc", "R²", "held out by N", "by D"], rows)
+
+
 def prediction_table(fits: dict) -> str:
     """What our exponents say of the growth from the least to the largest D of each published size."""
     ratios = fits["ratios"]
@@ -97,7 +112,18 @@ def phrases(fits: dict) -> dict[str, list[str]]:
     theirs = next(r for r in fits["growths"] if r["runs"] == f"{_QUARTET}{efficiencies.FORWARD}")
     ours = next(r for r in fits["ours"] if r["runs"] == f"{NEAREST}{SHARED}")
     d, n = (_bounds(theirs, name) for name in ("gamma_D", "gamma_N"))
-    return {_PAGE: [f"γ_D = {d}", f"γ_N = {n}", f"γ_D is {_bounds(ours, 'gamma_D')}"]}
+    said = [f"γ_D = {d}", f"γ_N = {n}", f"γ_D is {_bounds(ours, 'gamma_D')}"]
+    return {_PAGE: [*said, *_law_phrases(fits)]}
+
+
+def _law_phrases(fits: dict) -> list[str]:
+    rows = {p["name"]: p for p in fits["growing"]["parameters"]}
+    forward, backward = (rows[f"gamma_D_{x}"] for x in PASSES)
+    grown = [bounds(r["value"], r["low"], r["high"], ".3f") for r in (forward, backward)]
+    return [
+        f"worth {fits['independent']:.1f} independent",
+        f"{grown[0]} forward, and {grown[1]} backward",
+    ]
 
 
 def _bounds(row: dict, name: str) -> str:
@@ -107,6 +133,7 @@ def _bounds(row: dict, name: str) -> str:
 TABLES = {
     "public_runs/efficiencies": Table(_RECORDS, efficiency_table),
     "public_runs/growth": Table(_RECORDS, growth_table),
+    "public_runs/laws": Table(_RECORDS, law_table),
     "public_runs/prediction": Table(_RECORDS, prediction_table),
 }
 PHRASES = (Phrases(_RECORDS, phrases),)
