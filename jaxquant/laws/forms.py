@@ -325,7 +325,12 @@ def free_efficiency(*widths: int) -> Law:
     >>> free_efficiency(4, 2).names[-2:]
     ('eff_2', 'eff_4')
     """
-    chosen = _check_widths(widths)
+    return _free_efficiency(_check_widths(widths))
+
+
+# One law for the same widths: programs are compiled for each law.
+@functools.lru_cache
+def _free_efficiency(chosen: tuple[int, ...]) -> Law:
     return Law(
         name="free efficiencies",
         equation="L = A (N eff(P))^−α + B D^−β + E",
@@ -350,8 +355,11 @@ def quartet(forward: tuple[int, ...], backward: tuple[int, ...]) -> Law:
     Raises:
         ValueError: as `free_efficiency`.
     """
-    of_n, of_d = _check_widths(forward), _check_widths(backward)
+    return _quartet(_check_widths(forward), _check_widths(backward))
 
+
+@functools.lru_cache
+def _quartet(of_n: tuple[int, ...], of_d: tuple[int, ...]) -> Law:
     def log_prediction(p: Values, r: Values) -> Any:
         n = power(p, r, "A", "alpha", "N", efficiency_at(p, "eff_N", of_n, r["P_forward"]))
         d = power(p, r, "B", "beta", "D", efficiency_at(p, "eff_D", of_d, r["P_backward"]))
