@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import jaxquant as jq
+from jaxquant.numerics.reductions import largest_magnitude
+from jaxquant.numerics.rounding import key_of
 
 MATRIX = (((1,), (0,)), ((), ()))
 RNG = np.random.default_rng(0)
@@ -41,3 +43,51 @@ def test_float8_zeros_stay_zeros_whatever_their_scales():
     found = float8(huge, jnp.flip(huge))  # no two values but zeros meet
     np.testing.assert_array_equal(found, np.zeros((2, 2)))
     assert np.isnan(float8(huge.at[1, 1].set(jnp.inf), huge)).all()
+
+
+NAN, INF = np.nan, np.inf
+ROWS = [
+    [1, -3, 2],
+    [0, -0.0, 0],
+    [1e-40, -2e-40, 0],
+    [-INF, 1, 2],
+    [INF, 0, 0],
+    [-NAN, 9, 1],
+    [3e38, 0, -1],
+]
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_largest_magnitudes_by_bits_are_those_by_value():
+    wanted = np.float32([3, 0, 2e-40, NAN, NAN, NAN, 3e38])
+    found = largest_magnitude(jnp.array(ROWS, jnp.float32), (1,))
+    np.testing.assert_array_equal(found[:, 0], wanted)
+    x = RNG.normal(size=(5, 7, 3)).astype(np.float32)
+    for axes in [(0,), (2,), (0, 1), (0, 1, 2), ()]:
+        wanted = np.abs(x).max(axes, keepdims=True) if axes else np.abs(x)
+        np.testing.assert_array_equal(largest_magnitude(jnp.array(x), axes), wanted)
+    np.testing.assert_array_equal(largest_magnitude(jnp.zeros((2, 0)), (1,)), np.zeros((2, 1)))
+
+
+@pytest.mark.usefixtures("on_gpu")
+def test_the_largest_magnitude_by_bits_has_its_gradient():
+    found = jax.grad(lambda x: largest_magnitude(x, (0,)).sum())(jnp.array([1.0, -3.0, 2.0]))
+    np.testing.assert_array_equal(found, [0, -1, 0])
+
+
+def mixed(word):
+    """`mix_bits`, by whole numbers."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        word = (word ^ (word >> shift)) * factor % 2**32
+    return word ^ (word >> 16)
+
+
+SHAPES = [(), (0,), (3,), (257,), (4096,), (1, 1, 512), (6, 1000, 1), (16, 96), (2, 3, 512)]
+
+
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_keys_summed_by_parts_are_those_summed_at_once(shape):
+    x = RNG.normal(size=shape).astype(np.float32)
+    words = (mixed(int(bits) ^ mixed(i)) for i, bits in enumerate(np.ravel(x).view(np.uint32)))
+    assert np.asarray(key_of(jnp.array(x), 7)).tolist() == [7, sum(words) % 2**32]

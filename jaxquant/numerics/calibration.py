@@ -17,7 +17,7 @@ import jaxtyping as jt
 import numpy as np
 
 from jaxquant.formats import Format, Int
-from jaxquant.numerics.reductions import largest
+from jaxquant.numerics.reductions import largest, largest_magnitude
 from jaxquant.stats import renamed_names
 
 Calibration = Callable[[jax.Array, tuple[int, ...], Format], Any]
@@ -46,7 +46,7 @@ def absmax(
            [2.]], dtype=float32)
     """
     del format
-    return largest(jnp.abs(x), axes)
+    return largest_magnitude(x, axes)
 
 
 def minmax(

@@ -5,6 +5,7 @@ once and serves every format.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,8 @@ import jaxtyping as jt
 from jaxquant.stats import renamed_names
 
 __getattr__ = renamed_names(globals(), {"mixed": "mix_bits"})
+
+_PARTS = 256  # of a sum on a GPU, which one of its threads adds up
 
 
 def nearest(
@@ -228,7 +231,28 @@ def key_of(x: jt.Float[jax.Array, "*shape"], seed: int = 0) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     # Mixed with their places, or powers of two, whose bits are few, would have few sums.
     words = mix_bits(bits ^ mix_bits(_indices(x.shape)))
-    return jnp.stack([jnp.uint32(seed), jnp.sum(words, dtype=jnp.uint32)])
+    total = jax.lax.platform_dependent(words, cuda=_sum_by_parts, default=_sum)
+    return jnp.stack([jnp.uint32(seed), total])
+
+
+def _sum(words: jax.Array) -> jax.Array:
+    return jnp.sum(words, dtype=jnp.uint32)
+
+
+def _sum_by_parts(words: jax.Array) -> jax.Array:
+    """The same number on a GPU, by kernels that are there anyway.
+
+    Parts are summed where the words are made, and the parts where their sum is mixed.  A whole sum would be
+    a kernel of its own, behind one that writes the words.
+    """
+    if not all(isinstance(n, int) for n in words.shape) or words.size <= _PARTS:
+        return _sum(words)
+    # Blocks of the longest axis, so that no other's sharding is touched.
+    axis = max(range(words.ndim), key=words.shape.__getitem__)
+    n = words.shape[axis]
+    parts = math.gcd(n, max(1, _PARTS * n // words.size))
+    blocks = words.reshape(*words.shape[:axis], parts, n // parts, *words.shape[axis + 1 :])
+    return _sum(jax.lax.optimization_barrier(jnp.sum(blocks, axis + 1, jnp.uint32)))
 
 
 @jax.custom_vjp
