@@ -2,12 +2,14 @@
 
 Prints runs by precision, the best of them, and what is not known; --workdir keeps that, with a figure.
 `--fit` is published constants or the records of a study of our own (its workdir).  By a study's records, the
-law is the one that they do not reject, and Kumar et al.'s stands beside it.
+law is the one that they do not reject, and Kumar et al.'s stands beside it.  `--chip` counts bits by a chip's
+published peak rates, as --chip=h100.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from jaxquant import laws
 
 FLAGS = flags.FLAGS
 _ASKED = ("flops", "params", "tokens", "serve_bits", "memory")
+_HARDWARE = ("chip", "operands")
 PUBLISHED = ("kumar2024", "quest2025")
+_KINDS = " or ".join(laws.OPERANDS)
+_FORWARD_ONLY = "the runs have no backward widths: their gradient products are in 16 bits"
 REJECTED = (
     "runs of this project, of small models, reject this form for the bits of training: what these cost grows "
     "with the tokens; --fit=experiments/results/training_precision/full plans by one that they do not reject"
@@ -48,6 +53,14 @@ def define_flags() -> None:
         "method", None, f"Of a study's fit, whose law: {methods}; ste if not given."
     )
     flags.DEFINE_list("precisions", list(map(str, laws.PRECISIONS)), "Bits to look at.")
+    flags.DEFINE_string(
+        "chip",
+        None,
+        f"Whose published peak rates say what bits cost: {', '.join(laws.PEAKS)}; P/16 if not given.",
+    )
+    flags.DEFINE_string(
+        "operands", None, f"What --chip multiplies: {_KINDS}; what the fit's runs had if not given."
+    )
     flags.DEFINE_string(
         "workdir", None, "Where summary.json and report.html go; nowhere if not given."
     )
@@ -77,7 +90,55 @@ class Answer:
     notes: tuple[str, ...] = ()
 
 
-def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+    """What bits cost.
+
+    Attributes:
+        chip: of `laws.PEAKS`; None where a product of P bits costs P/16.
+        operands: of `laws.OPERANDS`, or None for those that the fit's runs had.
+    """
+
+    chip: str | None = None
+    operands: str | None = None
+
+    def product(self, own: str) -> tuple[Callable[[Any], Any], tuple[str, ...]]:
+        """Returns (c(P) of a product, that in words).
+
+        Args:
+            own: operands that the fit's runs had.
+
+        Raises:
+            ValueError: operands without a chip; others than are known of either.
+        """
+        if self.chip is None:
+            if self.operands is not None:
+                raise ValueError(
+                    f"--operands is of --chip, which is not given; got {self.operands!r}"
+                )
+            return laws.bits_linear, ()
+        if self.operands not in (None, *laws.OPERANDS):
+            raise ValueError(f"--operands is {_KINDS}; got {self.operands!r}")
+        try:
+            cost = laws.chip_cost(self.chip, self.operands or own)
+        except ValueError as error:
+            raise ValueError(f"--{error}") from None
+        other = f"the runs had {own} operands, and what is counted are {cost.operands} ones"
+        return cost, (f"cost: {cost}", *([other] if cost.operands != own else []))
+
+    def forward_only(self, own: str) -> tuple[Callable[[Any], Any], tuple[str, ...]]:
+        """Returns (c(P) of a step whose gradient products are in 16 bits, that in words)."""
+        cost, said = self.product(own)
+        if self.chip is None:
+            kumar = "C = 6 N D P/16 counts all three products of a step in P bits, as Kumar et al. 2024 do"
+            return cost, (f"{_FORWARD_ONLY}; {kumar}",)
+        step = f"{_FORWARD_ONLY}, so that a step costs (c(P) + 2 c(16)) / 3"
+        return functools.partial(laws.step_cost, cost=cost), (*said, step)
+
+
+def answer(
+    name: str, method: str | None, asked: dict[str, Any], hardware: Hardware = Hardware()
+) -> Answer:
     """The plan by published constants, or by the law that a study's runs do not reject.
 
     Raises:
@@ -87,10 +148,11 @@ def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
         if method is not None:
             raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
         law, ptq = published(name)
-        found = laws.plan(law, ptq=ptq, **asked)
+        cost, notes = hardware.forward_only("int")
+        found = laws.plan(law, ptq=ptq, cost=cost, **asked)
         if name == "kumar2024":
             found = dataclasses.replace(found, warnings=(REJECTED, *found.warnings))
-        return Answer(found, law.law.equation, law.source)
+        return Answer(found, law.law.equation, law.source, notes=notes)
     try:
         own = STUDY.load(name)
     except ValueError as error:
@@ -100,10 +162,12 @@ def answer(name: str, method: str | None, asked: dict[str, Any]) -> Answer:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
     chosen = planning.choose(planning.of_study(own, method))
     ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
-    found, others = planning.plan(chosen, ptq, asked)
+    cost, notes = hardware.forward_only("float" if method == "float" else "int")
+    found, others = planning.plan(chosen, ptq, asked | {"cost": cost})
     tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)
     of = f"{chosen.fits[0].runs} runs of {name} ({method}), {chosen.resampled}"
-    return Answer(found, chosen.fits[0].law.equation, of, tables, planning.notes(chosen))
+    notes = *planning.notes(chosen), *notes
+    return Answer(found, chosen.fits[0].law.equation, of, tables, notes)
 
 
 def figure(found: laws.Plan) -> Figure:
@@ -133,7 +197,8 @@ def run(precisions: Sequence[float]) -> laws.Plan:
         "memory": FLAGS.memory,
         "precisions": precisions,
     }
-    found = answer(FLAGS.fit, FLAGS.method, asked)
+    hardware = Hardware(FLAGS.chip, FLAGS.operands)
+    found = answer(FLAGS.fit, FLAGS.method, asked, hardware)
     print(f"law: {found.law}\nfrom: {found.of}")
     for note in found.notes:
         print(f"note: {note}")
@@ -164,8 +229,12 @@ def _write(workdir: Path, answered: Answer) -> None:
     found, of, equation = answered.plan, answered.of, answered.law
     rows = pd.DataFrame([vars(row) for row in found.rows]).drop(columns="notes")
     rows["outside"] = rows["outside"].map(" ".join)
-    best, asked = headline(found), {name: FLAGS[name].value for name in _ASKED}
-    given = ", ".join(f"{name} {value:g}" for name, value in asked.items() if value is not None)
+    best, asked = headline(found), {name: FLAGS[name].value for name in (*_ASKED, *_HARDWARE)}
+    given = ", ".join(
+        f"{name} {value if name in _HARDWARE else format(value, 'g')}"
+        for name, value in asked.items()
+        if value is not None
+    )
     optimum = None if found.optimum is None else str(found.optimum)
     paragraphs = [
         f"Given: {given}. Law: {equation}, from {of}.",

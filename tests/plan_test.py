@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from experiments import plan as door
 from experiments.training_precision import planning
 from experiments.training_precision.study import PUBLISHED, STUDY
 from jaxquant import laws
@@ -41,6 +42,22 @@ def test_a_plan_is_printed_and_kept(tmp_path):
     assert said[0].removeprefix("warning: ") in summary["warnings"]
 
 
+def test_the_backward_pass_is_said_to_be_in_16_bits():
+    budget = asked(flops=1e20, precisions=(4, 8, 16))
+    by_bits = door.answer("kumar2024", None, budget)
+    assert "no backward widths: their gradient products are in 16 bits" in by_bits.notes[0]
+    assert str(by_bits.plan) == str(laws.plan(laws.KUMAR_2024, **budget)).replace(
+        "warning:", f"warning: {door.REJECTED}\nwarning:", 1
+    )
+    found = door.answer("kumar2024", None, budget, door.Hardware("b200", "float"))
+    said = "; ".join(found.notes)
+    assert "1 to 4 bits as f4 (4.00 × bf16)" in said
+    assert "the runs had int operands" in said
+    assert "a step costs (c(P) + 2 c(16)) / 3" in said
+    for row, cost in zip(found.plan.rows, (2.25 / 3, 2.5 / 3, 1.0), strict=True):
+        assert 6 * row.N * row.D * cost == pytest.approx(1e20)
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("flags", "words"),
@@ -51,6 +68,9 @@ def test_a_plan_is_printed_and_kept(tmp_path):
         (["--flops=1e20", "--precisions=a"], "--precisions are numbers"),
         (["--flops=1e20", "--precisions=3"], "is next to nothing"),
         (["--flops=1e20", "--method=lsq"], "--method is of a study's fit; kumar2024 has none"),
+        (["--flops=1e20", "--chip=h10"], "--chip is one of v5e, v5p, v6e, tpu7x, A100, H100"),
+        (["--flops=1e20", "--chip=v5e", "--operands=x"], "--operands is int or float; got 'x'"),
+        (["--flops=1e20", "--operands=int"], "--operands is of --chip, which is not given"),
         (["--flops=1e20", "--workdir=/proc/x"], "workdir '/proc/x' cannot be written"),
     ],
 )

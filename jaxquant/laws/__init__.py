@@ -9,6 +9,7 @@ Nothing here knows of quantizers or models: runs are numbers.
 """
 
 from jaxquant.laws.budgets import precision_at_budget, union
+from jaxquant.laws.chips import OPERANDS, PEAKS, ChipCost, chip_cost
 from jaxquant.laws.comparison import Comparison, Control, compare, shuffled_bits
 from jaxquant.laws.constants import (
     CHEN_2025_W4A4,
@@ -61,6 +62,7 @@ from jaxquant.laws.optimum import (
     bits_linear,
     efficiency_from_losses,
     optimal_precision,
+    step_cost,
     throughput,
 )
 from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
@@ -92,7 +94,9 @@ __all__ = [
     "KUMAR_PTQ",
     "KUMAR_UNBIASED",
     "KUMAR_UNTIED",
+    "OPERANDS",
     "PANFEROV",
+    "PEAKS",
     "PRECISIONS",
     "QID",
     "QUEST_2025",
@@ -105,6 +109,7 @@ __all__ = [
     "SUN_2025",
     "SUN_FLOAT",
     "UNIFIED",
+    "ChipCost",
     "Comparison",
     "Control",
     "Fit",
@@ -115,6 +120,7 @@ __all__ = [
     "Published",
     "Row",
     "bits_linear",
+    "chip_cost",
     "compare",
     "critical_tokens",
     "efficiency_from_losses",
@@ -130,6 +136,7 @@ __all__ = [
     "quartet",
     "shuffled_bits",
     "state_law",
+    "step_cost",
     "throughput",
     "union",
 ]

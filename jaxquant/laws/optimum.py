@@ -94,6 +94,24 @@ def throughput(relative: Mapping[int, float]) -> Callable[[Any], Any]:
     return cost
 
 
+def step_cost(
+    forward: Any, backward: Any = FULL_BITS, cost: Callable[[Any], Any] = bits_linear
+) -> Any:
+    """Returns (c(P_f) + 2 c(P_b)) / 3, of a step of training beside one in 16 bits.
+
+    A step multiplies as much in each of three products: forward, and for the gradients of inputs and weights.
+
+    Args:
+        forward: P_f, bits of the forward product's operands.
+        backward: P_b, bits of both gradient products' operands.
+        cost: c(P), of one product.
+
+    >>> step_cost(4), step_cost(4, 4)
+    (0.75, 0.25)
+    """
+    return (cost(forward) + 2 * cost(backward)) / 3
+
+
 @dataclasses.dataclass(frozen=True)
 class Optimum:
     """A precision and how well it is known.
@@ -178,12 +196,18 @@ def check_cost(cost: Any, bits: Any) -> None:
         found = np.asarray(cost(np.asarray(bits, float)), float)
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"cost is a function from bits to numbers; {cost!r} says {error}"
+            f"cost is a function from bits to numbers; {_named(cost)} says {error}"
         ) from None
     if not (np.isfinite(found) & (found > 0)).all():
         raise ValueError(
             f"cost is positive and finite at all bits; got {found.min()} to {found.max()}"
         )
+
+
+def _named(cost: Any) -> str:
+    """Returns what to call a function in an error: partial functions by what they are of."""
+    inner = getattr(cost, "func", cost)
+    return getattr(inner, "__name__", None) or str(inner)
 
 
 def resolve_confidence(law: Any, confidence_level: float | None) -> float:

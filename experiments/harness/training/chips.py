@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jaxquant.laws.chips import PEAKS
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -24,22 +26,18 @@ class Chip:
     cores: int = 1
 
 
-_A100 = {"bf16": 312e12, "s8": 624e12}
-_H100 = {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}
-_B200 = {"bf16": 2250e12, "s8": 4500e12, "f8": 4500e12}
-
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}, and NVIDIA's data sheets of A100 (SXM), H100 (SXM),
-# H200 and DGX B200, whose peaks are those of dense operands; by JAX's device_kind.
+# H200 and HGX B200; by JAX's device_kind.  Peaks are those by which the planner counts bits.
 CHIPS = {
-    "TPU v5 lite": Chip("v5e", 16 * 2**30, 819e9, 400e9, {"bf16": 197e12, "s8": 393e12}),
-    "TPU v5": Chip("v5p", 95 * 2**30, 2765e9, 1200e9, {"bf16": 459e12, "s8": 918e12}),
-    "TPU v6 lite": Chip("v6e", 32 * 2**30, 1638e9, 800e9, {"bf16": 918e12, "s8": 1836e12}),
-    "TPU7x": Chip("tpu7x", 192 * 2**30, 7380e9, 1200e9, {"bf16": 2307e12, "f8": 4614e12}, cores=2),
-    "NVIDIA A100-SXM4-40GB": Chip("A100", 40 * 10**9, 1555e9, 600e9, _A100),
-    "NVIDIA A100-SXM4-80GB": Chip("A100", 80 * 10**9, 2039e9, 600e9, _A100),
-    "NVIDIA H100 80GB HBM3": Chip("H100", 80 * 10**9, 3350e9, 900e9, _H100),
-    "NVIDIA H200": Chip("H200", 141 * 10**9, 4800e9, 900e9, _H100),
-    "NVIDIA B200": Chip("B200", 180 * 10**9, 7700e9, 1800e9, _B200),
+    "TPU v5 lite": Chip("v5e", 16 * 2**30, 819e9, 400e9, PEAKS["v5e"]),
+    "TPU v5": Chip("v5p", 95 * 2**30, 2765e9, 1200e9, PEAKS["v5p"]),
+    "TPU v6 lite": Chip("v6e", 32 * 2**30, 1638e9, 800e9, PEAKS["v6e"]),
+    "TPU7x": Chip("tpu7x", 192 * 2**30, 7380e9, 1200e9, PEAKS["tpu7x"], cores=2),
+    "NVIDIA A100-SXM4-40GB": Chip("A100", 40 * 10**9, 1555e9, 600e9, PEAKS["A100"]),
+    "NVIDIA A100-SXM4-80GB": Chip("A100", 80 * 10**9, 2039e9, 600e9, PEAKS["A100"]),
+    "NVIDIA H100 80GB HBM3": Chip("H100", 80 * 10**9, 3350e9, 900e9, PEAKS["H100"]),
+    "NVIDIA H200": Chip("H200", 141 * 10**9, 4800e9, 900e9, PEAKS["H200"]),
+    "NVIDIA B200": Chip("B200", 180 * 10**9, 7700e9, 1800e9, PEAKS["B200"]),
 }
 
 
