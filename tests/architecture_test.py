@@ -57,7 +57,7 @@ LIBRARY = [
         ),
         "laws": (
             "law terms forms growing constants intervals criteria solving runs fitting profiles "
-            "comparison optimum chips sizes budgets planning"
+            "comparison optimum chips sizes budgets planning pass_sizes passes"
         ),
     },
 ]

@@ -65,6 +65,7 @@ from jaxquant.laws.optimum import (
     step_cost,
     throughput,
 )
+from jaxquant.laws.passes import PassPlan, PassRow, plan_passes
 from jaxquant.laws.planning import PRECISIONS, Plan, Row, plan
 from jaxquant.laws.profiles import profile
 from jaxquant.laws.sizes import critical_tokens, optimal_sizes, qat_share
@@ -116,6 +117,8 @@ __all__ = [
     "Law",
     "Optimum",
     "Parameter",
+    "PassPlan",
+    "PassRow",
     "Plan",
     "Published",
     "Row",
@@ -130,6 +133,7 @@ __all__ = [
     "optimal_precision",
     "optimal_sizes",
     "plan",
+    "plan_passes",
     "precision_at_budget",
     "profile",
     "qat_share",

@@ -86,12 +86,12 @@ def precision_at_budget(
     tokens = flops / (MAC_FLOPS * n[None, :] * costs[:, None])
     columns = {"N": np.broadcast_to(n, tokens.shape), "D": tokens}
     columns |= {c: np.broadcast_to(grid[:, None], tokens.shape) for c in own}
-    best = grid[np.argmin(_least_losses(form, numbers, columns))]
+    best = grid[np.argmin(least_losses(form, numbers, columns))]
     drawn = np.array([])
     if samples:
         count = len(next(iter(samples.values())))
         each = ({k: float(v[i]) for k, v in samples.items()} for i in range(count))
-        drawn = np.array([grid[np.argmin(_least_losses(form, p, columns))] for p in each])
+        drawn = np.array([grid[np.argmin(least_losses(form, p, columns))] for p in each])
     return optimum_of(float(best), drawn, grid, resolve_confidence(law, confidence_level))
 
 
@@ -114,7 +114,7 @@ def _evaluator(law: Law) -> Any:
     return jax.jit(lambda p, columns: law.log_prediction(p, columns))
 
 
-def _least_losses(law: Law, params: Values, columns: dict[str, np.ndarray]) -> np.ndarray:
+def least_losses(law: Law, params: Values, columns: dict[str, np.ndarray]) -> np.ndarray:
     """Returns the least log loss at each of the bits, by a parabola through the best size and its
     neighbours.
     """

@@ -377,6 +377,7 @@ def _quartet(of_n: tuple[int, ...], of_d: tuple[int, ...]) -> Law:
         log_prediction=log_prediction,
         columns=("N", "D", "P_forward", "P_backward"),
         source="Castro et al. 2025 (Quartet), arXiv 2505.14669",
+        pass_widths=(of_n, of_d),
         check_bits=_each(_check_bits("P_forward", of_n), _check_bits("P_backward", of_d)),
         check_fit=_each(_check_fit("P_forward", of_n), _check_fit("P_backward", of_d)),
     )

@@ -96,6 +96,8 @@ class Law:
         efficiency: (parameters, bits) -> f(P), the part of N that counts where weights, activations and cache
             all have P bits; None where the law has no such number.
         widths: where f is known at these bits and at full precision alone; None where it is at any.
+        pass_widths: (of forward, of backward products), where a law of both passes is known at these bits and
+            at full precision alone; None where it is at any, or of other bits.
         check_bits: raises a ValueError for columns whose bits it says nothing of; None where it is of any.
         check_fit: the same for columns that it cannot be fitted to.
     """
@@ -109,6 +111,7 @@ class Law:
     target: str = "loss"
     efficiency: Callable[[Values, Any], Any] | None = None
     widths: tuple[int, ...] | None = None
+    pass_widths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     check_bits: Callable[[Columns], None] | None = None
     check_fit: Callable[[Columns], None] | None = None
 

@@ -288,6 +288,15 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
         raise ValueError("a plan needs flops, or N and D; got neither")
     if flops is not None and N is not None and D is not None:
         raise ValueError("flops, N and D over-determine a run; give two of them")
+    return check_precisions(precisions)
+
+
+def check_precisions(precisions: Any) -> list:
+    """Returns bits to look at, each once.
+
+    Raises:
+        ValueError: no bits, or what is none.
+    """
     is_many = isinstance(precisions, Sequence | np.ndarray) and not isinstance(precisions, str)
     found: list[Any] = [*precisions] if is_many else []
     if not found:
