@@ -2,14 +2,14 @@
 
 Prints runs by precision, the best of them, and what is not known; --workdir keeps that, with a figure.
 `--fit` is published constants or the records of a study of our own (its workdir).  By a study's records, the
-law is the one that they do not reject, and Kumar et al.'s stands beside it.  `--chip` counts bits by a chip's
+law is the one that they do not reject, and Kumar et al.'s stands beside it.  Where they have backward widths,
+as gradient_precision's have, bits of both passes are planned.  `--chip` counts bits by a chip's
 published peak rates, as --chip=h100.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ import altair as alt
 import pandas as pd
 from absl import flags
 
+from experiments import costs
+from experiments.gradient_precision import planning as passes
+from experiments.gradient_precision.study import STUDY as GRADIENT
 from experiments.harness.reporting import report
 from experiments.harness.reporting.layout import Figure, Report, Section
 from experiments.harness.running import cli
@@ -28,8 +31,6 @@ FLAGS = flags.FLAGS
 _ASKED = ("flops", "params", "tokens", "serve_bits", "memory")
 _HARDWARE = ("chip", "operands")
 PUBLISHED = ("kumar2024", "quest2025")
-_KINDS = " or ".join(laws.OPERANDS)
-_FORWARD_ONLY = "the runs have no backward widths: their gradient products are in 16 bits"
 REJECTED = (
     "runs of this project, of small models, reject this form for the bits of training: what these cost grows "
     "with the tokens; --fit=experiments/results/training_precision/full plans by one that they do not reject"
@@ -46,20 +47,34 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "fit",
         "kumar2024",
-        f"One of {', '.join(PUBLISHED)}, or the workdir of a {STUDY.name} study.",
+        f"One of {', '.join(PUBLISHED)}, or the workdir of a {STUDY.name} or {GRADIENT.name} study.",
     )
     methods = ", ".join(analysis.METHOD_NAMES)
     flags.DEFINE_string(
-        "method", None, f"Of a study's fit, whose law: {methods}; ste if not given."
+        "method",
+        None,
+        f"Of a study's fit, whose law: {methods}, ste if not given; or a grid of {GRADIENT.name}, its first.",
     )
-    flags.DEFINE_list("precisions", list(map(str, laws.PRECISIONS)), "Bits to look at.")
+    flags.DEFINE_list(
+        "precisions",
+        None,
+        f"Bits to look at; {','.join(map(str, laws.PRECISIONS))} if not given, or those of {GRADIENT.name}'s "
+        "forward products.",
+    )
+    flags.DEFINE_list(
+        "backward_precisions",
+        None,
+        f"Bits of the gradients' products to look at, by a {GRADIENT.name} study; its own if not given.",
+    )
     flags.DEFINE_string(
         "chip",
         None,
         f"Whose published peak rates say what bits cost: {', '.join(laws.PEAKS)}; P/16 if not given.",
     )
     flags.DEFINE_string(
-        "operands", None, f"What --chip multiplies: {_KINDS}; what the fit's runs had if not given."
+        "operands",
+        None,
+        f"What --chip multiplies: {costs.KINDS}; what the fit's runs had if not given.",
     )
     flags.DEFINE_string(
         "workdir", None, "Where summary.json and report.html go; nowhere if not given."
@@ -83,86 +98,83 @@ class Answer:
         notes: likewise, a sentence each.
     """
 
-    plan: laws.Plan
+    plan: laws.Plan | laws.PassPlan
     law: str
     of: str
     tables: tuple[tuple[str, pd.DataFrame], ...] = ()
     notes: tuple[str, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Hardware:
-    """What bits cost.
-
-    Attributes:
-        chip: of `laws.PEAKS`; None where a product of P bits costs P/16.
-        operands: of `laws.OPERANDS`, or None for those that the fit's runs had.
-    """
-
-    chip: str | None = None
-    operands: str | None = None
-
-    def product(self, own: str) -> tuple[Callable[[Any], Any], tuple[str, ...]]:
-        """Returns (c(P) of a product, that in words).
-
-        Args:
-            own: operands that the fit's runs had.
-
-        Raises:
-            ValueError: operands without a chip; others than are known of either.
-        """
-        if self.chip is None:
-            if self.operands is not None:
-                raise ValueError(
-                    f"--operands is of --chip, which is not given; got {self.operands!r}"
-                )
-            return laws.bits_linear, ()
-        if self.operands not in (None, *laws.OPERANDS):
-            raise ValueError(f"--operands is {_KINDS}; got {self.operands!r}")
-        try:
-            cost = laws.chip_cost(self.chip, self.operands or own)
-        except ValueError as error:
-            raise ValueError(f"--{error}") from None
-        other = f"the runs had {own} operands, and what is counted are {cost.operands} ones"
-        return cost, (f"cost: {cost}", *([other] if cost.operands != own else []))
-
-    def forward_only(self, own: str) -> tuple[Callable[[Any], Any], tuple[str, ...]]:
-        """Returns (c(P) of a step whose gradient products are in 16 bits, that in words)."""
-        cost, said = self.product(own)
-        if self.chip is None:
-            kumar = "C = 6 N D P/16 counts all three products of a step in P bits, as Kumar et al. 2024 do"
-            return cost, (f"{_FORWARD_ONLY}; {kumar}",)
-        step = f"{_FORWARD_ONLY}, so that a step costs (c(P) + 2 c(16)) / 3"
-        return functools.partial(laws.step_cost, cost=cost), (*said, step)
-
-
 def answer(
-    name: str, method: str | None, asked: dict[str, Any], hardware: Hardware = Hardware()
+    name: str, method: str | None, asked: dict[str, Any], hardware: costs.Hardware | None = None
 ) -> Answer:
     """The plan by published constants, or by the law that a study's runs do not reject.
+
+    Args:
+        name: of published constants, or a study's folder.
+        method: of a study.
+        asked: what flags give; "precisions" and "backward" may be missing or None.
+        hardware: what bits cost.
 
     Raises:
         ValueError: neither published constants nor a study's folder; records that no law fits.
     """
+    hardware = hardware or costs.Hardware()
+    asked = {"precisions": None, "backward": None} | asked
     if name in PUBLISHED:
         if method is not None:
             raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
-        law, ptq = published(name)
-        cost, notes = hardware.forward_only("int")
-        found = laws.plan(law, ptq=ptq, cost=cost, **asked)
-        if name == "kumar2024":
-            found = dataclasses.replace(found, warnings=(REJECTED, *found.warnings))
-        return Answer(found, law.law.equation, law.source, notes=notes)
+        return _by_constants(name, _of_one_width(name, asked), hardware)
+    study, records = _records(name)
+    if study is GRADIENT:
+        return _by_passes(name, records, method, asked, hardware)
+    return _by_runs(name, records, method, _of_one_width(name, asked), hardware)
+
+
+def _of_one_width(name: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """What is asked, of a fit without backward widths."""
+    asked = dict(asked)
+    if (backward := asked.pop("backward")) is not None:
+        raise ValueError(
+            f"--backward_precisions is of a {GRADIENT.name} study; the runs of {name} have no backward "
+            f"widths, got {backward}"
+        )
+    default = laws.PRECISIONS if asked["precisions"] is None else asked["precisions"]
+    return asked | {"precisions": default}
+
+
+def _records(name: str) -> tuple[Any, list[dict]]:
+    """A study and its records in a folder."""
     try:
-        own = STUDY.load(name)
+        return GRADIENT, GRADIENT.load(name)
+    except ValueError:
+        pass
+    try:
+        return STUDY, STUDY.load(name)
     except ValueError as error:
-        raise ValueError(f"--fit is one of {', '.join(PUBLISHED)}, or: {error}") from None
+        raise ValueError(
+            f"--fit is one of {', '.join(PUBLISHED)}, the workdir of a {GRADIENT.name} study, or: {error}"
+        ) from None
+
+
+def _by_constants(name: str, asked: dict[str, Any], hardware: costs.Hardware) -> Answer:
+    law, ptq = published(name)
+    cost, notes = hardware.forward_only("int")
+    found = laws.plan(law, ptq=ptq, cost=cost, **asked)
+    if name == "kumar2024":
+        found = dataclasses.replace(found, warnings=(REJECTED, *found.warnings))
+    return Answer(found, law.law.equation, law.source, notes=notes)
+
+
+def _by_runs(
+    name: str, own: list[dict], method: str | None, asked: dict[str, Any], hardware: costs.Hardware
+) -> Answer:
     method = method or "ste"
     if method not in analysis.METHOD_NAMES:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
+    cost, notes = hardware.forward_only("float" if method == "float" else "int")
     chosen = planning.choose(planning.of_study(own, method))
     ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
-    cost, notes = hardware.forward_only("float" if method == "float" else "int")
     found, others = planning.plan(chosen, ptq, asked | {"cost": cost})
     tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)
     of = f"{chosen.fits[0].runs} runs of {name} ({method}), {chosen.resampled}"
@@ -170,16 +182,44 @@ def answer(
     return Answer(found, chosen.fits[0].law.equation, of, tables, notes)
 
 
-def figure(found: laws.Plan) -> Figure:
+def _by_passes(
+    name: str, own: list[dict], method: str | None, asked: dict[str, Any], hardware: costs.Hardware
+) -> Answer:
+    for flag in ("serve_bits", "memory"):
+        if asked[flag] is not None:
+            raise ValueError(
+                f"--{flag} is not of a plan of both passes, as {name} gives; got {asked[flag]:g}"
+            )
+    table, names = passes.of_study(own, method)
+    cost, notes = hardware.of_passes(passes.family(table))
+    chosen = passes.choose(table, names)
+    bits = {"forward": asked["precisions"], "backward": asked["backward"]}
+    found = passes.plan(chosen, {k: asked[k] for k in ("flops", "N", "D")} | bits | {"cost": cost})
+    tables = (passes.RANKED, passes.ranks(chosen)), (passes.BESIDE, passes.beside(found))
+    of = f"{chosen.fits[0].runs} runs of {name} ({chosen.grid})"
+    notes = *passes.notes(chosen), *notes
+    return Answer(found, chosen.fits[0].law.equation, of, tables, notes)
+
+
+def _point(row: laws.Row | laws.PassRow) -> dict[str, Any]:
+    """A row of the figure's table."""
+    ends = {k: None if math.isnan(v) else v for k, v in (("low", row.low), ("high", row.high))}
+    if isinstance(row, laws.PassRow):
+        return {"bits": row.backward, "forward": f"{row.forward:g}", "loss": row.loss} | ends
+    return {"bits": row.bits, "loss": row.loss} | ends
+
+
+def figure(found: laws.Plan | laws.PassPlan) -> Figure:
     """Loss against bits, with intervals."""
-    rows = [
-        {"bits": r.bits, "loss": r.loss}
-        | {k: None if math.isnan(v) else v for k, v in (("low", r.low), ("high", r.high))}
-        for r in found.rows
-    ]
-    table = pd.DataFrame(rows)
-    y = alt.Y("loss:Q", title="loss as served (nats per token)", scale=alt.Scale(zero=False))
-    base = alt.Chart(table).encode(x=alt.X("bits:Q", title="bits of training"))
+    is_of_passes = isinstance(found, laws.PassPlan)
+    rows = [_point(row) for row in found.rows]
+    served = "loss" if is_of_passes else "loss as served"
+    y = alt.Y("loss:Q", title=f"{served} (nats per token)", scale=alt.Scale(zero=False))
+    x = alt.X("bits:Q", title=f"bits of {'the backward pass' if is_of_passes else 'training'}")
+    color: dict[str, Any] = (
+        {"color": alt.Color("forward:N", title="forward")} if is_of_passes else {}
+    )
+    base = alt.Chart(pd.DataFrame(rows)).encode(x=x, **color)
     layers = [base.mark_line(point=True).encode(y=y)]
     if any(row["low"] is not None for row in rows):
         layers.append(base.mark_rule().encode(y=alt.Y("low:Q"), y2="high:Q"))
@@ -187,7 +227,9 @@ def figure(found: laws.Plan) -> Figure:
     return Figure("plan", "What the budget buys", "Each point has its own N and D.", [chart])
 
 
-def run(precisions: Sequence[float]) -> laws.Plan:
+def run(
+    precisions: Sequence[float] | None, backward: Sequence[float] | None = None
+) -> laws.Plan | laws.PassPlan:
     """The plan that the flags ask for."""
     asked = {
         "flops": FLAGS.flops,
@@ -196,9 +238,9 @@ def run(precisions: Sequence[float]) -> laws.Plan:
         "serve_bits": FLAGS.serve_bits,
         "memory": FLAGS.memory,
         "precisions": precisions,
+        "backward": backward,
     }
-    hardware = Hardware(FLAGS.chip, FLAGS.operands)
-    found = answer(FLAGS.fit, FLAGS.method, asked, hardware)
+    found = answer(FLAGS.fit, FLAGS.method, asked, costs.Hardware(FLAGS.chip, FLAGS.operands))
     print(f"law: {found.law}\nfrom: {found.of}")
     for note in found.notes:
         print(f"note: {note}")
@@ -211,11 +253,13 @@ def run(precisions: Sequence[float]) -> laws.Plan:
     return found.plan
 
 
-def headline(found: laws.Plan) -> str:
+def headline(found: laws.Plan | laws.PassPlan) -> str:
     """What to train, or that the law does not tell."""
     best = found.best
-    said = f"{best.bits:g} bits, N = {best.N:.3g}, D = {best.D:.3g}"
-    if not best.fits:
+    is_of_passes = isinstance(best, laws.PassRow)
+    bits = f"{best.pair} bits forward/backward" if is_of_passes else f"{best.bits:g} bits"
+    said = f"{bits}, N = {best.N:.3g}, D = {best.D:.3g}"
+    if not (is_of_passes or best.fits):
         return f"Nothing that was looked at fits; closest comes {said}."
     if best.outside:
         names = ", ".join(best.outside)
@@ -225,9 +269,19 @@ def headline(found: laws.Plan) -> str:
     return f"Train at {said}."
 
 
+def _optimum(found: laws.Plan | laws.PassPlan) -> str | None:
+    """P*, and what it is not told apart from, in words."""
+    if not isinstance(found, laws.PassPlan):
+        return None if found.optimum is None else str(found.optimum)
+    alike = ", ".join(row.pair for row in found.alike) or "none"
+    both = f"P_forward* = {found.forward}, P_backward* = {found.backward}"
+    return f"{both}; not told apart from {found.best.pair}: {alike}"
+
+
 def _write(workdir: Path, answered: Answer) -> None:
     found, of, equation = answered.plan, answered.of, answered.law
-    rows = pd.DataFrame([vars(row) for row in found.rows]).drop(columns="notes")
+    rows = pd.DataFrame([vars(row) for row in found.rows])
+    rows = rows.drop(columns="notes", errors="ignore")
     rows["outside"] = rows["outside"].map(" ".join)
     best, asked = headline(found), {name: FLAGS[name].value for name in (*_ASKED, *_HARDWARE)}
     given = ", ".join(
@@ -235,11 +289,11 @@ def _write(workdir: Path, answered: Answer) -> None:
         for name, value in asked.items()
         if value is not None
     )
-    optimum = None if found.optimum is None else str(found.optimum)
+    optimum = _optimum(found)
     paragraphs = [
         f"Given: {given}. Law: {equation}, from {of}.",
         *(f"Note: {text}." for text in answered.notes),
-        *([f"P* = {optimum}."] if optimum else []),
+        *([f"P*: {optimum}."] if optimum else []),
         *(f"Warning: {text}." for text in found.warnings),
     ]
     section = Section(
@@ -264,15 +318,20 @@ def _write(workdir: Path, answered: Answer) -> None:
     print(f"report: {workdir / 'report.html'}")
 
 
+def _bits(name: str) -> list[float] | None:
+    """The numbers of a flag; None where it is not given."""
+    given = FLAGS[name].value
+    try:
+        return None if given is None else [float(bits) for bits in given]
+    except ValueError:
+        raise ValueError(f"--{name} are numbers; got {given}") from None
+
+
 def main() -> None:
     define_flags()
 
     def planned(_: Any) -> None:
-        try:
-            precisions = [float(bits) for bits in FLAGS.precisions]
-        except ValueError:
-            raise ValueError(f"--precisions are numbers; got {FLAGS.precisions}") from None
-        run(precisions)
+        run(_bits("precisions"), _bits("backward_precisions"))
 
     cli.main(planned, {"plan": _Config()}, default="plan")
 

@@ -92,8 +92,8 @@ EXPERIMENTS = [
     {
         "benchmark": "lm optimizers variants step serving report study tables __main__",
         "gradient_precision": (
-            "arms measuring running runs comparisons noise forms split law analysis law_answers answers "
-            "figures law_sections sections report study tables __main__"
+            "arms measuring running runs comparisons noise forms split law planning analysis law_answers "
+            "answers figures law_sections sections report study tables __main__"
         ),
         "optimizer_states": (
             "law tasks contest weights analysis figures transformations optimizers report running study "
@@ -114,7 +114,7 @@ EXPERIMENTS = [
     {
         "device_check": "settings recording environment exactness products steps part running __main__",
         "public_runs": "readers gaps efficiencies joint analysis report tables __main__",
-        "": "fetch pack plan tables tokenize",
+        "": "fetch pack costs plan tables tokenize",
     },
 ]
 # What each side may import from outside; anything new is a decision, so it is made here too.

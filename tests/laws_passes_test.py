@@ -155,6 +155,8 @@ def test_intervals_are_numpys_over_the_same_bootstraps():
         assert interval == pytest.approx((low, high), rel=1e-2)
         assert interval[0] < getattr(best, name) < interval[1]
     text = str(found)
+    assert "and 6 more, of a larger loss" in text
+    assert "more, of a larger" not in str(plan(fitted, forward=(4, 8), backward=(4, 8)))
     assert f"not told apart from {best.pair}: {found.alike[0].pair}" in text
     assert "warning: made up" in text
 

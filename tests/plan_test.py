@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from conftest import ROOT
 
+from experiments import costs
 from experiments import plan as door
 from experiments.training_precision import planning
 from experiments.training_precision.study import PUBLISHED, STUDY
@@ -49,7 +50,7 @@ def test_the_backward_pass_is_said_to_be_in_16_bits():
     assert str(by_bits.plan) == str(laws.plan(laws.KUMAR_2024, **budget)).replace(
         "warning:", f"warning: {door.REJECTED}\nwarning:", 1
     )
-    found = door.answer("kumar2024", None, budget, door.Hardware("b200", "float"))
+    found = door.answer("kumar2024", None, budget, costs.Hardware("b200", "float"))
     said = "; ".join(found.notes)
     assert "1 to 4 bits as f4 (4.00 × bf16)" in said
     assert "the runs had int operands" in said

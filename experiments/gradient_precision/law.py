@@ -31,11 +31,11 @@ def summaries(best: pd.DataFrame, apart: pd.DataFrame) -> list[dict]:
     found = []
     for name, own in apart[apart["method"].isin(FAMILIES)].groupby("name", sort=False):
         if all(own[c].nunique() > 1 for c in forms.COLUMNS):
-            found.append({"name": name} | _summary(_whole(best, name), own))
+            found.append({"name": name} | _summary(whole(best, name), own))
     return found
 
 
-def _whole(best: pd.DataFrame, name: str) -> pd.DataFrame:
+def whole(best: pd.DataFrame, name: str) -> pd.DataFrame:
     """A grid's runs; those of full precision stand for its widest pair where it has none."""
     own = best[best["name"] == name]
     widest = (own["P_forward"] == FULL_BITS) & (own["P_backward"] == FULL_BITS)
@@ -59,7 +59,7 @@ def _summary(whole: pd.DataFrame, own: pd.DataFrame) -> dict:
     found |= {"gap": fit_summary(gap), "split": split.of_fit(gap, own)}
     found |= {"independent_pairs": ranked.independent, "paired": _of_gaps(ranked.rows, own)}
     try:
-        efficiencies = forms.quartet(*_widths(whole), FULL_BITS)
+        efficiencies = forms.quartet(*widths(whole), FULL_BITS)
         candidates = [forms.GROWING, *forms.COSTS, efficiencies, laws.CHINCHILLA]
         ranked = laws.compare(candidates, whole, groups="unit", held_out=HELD_OUT, starts=STARTS)
         control = laws.shuffled_bits(
@@ -87,7 +87,7 @@ def _of_gaps(rows: list[dict], own: pd.DataFrame) -> list[dict]:
     ]
 
 
-def _widths(table: pd.DataFrame) -> tuple[list[int], list[int]]:
+def widths(table: pd.DataFrame) -> tuple[list[int], list[int]]:
     forward, backward = (sorted(map(int, table[c].unique())) for c in forms.COLUMNS)
     return forward, backward
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from experiments.harness.reporting.values import number
+from experiments.harness.reporting.law_tables import ranking
 from experiments.training_precision.one_width import BOOTSTRAPS, GROWING, NOT_REJECTED, OF_N
 from experiments.training_precision.runs import (
     FULL,
@@ -128,18 +128,7 @@ def union_text(chosen: Chosen) -> str:
 
 def ranks(chosen: Chosen) -> pd.DataFrame:
     """The laws by their criterion."""
-    kept = {f.law.name for f in chosen.fits}
-    rows = [
-        {
-            "law": row["law"],
-            "parameters": row["parameters"],
-            "R²": number(row["r2"]),
-            "ΔAICc": number(row["delta_aicc"], ".1f"),
-            "rejected": "no" if row["law"] in kept else "yes",
-        }
-        for row in chosen.ranked.rows
-    ]
-    return pd.DataFrame(rows)
+    return ranking(chosen.ranked, {f.law.name for f in chosen.fits})
 
 
 def plan(

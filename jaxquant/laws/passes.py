@@ -100,8 +100,8 @@ class PassPlan:
         cells = [(*head, "not seen"), *(_cells(r, r is self.best) for r in self.rows[:shown])]
         widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
         lines = ["  ".join(c.rjust(w) for c, w in zip(r, widths, strict=True)) for r in cells]
-        if more := len(self.rows) - shown:
-            lines.append(f"and {more} more, of a larger loss")
+        if len(self.rows) > shown:
+            lines.append(f"and {len(self.rows) - shown} more, of a larger loss")
         for name, (low, high) in (("N", self.N), ("D", self.D)):
             if not math.isnan(low):
                 lines.append(f"{name} = {getattr(self.best, name):.3g} [{low:.3g}, {high:.3g}]")

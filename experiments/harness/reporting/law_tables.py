@@ -1,6 +1,6 @@
 """Fitted laws as JSON values and as tables of a report."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import pandas as pd
 
@@ -65,6 +65,21 @@ def laws_table(rows: Mapping[str, list[dict]] | list[dict]) -> pd.DataFrame:
             head |= {"law": row["law"], "parameters": row["parameters"], "R²": number(row["r2"])}
             shown.append(head | held | {"ΔAICc": number(row["delta_aicc"], ".1f")})
     return pd.DataFrame(shown)
+
+
+def ranking(ranked: laws.Comparison, kept: Collection[str]) -> pd.DataFrame:
+    """Returns laws by their criterion, and which of them runs reject: all but those of these names."""
+    rows = [
+        {
+            "law": row["law"],
+            "parameters": row["parameters"],
+            "R²": number(row["r2"]),
+            "ΔAICc": number(row["delta_aicc"], ".1f"),
+            "rejected": "no" if row["law"] in kept else "yes",
+        }
+        for row in ranked.rows
+    ]
+    return pd.DataFrame(rows)
 
 
 def fit_table(fits: Mapping[str, dict] | dict) -> pd.DataFrame:
