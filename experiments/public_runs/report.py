@@ -198,10 +198,10 @@ def _joint(joint: Joint) -> Section:
     growing = plain(fit_summary(joint.growing))
     said = (
         f"{joint.runs} runs of Quartet's: full precision, FP4 forward, FP4 backward with stochastic "
-        f"rounding, and both; worth {joint.independent:.0f} independent ones, since runs of one size and length share "
-        "what the law of full precision is off by. All laws have that one's form. The runs have four bits "
-        "alone, so nothing here says how the loss varies with bits. AICc asks whether parameters pay for "
-        "themselves on so few runs; R² held out asks which law predicts."
+        f"rounding, and both; worth {joint.independent:.0f} independent ones, since runs of one size and "
+        "length share what the law of full precision is off by. All laws have that one's form. The runs have "
+        "four bits alone, so nothing here says how the loss varies with bits. AICc asks whether parameters "
+        "pay for themselves on so few runs; R² held out asks which law predicts."
     )
     return Section(
         "Which law of forward and backward bits they obey",
