@@ -37,9 +37,8 @@ def summary_of(place):
 
 def test_the_pages_say_what_their_records_give():
     assert tables.differences(TEXTS) == []
-    assert {"ptq_overtraining/one_law", "optimizer_states/transformations", "train/fits"} <= {
-        name for _, name in MARKED
-    }
+    known = {"ptq_overtraining/one_law", "optimizer_states/transformations", "train/fits"}
+    assert known | {"train/gpu_fits"} <= {name for _, name in MARKED}
 
 
 @pytest.mark.parametrize(("page", "name"), MARKED)
@@ -72,6 +71,28 @@ def test_every_interval_that_a_page_quotes_is_of_a_table_or_a_phrase(study):
     page = f"docs/studies/{study}.md"
     known = markdown.intervals("\n".join([*made.values(), *_phrases(page)]))
     assert markdown.intervals(TEXTS[page]) <= known
+
+
+def test_a_step_for_eight_gpus_is_what_its_compiler_said():
+    """Eight H100s' records, added up anew: what each chip holds, multiplies and receives."""
+    head, _, *body = tables.rebuilt(["train/gpu_fits"])["train/gpu_fits"].splitlines()
+    cells = {
+        name: figures for _, name, *figures, _ in ([c.strip() for c in x.split("|")] for x in body)
+    }
+    assert [c.strip() for c in head.split("|")[2:-1]] == ["bfloat16", "int8_train"]
+    for i, name in enumerate(("bfloat16", "int8_train")):
+        record = json.loads((RESULTS / f"compiled/gpu_h100_8_{name}.json").read_text())
+        assert record["fits"]
+        assert (record["topology"], record["config"]["recipe"]) == ("h100:8", name * i)
+        held = sum(record["memory"].values()) / 2**30
+        assert cells["all"][i].startswith(f"{held:.3f} of 74.5")
+        received = sum(x["bytes"] for x in record["collectives"]) / 1e6
+        shown = [row[i] for key, row in cells.items() if "MB" in "".join(row)]
+        total, *parts = [float(x.split()[0].replace(",", "")) for x in shown if x]
+        assert total == pytest.approx(received, abs=0.5)
+        assert sum(parts) == pytest.approx(received, abs=0.05 * len(record["collectives"]))
+        assert cells["share of operations in s8 × s8"][i] == ("82 %" if i else "0 %")
+        assert cells["kernels a step"][i] == f"{record['kernels']['times']:,}"
 
 
 def _phrases(page):
