@@ -1,6 +1,6 @@
 """What products become on GPUs, compiled for an H100 that is not there: types, temporaries and kernels.
 
-The compiler is that of the extra ``cuda_compiler``, for Python 3.12 and later.  It has no autotuner without a
+The compiler is that of the extra ``cuda-compiler``, for Python 3.12 and later.  It has no autotuner without a
 GPU, and its text says nothing of time.
 """
 

@@ -28,7 +28,7 @@ _ENVIRONMENTS = {
 _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax_plugins.xla_cuda13",)}
 _PACKAGES = {
     "tpu": "the TPU's compiler, libtpu (no TPU): pip install -e '.[tpu]'",
-    "cuda": "the GPU's compiler (no GPU): Python 3.12 and pip install -e '.[cuda_compiler]'",
+    "cuda": "the GPU's compiler (no GPU): Python 3.12 and pip install -e '.[cuda-compiler]'",
 }
 
 
