@@ -157,21 +157,18 @@ def gap(task, schedule, arm, bits, gap, half=0.01):
     return row | {"gap": gap, "low": gap - half, "high": gap + half}
 
 
-def test_gaps_are_in_rows_of_arms_from_the_widest():
-    rows = [
-        gap(task, schedule, arm, bits, shift)
-        for task, shift in (("language", -0.002), ("vision", 0.004))
-        for schedule in ("wsd", "cosine")
-        for arm, bits in (("fp32", 32), ("felt-4.0", 3.98), ("torchao-4bit", 4.32))
-    ]
-    body = state_tables.gaps({"gaps": rows}).splitlines()[2:]
-    lm, vit = "−0.002 [−0.012, +0.008]", "+0.004 [−0.006, +0.014]"
+def test_codecs_are_in_rows_from_the_widest():
+    arms = (("fp32", 32), ("split1-4.3", 4.28), ("fixed-8", 8.27), ("torchao-4bit", 4.32))
+    rows = [gap("language", "wsd", arm, bits, 0.004) | {"seeds": 4} for arm, bits in arms]
+    body = state_tables.codecs({"gaps": rows}).splitlines()[2:]
+    ends = "+0.0040 [−0.0060, +0.0140]"
     assert body == [
-        f"| torchao 4 bits | 4.32 | {lm} | {lm} | 4.32 | {vit} | {vit} |",
-        f"| `felt` 4.0 | 3.98 | {lm} | {lm} | 3.98 | {vit} | {vit} |",
+        f"| fixed, 8 | 8.27 | {ends} |",
+        f"| torchao, 4 bits | 4.32 | {ends} |",
+        f"| momentum + 1 bit, 4.3 | 4.28 | {ends} |",
     ]
-    said = state_tables.spreads({"gaps": rows})["experiments/README.md"]
-    assert said == ["LM 0.0010 under WSD and 0.0010 under cosine, ViT 0.0010 and 0.0010"]
+    said = state_tables.codec_phrases({"gaps": rows})["experiments/README.md"]
+    assert said == ["SD over 4 seeds is 0.0010"]
 
 
 def _real(model, arm, seed=0):

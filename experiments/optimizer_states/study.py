@@ -27,7 +27,7 @@ from experiments.optimizer_states.tasks import (
 
 SCHEDULES = ("wsd", "cosine")
 TASKS = ("language", "vision")
-_LAPTOP_ARMS = (
+_ARMS = (
     arms.EXACT,
     *("fixed-8", "fixed-4", "torchao-4bit", "bitsandbytes-8bit"),
     *("felt-5.0", "statistics-5.0", "even-5.0", "felt-4.0", "even-4.0"),
@@ -48,7 +48,7 @@ class Config:
     """The grid, and what all its runs share."""
 
     tasks: tuple[str, ...] = option(TASKS, "language, vision")
-    arms: tuple[str, ...] = option(_LAPTOP_ARMS, "how the optimizer's state is held")
+    arms: tuple[str, ...] = option(_ARMS, "how the optimizer's state is held")
     schedules: tuple[str, ...] = option(SCHEDULES, "of the learning rate: wsd, cosine")
     seeds: int = option(3, "runs of everything, each from its own initialization and data order")
     language_sizes: tuple[str, ...] = option(
@@ -100,7 +100,18 @@ PRESETS = {
         evaluation_windows=32,
         evaluation_images=300,
     ),
-    "laptop": Config(),
+    # Others' codecs beside ours, two of them at torchao's bytes: 4.3 bits, all counted.
+    "laptop": Config(
+        tasks=("language",),
+        arms=(
+            arms.EXACT,
+            *("fixed-8", "bitsandbytes-8bit", "fixed-4", "torchao-4bit"),
+            *("even-5.0", "felt-5.0", "even-4.3", "split1-4.3"),
+        ),
+        schedules=("wsd",),
+        language_sizes=("41k",),
+        seeds=4,
+    ),
     "full": Config(
         language_sizes=("803k",),
         vision_size="442k",
@@ -327,7 +338,7 @@ STUDY = Study(
     presets=PRESETS,
     costs={
         "smoke": "a minute or two on 2 cores; that it runs",
-        "laptop": "25 minutes for the ViT and about 40 for the language model, on 2 cores",
+        "laptop": "33 minutes on 2 busy cores; codecs of others beside ours, 4 seeds",
         "full": "days on 2 cores, by estimate; not yet run by us",
         "contest": "an hour on 2 cores; all allocations at three budgets, 6 seeds",
         "scales": "about an hour on 2 cores, by estimate; not yet run by us",

@@ -16,53 +16,41 @@ _CONTEST = "optimizer_states/contest/summary.json"
 _VISION = "optimizer_states/contest_vision/summary.json"
 _WEIGHTS = "optimizer_states/bf16_weights/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/optimizer_states.md")
-_TASKS = {"language": "LM", "vision": "ViT"}
-_SCHEDULES = {"wsd": "WSD", "cosine": "cosine"}
 _WIDTHS = ("8 bits", "5 + 4 bits")
 
 # ---------------------------------------------------------------------------------------------------
-# Gaps to full precision
+# Codecs
 
 
-def gaps(summary: dict) -> str:
-    """Each arm's bits and paired gaps, the widest first."""
-    head = ["state"]
-    for i, task in enumerate(_TASKS.values()):
-        head += [f"bits{'' if i else ', all counted'}: {task}", *_SCHEDULES.values()]
-    rows = {(r["task"], r["schedule"], r["arm"]): r for r in summary["gaps"]}
-    bits = {r["arm"]: r["bits"] for r in reversed(summary["gaps"]) if r["task"] == "language"}
-    arms = sorted((arm for arm in bits if arm != EXACT), key=lambda arm: -bits[arm])
-    return to_markdown(head, [[_name(arm), *_cells(rows, arm)] for arm in arms])
-
-
-def _cells(rows: dict, arm: str) -> list[str]:
-    cells = []
-    for task in _TASKS:
-        own = [rows[task, schedule, arm] for schedule in _SCHEDULES]
-        cells.append(f"{own[0]['bits']:.2f}")
-        cells += [bounds(r["gap"], r["low"], r["high"], "+.3f") for r in own]
-    return cells
+def codecs(summary: dict) -> str:
+    """Each arm's bits and paired gap, the widest first."""
+    rows = sorted((r for r in summary["gaps"] if r["arm"] != EXACT), key=lambda r: -r["bits"])
+    cells = [
+        [_name(r["arm"]), f"{r['bits']:.2f}", bounds(r["gap"], r["low"], r["high"], "+.4f")]
+        for r in rows
+    ]
+    return to_markdown(["state", "bits, all counted", "gap, nats"], cells)
 
 
 def _name(arm: str) -> str:
     """An arm in words.
 
-    >>> _name("felt-5.0"), _name("fixed-8"), _name("torchao-4bit")
-    ('`felt` 5.0', 'fixed 8', 'torchao 4 bits')
+    >>> _name("felt-5.0"), _name("split1-4.3"), _name("fixed-8"), _name("bitsandbytes-8bit")
+    ('`felt`, 5.0', 'momentum + 1 bit, 4.3', 'fixed, 8', 'bitsandbytes, 8 bits')
     """
     if budget := budget_of(arm):
-        return f"`{budget[0]}` {budget[1]}"
+        return f"{_ALLOCATIONS[budget[0]]}, {budget[1]}"
     if bits := fixed_bits(arm):
-        return f"fixed {bits}"
-    return arm.replace("-", " ").replace("bit", " bits")
+        return f"fixed, {bits}"
+    codec, width = arm.split("-")
+    return f"{codec}, {width.removesuffix('bit')} bits"
 
 
-def spreads(summary: dict) -> dict[str, list[str]]:
+def codec_phrases(summary: dict) -> dict[str, list[str]]:
     """Full precision's own spread over seeds."""
-    rows = {(r["task"], r["schedule"]): r for r in summary["gaps"] if r["arm"] == EXACT}
-    lm, vit = ([f"{rows[task, s]['exact_sd']:.4f}" for s in _SCHEDULES] for task in _TASKS)
-    said = f"LM {lm[0]} under WSD and {lm[1]} under cosine, ViT {vit[0]} and {vit[1]}"
-    return {page: [said] for page in _PAGES}
+    rows = {r["arm"]: r for r in summary["gaps"]}
+    said = [f"SD over {rows[EXACT]['seeds']} seeds is {rows[EXACT]['exact_sd']:.4f}"]
+    return dict.fromkeys(_PAGES, said)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -164,7 +152,10 @@ def weights_phrases(summary: dict) -> dict[str, list[str]]:
     """Full precision's spread, within which the gap is to lie."""
     row = summary["weights"][0]
     said = [f"{row['seeds']} paired seeds", f"SD over seeds, {row['exact_sd']:.4f}"]
-    return dict.fromkeys(_PAGES, said)
+    even = next(r for r in summary["gaps"] if r["arm"] == "even-5.0")
+    gap = bounds(even["gap"], even["low"], even["high"], "+.4f")
+    said.append(gap)
+    return dict.fromkeys(_PAGES, said) | {"README.md": [gap]}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -276,11 +267,11 @@ TABLES = {
     "optimizer_states/allocations": Table(_CONTEST, contest),
     "optimizer_states/allocations_vision": Table(_VISION, contest),
     "optimizer_states/bf16_weights": Table(_WEIGHTS, weights),
-    "optimizer_states/laptop": Table(_LAPTOP, gaps),
+    "optimizer_states/laptop": Table(_LAPTOP, codecs),
     "optimizer_states/transformations": Table("optimizer_states/optimizers.json", transformations),
 }
 PHRASES = (
-    Phrases(_LAPTOP, spreads),
+    Phrases(_LAPTOP, codec_phrases),
     Phrases(_LAW, law_phrases),
     Phrases(_CONTEST, contest_phrases),
     Phrases(_VISION, vision_phrases),
