@@ -7,9 +7,10 @@ as gradient_precision's have, bits of both passes are planned.  `--chip` counts 
 published peak rates, as --chip=h100.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def _by_constants(name: str, asked: dict[str, Any], hardware: costs.Hardware) ->
     return Answer(found, law.law.equation, law.source, notes=notes)
 
 
+@contextlib.contextmanager
+def _naming(name: str, method: str | None) -> Iterator[None]:
+    """Says whose runs allow no fit."""
+    try:
+        yield
+    except ValueError as error:
+        grid = "" if method is None else f" ({method})"
+        raise ValueError(f"the runs of {name}{grid} tell no plan: {error}") from None
+
+
 def _by_runs(
     name: str, own: list[dict], method: str | None, asked: dict[str, Any], hardware: costs.Hardware
 ) -> Answer:
@@ -173,7 +184,8 @@ def _by_runs(
     if method not in analysis.METHOD_NAMES:
         raise ValueError(f"--method is one of {', '.join(analysis.METHOD_NAMES)}; got {method!r}")
     cost, notes = hardware.forward_only("float" if method == "float" else "int")
-    chosen = planning.choose(planning.of_study(own, method))
+    with _naming(name, method):
+        chosen = planning.choose(planning.of_study(own, method))
     ptq = planning.added(own, method) if asked["serve_bits"] is not None else None
     found, others = planning.plan(chosen, ptq, asked | {"cost": cost})
     tables = (planning.RANKED, planning.ranks(chosen)), (planning.BESIDE, others)
@@ -192,7 +204,8 @@ def _by_passes(
             )
     table, names = passes.of_study(own, method)
     cost, notes = hardware.of_passes(passes.family(table))
-    chosen = passes.choose(table, names)
+    with _naming(name, method):
+        chosen = passes.choose(table, names)
     bits = {"forward": asked["precisions"], "backward": asked["backward"]}
     found = passes.plan(chosen, {k: asked[k] for k in ("flops", "N", "D")} | bits | {"cost": cost})
     tables = (passes.RANKED, passes.ranks(chosen)), (passes.BESIDE, passes.beside(found))
@@ -321,10 +334,21 @@ def _write(workdir: Path, answered: Answer) -> None:
 def _bits(name: str) -> list[float] | None:
     """The numbers of a flag; None where it is not given."""
     given = FLAGS[name].value
+    if given is None:
+        return None
+    most = laws.PRECISIONS[-1] if FLAGS.chip is not None else math.inf
     try:
-        return None if given is None else [float(bits) for bits in given]
+        found = [float(bits) for bits in given]
     except ValueError:
-        raise ValueError(f"--{name} are numbers; got {given}") from None
+        found = []
+    if not found or not all(0 < bits < math.inf for bits in found):
+        raise ValueError(f"--{name} are numbers above 0, such as 4,8,16; got {','.join(given)!r}")
+    if max(found) > most:
+        raise ValueError(
+            f"--{name} are up to {most} bits where --chip is given, whose rates of wider ones are not known; "
+            f"got {','.join(given)!r}"
+        )
+    return found
 
 
 def main() -> None:

@@ -23,6 +23,8 @@ SHEETS = {
     "B200": (2250, 4500, 4500, 9000),
 }
 
+NO_BITS = (0, -4, np.nan, np.inf, "8", None, True, [4, 0], [4, "8"], 1j, {4}, [[4], [8, 16]])
+
 
 def rate(chip, operands, bits):
     """Written out: the rate at which a chip multiplies operands of so many bits."""
@@ -69,6 +71,8 @@ def test_a_step_has_one_product_forward_and_two_backward(cost):
             by_product = np.mean([cost(bits) for bits in (forward, backward, backward)])
             assert laws.step_cost(forward, backward, cost) == pytest.approx(by_product)
     assert laws.step_cost(4.0, cost=cost) == pytest.approx((cost(4.0) + 2) / 3)
+    both = [laws.step_cost(bits, 8, cost) for bits in (4, 8)]
+    np.testing.assert_array_equal(laws.step_cost([4, 8], 8, cost), both)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,16 @@ def test_a_step_has_one_product_forward_and_two_backward(cost):
         (lambda: laws.chip_cost(cast(Any, 3)), "chip is one of v5e, .*; got 3"),
         (lambda: laws.chip_cost("h100", "e4m3"), "operands is one of int, float; got 'e4m3'"),
         (lambda: laws.chip_cost("h100")(32), "of up to 16 bits; got 32"),
+        *(
+            (
+                lambda bits=bits: laws.chip_cost("h100")(cast(Any, bits)),
+                "bits must be a number above 0, or",
+            )
+            for bits in NO_BITS
+        ),
+        *((lambda bits=bits: laws.step_cost(bits), "forward must be a number") for bits in NO_BITS),
+        (lambda: laws.step_cost(4, np.array([8, np.nan])), "backward must be .*; got array"),
+        (lambda: laws.step_cost(4, cost=cast(Any, "h100")), "what chip_cost gives; got 'h100'"),
     ],
 )
 def test_what_is_not_known_is_refused(call, words):

@@ -183,7 +183,10 @@ def test_what_no_plan_of_both_passes_can_have_is_refused(made, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--flops=1e13", f"--fit={LAPTOP}"], "all runs have N = "),
+        (
+            ["--flops=1e13", f"--fit={LAPTOP}"],
+            f"the runs of {LAPTOP} tell no plan: all runs have N = ",
+        ),
         (["--flops=1e13", f"--fit={LAPTOP}", "--chip=h10"], "--chip is one of v5e"),
         (
             ["--flops=1e13", f"--fit={LAPTOP}", "--method=lsq"],
@@ -191,7 +194,15 @@ def test_what_no_plan_of_both_passes_can_have_is_refused(made, monkeypatch):
         ),
         (["--flops=1e13", "--backward_precisions=x"], "--backward_precisions are numbers"),
         (["--flops=1e13", "--backward_precisions=4"], "the runs of kumar2024 have no backward"),
-        (["--flops=1e13", "--precisions="], "precisions are a list of bits; got []"),
+        (["--flops=1e13", "--precisions="], "--precisions are numbers above 0, such as"),
+        (
+            ["--flops=1e13", "--backward_precisions=4,nan"],
+            "--backward_precisions are numbers above 0",
+        ),
+        (
+            ["--flops=1e13", "--precisions=8,32", "--chip=h100"],
+            "--precisions are up to 16 bits where",
+        ),
         (["--flops=1e13", "--fit=nowhere"], "the workdir of a gradient_precision study, or: "),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxquant.laws.optimum import FULL_BITS, throughput
+from jaxquant.laws.optimum import FULL_BITS, check_bits, throughput
 
 _A100 = {"bf16": 312e12, "s8": 624e12}
 _H100 = {"bf16": 989e12, "s8": 1979e12, "f8": 1979e12}
@@ -54,9 +54,9 @@ class ChipCost:
         """Returns the cost of a product whose operands both have so many bits, beside a 16-bit one.
 
         Raises:
-            ValueError: more than 16 bits, whose rates differ from those here.
+            ValueError: no numbers above 0; more than 16 bits, whose rates differ from those here.
         """
-        bits = np.asarray(bits, float)
+        bits = np.asarray(check_bits("bits", bits), float)
         if np.any(bits > FULL_BITS):
             raise ValueError(
                 f"costs of {self.chip} are of up to {FULL_BITS} bits; got {bits.max():g}"

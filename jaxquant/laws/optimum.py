@@ -8,7 +8,7 @@ where c(P) / f(P) is least.  So P* = argmin c(P)/f(P) depends on neither A, B, Î
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,10 +106,47 @@ def step_cost(
         backward: P_b, bits of both gradient products' operands.
         cost: c(P), of one product.
 
+    Raises:
+        ValueError: bits that are no numbers above 0; a cost that is no function.
+
     >>> step_cost(4), step_cost(4, 4)
     (0.75, 0.25)
     """
+    check_function(cost)
+    forward, backward = check_bits("forward", forward), check_bits("backward", backward)
     return (cost(forward) + 2 * cost(backward)) / 3
+
+
+def check_bits(name: str, bits: Any) -> Any:
+    """Returns one width as it is, and several as an array.
+
+    Args:
+        name: of the argument, for the error.
+        bits: a number above 0, or an array or a list of them.
+
+    Raises:
+        ValueError: anything else.
+
+    >>> check_bits("forward", "8")
+    Traceback (most recent call last):
+    ValueError: forward must be a number above 0, or an array of such; got '8'
+    """
+    try:
+        found = np.asarray(bits)
+    except ValueError:  # lists of several lengths
+        found = np.asarray(None)
+    if found.dtype.kind not in "iuf" or not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(f"{name} must be a number above 0, or an array of such; got {bits!r}")
+    return found if isinstance(bits, Sequence) else bits
+
+
+def check_function(cost: Any) -> None:
+    """Raises a ValueError unless a cost can be called."""
+    if not callable(cost):
+        raise ValueError(
+            "cost is a function from bits to numbers, such as bits_linear or what chip_cost gives; "
+            f"got {cost!r}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +229,7 @@ def check_range(low: Any, high: Any) -> None:
 
 def check_cost(cost: Any, bits: Any) -> None:
     """Raises a ValueError unless c(P) is a positive number at each of these bits."""
+    check_function(cost)
     try:
         found = np.asarray(cost(np.asarray(bits, float)), float)
     except (TypeError, ValueError) as error:

@@ -174,7 +174,7 @@ def plan_passes(
     """
     sources = [law] if isinstance(law, Fit | Published) else _several(law)
     budget = _budget(flops, N, D, cost)
-    looked = [check_precisions(bits) for bits in (forward, backward)]
+    looked = [check_precisions(forward, "forward"), check_precisions(backward, "backward")]
     for bits in looked:
         check_cost(cost, bits)
     for source in sources:

@@ -291,8 +291,12 @@ def _check(flops, N, D, serve_bits, memory, precisions) -> list:
     return check_precisions(precisions)
 
 
-def check_precisions(precisions: Any) -> list:
+def check_precisions(precisions: Any, name: str = "precisions") -> list:
     """Returns bits to look at, each once.
+
+    Args:
+        precisions: bits.
+        name: of the argument, for errors.
 
     Raises:
         ValueError: no bits, or what is none.
@@ -300,11 +304,11 @@ def check_precisions(precisions: Any) -> list:
     is_many = isinstance(precisions, Sequence | np.ndarray) and not isinstance(precisions, str)
     found: list[Any] = [*precisions] if is_many else []
     if not found:
-        raise ValueError(f"precisions are a list of bits; got {precisions!r}")
+        raise ValueError(f"{name} is a list of bits, such as (4, 8, 16); got {precisions!r}")
     for bits in found:
-        check_positive("a precision", bits)
+        check_positive(f"each of {name}", bits)
         if bits > _MOST_BITS:
-            raise ValueError(f"a precision is up to {_MOST_BITS} bits; got {bits!r}")
+            raise ValueError(f"{name} has up to {_MOST_BITS} bits; got {bits!r}")
     return list(dict.fromkeys(found))
 
 
