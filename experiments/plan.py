@@ -122,6 +122,11 @@ def answer(
     """
     hardware = hardware or costs.Hardware()
     asked = {"precisions": None, "backward": None} | asked
+    if hardware.chip is not None and None not in (asked["N"], asked["D"]):
+        raise ValueError(
+            "--chip says what a budget buys, and --params and --tokens leave nothing to buy; give --flops "
+            f"and one of them, or no --chip; got {hardware.chip!r}"
+        )
     if name in PUBLISHED:
         if method is not None:
             raise ValueError(f"--method is of a study's fit; {name} has none, got {method!r}")
@@ -202,6 +207,8 @@ def _by_passes(
             raise ValueError(
                 f"--{flag} is not of a plan of both passes, as {name} gives; got {asked[flag]:g}"
             )
+    if asked["flops"] is None:
+        raise ValueError(f"a plan of both passes, as {name} gives, needs --flops; got none")
     table, names = passes.of_study(own, method)
     cost, notes = hardware.of_passes(passes.family(table))
     with _naming(name, method):

@@ -170,6 +170,7 @@ def test_what_no_plan_of_both_passes_can_have_is_refused(made, monkeypatch):
     for changed, words in (
         ({"serve_bits": 4.0}, "--serve_bits is not of a plan of both passes"),
         ({"memory": 1e9}, "--memory is not of a plan of both passes"),
+        ({"flops": None}, "a plan of both passes, as anywhere gives, needs --flops; got none"),
     ):
         with pytest.raises(ValueError, match=words):
             door.answer("anywhere", None, asked(**changed))

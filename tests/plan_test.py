@@ -72,6 +72,7 @@ def test_the_backward_pass_is_said_to_be_in_16_bits():
         (["--flops=1e20", "--chip=h10"], "--chip is one of v5e, v5p, v6e, tpu7x, A100, H100"),
         (["--flops=1e20", "--chip=v5e", "--operands=x"], "--operands is int or float; got 'x'"),
         (["--flops=1e20", "--operands=int"], "--operands is of --chip, which is not given"),
+        (["--params=1e8", "--tokens=1e10", "--chip=h100"], "leave nothing to buy; give --flops"),
         (["--flops=1e20", "--workdir=/proc/x"], "workdir '/proc/x' cannot be written"),
     ],
 )
