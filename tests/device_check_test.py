@@ -21,8 +21,15 @@ COMMAND = [sys.executable, "-m", "experiments.device_check", "--preset=tiny"]
 
 
 def check(workdir, *flags: str) -> subprocess.CompletedProcess:
-    command = [*COMMAND, f"--workdir={workdir}", *flags]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return processor_seconds([*COMMAND, f"--workdir={workdir}", *flags])[0]
+
+
+def processor_seconds(command: list[str]) -> tuple[subprocess.CompletedProcess, float]:
+    """Runs a command, and tells what it took of a processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def read(workdir) -> dict[tuple[str, str], dict]:
@@ -37,11 +44,7 @@ def read(workdir) -> dict[tuple[str, str], dict]:
 def finished(tmp_path_factory):
     """(folder, process, processor seconds) of the whole check."""
     workdir = tmp_path_factory.mktemp("check") / "run"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = check(workdir)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return workdir, done, seconds
+    return workdir, *processor_seconds([*COMMAND, f"--workdir={workdir}"])
 
 
 def test_all_is_answered_and_says_how(finished):
@@ -89,7 +92,10 @@ def test_times_are_ratios_and_training_learns(finished):
 
 
 def test_it_takes_little_of_a_processor_and_nine_minutes_at_most(finished):
-    assert finished[2] < 90
+    # Machines differ by four times, so time is counted in starts of a part: 2 s each where the check takes 60.
+    begin = [sys.executable, "-c", "import experiments.device_check.part"]
+    a_start = min(processor_seconds(begin)[1] for _ in range(2))
+    assert finished[2] < 45 * a_start
     assert sum(settings.LIMITS.values()) <= 9 * 60
     assert PRESETS["full"].patience == 1
 
