@@ -92,7 +92,7 @@ def test_times_are_ratios_and_training_learns(finished):
 
 
 def test_it_takes_little_of_a_processor_and_nine_minutes_at_most(finished):
-    # Machines differ by four times, so time is counted in starts of a part: 2 s each where the check takes 60.
+    # Machines differ by four times. So time is counted in starts of a part: where one takes 2 s, 90 s.
     begin = [sys.executable, "-c", "import experiments.device_check.part"]
     a_start = min(processor_seconds(begin)[1] for _ in range(2))
     assert finished[2] < 45 * a_start

@@ -1,12 +1,14 @@
 """Trials of several lengths: what they cost, where branches leave, and data that is another one."""
 
 import dataclasses
+import types
 
 import numpy as np
 import pytest
 
 from experiments.harness import data, lengths
 from experiments.harness.reporting import statistics
+from experiments.training_precision import PRESETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,29 @@ def test_a_length_that_whole_batches_miss_is_refused():
     lengths.check_lengths(Trial())
     with pytest.raises(ValueError, match="would come out as"):
         lengths.check_lengths(Trial(batch=4096))
+
+
+SIZES = {"sizes": ("14k", "38k"), "peak_lr": 1e-3, "peak_lrs": (), "size_lrs": ()}
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"14k": (1e-3,), "38k": (1e-3,)}),
+        ({"peak_lrs": (1, 2)}, {"14k": (1, 2), "38k": (1, 2)}),
+        ({"size_lrs": (1, 2)}, {"14k": (1,), "38k": (2,)}),
+        ({"size_lrs": ((1, 2), 3)}, {"14k": (1, 2), "38k": (3,)}),
+    ],
+)
+def test_each_size_has_its_rates(given, found):
+    assert lengths.rates_by_size(types.SimpleNamespace(**SIZES | given)) == found
+
+
+@pytest.mark.parametrize("own", [((1, 1), 2), ((), 2), (1,), (1, -2), (1, "x"), ((1, 0), 2)])
+def test_rates_that_cannot_be_are_named(own):
+    config = dataclasses.replace(PRESETS["tuned"], size_lrs=own)
+    with pytest.raises(ValueError, match="size_lrs"):
+        lengths.check(config)
 
 
 def test_another_corpus_is_refused():

@@ -138,3 +138,14 @@ def test_committed_records_are_whole(study, folder, count, tmp_path):
     records = read_records(tmp_path / "records", study)
     assert len(records) == count
     assert all(row.seconds is not None for row in packed.read(tmp_path / "records").values())
+
+
+def test_a_kept_table_of_another_grid_is_refused_before_anything_runs(tmp_path):
+    own = store(tmp_path)
+    own.check_grid([Trial(9)])  # single records are no kept table
+    packed.pack(tmp_path)
+    RecordStore(tmp_path, "study").check_grid([Trial(9), Trial(1)])
+    with pytest.raises(
+        ValueError, match="keeps 3 records, none of them of this grid; give the --preset"
+    ):
+        RecordStore(tmp_path, "study").check_grid([Trial(9), Trial(8)])

@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
 
 from experiments.harness.models import lm
@@ -152,6 +153,28 @@ def test_the_report_finds_the_law_that_made_the_records(tmp_path, monkeypatch):
     added = [row for row in summary["robustness"] if row["kind"] == "added"]
     assert added
     assert all(row["mean"] < 0 for row in added)
+
+
+def test_growth_between_the_longest_runs_is_their_own():
+    """Gaps that rise as D^0.5 at first, then as D^0.1, and fall as N^-0.2."""
+    rows = []
+    for size, n, lengths in (
+        ("14k", 14e3, (10, 30, 90)),
+        ("38k", 38e3, (10, 30, 90)),
+        ("83k", 83e3, (10,)),
+    ):
+        for length, seed in itertools.product(lengths, range(3)):
+            d = length * n
+            growth = d**0.5 if length <= 30 else (30 * n) ** 0.5 * 3**0.1
+            rows.append({"size": size, "seed": seed, "N": n, "D": d, "d_over_n": length, "P_w": 4})
+            rows[-1] |= {
+                "gap": 1e-3 * growth * n**-0.2 * (1 + 0.01 * seed),
+                "unit": f"{size}/{seed}",
+            }
+    (found,) = one_width.of_gaps(pd.DataFrame(rows))["widths"]
+    assert found["late"]["points"] == 12
+    assert found["late"]["D"]["value"] == pytest.approx(0.1, abs=1e-6)
+    assert found["D"]["value"] > 0.25
 
 
 def test_a_grid_that_no_law_fits_says_why():

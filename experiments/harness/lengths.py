@@ -7,6 +7,7 @@ adds the model, the step, and what it measures at each length.
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,8 +99,14 @@ def lengths_by_size(config: Any) -> dict[str, tuple[int, ...]]:
 def rates_by_size(config: Any) -> dict[str, tuple[float, ...]]:
     """The highest learning rates of each size: `peak_lrs`, or its own of `size_lrs`, or `peak_lr`."""
     if config.size_lrs:
-        return {size: (lr,) for size, lr in zip(config.sizes, config.size_lrs, strict=True)}
+        own = map(_rates, config.size_lrs)
+        return dict(zip(config.sizes, own, strict=True))
     return dict.fromkeys(config.sizes, config.peak_lrs or (config.peak_lr,))
+
+
+def _rates(own: float | tuple[float, ...]) -> tuple[float, ...]:
+    """A size's entry of `size_lrs`."""
+    return tuple(own) if isinstance(own, tuple | list) else (own,)
 
 
 def check(config: Any) -> None:
@@ -125,8 +132,13 @@ def check(config: Any) -> None:
 def _check_rates(config: Any) -> None:
     cli.check_each_once(config, "peak_lrs", may_be_empty=True)
     for name in ("peak_lrs", "size_lrs"):
-        for rate in getattr(config, name):
+        for rate in itertools.chain(*map(_rates, getattr(config, name))):
             checks.check_positive(f"each of config.{name}", rate)
+    for own in map(_rates, config.size_lrs):
+        if not own or len(set(own)) != len(own):
+            raise ValueError(
+                f"config.size_lrs has at least one rate of each size, each once; got {own}"
+            )
     if config.peak_lrs and config.size_lrs:
         raise ValueError(
             f"config.peak_lrs are for all sizes, config.size_lrs for one each: give one of them; got "
@@ -134,7 +146,7 @@ def _check_rates(config: Any) -> None:
         )
     if config.size_lrs and len(config.size_lrs) != len(config.sizes):
         raise ValueError(
-            f"config.size_lrs needs one number for each of config.sizes {config.sizes}; got "
+            f"config.size_lrs needs one number, or numbers, for each of config.sizes {config.sizes}; got "
             f"{config.size_lrs}"
         )
 

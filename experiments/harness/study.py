@@ -114,6 +114,7 @@ class Study:
         self._check_grid(grid)
         self._check_batches(config)
         store = record_store.RecordStore(workdir, self.name)
+        store.check_grid(grid)
         records = trials.run(
             grid,
             self.run_trial,

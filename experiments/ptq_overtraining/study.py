@@ -66,8 +66,8 @@ class Config:
     peak_lrs: tuple[float, ...] = option(
         (), "highest learning rates, each of which every run is made with; () is `peak_lr`"
     )
-    size_lrs: tuple[float, ...] = option(
-        (), "the highest learning rate of each of `sizes`; () is `peak_lr` for all"
+    size_lrs: tuple[float | tuple[float, ...], ...] = option(
+        (), "the highest learning rate, or rates, of each of `sizes`; () is `peak_lr` for all"
     )
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
     log_every: int = option(50, "steps between records of the loss")

@@ -64,21 +64,36 @@ def summary(table: pd.DataFrame, method: str) -> dict:
 
 
 def of_gaps(table: pd.DataFrame) -> dict:
-    """How the gap of paired runs grows: one law of all widths, and least squares at each width alone."""
+    """How the gap of paired runs grows: one law of all widths, and least squares at each width alone.
+
+    "late" is of each size's two longest lengths: whether the gap still grows there.
+    """
     found: dict = {"widths": []}
     for bits, own in table.groupby("P_w"):
-        columns = ("D", "N") if own["N"].nunique() > 1 else ("D",)
+        late = _late(own)
         means = own.groupby(["size", "d_over_n"], sort=False)["gap"].mean()
         levels = [
             {"size": size, "d_over_n": int(length), "gap": float(gap)}
             for (size, length), gap in means.items()
         ]
-        found["widths"].append({"P": int(bits), "gaps": levels} | power_law(own, "gap", columns))
+        row = {"P": int(bits), "gaps": levels, "late": power_law(late, "gap", _columns(late))}
+        found["widths"].append(row | power_law(own, "gap", _columns(own)))
     try:
         found["fit"] = fit_summary(fit(laws.GAP_ERROR, table))
     except ValueError as error:
         found["reason"] = str(error)
     return found
+
+
+def _columns(table: pd.DataFrame) -> tuple[str, ...]:
+    return ("D", "N") if table["N"].nunique() > 1 else ("D",)
+
+
+def _late(table: pd.DataFrame) -> pd.DataFrame:
+    """The gaps at each size's two longest lengths; without sizes of one length."""
+    rank = table.groupby("size")["d_over_n"].rank(method="dense", ascending=False)
+    has_two = table.groupby("size")["d_over_n"].transform("nunique") > 1
+    return table[(rank <= 2) & has_two]
 
 
 def _not_rejected(scores: dict[str, float]) -> list[laws.Law]:

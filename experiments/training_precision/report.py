@@ -72,6 +72,9 @@ def _grows(method: dict, summary: dict) -> Finding:
     if (epochs := summary["most_epochs"]) is not None:
         passes = f"at most {epochs:.2g} passes over the text" if epochs else "every token is fresh"
         notes.append(passes)
+    if (late := found.get("late", {})).get("D"):
+        own = bounds(*(late["D"][k] for k in ("value", "low", "high")), ".2f")
+        notes.append(f"between each size's two longest runs {own}")
     quantity = f"γ_D, {METHOD_NAMES[method['method']]}"
     ends = (row["value"], row["low"], row["high"])
     return Finding(_GROWS, quantity, answer, *ends, note="; ".join(notes))

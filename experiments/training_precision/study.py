@@ -63,8 +63,8 @@ class Config:
     peak_lrs: tuple[float, ...] = option(
         (), "highest learning rates, each of which every run is made with; () is `peak_lr`"
     )
-    size_lrs: tuple[float, ...] = option(
-        (), "the highest learning rate of each of `sizes`; () is `peak_lr` for all"
+    size_lrs: tuple[float | tuple[float, ...], ...] = option(
+        (), "the highest learning rate, or rates, of each of `sizes`; () is `peak_lr` for all"
     )
     dtype: str = option("float32", "that models compute in: float32 or bfloat16")
     log_every: int = option(50, "steps between records of the loss")
@@ -124,9 +124,9 @@ PRESETS = {
     ),
     # The gap to full precision at the best rate of each width and length, under one pass over the text.
     "tuned": Config(
-        sizes=("14k", "38k", "83k"),
+        sizes=("14k", "38k"),
         tokens_per_parameter=(10, 25, 60, 150),
-        max_tokens_per_parameter=(150, 150, 60),
+        max_tokens_per_parameter=(150, 60),
         methods=("ste", "lsq", "quest"),
         tied=(4, 16),
         separate=(),
@@ -134,7 +134,7 @@ PRESETS = {
         serving=(),
         seeds=3,
         evaluation_windows=512,
-        peak_lrs=(2e-3, 4e-3, 8e-3, 1.6e-2),
+        size_lrs=((4e-3, 8e-3, 1.6e-2, 3.2e-2), (2e-3, 4e-3, 8e-3, 1.6e-2)),
     ),
     # Weights alone in few bits, which are then served in fewer.
     "weights": Config(
@@ -268,7 +268,7 @@ STUDY = Study(
         "laptop": "minutes on 2 cores, by estimate; not yet run by us",
         "full": "about five hours on 2 cores",
         "generated": "22 minutes on 2 cores; a source of known entropy",
-        "tuned": "about three hours on 2 cores; gaps at the best learning rates",
+        "tuned": "an hour on 2 cores; gaps at the best learning rates",
         "weights": "about two hours on 2 cores; weights alone, served in fewer bits",
         "rates": "about an hour on 2 cores; which learning rate is best",
         "tpu": "an accelerator; not yet run by us",

@@ -9,6 +9,7 @@ from jaxquant import laws
 
 _FULL = "training_precision/full/summary.json"
 _RATES = "training_precision/rates/summary.json"
+_TUNED = "training_precision/tuned/summary.json"
 _GENERATED = "training_precision/generated/summary.json"
 _PAGES = ("experiments/README.md", "docs/studies/training_precision.md")
 
@@ -58,6 +59,17 @@ def tuned_gaps(summary: dict) -> str:
         for size, d in sorted({(key[0], key[1]) for key in best})
     ]
     return to_markdown(["N", "D/N", *(METHOD_NAMES[m] for m in methods)], rows)
+
+
+def tuned(summary: dict) -> str:
+    """How the gap at 4 bits grows at tuned rates: in all, and between each size's two longest runs."""
+    rows = []
+    for method in summary["methods"]:
+        (own,) = (w for w in method["gaps"]["widths"] if w["P"] == 4)
+        cells = [interval(x, ".2f") for x in (own["D"], own["N"], own["late"]["D"])]
+        rows.append([METHOD_NAMES[method["method"]], f"{own['points']}", *cells])
+    head = ["method", "pairs", "γ_D", "γ_N", "γ_D between the two longest runs"]
+    return to_markdown(head, rows)
 
 
 def growing(summary: dict) -> str:
@@ -219,13 +231,37 @@ def generated(summary: dict) -> dict[str, list[str]]:
     return {page: said for page in _PAGES}
 
 
+def tuned_phrases(summary: dict) -> dict[str, list[str]]:
+    """How the gap at 4 bits grows at tuned rates, in sentences."""
+    by = {m["method"]: w["D"] for m in summary["methods"] for w in m["gaps"]["widths"]}
+    ste, lsq, quest = by["ste"], by["lsq"], by["quest"]
+    short = [f"D^{row['value']:.2f}" for row in (ste, lsq, quest)]
+    return {
+        "README.md": [
+            f"γ_D {interval(ste, '.2f')} straight-through, {lsq['value']:.2f} LSQ, {quest['value']:.2f} QuEST"
+        ],
+        "docs/studies/index.md": [
+            f"γ_D {interval(ste, '.2f')}, LSQ {interval(lsq, '.2f')}, QuEST {interval(quest, '.2f')}"
+        ],
+        "docs/studies/training_precision.md": [
+            "{} straight-through, {} LSQ, {} QuEST".format(*short)
+        ],
+    }
+
+
 TABLES = {
     "training_precision/gaps": Table(_FULL, gaps),
-    "training_precision/tuned_gaps": Table(_RATES, tuned_gaps),
+    "training_precision/tuned": Table(_TUNED, tuned),
+    "training_precision/tuned_gaps": Table(_TUNED, tuned_gaps),
+    "training_precision/rates_gaps": Table(_RATES, tuned_gaps),
     "training_precision/growing": Table(_FULL, growing),
     "training_precision/held_out": Table(_FULL, held_out),
     "training_precision/budgets": Table(_FULL, budgets),
     "training_precision/tensors_apart": Table(_FULL, tensors_apart),
     "training_precision/served": Table(_FULL, served),
 }
-PHRASES = (Phrases(_FULL, phrases), Phrases(_GENERATED, generated))
+PHRASES = (
+    Phrases(_FULL, phrases),
+    Phrases(_TUNED, tuned_phrases),
+    Phrases(_GENERATED, generated),
+)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,17 @@ class RecordStore:
         if self._table is None or self._table[0] != at:
             self._table = at, packed.read(self.workdir)
         return self._table[1]
+
+    def check_grid(self, trials: Sequence[Any]) -> None:
+        """Raises a ValueError where a kept table has records, and none is of these trials.
+
+        It is then another grid's, whose report would be lost to this one's, and days of training begun.
+        """
+        if self._packed and all(trial_id(t) not in self._packed for t in trials):
+            raise ValueError(
+                f"workdir '{self.workdir}' keeps {len(self._packed)} records, none of them of this grid; "
+                "give the --preset and the flags that they were made with, or another --workdir"
+            )
 
     def path(self, trial: Any) -> Path:
         return self.workdir / "trials" / f"{trial_id(trial)}.json"
